@@ -1,0 +1,56 @@
+# Every target sets up what it needs: a virtual environment in .venv with the packages of
+# requirements.txt, Detectron2 and this package. The second time there is nothing left to do.
+
+PYTHON ?= python3
+ARGS ?=
+RUN = .venv/bin/python
+
+.PHONY: help demo demo-full test test-long lint clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@echo "make TARGET [PYTHON=python3.11] [ARGS='...' for the demo]"
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+demo: .venv/.ready ## train, distil and compare on the Shapes data set, in minutes on a CPU
+	$(RUN) projects/Shapes/demo.py $(ARGS)
+
+demo-full: .venv/.ready ## the same at full length
+	$(RUN) projects/Shapes/demo.py --full $(ARGS)
+
+# More threads than that only get in each other's way in models as small as those of the tests.
+test: .venv/.ready ## run the tests that take seconds
+	OMP_NUM_THREADS=2 $(RUN) -m pytest -m "not long" tests
+
+test-long: .venv/.ready ## run the tests that train for minutes
+	OMP_NUM_THREADS=2 $(RUN) -m pytest -m long tests
+
+lint: .venv/.ready ## check the style of the code
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean: ## remove .venv, caches, output and datasets/shapes
+	@echo "Removing .venv, caches, output and datasets/shapes"
+	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info output datasets/shapes
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready: requirements.txt tools/install_detectron2.py
+	@suits='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'; \
+	if ! .venv/bin/python -c "$$suits" 2>/dev/null; then \
+	    for python in $(PYTHON) python3.12 python3.11 python3.10 none; do \
+	        if $$python -c "$$suits" 2>/dev/null; then break; fi; \
+	    done; \
+	    if [ $$python = none ]; then \
+	        echo "Python 3.10, 3.11 or 3.12 is needed: make PYTHON=/path/to/it ..." >&2; exit 1; \
+	    fi; \
+	    echo "Creating .venv with $$($$python --version)"; \
+	    $$python -m venv --clear .venv || { rm -rf .venv; exit 1; }; \
+	fi
+	@echo "Installing the packages of requirements.txt (some minutes and 5 GB the first time)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check pip==25.3
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "Installing Detectron2"
+	@$(RUN) tools/install_detectron2.py
+	@echo "Installing msad_kd in place"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@

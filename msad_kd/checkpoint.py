@@ -1,0 +1,102 @@
+"""Checkpoints: loading to the last key, starting a student from its teacher, exporting a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+__all__ = ["load_strictly", "init_from_teacher", "export_weights", "TRAINING_PREFIX"]
+
+# What distillation adds to a student's parameters, and no exported model has.
+TRAINING_PREFIX = "distiller."
+
+
+class _StrictCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, for which a key that does not fit is an error."""
+
+    def __init__(self, model: nn.Module, config: str):
+        super().__init__(model)
+        self.config = config
+        self.file = ""
+
+    def load(self, path, *args, **kwargs):
+        self.file = path
+        return super().load(path, *args, **kwargs)
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        extra = [key for key in incompatible.unexpected_keys if not key.startswith(TRAINING_PREFIX)]
+        faults = [
+            (list(incompatible.missing_keys), "keys of the model are absent from it"),
+            (extra, "of its keys are not in the model"),
+            (
+                [f"{key} {a} -> {b}" for key, a, b in incompatible.incorrect_shapes],
+                "of its keys have another shape than the model's",
+            ),
+        ]
+        told = [f"{len(keys)} {what}, e.g. {keys[0]}" for keys, what in faults if keys]
+        if told:
+            raise ValueError(
+                f"'{self.file}' does not fit {self.config}: {'; '.join(told)}; was it trained with "
+                "another config?"
+            )
+
+
+def load_strictly(model: nn.Module, path: str, config: str) -> None:
+    """Load a checkpoint, every key of which has to fit, into a model.
+
+    Args:
+        model: the model.
+        path: anything Detectron2's checkpointer reads.
+        config: what the model was built from, for the message.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if keys are missing, unexpected or of another shape; those of a student's
+            ``distiller`` may stand in the file.
+    """
+    if not PathManager.isfile(PathManager.get_local_path(path)):
+        raise FileNotFoundError(
+            f"the checkpoint '{path}' for {config} does not exist; train it first, or correct the "
+            "path"
+        )
+    _StrictCheckpointer(model, config).load(path)
+
+
+def init_from_teacher(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Copy to a student all weights and buffers whose name and shape the teacher has, too.
+
+    Returns:
+        the student's keys that kept their values, those of its ``distiller`` aside; they are also
+        named in one warning.
+    """
+    source, target = teacher.state_dict(), student.state_dict()
+    fitting = {k: v for k, v in source.items() if k in target and target[k].shape == v.shape}
+    student.load_state_dict(fitting, strict=False)
+    kept = [k for k in target if k not in fitting and not k.startswith(TRAINING_PREFIX)]
+    logger = logging.getLogger(__name__)
+    logger.info("The student starts from %d of the teacher's weights and buffers", len(fitting))
+    if kept:
+        logger.warning("Not in the teacher, so left as they were: %s", ", ".join(kept))
+    return kept
+
+
+def export_weights(source: str, target: str, *, half: bool = False) -> None:
+    """Write a model alone, without optimizer, iteration and ``distiller``, for stock Detectron2.
+
+    Args:
+        source: a training checkpoint.
+        target: the file to write; it is complete or it isn't there.
+        half: store floating-point weights in fp16 (loading converts them back).
+    """
+    state = torch.load(source, map_location="cpu", weights_only=False)["model"]
+    state = {k: v for k, v in state.items() if not k.startswith(TRAINING_PREFIX)}
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    part = f"{target}.part"
+    torch.save({"model": state}, part)
+    os.replace(part, target)

@@ -1,0 +1,139 @@
+"""The multi-resolution teacher: MSAD, arXiv 2109.06875, sec. 3.1 and 3.2.
+
+k: high-resolution side / low-resolution side, m = log2 k. A teacher lives in the high-resolution
+frame: its heads are a stock detector's, reading p3..p7 (strides 8..128) with high-resolution boxes;
+the low-resolution pyramid P'2..P'6 is renamed to p3..p7, and both are fused level by level.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+
+from msad_kd.fusion import CrossingFeatureFusion
+from msad_kd.hooking import answering
+from msad_kd.pyramid import Pyramid, level_shift, pad_batch, shift_levels, valid_masks
+
+__all__ = ["BRANCHES", "MultiResolutionMixin", "MultiResolutionRCNN"]
+
+BRANCHES = ("hr", "lr", "fused")
+
+
+class MultiResolutionMixin:
+    """Makes a stock detector a multi-resolution teacher: one backbone, two passes, one head.
+
+    Training: the sum of the detection losses of three branches, L_HR + L_LR + w L_fused, named
+    ``<loss>_hr``, ``<loss>_lr``, ``<loss>_fused``. Inference: one branch, ``test_branch``.
+
+    Inputs have ``image`` (3, kH, kW) and, but for the "hr" branch, ``image_lr`` (3, H, W), as made
+    by ``TwoResolutionMapper(frame="hr")``.
+    """
+
+    frame = "hr"
+
+    @configurable
+    def __init__(self, *, fusion, fused_weight, mask_padding, test_branch, scale, **kwargs):
+        """
+        Args:
+            fusion (CrossingFeatureFusion):
+            fused_weight (float): w.
+            mask_padding (bool): whether the fusion leaves padding out of its averages.
+            test_branch (str): "fused", "hr" or "lr".
+            scale (int): k.
+            kwargs: arguments of the stock detector.
+
+        Raises:
+            ValueError: if there is no such branch.
+        """
+        super().__init__(**kwargs)
+        if test_branch not in BRANCHES:
+            raise ValueError(
+                f"MODEL.MULTI_RESOLUTION.TEST_BRANCH is '{test_branch}'; use one of {BRANCHES}"
+            )
+        self.fusion = fusion
+        self.fused_weight = fused_weight
+        self.mask_padding = mask_padding
+        self.test_branch = test_branch
+        self.scale = scale
+
+    @classmethod
+    def from_config(cls, cfg):
+        keys = cfg.MODEL.MULTI_RESOLUTION
+        return {
+            **super().from_config(cfg),
+            "fusion": CrossingFeatureFusion(cfg.MODEL.FPN.OUT_CHANNELS, keys.REDUCTION),
+            "fused_weight": keys.FUSED_WEIGHT,
+            "mask_padding": keys.MASK_PADDING,
+            "test_branch": keys.TEST_BRANCH,
+            "scale": cfg.KD.SCALE,
+        }
+
+    def strides(self, branch: str) -> dict[str, int]:
+        """Level name to stride, in pixels of the high-resolution image, of a branch's pyramid."""
+        shift = level_shift(self.scale)
+        strides = {name: shape.stride for name, shape in self.backbone.output_shape().items()}
+        renamed = {f"p{int(name[1:]) + shift}" for name in strides}
+        return {name: stride for name, stride in strides.items() if name in renamed}
+
+    def pyramids(
+        self,
+        high: torch.Tensor | None,
+        low: torch.Tensor | None,
+        sizes: list[tuple[int, int]],
+        branches: tuple[str, ...],
+    ) -> dict[str, Pyramid]:
+        """The aligned pyramids, p3..p7 for k = 2.
+
+        Args:
+            high: padded, normalised images (N, 3, kH, kW); None where no branch needs them.
+            low: the same at low resolution, (N, 3, H, W).
+            sizes: (height, width) of each high-resolution image without padding.
+            branches: those wanted.
+
+        Returns:
+            branch to level name to (N, C, H / 4, W / 4) and coarser.
+        """
+        levels, found = self.strides("fused"), {}
+        if high is not None:
+            features = self.backbone(high)
+            found["hr"] = {name: features[name] for name in levels}
+        if low is not None:
+            features = shift_levels(self.backbone(low), level_shift(self.scale))
+            found["lr"] = {name: features[name] for name in levels}
+        if "fused" in branches:
+            masks = None
+            if self.mask_padding:
+                masks = valid_masks(sizes, tuple(high.shape[-2:]), found["hr"])
+            found["fused"] = self.fusion(found["hr"], found["lr"], masks)
+        return {branch: found[branch] for branch in branches}
+
+    def normalize(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Images of (3, H, W) with values 0..255, on the model's device and normalised."""
+        return [(x.to(self.device) - self.pixel_mean) / self.pixel_std for x in images]
+
+    def forward(self, batched_inputs: list[dict]):
+        branches = BRANCHES if self.training else (self.test_branch,)
+        images = self.preprocess_image(batched_inputs)
+        high, low = images.tensor, None
+        if branches != ("hr",):
+            height, width = (side // self.scale for side in high.shape[-2:])
+            low = pad_batch(self.normalize([x["image_lr"] for x in batched_inputs]), height, width)
+        if branches == ("lr",):
+            high = None
+        pyramids = self.pyramids(high, low, images.image_sizes, branches)
+        if not self.training:
+            with answering(self.backbone, pyramids[self.test_branch]):
+                return super().forward(batched_inputs)
+        losses = {}
+        for branch, pyramid in pyramids.items():
+            weight = self.fused_weight if branch == "fused" else 1.0
+            with answering(self.backbone, pyramid):
+                for name, loss in super().forward(batched_inputs).items():
+                    losses[f"{name}_{branch}"] = weight * loss
+        return losses
+
+
+@META_ARCH_REGISTRY.register()
+class MultiResolutionRCNN(MultiResolutionMixin, GeneralizedRCNN):
+    """Mask R-CNN or Faster R-CNN as a multi-resolution teacher."""

@@ -1,0 +1,102 @@
+"""Feature pyramids of two resolutions: which level meets which, and how the images are padded.
+
+N: images, C: channels, H, W: height and width, k: high-resolution side / low-resolution side.
+Level p<s> has stride 2^s in pixels of the image it was computed from.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["level_shift", "shift_levels", "pair_levels", "pad_batch", "valid_masks"]
+
+Pyramid = dict[str, torch.Tensor]
+
+
+def level_shift(scale: int) -> int:
+    """The level shift m = log2 k.
+
+    Raises:
+        ValueError: if ``scale`` is not a power of two, 1 included.
+    """
+    if scale != int(scale) or int(scale) < 1 or int(scale) & (int(scale) - 1):
+        raise ValueError(
+            f"KD.SCALE is {scale}, but levels of two resolutions align only when the sides differ "
+            "by a power of two; set it to 1, 2, 4, ..."
+        )
+    return int(scale).bit_length() - 1
+
+
+def shift_levels(pyramid: Pyramid, shift: int) -> Pyramid:
+    """Rename p<s> to p<s+shift>: the low-resolution pyramid P'_{s-m} in high-resolution terms."""
+    return {f"p{int(name[1:]) + shift}": feature for name, feature in pyramid.items()}
+
+
+def pair_levels(
+    student: dict[str, float], teacher: dict[str, float]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Pair the levels of two pyramids that have the same stride.
+
+    Args:
+        student, teacher: level name to stride, both in pixels of the high-resolution image.
+
+    Returns:
+        the pairs (student level, teacher level), finest first, and the student's levels that have
+        no partner.
+
+    Raises:
+        ValueError: if no level has a partner.
+    """
+    by_stride = {stride: name for name, stride in teacher.items()}
+    ordered = sorted(student.items(), key=lambda item: item[1])
+    pairs = [(name, by_stride[stride]) for name, stride in ordered if stride in by_stride]
+    if not pairs:
+        raise ValueError(
+            f"no level of the student (strides {student}) has the stride of a teacher's level "
+            f"(strides {teacher}), in pixels of the high-resolution image; check KD.SCALE and both "
+            "backbones' levels"
+        )
+    return pairs, [name for name, stride in ordered if stride not in by_stride]
+
+
+def pad_batch(images: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
+    """Batch images of (C, h, w), each padded with zeros at right and bottom, to (N, C, H, W).
+
+    Raises:
+        ValueError: if an image is larger than (height, width).
+    """
+    batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    for slot, image in zip(batch, images):
+        h, w = image.shape[-2:]
+        if h > height or w > width:
+            raise ValueError(
+                f"an image of {h} x {w} does not fit the padded size {height} x {width}: it has to "
+                "be exactly KD.SCALE times its low-resolution partner, or smaller"
+            )
+        slot[:, :h, :w].copy_(image)
+    return batch
+
+
+def valid_masks(
+    sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: Pyramid
+) -> Pyramid:
+    """Masks of the cells that see image, not only padding.
+
+    Args:
+        sizes: (height, width) of each of the N images, in pixels.
+        padded: (height, width) of the padded batch, in pixels.
+        pyramid: level name to a map of shape (N, C, H, W).
+
+    Returns:
+        level name to a mask of shape (N, 1, H, W), 1 inside an image and 0 outside, in the dtype
+        of the map. A cell that the image touches is inside.
+    """
+    masks = {}
+    for name, feature in pyramid.items():
+        rows, columns = feature.shape[-2:]
+        mask = feature.new_zeros(len(sizes), 1, rows, columns)
+        for slot, (height, width) in zip(mask, sizes):
+            # Ceiling division: heights / stride, the stride being padded / cells.
+            slot[:, : -(-height * rows // padded[0]), : -(-width * columns // padded[1])] = 1
+        masks[name] = mask
+    return masks

@@ -1,0 +1,152 @@
+"""The frozen teacher: built from its own config, loaded to the last key, never part of the student.
+
+N: images, H, W: the student's padded height and width, k: high-resolution side / low-resolution.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from torch import nn
+
+from msad_kd.checkpoint import load_strictly
+from msad_kd.config import add_msad_kd_config
+from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
+from msad_kd.pyramid import Pyramid, pad_batch
+from msad_kd.seed import preserved_rng
+
+__all__ = ["Teacher", "build_teacher", "teacher_config"]
+
+
+class Teacher:
+    """A frozen detector that answers with feature pyramids.
+
+    It is no ``nn.Module`` on purpose: a student that holds one has none of the teacher's weights in
+    its ``state_dict``, its optimizer or its DDP buckets, and ``student.train()`` leaves it alone.
+    """
+
+    def __init__(self, model: nn.Module, *, branch: str, scale: int):
+        """
+        Args:
+            model: a detector; it is frozen and put into eval mode.
+            branch: the pyramid to give: "fused", "hr" or "lr". A single-resolution detector has
+                "hr", read from ``image_hr``, and "lr", read from ``image``.
+            scale: k.
+
+        Raises:
+            ValueError: if the model has no such branch.
+        """
+        offered = BRANCHES if isinstance(model, MultiResolutionMixin) else ("hr", "lr")
+        if branch not in offered:
+            raise ValueError(
+                f"KD.TEACHER.BRANCH is '{branch}', but a {type(model).__name__} teacher has "
+                f"{', '.join(offered)}"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.branch = branch
+        self.scale = scale
+
+    def strides(self) -> dict[str, int]:
+        """Level name to stride in pixels of the high-resolution image."""
+        if isinstance(self.model, MultiResolutionMixin):
+            return self.model.strides(self.branch)
+        factor = 1 if self.branch == "hr" else self.scale
+        shapes = self.model.backbone.output_shape()
+        return {name: shape.stride * factor for name, shape in shapes.items()}
+
+    @torch.no_grad()
+    def pyramid(self, batched_inputs: list[dict], padded: tuple[int, int]) -> Pyramid:
+        """The pyramid of a student's batch.
+
+        Args:
+            batched_inputs: dicts with ``image`` (3, h, w) at low resolution and ``image_hr``
+                (3, kh, kw), as ``TwoResolutionMapper(frame="lr")`` makes them.
+            padded: (H, W) to which the student pads the batch; the high-resolution images are
+                padded to exactly k times that.
+
+        Returns:
+            level name to (N, C, cells, cells), without a graph.
+
+        Raises:
+            KeyError: if the inputs lack ``image_hr``.
+        """
+        if "image_hr" not in batched_inputs[0] and self.branch != "lr":
+            raise KeyError(
+                "the training data lack 'image_hr', the teacher's image; use "
+                "TwoResolutionMapper(cfg, is_train=True, frame='lr') as the mapper"
+            )
+        high = low = None
+        height, width = padded
+        if self.branch != "lr":
+            sides = height * self.scale, width * self.scale
+            high = pad_batch(self._normalize([x["image_hr"] for x in batched_inputs]), *sides)
+        if self.branch != "hr":
+            low = pad_batch(self._normalize([x["image"] for x in batched_inputs]), height, width)
+        if not isinstance(self.model, MultiResolutionMixin):
+            return self.model.backbone(low if high is None else high)
+        sizes = [tuple(self.scale * side for side in x["image"].shape[-2:]) for x in batched_inputs]
+        return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
+
+    def _normalize(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Images of (3, H, W), 0..255, normalised by the teacher's own mean and deviation."""
+        mean, std = self.model.pixel_mean, self.model.pixel_std
+        return [(image.to(mean.device) - mean) / std for image in images]
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's config: its own file, with the student's data sets and device.
+
+    Raises:
+        ValueError: if the file or the weights are not named, or if the teacher sees images of
+            another format or scale than the student.
+    """
+    keys = cfg.KD.TEACHER
+    for key in ("CONFIG_FILE", "WEIGHTS"):
+        if not keys[key]:
+            raise ValueError(
+                f"KD.TEACHER.{key} is empty; {cfg.MODEL.META_ARCHITECTURE} needs a teacher's "
+                "config file and checkpoint to train (not to be evaluated)"
+            )
+    teacher = get_cfg()
+    add_msad_kd_config(teacher)
+    teacher.merge_from_file(keys.CONFIG_FILE, allow_unsafe=False)
+    teacher.merge_from_list(list(keys.OPTS))
+    teacher.MODEL.WEIGHTS = keys.WEIGHTS
+    teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher.DATASETS = cfg.DATASETS.clone()
+    teacher.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+    for name, own, students in (
+        ("INPUT.FORMAT", teacher.INPUT.FORMAT, cfg.INPUT.FORMAT),
+        ("KD.SCALE", teacher.KD.SCALE, cfg.KD.SCALE),
+    ):
+        if own != students:
+            raise ValueError(
+                f"{name} is {own} in the teacher's config '{keys.CONFIG_FILE}' and {students} in "
+                "the student's; both have to see the same images"
+            )
+    teacher.freeze()
+    return teacher
+
+
+def build_teacher(cfg: CfgNode) -> Teacher:
+    """Build, load and freeze the teacher that a student's config names.
+
+    The random generators are left as they were, so a student has the same initial weights and the
+    same data with a teacher as without.
+
+    Raises:
+        ValueError: as ``teacher_config``, and if a key of the checkpoint does not fit.
+        FileNotFoundError: if the checkpoint is absent.
+    """
+    keys = cfg.KD.TEACHER
+    own = teacher_config(cfg)
+    with preserved_rng():
+        model = build_model(own)
+    load_strictly(model, keys.WEIGHTS, f"KD.TEACHER.CONFIG_FILE '{keys.CONFIG_FILE}'")
+    logging.getLogger(__name__).info(
+        "Teacher: %s from %s, branch %s", own.MODEL.META_ARCHITECTURE, keys.WEIGHTS, keys.BRANCH
+    )
+    return Teacher(model, branch=keys.BRANCH, scale=cfg.KD.SCALE)

@@ -1,0 +1,128 @@
+"""Detectron2's ``DefaultTrainer`` with two resolutions, a teacher, and steps that can be repeated."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
+from torch import nn
+
+from msad_kd.checkpoint import init_from_teacher
+from msad_kd.data import TwoResolutionMapper
+from msad_kd.distilled import DistilledMixin, attach_teacher
+from msad_kd.evaluation import build_evaluator
+from msad_kd.loader import build_train_loader, clear_errors
+from msad_kd.seed import derive_seed, preserved_rng, seed_all
+from msad_kd.teacher import teacher_config
+
+__all__ = ["KDTrainer", "build_mapper"]
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
+    """The mapper a config's meta-architecture needs.
+
+    A student is trained in the "lr" frame and evaluated as the stock detector it is; a
+    multi-resolution teacher is in the "hr" frame always; anything else gets the stock mapper.
+    """
+    frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
+    if frame is None or (frame == "lr" and not is_train):
+        return DatasetMapper(cfg, is_train)
+    return TwoResolutionMapper(cfg, is_train, frame=frame)
+
+
+class SeedEachStep(HookBase):
+    """Seeds every generator before each step by (seed, rank, iteration).
+
+    A step is then the same after a resume, and whatever an evaluation in between has drawn.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_step(self):
+        seed_all(derive_seed(self.seed, comm.get_rank(), self.trainer.iter))
+
+
+class EvaluateTeacher(HookBase):
+    """Evaluates the teacher before the first iteration, so that a bad one is seen at once."""
+
+    def before_train(self):
+        trainer = self.trainer
+        if trainer.start_iter > 0:
+            return
+        cfg = teacher_config(trainer.cfg).clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")
+        logging.getLogger(__name__).info("Evaluating the teacher before the first iteration")
+        with preserved_rng():
+            trainer.test(cfg, trainer.teacher.model)
+
+
+class KDTrainer(DefaultTrainer):
+    """Trains students, multi-resolution teachers and stock detectors alike.
+
+    Beside ``DefaultTrainer``: both resolutions from the loader, AdamW as an option, step data that
+    are a function of (SEED, rank, iteration), a student that starts from its teacher.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        super().__init__(cfg)
+        model = getattr(self._trainer.model, "module", self._trainer.model)
+        self.teacher = None
+        if isinstance(model, DistilledMixin):
+            self.teacher = attach_teacher(model, cfg)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        fresh = not (resume and self.checkpointer.has_checkpoint())
+        super().resume_or_load(resume)
+        self.data_loader.start = self.start_iter
+        if fresh and self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
+            init_from_teacher(self.checkpointer.model, self.teacher.model)
+
+    def build_hooks(self):
+        hooks = super().build_hooks()
+        if self.cfg.SEED >= 0:
+            hooks.insert(0, SeedEachStep(self.cfg.SEED))
+        meta = META_ARCH_REGISTRY.get(self.cfg.MODEL.META_ARCHITECTURE)
+        if issubclass(meta, DistilledMixin) and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
+            hooks.insert(0, EvaluateTeacher())
+        return hooks
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER == "ADAMW":
+            parameters = get_default_optimizer_params(
+                model,
+                base_lr=cfg.SOLVER.BASE_LR,
+                weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+                bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+                weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            )
+            optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+            return optimizer(
+                parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+            )
+        raise ValueError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; use SGD or ADAMW")
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_train_loader(cfg, build_mapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        mapper = clear_errors(build_mapper(cfg, is_train=False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        return build_evaluator(cfg, dataset_name)

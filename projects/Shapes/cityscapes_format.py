@@ -1,0 +1,79 @@
+"""Writes Shapes scenes in the layout of Cityscapes, below `cityscapes/`.
+
+The i-th class of the shapes becomes the i-th thing class of Cityscapes: circles are `person`,
+triangles `rider`, and so on to the pentagons, which are `bicycle`.
+"""
+
+import json
+
+import cv2
+from cityscapesscripts.helpers.annotation import Annotation
+from cityscapesscripts.preparation.json2instanceImg import createInstanceImage
+from cityscapesscripts.preparation.json2labelImg import createLabelImage
+
+THING_CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+# Not `static` or another label that the evaluation ignores: it would then forgive all false
+# positives on the background.
+BACKGROUND = "road"
+FRAME = 19  # of the 30 frames of a Cityscapes snippet, the annotated one
+
+
+def pixel_outline(mask, size):
+    """The outline of a shape through the centres of its border pixels, as Cityscapes draws it.
+
+    Args:
+        mask: (H*S, W*S) uint8 of 0 and 1.
+        size: (H, W).
+
+    Returns:
+        a list of [x, y], whole pixels, of the largest part where at least half a pixel is covered.
+    """
+    covered = cv2.resize(255 * mask, size[::-1], interpolation=cv2.INTER_AREA) > 127
+    contours, _ = cv2.findContours(
+        covered.astype("uint8"), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
+    )
+    return max(contours, key=cv2.contourArea)[:, 0].tolist()
+
+
+class CityscapesWriter:
+    """Writes one split: `leftImg8bit/` the images, `gtFine/` the polygons and label images.
+
+    As in Cityscapes the polygons are whole outlines, and a later one hides what is below; the label
+    images are made from them by Cityscapes' own scripts.
+
+    Args:
+        folder: pathlib.Path of the data set.
+        split: the split's name; its only "city" is `shapes{split}`.
+        options: the `SceneOptions` of its scenes.
+    """
+
+    def __init__(self, folder, split, options):
+        self.city = f"shapes{split}"
+        self.images = folder / "cityscapes" / "leftImg8bit" / split / self.city
+        self.labels = folder / "cityscapes" / "gtFine" / split / self.city
+        self.images.mkdir(parents=True)
+        self.labels.mkdir(parents=True)
+
+    def add(self, index, scene):
+        """Writes the files of scene `index`."""
+        name = f"{self.city}_{index:06d}_{FRAME:06d}"
+        height, width = scene.image.shape[:2]
+        cv2.imwrite(str(self.images / f"{name}_leftImg8bit.png"), scene.image[..., ::-1])
+        frame = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
+        objects = [{"label": BACKGROUND, "polygon": frame}]
+        for order, shape in enumerate(scene.shapes):
+            outline = pixel_outline(scene.full_mask(order), (height, width))
+            objects.append({"label": THING_CLASSES[shape.label], "polygon": outline})
+        text = json.dumps({"imgHeight": height, "imgWidth": width, "objects": objects})
+        (self.labels / f"{name}_gtFine_polygons.json").write_text(text)
+
+        annotation = Annotation()
+        annotation.fromJsonText(text)
+        labels = createLabelImage(annotation, "ids")
+        labels.save(self.labels / f"{name}_gtFine_labelIds.png")
+        # Pillow 13 no longer writes the 32-bit image that the script makes as a 16-bit PNG.
+        instances = createInstanceImage(annotation, "ids").convert("I;16")
+        instances.save(self.labels / f"{name}_gtFine_instanceIds.png")
+
+    def close(self):
+        """Nothing is left to write."""
