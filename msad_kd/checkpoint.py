@@ -10,6 +10,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from msad_kd.errors import InputError
+
 __all__ = ["load_strictly", "init_from_teacher", "export_weights", "TRAINING_PREFIX"]
 
 # What distillation adds to a student's parameters, and no exported model has.
@@ -40,7 +42,7 @@ class _StrictCheckpointer(DetectionCheckpointer):
         ]
         told = [f"{len(keys)} {what}, e.g. {keys[0]}" for keys, what in faults if keys]
         if told:
-            raise ValueError(
+            raise InputError(
                 f"'{self.file}' does not fit {self.config}: {'; '.join(told)}; was it trained with "
                 "another config?"
             )
@@ -55,12 +57,11 @@ def load_strictly(model: nn.Module, path: str, config: str) -> None:
         config: what the model was built from, for the message.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if keys are missing, unexpected or of another shape; those of a student's
-            ``distiller`` may stand in the file.
+        InputError: if there is no such file, or if keys are missing, unexpected or of another
+            shape; those of a student's ``distiller`` may stand in the file.
     """
     if not PathManager.isfile(PathManager.get_local_path(path)):
-        raise FileNotFoundError(
+        raise InputError(
             f"the checkpoint '{path}' for {config} does not exist; train it first, or correct the "
             "path"
         )

@@ -14,6 +14,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from fvcore.transforms import transform as base
 
+from msad_kd.errors import InputError
 from msad_kd.pyramid import level_shift
 
 __all__ = ["TwoResolutionMapper", "scale_transform", "scale_transforms"]
@@ -26,9 +27,9 @@ def scale_transform(transform: base.Transform, scale: int) -> base.Transform:
     A new kind of transform is taught with ``@scale_transform.register``.
 
     Raises:
-        ValueError: if it isn't known how to scale this kind.
+        InputError: if it isn't known how to scale this kind.
     """
-    raise ValueError(
+    raise InputError(
         f"{type(transform).__name__} follows the last resize and cannot be scaled by {scale}, so "
         "the two resolutions would not show the same picture; put it before the resize, drop it, "
         "or register how to scale it with msad_kd.data.scale_transform.register"
@@ -95,13 +96,13 @@ def scale_transforms(transforms: base.TransformList, scale: int) -> base.Transfo
     all that follows it, is scaled.
 
     Raises:
-        ValueError: if there is no resize, or if a transform after it cannot be scaled.
+        InputError: if there is no resize, or if a transform after it cannot be scaled.
     """
     flat = _flatten(transforms)
     resizes = [i for i, t in enumerate(flat) if isinstance(t, T.ResizeTransform)]
     # A shortest-edge resize to the size an image already has is still a ResizeTransform.
     if scale > 1 and not resizes:
-        raise ValueError(
+        raise InputError(
             "the augmentations have no resize, so there is no second resolution; set "
             "INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST to a size above 0"
         )
@@ -161,7 +162,7 @@ class TwoResolutionMapper(DatasetMapper):
             kwargs: the other arguments of ``DatasetMapper``.
         """
         if frame not in ("lr", "hr"):
-            raise ValueError(f"the frame is 'lr' or 'hr', not '{frame}'")
+            raise InputError(f"the frame is 'lr' or 'hr', not '{frame}'")
         level_shift(scale)
         super().__init__(is_train, augmentations=augmentations, **kwargs)
         self.augmentations = _PairedAugmentations(self.augmentations, scale, frame)

@@ -9,6 +9,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
+from msad_kd.errors import InputError
+
 __all__ = ["register_coco_format", "load_checked"]
 
 _FIELDS = {"name", "json", "images"}
@@ -20,26 +22,24 @@ def register_coco_format(cfg: CfgNode) -> None:
     A name that is registered already with the same files is left alone.
 
     Raises:
-        ValueError: if an entry lacks a field or has an unknown one, or if its name is taken.
+        InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
         if not isinstance(entry, dict) or set(entry) != _FIELDS:
-            raise ValueError(
+            raise InputError(
                 f"DATASETS.COCO_FORMAT: {entry} should have the fields name, json and images"
             )
         name, json_file, images = (entry["name"], _locate(entry["json"]), _locate(entry["images"]))
         if name in DatasetCatalog.list():
             if MetadataCatalog.get(name).get("json_file") == json_file:
                 continue
-            raise ValueError(
+            raise InputError(
                 f"DATASETS.COCO_FORMAT: a data set called '{name}' exists already; rename yours"
             )
         DatasetCatalog.register(
             name, lambda name=name, json=json_file, images=images: load_checked(json, images, name)
         )
-        MetadataCatalog.get(name).set(
-            json_file=json_file, image_root=images, evaluator_type="coco"
-        )
+        MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
 
 
 def _locate(path: str) -> str:
@@ -55,25 +55,25 @@ def load_checked(json_file: str, images: str, name: str) -> list[dict]:
         name: the data set's name, whose metadata get the class names.
 
     Raises:
-        FileNotFoundError: if the file, the folder or an image is absent.
-        ValueError: if the file is not in COCO format.
+        InputError: if the file, the folder or an image is absent, or if the file is not in COCO
+            format.
     """
     for path, kind in ((json_file, "annotation file"), (images, "image folder")):
         if not PathManager.exists(path):
-            raise FileNotFoundError(
+            raise InputError(
                 f"data set '{name}': the {kind} '{path}' does not exist; check "
                 "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
             )
     try:
         dicts = load_coco_json(json_file, images, name)
     except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"data set '{name}': '{json_file}' is not in COCO format, which has images, "
             f"annotations and categories ({type(error).__name__}: {error})"
         ) from error
     absent = [d["file_name"] for d in dicts if not PathManager.exists(d["file_name"])]
     if absent:
-        raise FileNotFoundError(
+        raise InputError(
             f"data set '{name}': {len(absent)} of the {len(dicts)} images in '{json_file}' are "
             f"absent, e.g. '{absent[0]}'"
         )

@@ -49,7 +49,7 @@ class DistilledMixin:
         """Learn from this teacher, whose levels are checked against the student's.
 
         Raises:
-            ValueError: if the levels cannot be paired.
+            InputError: if the levels cannot be paired.
         """
         shapes = self.backbone.output_shape()
         strides = {name: shape.stride * self.scale for name, shape in shapes.items()}

@@ -12,6 +12,7 @@ import torch
 from detectron2.config import configurable
 from torch import nn
 
+from msad_kd.errors import InputError
 from msad_kd.losses import DISTILL_LOSS_REGISTRY
 from msad_kd.pyramid import Pyramid, pair_levels
 
@@ -43,24 +44,24 @@ def read_losses(entries: list[dict]) -> list[LossTerm]:
     """Check and read KD.LOSSES.
 
     Raises:
-        ValueError: if an entry is not a dict, names no loss or an unknown one, has no weight, or
+        InputError: if an entry is not a dict, names no loss or an unknown one, has no weight, or
             passes an argument the loss does not take.
     """
     known = sorted(name for name, _ in DISTILL_LOSS_REGISTRY)
     terms = []
     for entry in entries:
         if not isinstance(entry, dict) or not {"name", "weight"} <= set(entry):
-            raise ValueError(f"KD.LOSSES: {entry} should be a dict with a name and a weight")
+            raise InputError(f"KD.LOSSES: {entry} should be a dict with a name and a weight")
         rest = dict(entry)
         name, weight = rest.pop("name"), float(rest.pop("weight"))
         if name not in DISTILL_LOSS_REGISTRY:
-            raise ValueError(f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(known)}")
+            raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(known)}")
         levels, warmup = tuple(rest.pop("levels", ())), rest.pop("warmup_iters", 0)
         accepted = list(inspect.signature(DISTILL_LOSS_REGISTRY.get(name)).parameters)[2:]
         for argument in rest:
             if argument not in accepted:
                 options = ["name", "weight", "levels", "warmup_iters", *accepted]
-                raise ValueError(
+                raise InputError(
                     f"KD.LOSSES: '{name}' has no field '{argument}'; known: {', '.join(options)}"
                 )
         terms.append(LossTerm(name, weight, levels, warmup, rest))
@@ -91,14 +92,14 @@ class Distiller(nn.Module):
             student, teacher: level name to stride, in pixels of the high-resolution image.
 
         Raises:
-            ValueError: if no level has a partner, or if a loss asks for one that has none.
+            InputError: if no level has a partner, or if a loss asks for one that has none.
         """
         pairs, alone = pair_levels(student, teacher)
         self.pairs = dict(pairs)
         for term in self.terms:
             for level in term.levels:
                 if level not in self.pairs:
-                    raise ValueError(
+                    raise InputError(
                         f"KD.LOSSES: level '{level}' of '{term.name}' has no partner; the student's "
                         f"levels with one are {', '.join(self.pairs)}"
                     )
@@ -108,7 +109,9 @@ class Distiller(nn.Module):
                 ", ".join(alone),
             )
 
-    def forward(self, student: Pyramid, teacher: Pyramid, iteration: int) -> dict[str, torch.Tensor]:
+    def forward(
+        self, student: Pyramid, teacher: Pyramid, iteration: int
+    ) -> dict[str, torch.Tensor]:
         """
         Args:
             student, teacher: their pyramids, level name to (N, C, H, W).
@@ -118,7 +121,7 @@ class Distiller(nn.Module):
             ``loss_kd_<name>``, weighted, for each loss.
 
         Raises:
-            ValueError: if the maps of a pair differ in shape.
+            InputError: if the maps of a pair differ in shape.
         """
         losses: dict[str, torch.Tensor] = {}
         for term in self.terms:
@@ -126,7 +129,7 @@ class Distiller(nn.Module):
             for level in term.levels or self.pairs:
                 s, t = student[level], teacher[self.pairs[level]]
                 if s.shape != t.shape:
-                    raise ValueError(
+                    raise InputError(
                         f"level {level} of the student, {tuple(s.shape)}, and level "
                         f"{self.pairs[level]} of the teacher, {tuple(t.shape)}, differ in shape "
                         "(images, channels, height, width) and cannot be compared"

@@ -12,6 +12,8 @@ from detectron2.evaluation import (
     DatasetEvaluator,
 )
 
+from msad_kd.errors import InputError
+
 __all__ = ["build_evaluator"]
 
 
@@ -19,7 +21,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator of a data set, writing to OUTPUT_DIR/inference.
 
     Raises:
-        ValueError: if the data set is of a kind that is not evaluated here.
+        InputError: if the data set is of a kind that is not evaluated here.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
@@ -28,7 +30,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=False)
     if kind == "cityscapes_instance":
         return CityscapesInstanceEvaluator(dataset_name)
-    raise ValueError(
+    raise InputError(
         f"data set '{dataset_name}' asks for the evaluator '{kind}'; there are coco and "
         "cityscapes_instance"
     )

@@ -9,6 +9,7 @@ import torch
 from fvcore.nn import weight_init
 from torch import nn
 
+from msad_kd.errors import InputError
 from msad_kd.pyramid import Pyramid
 
 __all__ = ["CrossingFeatureFusion", "masked_mean"]
@@ -60,14 +61,14 @@ class CrossingFeatureFusion(nn.Module):
             level name to the fused map (N, C, H, W).
 
         Raises:
-            ValueError: if names or shapes differ.
+            InputError: if names or shapes differ.
         """
         if hr.keys() != lr.keys():
-            raise ValueError(f"cannot fuse levels {sorted(hr)} with levels {sorted(lr)}")
+            raise InputError(f"cannot fuse levels {sorted(hr)} with levels {sorted(lr)}")
         fused = {}
         for name in hr:
             if hr[name].shape != lr[name].shape:
-                raise ValueError(
+                raise InputError(
                     f"cannot fuse level {name}: {tuple(hr[name].shape)} at high and "
                     f"{tuple(lr[name].shape)} at low resolution"
                 )

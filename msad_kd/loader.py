@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import cv2
 import torch
@@ -12,6 +13,7 @@ import torch.utils.data as torchdata
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import (
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
@@ -19,24 +21,37 @@ from detectron2.data.samplers import (
 )
 from detectron2.utils import comm
 
+from msad_kd.errors import InputError
 from msad_kd.seed import derive_seed, preserved_rng, seed_all
 
-__all__ = ["ResumableLoader", "build_train_loader", "clear_errors"]
+__all__ = ["ResumableLoader", "build_train_loader", "clear_absence", "clear_errors"]
 
 
 def clear_errors(mapper: Callable[[dict], dict]) -> Callable[[dict], dict]:
-    """The mapper, but an image that cannot be read is an error that names its file."""
+    """The mapper, but an image that cannot be read is an ``InputError`` that names its file."""
 
     def call(dataset_dict: dict) -> dict:
         try:
             return mapper(dataset_dict)
-        except OSError as error:  # Pillow's errors for corrupt files are OSErrors
-            raise OSError(
+        except (OSError, SizeMismatchError) as error:  # Pillow's are OSErrors
+            raise InputError(
                 f"image '{dataset_dict.get('file_name')}' cannot be read ({error}); restore it or "
                 "take it out of the annotation file"
             ) from error
 
     return call
+
+
+@contextmanager
+def clear_absence(names: tuple[str, ...]):
+    """A builtin data set that is not on disk is an ``InputError`` that says where it should be."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(
+            f"data set {', '.join(names)}: '{error.filename}' does not exist; set "
+            "DETECTRON2_DATASETS to the folder that has it"
+        ) from error
 
 
 class _SeededDataset(torchdata.Dataset):
@@ -131,7 +146,7 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
         return RandomSubsetTrainingSampler(len(dicts), ratio, seed_shuffle=seed, seed_subset=seed)
-    raise ValueError(
+    raise InputError(
         f"DATALOADER.SAMPLER_TRAIN: '{name}' is unknown; use TrainingSampler, "
         "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
     )
@@ -144,17 +159,18 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
     run is then another run.
 
     Raises:
-        ValueError: if the sampler is unknown or the batch cannot be divided among the processes.
+        InputError: if the sampler is unknown or the batch cannot be divided among the processes.
     """
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    with clear_absence(cfg.DATASETS.TRAIN):
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise ValueError(
+        raise InputError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} processes "
             "cannot share equally"
         )

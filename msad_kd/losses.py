@@ -54,7 +54,8 @@ def pkd_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) ->
     def standardised(x: torch.Tensor) -> torch.Tensor:
         x = x.float()
         mean = x.mean(dim=(0, 2, 3), keepdim=True)
-        std = x.var(dim=(0, 2, 3), keepdim=True, correction=0).clamp(min=0).sqrt()
+        # Not the root of the variance, whose gradient is NaN where a channel is constant.
+        std = x.std(dim=(0, 2, 3), keepdim=True, correction=0)
         return (x - mean) / (std + eps)
 
     return F.mse_loss(standardised(student), standardised(teacher)) / 2

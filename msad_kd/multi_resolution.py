@@ -11,6 +11,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
+from msad_kd.errors import InputError
 from msad_kd.fusion import CrossingFeatureFusion
 from msad_kd.hooking import answering
 from msad_kd.pyramid import Pyramid, level_shift, pad_batch, shift_levels, valid_masks
@@ -44,11 +45,11 @@ class MultiResolutionMixin:
             kwargs: arguments of the stock detector.
 
         Raises:
-            ValueError: if there is no such branch.
+            InputError: if there is no such branch.
         """
         super().__init__(**kwargs)
         if test_branch not in BRANCHES:
-            raise ValueError(
+            raise InputError(
                 f"MODEL.MULTI_RESOLUTION.TEST_BRANCH is '{test_branch}'; use one of {BRANCHES}"
             )
         self.fusion = fusion

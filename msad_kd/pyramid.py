@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from msad_kd.errors import InputError
+
 __all__ = ["level_shift", "shift_levels", "pair_levels", "pad_batch", "valid_masks"]
 
 Pyramid = dict[str, torch.Tensor]
@@ -17,10 +19,10 @@ def level_shift(scale: int) -> int:
     """The level shift m = log2 k.
 
     Raises:
-        ValueError: if ``scale`` is not a power of two, 1 included.
+        InputError: if ``scale`` is not a power of two, 1 included.
     """
     if scale != int(scale) or int(scale) < 1 or int(scale) & (int(scale) - 1):
-        raise ValueError(
+        raise InputError(
             f"KD.SCALE is {scale}, but levels of two resolutions align only when the sides differ "
             "by a power of two; set it to 1, 2, 4, ..."
         )
@@ -45,13 +47,13 @@ def pair_levels(
         no partner.
 
     Raises:
-        ValueError: if no level has a partner.
+        InputError: if no level has a partner.
     """
     by_stride = {stride: name for name, stride in teacher.items()}
     ordered = sorted(student.items(), key=lambda item: item[1])
     pairs = [(name, by_stride[stride]) for name, stride in ordered if stride in by_stride]
     if not pairs:
-        raise ValueError(
+        raise InputError(
             f"no level of the student (strides {student}) has the stride of a teacher's level "
             f"(strides {teacher}), in pixels of the high-resolution image; check KD.SCALE and both "
             "backbones' levels"
@@ -63,13 +65,13 @@ def pad_batch(images: list[torch.Tensor], height: int, width: int) -> torch.Tens
     """Batch images of (C, h, w), each padded with zeros at right and bottom, to (N, C, H, W).
 
     Raises:
-        ValueError: if an image is larger than (height, width).
+        InputError: if an image is larger than (height, width).
     """
     batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     for slot, image in zip(batch, images):
         h, w = image.shape[-2:]
         if h > height or w > width:
-            raise ValueError(
+            raise InputError(
                 f"an image of {h} x {w} does not fit the padded size {height} x {width}: it has to "
                 "be exactly KD.SCALE times its low-resolution partner, or smaller"
             )
@@ -77,9 +79,7 @@ def pad_batch(images: list[torch.Tensor], height: int, width: int) -> torch.Tens
     return batch
 
 
-def valid_masks(
-    sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: Pyramid
-) -> Pyramid:
+def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: Pyramid) -> Pyramid:
     """Masks of the cells that see image, not only padding.
 
     Args:

@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from msad_kd.config import add_msad_kd_config
 from msad_kd.datasets import register_coco_format
 from msad_kd.distiller import read_losses
+from msad_kd.errors import InputError
 from msad_kd.pyramid import level_shift
 
 __all__ = ["build_config", "merge_config"]
@@ -23,26 +24,29 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
     """Merge a YAML file and KEY VALUE pairs into a config, in place.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        KeyError: if a key is unknown; the message proposes the nearest one.
+        InputError: if there is no such file, or if a key is unknown; the message proposes the
+            nearest one.
     """
     if config_file and not PathManager.isfile(config_file):
-        raise FileNotFoundError(f"the config file '{config_file}' does not exist")
+        raise InputError(f"the config file '{config_file}' does not exist")
     try:
         if config_file:
             # YAML tags that construct Python objects would let a config run code.
             cfg.merge_from_file(config_file, allow_unsafe=False)
         cfg.merge_from_list(list(opts))
     except (KeyError, AssertionError) as error:
-        key = str(error).strip("\"'").removeprefix("Non-existent key: ").removeprefix(
-            "Non-existent config key: "
+        key = (
+            str(error)
+            .strip("\"'")
+            .removeprefix("Non-existent key: ")
+            .removeprefix("Non-existent config key: ")
         )
         known = _keys(cfg)
         close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
             key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
         )
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise KeyError(f"unknown config key or value: {key}{hint}") from error
+        raise InputError(f"unknown config key or value: {key}{hint}") from error
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -61,7 +65,7 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     SOLVER.REFERENCE_WORLD_SIZE scales batch, schedule and the distillation's warm-up, once.
 
     Raises:
-        KeyError, FileNotFoundError, ValueError: as ``merge_config``, ``register_coco_format``,
+        InputError: as ``merge_config``, ``register_coco_format``,
             ``level_shift`` and ``read_losses``.
     """
     cfg = get_cfg()

@@ -14,6 +14,7 @@ from torch import nn
 
 from msad_kd.checkpoint import load_strictly
 from msad_kd.config import add_msad_kd_config
+from msad_kd.errors import InputError
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.pyramid import Pyramid, pad_batch
 from msad_kd.seed import preserved_rng
@@ -37,11 +38,11 @@ class Teacher:
             scale: k.
 
         Raises:
-            ValueError: if the model has no such branch.
+            InputError: if the model has no such branch.
         """
         offered = BRANCHES if isinstance(model, MultiResolutionMixin) else ("hr", "lr")
         if branch not in offered:
-            raise ValueError(
+            raise InputError(
                 f"KD.TEACHER.BRANCH is '{branch}', but a {type(model).__name__} teacher has "
                 f"{', '.join(offered)}"
             )
@@ -71,10 +72,10 @@ class Teacher:
             level name to (N, C, cells, cells), without a graph.
 
         Raises:
-            KeyError: if the inputs lack ``image_hr``.
+            InputError: if the inputs lack ``image_hr``.
         """
         if "image_hr" not in batched_inputs[0] and self.branch != "lr":
-            raise KeyError(
+            raise InputError(
                 "the training data lack 'image_hr', the teacher's image; use "
                 "TwoResolutionMapper(cfg, is_train=True, frame='lr') as the mapper"
             )
@@ -100,13 +101,13 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     """The teacher's config: its own file, with the student's data sets and device.
 
     Raises:
-        ValueError: if the file or the weights are not named, or if the teacher sees images of
+        InputError: if the file or the weights are not named, or if the teacher sees images of
             another format or scale than the student.
     """
     keys = cfg.KD.TEACHER
     for key in ("CONFIG_FILE", "WEIGHTS"):
         if not keys[key]:
-            raise ValueError(
+            raise InputError(
                 f"KD.TEACHER.{key} is empty; {cfg.MODEL.META_ARCHITECTURE} needs a teacher's "
                 "config file and checkpoint to train (not to be evaluated)"
             )
@@ -123,7 +124,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         ("KD.SCALE", teacher.KD.SCALE, cfg.KD.SCALE),
     ):
         if own != students:
-            raise ValueError(
+            raise InputError(
                 f"{name} is {own} in the teacher's config '{keys.CONFIG_FILE}' and {students} in "
                 "the student's; both have to see the same images"
             )
@@ -138,8 +139,8 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     same data with a teacher as without.
 
     Raises:
-        ValueError: as ``teacher_config``, and if a key of the checkpoint does not fit.
-        FileNotFoundError: if the checkpoint is absent.
+        InputError: as ``teacher_config``, and if the checkpoint is absent or a key of it does not
+            fit.
     """
     keys = cfg.KD.TEACHER
     own = teacher_config(cfg)

@@ -18,8 +18,9 @@ from torch import nn
 from msad_kd.checkpoint import init_from_teacher
 from msad_kd.data import TwoResolutionMapper
 from msad_kd.distilled import DistilledMixin, attach_teacher
+from msad_kd.errors import InputError
 from msad_kd.evaluation import build_evaluator
-from msad_kd.loader import build_train_loader, clear_errors
+from msad_kd.loader import build_train_loader, clear_absence, clear_errors
 from msad_kd.seed import derive_seed, preserved_rng, seed_all
 from msad_kd.teacher import teacher_config
 
@@ -112,7 +113,7 @@ class KDTrainer(DefaultTrainer):
             return optimizer(
                 parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
             )
-        raise ValueError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; use SGD or ADAMW")
+        raise InputError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; use SGD or ADAMW")
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -121,7 +122,8 @@ class KDTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         mapper = clear_errors(build_mapper(cfg, is_train=False))
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        with clear_absence((dataset_name,)):
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):

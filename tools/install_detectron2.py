@@ -54,7 +54,8 @@ print("\\ndetectron2", detectron2.__version__)
 
 # One more file for the wheel: what the operators call where nothing was compiled.
 COMPILED_FILE = "detectron2/layers/compiled.py"
-COMPILED_TEXT = '''"""The compiled operators, or a stand-in that says they are missing when one is called."""
+COMPILED_TEXT = '''\
+"""The compiled operators, or a stand-in that says what is missing when one is called."""
 
 try:
     from detectron2 import _C
@@ -162,8 +163,8 @@ def mend(source: Path) -> None:
             text, found = re.subn(pattern, new, text, flags=re.MULTILINE)
             if not found:
                 raise InstallError(
-                    f"{file}: {pattern!r} is not found: it is not the file of Detectron2 {VERSION}, "
-                    "or is mended already."
+                    f"{file}: {pattern!r} is not found in it: it is not the file of Detectron2 "
+                    f"{VERSION}, or is mended already."
                 )
         texts[file] = text
     for file, text in texts.items():
@@ -187,16 +188,18 @@ def build_wheel(source: Path, folder: Path) -> Path:
         for path in sorted((source / package).rglob("*"))
         if path.suffix in (".py", ".yaml")
     }
-    info = f"detectron2-{VERSION}.dist-info"
-    metadata = ["Metadata-Version: 2.1", "Name: detectron2", f"Version: {VERSION}"]
-    metadata += [
-        "Summary: Detectron2, pure Python",
+    metadata = [
+        "Metadata-Version: 2.1",
+        "Name: detectron2",
+        f"Version: {VERSION}",
+        "Summary: Detectron2, pure Python, mended for today's libraries",
         "License: Apache-2.0",
         "Requires-Python: >=3.9",
+        *(f"Requires-Dist: {requirement}" for requirement in REQUIRES),
     ]
-    metadata += [f"Requires-Dist: {requirement}" for requirement in REQUIRES]
-    wheel = ["Wheel-Version: 1.0", f"Generator: {generator()}", "Root-Is-Purelib: true"]
-    wheel += ["Tag: py3-none-any"]
+    wheel = ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"]
+    wheel += [f"Generator: {generator()}"]
+    info = f"detectron2-{VERSION}.dist-info"
     files[f"{info}/LICENSE"] = (source / "LICENSE").read_bytes()
     files[f"{info}/METADATA"] = "\n".join([*metadata, ""]).encode()
     files[f"{info}/WHEEL"] = "\n".join([*wheel, ""]).encode()

@@ -52,7 +52,7 @@ class SceneOptions:
             raise ValueError(f"classes must lie in 1..{len(CLASS_NAMES)}, not {self.classes}")
         if not 0 < self.min_radius <= self.max_radius <= REFERENCE_SIDE / 2:
             raise ValueError(
-                f"radii must hold 0 < min <= max <= {REFERENCE_SIDE // 2}, "
+                f"min_radius and max_radius must hold 0 < min <= max <= {REFERENCE_SIDE // 2}, "
                 f"not {self.min_radius} and {self.max_radius}"
             )
         if self.min_radius * self.scale < 1.5:
@@ -62,7 +62,7 @@ class SceneOptions:
             )
         if not 1 <= self.min_shapes <= self.max_shapes <= 100:
             raise ValueError(
-                f"numbers of shapes must hold 1 <= min <= max <= 100, "
+                "min_shapes and max_shapes must hold 1 <= min <= max <= 100, "
                 f"not {self.min_shapes} and {self.max_shapes}"
             )
 
@@ -119,7 +119,7 @@ _OUTLINES = {
     "pentagon": _ring(5),
 }
 CLASS_NAMES = tuple(_OUTLINES)
-# Of equal area, so that neither the size of a shape tells its class.
+# Of equal area, so that the size of a shape does not tell its class.
 _UNIT_OUTLINES = [points * np.sqrt(np.pi / _area(points)) for points in _OUTLINES.values()]
 
 
@@ -135,8 +135,8 @@ def _place_centre(rng, radius, shapes, options):
 def _place_outline(rng, label, radius, centre):
     """An outline of the class at random orientation, slightly stretched; (K, 2)."""
     stretch = np.exp(rng.uniform(-0.08, 0.08))
-    shear = _rotation(rng.uniform(0, np.pi))
-    deform = shear @ np.diag([stretch, 1 / stretch]) @ shear.T
+    axes = _rotation(rng.uniform(0, np.pi))
+    deform = axes @ np.diag([stretch, 1 / stretch]) @ axes.T
     turn = _rotation(rng.uniform(0, 2 * np.pi))
     return _UNIT_OUTLINES[label] @ (deform @ turn).T * radius + centre
 

@@ -1,0 +1,156 @@
+"""The demo: a low-resolution Mask R-CNN, distilled, against the same one trained without a teacher.
+
+    python projects/Shapes/demo.py            # the teacher and the HR model from their checkpoints
+    python projects/Shapes/demo.py --full     # these are trained, too: hours on a CPU
+
+It generates the data, verifies the checkpoints, trains the LR baseline and the student side by
+side, measures all models, and leaves a table, two pictures and each run's log in the output folder.
+Paths are relative to the repository.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which does not put the repository on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from projects.Shapes import records, report
+from projects.Shapes.generate import generate
+from projects.Shapes.jobs import DemoError, Screen, count_cores, read_settings, run_jobs, typed
+from projects.Shapes.plan import TRAINED, measuring_job, model_rows, plan_jobs, read_results
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = {"train": 250, "val": 1000, "classes": 5, "difficulty": 0.1, "min_radius": 4.0}
+RESULTS = ("table.md", "table.json", "scenes.png", "ap_cost.png")
+
+
+def parse_arguments(arguments=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Distil a low-resolution Mask R-CNN on the Shapes data and compare it."
+    )
+    add = parser.add_argument
+    add("--full", action="store_true", help="train the HR model and the teacher, too: hours")
+    add("--output", default="output/shapes", help="results go to demo or demo-full in this folder")
+    add("--overwrite", action="store_true", help="replace a data set made with other arguments")
+    add("--checkpoints", default="projects/Shapes/checkpoints", help="folder of hr and teacher")
+    add("--train", type=int, default=DATA["train"], help="number of training scenes")
+    add("--val", type=int, default=DATA["val"], help="number of validation scenes")
+    add(
+        "--set",
+        nargs=2,
+        action="extend",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        dest="settings",
+        help="a config key for all models, for a trial run; may be given several times",
+    )
+    return parser.parse_args(arguments)
+
+
+def make_data(args, screen):
+    """Generates the data set, or keeps the one that is there; returns its arguments."""
+    data = {**DATA, "train": args.train, "val": args.val}
+    folder = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "shapes"
+    screen.say(f"Data: {data['train']} + {data['val']} scenes in '{folder}'")
+    try:
+        written = generate(folder, **data, overwrite=args.overwrite)
+    except (ValueError, OSError) as error:
+        raise DemoError(f"{error} (DETECTRON2_DATASETS says where the folder is)") from None
+    screen.say("Data: complete" if written else "Data: there already, kept")
+    return data
+
+
+def summarise(args, folder, rows, data, screen):
+    """The content of `table.json`."""
+    accuracy = {}
+    for place in ("known", *(f"{key}-evaluation" for key in TRAINED)):
+        accuracy |= read_results(folder / place)["rows"]
+    cost = read_results(folder / "cost")
+    for row in rows:
+        found = accuracy[row["key"]]
+        row |= {name: found[kind] for kind, name in report.KINDS.items()}
+        row |= cost["rows"][row["key"]]
+    settings = read_settings(folder / "student")
+    return {
+        "rows": rows,
+        "gap_closed": report.gaps(rows),
+        "run": {
+            "iterations": settings["SOLVER"]["MAX_ITER"],
+            "batch_size": settings["SOLVER"]["IMS_PER_BATCH"],
+            "seed": settings["SEED"],
+            "full": args.full,
+            "data": data,
+            "device": cost["device"],
+            "machine": report.machine(cost["device"]),
+            "seconds": screen.seconds(),
+        },
+    }
+
+
+def run(args, screen):
+    """The demo from data to table.
+
+    Raises:
+        DemoError: something went wrong that the person can be told in a sentence.
+    """
+    folder = Path(args.output) / ("demo-full" if args.full else "demo")
+    checkpoints = folder / "checkpoints" if args.full else Path(args.checkpoints)
+    cores = count_cores()
+    screen.say(
+        "Shapes demo: a low-resolution Mask R-CNN, with and without distillation, on "
+        f"{cores} core{'s' * (cores != 1)}; "
+        + ("hours on a CPU" if args.full else "at most 15 minutes on two")
+    )
+    recorded = None if args.full else records.read(checkpoints)
+    data = make_data(args, screen)
+    for name in RESULTS:  # if this run fails, those of an earlier one shall not pass for its own
+        (folder / name).unlink(missing_ok=True)
+    rows = model_rows(folder, checkpoints, args.settings)
+
+    jobs = plan_jobs(folder, checkpoints, rows, args.settings, recorded, screen)
+    screen.say("Trainings, one thread each (OMP_NUM_THREADS=1):")
+    for job in jobs:
+        if "train_net.py" in job.command:
+            screen.say(f"  {typed(job.command)}")
+    run_jobs(jobs, cores, screen)
+    # Alone, so that nothing disturbs the clock.
+    run_jobs([measuring_job("cost and latency", "cost", folder / "cost", rows)], 1, screen)
+
+    summary = summarise(args, folder, rows, data, screen)
+    text = report.markdown(summary)
+    (folder / "table.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "table.md").write_text(text)
+    from projects.Shapes import pictures  # matplotlib takes a second to import
+
+    pictures.draw_ap_cost(folder / "ap_cost.png", rows)
+    (folder / "cost" / "scenes.png").replace(folder / "scenes.png")
+    screen.say("Done\n")
+    print(text)
+    names = ", ".join(f"'{folder / name}'" for name in RESULTS)
+    print(f"Written: {names}; each run's log is in its folder there.")
+
+
+def main(arguments=None):
+    """Runs the command line; an expected error ends it with one sentence."""
+    args = parse_arguments(arguments)
+    os.chdir(ROOT)
+    # So that the trainings are stopped when the demo is, whoever ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("demo.py: terminated, with all it started"))
+    screen = Screen()
+    try:
+        run(args, screen)
+    except DemoError as error:
+        screen.say("Stopped")
+        sys.exit(f"demo.py: {error}")
+    except KeyboardInterrupt:
+        screen.say("Interrupted")
+        sys.exit("demo.py: interrupted; what it had started is stopped")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What several test files need, and is no fixture."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from msad_kd import KDTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+BASES = {role: ROOT / f"configs/Base-RCNN-FPN-{role}.yaml" for role in ("LR", "HR", "Teacher")}
+
+# Scenes are 64 x 96 px: what the high-resolution models see; the low-resolution ones see 32 x 48.
+SCENE_SIZE = (64, 96)
+TRAIN_SCENES, TEST_SCENES = 6, 3
+WARMUP = 4
+
+TINY_NET = {
+    "WEIGHTS": "",
+    "DEVICE": "cpu",
+    "RESNETS": {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 8},
+    "FPN": {"OUT_CHANNELS": 16},
+    "ROI_BOX_HEAD": {"FC_DIM": 16},
+    "ROI_MASK_HEAD": {"NUM_CONV": 1, "CONV_DIM": 8},
+}
+
+
+def tiny_model(*anchors):
+    """The MODEL section of a tiny detector that can be trained from scratch."""
+    return {
+        **TINY_NET,
+        "BACKBONE": {"FREEZE_AT": 0},
+        "PIXEL_MEAN": [120.0, 120.0, 120.0],
+        "PIXEL_STD": [64.0, 64.0, 64.0],
+        "RESNETS": {**TINY_NET["RESNETS"], "NORM": "BN"},
+        "ANCHOR_GENERATOR": {"SIZES": [[side] for side in anchors]},
+        "RPN": {"POST_NMS_TOPK_TRAIN": 50, "POST_NMS_TOPK_TEST": 20, "BATCH_SIZE_PER_IMAGE": 32},
+        "ROI_HEADS": {"NUM_CLASSES": 8, "BATCH_SIZE_PER_IMAGE": 16, "SCORE_THRESH_TEST": 0.0},
+    }
+
+
+def input_sizes(side):
+    """The INPUT section for images whose shorter side is ``side``."""
+    return {
+        "FORMAT": "RGB",
+        "MIN_SIZE_TRAIN": [side],
+        "MAX_SIZE_TRAIN": 4 * side,
+        "MIN_SIZE_TEST": side,
+        "MAX_SIZE_TEST": 4 * side,
+    }
+
+
+def coco_format(data, prefix):
+    """DATASETS.COCO_FORMAT for both splits of a data set: <prefix>_train and <prefix>_val."""
+    return [
+        {
+            "name": f"{prefix}_{split}",
+            "json": str(data / "annotations" / f"instances_{split}.json"),
+            "images": str(data / split),
+        }
+        for split in ("train", "val")
+    ]
+
+
+def flattened(node, prefix=""):
+    """Key to value of a config, with dots in the keys."""
+    flat = {}
+    for name, value in node.items():
+        nested = isinstance(value, dict)
+        flat |= flattened(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+def train(cfg, resume=False):
+    """Train a config to its end, and return the trainer."""
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    trainer = KDTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def tensors_of(module):
+    """A copy of all parameters and buffers, those which no state_dict holds included."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def differing(one, other):
+    """The names of the tensors that are not bitwise equal in two dicts of tensors."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def same_instances(one, other):
+    """Whether two ``Instances`` are bitwise equal in every field."""
+    if len(one) != len(other) or one.get_fields().keys() != other.get_fields().keys():
+        return False
+    for name, field in one.get_fields().items():
+        mine, yours = (getattr(x, "tensor", x) for x in (field, other.get(name)))
+        if isinstance(mine, torch.Tensor):
+            equal = torch.equal(mine, yours)
+        else:
+            polygons = [[p.tolist() for p in each] for x in (mine, yours) for each in x.polygons]
+            equal = polygons[: len(mine)] == polygons[len(mine) :]
+        if not equal:
+            return False
+    return True

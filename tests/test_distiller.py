@@ -1,0 +1,141 @@
+"""Which levels are compared by which loss, with what weight, when."""
+
+import logging
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from msad_kd.config import add_msad_kd_config
+from msad_kd.distiller import Distiller, read_losses
+from msad_kd.losses import DISTILL_LOSS_REGISTRY
+
+LEVELS = ("p2", "p3", "p4")
+STUDENT = {f"p{s}": 2 * 2**s for s in (2, 3, 4)}
+TEACHER = {f"p{s}": 2**s for s in (3, 4, 5)}
+
+
+def distiller(*entries):
+    module = Distiller(terms=read_losses(list(entries)))
+    module.connect(STUDENT, TEACHER)
+    return module
+
+
+def pyramids(*differences):
+    """Two pyramids that differ by these numbers, level by level."""
+    shapes = [(2, 4, 16 >> i, 24 >> i) for i in range(3)]
+    student = {f"p{i + 2}": torch.full(shape, 5.0) for i, shape in enumerate(shapes)}
+    teacher = {
+        f"p{i + 3}": torch.full(shape, 5.0 + differences[i]) for i, shape in enumerate(shapes)
+    }
+    return student, teacher
+
+
+def test_sum_over_levels_of_the_mean():
+    losses = distiller({"name": "l1", "weight": 0.6})(*pyramids(1.0, 2.0, 7.0), 0)
+    assert losses.keys() == {"loss_kd_l1"}
+    assert_close(losses["loss_kd_l1"], torch.tensor(6.0))  # 0.6 x (1 + 2 + 7)
+
+
+def test_levels_of_its_own():
+    both = distiller(
+        {"name": "l1", "weight": 1.0, "levels": ["p2"]},
+        {"name": "mse", "weight": 0.5, "levels": ["p3", "p4"]},
+    )
+    losses = both(*pyramids(1.0, 2.0, 4.0), 0)
+    assert_close(losses["loss_kd_l1"], torch.tensor(1.0))
+    assert_close(losses["loss_kd_mse"], torch.tensor(10.0))  # 0.5 x (4 + 16)
+
+
+def test_the_same_loss_twice_is_summed():
+    twice = distiller(
+        {"name": "l1", "weight": 1.0, "levels": ["p2"]},
+        {"name": "l1", "weight": 10.0, "levels": ["p4"]},
+    )
+    assert_close(twice(*pyramids(1.0, 2.0, 4.0), 0)["loss_kd_l1"], torch.tensor(41.0))
+
+
+def test_warm_up_rises_linearly_from_0_and_stays():
+    warm = distiller({"name": "l1", "weight": 0.6, "warmup_iters": 500})
+    found = [warm(*pyramids(1.0, 1.0, 1.0), i)["loss_kd_l1"] for i in (0, 1, 250, 499, 500, 9000)]
+    expected = [3 * 0.6 * share for share in (0, 1 / 500, 0.5, 499 / 500, 1, 1)]
+    assert_close(torch.stack(found), torch.tensor(expected))
+
+
+def test_warm_up_is_no_counter():
+    warm = distiller({"name": "l1", "weight": 0.6, "warmup_iters": 10})
+    for _ in range(20):
+        warm(*pyramids(1.0, 1.0, 1.0), 3)
+    assert_close(warm(*pyramids(1.0, 1.0, 1.0), 3)["loss_kd_l1"], torch.tensor(0.54))
+
+
+def test_arguments_reach_the_loss():
+    student, teacher = pyramids(0.0, 0.0, 0.0)
+    torch.manual_seed(0)
+    noisy = {name: torch.randn_like(level) for name, level in student.items()}
+    losses = [
+        distiller({"name": "pkd", "weight": 1.0, **arguments})(noisy, teacher, 0)["loss_kd_pkd"]
+        for arguments in ({}, {"eps": 1e6})
+    ]
+    assert_close(losses[0], torch.tensor(1.5))  # a constant teacher: half the variance, 3 levels
+    assert_close(losses[1], torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_no_parameters_of_its_own():
+    assert not list(distiller({"name": "l1", "weight": 1.0}).state_dict())
+
+
+def test_defaults_are_the_papers():
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    add_msad_kd_config(cfg)
+    (term,) = Distiller(cfg).terms
+    assert (term.name, term.weight, term.warmup_iters, term.levels) == ("l1", 0.6, 500, ())
+
+
+def test_a_registered_loss_can_be_named():
+    @DISTILL_LOSS_REGISTRY.register()
+    def largest(student, teacher, power: int = 1):
+        return (student - teacher).abs().max() ** power
+
+    try:
+        mine = distiller({"name": "largest", "weight": 1.0, "power": 2})
+        assert mine(*pyramids(1.0, 2.0, 3.0), 0)["loss_kd_largest"].item() == 14.0
+    finally:
+        DISTILL_LOSS_REGISTRY._obj_map.pop("largest")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"name": "l3", "weight": 1.0}, "no loss 'l3'; known: .*l1.*mse"),
+        ({"name": "l1", "weight": 1.0, "wiehgt": 2}, "'l1' has no field 'wiehgt'; known: .*levels"),
+        ({"name": "l1"}, "should be a dict with a name and a weight"),
+        ({"weight": 1.0}, "should be a dict with a name and a weight"),
+        ("l1", "should be a dict with a name and a weight"),
+    ],
+)
+def test_entries_that_cannot_be_read(entry, words):
+    with pytest.raises(ValueError, match=f"KD.LOSSES.*{words}"):
+        read_losses([entry])
+
+
+def test_a_level_without_partner_is_an_error_when_asked_for():
+    with pytest.raises(ValueError, match="level 'p6' of 'l1' has no partner.*p2, p3, p4"):
+        distiller({"name": "l1", "weight": 1.0, "levels": ["p2", "p6"]})
+
+
+def test_levels_without_partner_are_named_in_a_warning(caplog):
+    module = Distiller(terms=read_losses([{"name": "l1", "weight": 1.0}]))
+    with caplog.at_level(logging.WARNING):
+        module.connect({**STUDENT, "p5": 64, "p6": 128}, TEACHER)
+    assert "p5, p6" in caplog.text
+    assert module.pairs == {"p2": "p3", "p3": "p4", "p4": "p5"}
+
+
+def test_unequal_shapes_name_both_levels():
+    student, teacher = pyramids(1.0, 1.0, 1.0)
+    teacher["p4"] = teacher["p4"][:, :3]
+    with pytest.raises(ValueError, match=r"level p3.*\(2, 4, 8, 12\).*p4.*\(2, 3, 8, 12\)"):
+        distiller({"name": "l1", "weight": 1.0})(student, teacher, 0)

@@ -1,0 +1,27 @@
+#!/usr/bin/env python
+"""Write the model of a training checkpoint alone: no optimizer, no iteration, nothing of msad_kd.
+
+    python tools/export_model.py output/shapes/student/model_final.pth student.pth --half
+
+Stock Detectron2 loads the result with a plain config (MODEL.WEIGHTS student.pth).
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from msad_kd.checkpoint import export_weights
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", help="a checkpoint that train_net.py wrote")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("--half", action="store_true", help="store the weights in fp16")
+    arguments = parser.parse_args()
+    if not os.path.isfile(arguments.source):
+        parser.error(f"the checkpoint '{arguments.source}' does not exist")
+    export_weights(arguments.source, arguments.target, half=arguments.half)
+    size = os.path.getsize(arguments.target) / 2**20
+    print(f"{arguments.target}: {size:.1f} MiB")
