@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -29,6 +30,14 @@ class _StrictCheckpointer(DetectionCheckpointer):
     def load(self, path, *args, **kwargs):
         self.file = path
         return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename):
+        try:
+            return super()._load_file(filename)
+        except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            raise InputError(
+                f"the checkpoint '{self.file}' for {self.config} cannot be read ({error})"
+            ) from error
 
     def _log_incompatible_keys(self, incompatible) -> None:
         extra = [key for key in incompatible.unexpected_keys if not key.startswith(TRAINING_PREFIX)]

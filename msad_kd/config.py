@@ -13,6 +13,9 @@ def add_msad_kd_config(cfg: CN) -> None:
     # the folder DETECTRON2_DATASETS (./datasets when unset), as with Detectron2's builtin sets.
     cfg.DATASETS.COCO_FORMAT = []
 
+    # The share of images RandomSubsetTrainingSampler draws; Detectron2 0.6 lacks the key.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)
+
     # "SGD" (Detectron2's own) or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
 

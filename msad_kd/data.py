@@ -37,10 +37,17 @@ def scale_transform(transform: base.Transform, scale: int) -> base.Transform:
 
 
 @scale_transform.register(base.NoOpTransform)
-@scale_transform.register(base.BlendTransform)
 @scale_transform.register(T.ColorTransform)
 def _(transform, scale):
     return transform  # moves no pixel
+
+
+@scale_transform.register
+def _(transform: base.BlendTransform, scale):
+    # RandomSaturation blends with an image, made of the low-resolution one.
+    if np.ndim(transform.src_image) > 1:
+        return scale_transform.dispatch(object)(transform, scale)
+    return transform
 
 
 @scale_transform.register

@@ -31,7 +31,8 @@ def register_coco_format(cfg: CfgNode) -> None:
             )
         name, json_file, images = (entry["name"], _locate(entry["json"]), _locate(entry["images"]))
         if name in DatasetCatalog.list():
-            if MetadataCatalog.get(name).get("json_file") == json_file:
+            known = MetadataCatalog.get(name)
+            if (known.get("json_file"), known.get("image_root")) == (json_file, images):
                 continue
             raise InputError(
                 f"DATASETS.COCO_FORMAT: a data set called '{name}' exists already; rename yours"
@@ -71,6 +72,8 @@ def load_checked(json_file: str, images: str, name: str) -> list[dict]:
             f"data set '{name}': '{json_file}' is not in COCO format, which has images, "
             f"annotations and categories ({type(error).__name__}: {error})"
         ) from error
+    if not dicts:
+        raise InputError(f"data set '{name}': '{json_file}' is not in COCO format, or is empty")
     absent = [d["file_name"] for d in dicts if not PathManager.exists(d["file_name"])]
     if absent:
         raise InputError(

@@ -45,7 +45,8 @@ class MultiResolutionMixin:
             kwargs: arguments of the stock detector.
 
         Raises:
-            InputError: if there is no such branch.
+            InputError: if there is no such branch, if the backbone pads images for one resolution
+                only, or if a head reads a level that only one resolution has.
         """
         super().__init__(**kwargs)
         if test_branch not in BRANCHES:
@@ -57,6 +58,19 @@ class MultiResolutionMixin:
         self.mask_padding = mask_padding
         self.test_branch = test_branch
         self.scale = scale
+        if getattr(self.backbone, "scale", 1) != scale:
+            raise InputError(
+                f"MODEL.BACKBONE.NAME: a {type(self.backbone).__name__} pads images for one "
+                "resolution; use build_aligned_resnet_fpn_backbone, or one that makes an AlignedFPN"
+            )
+        for part in (getattr(self, name, None) for name in ("proposal_generator", "roi_heads")):
+            offered = self.strides("fused")
+            absent = [name for name in getattr(part, "in_features", ()) if name not in offered]
+            if absent:
+                raise InputError(
+                    f"IN_FEATURES: the {type(part).__name__} reads {', '.join(absent)}, but the "
+                    f"levels that both resolutions have are {', '.join(offered)}"
+                )
 
     @classmethod
     def from_config(cls, cfg):
@@ -118,6 +132,11 @@ class MultiResolutionMixin:
         images = self.preprocess_image(batched_inputs)
         high, low = images.tensor, None
         if branches != ("hr",):
+            if "image_lr" not in batched_inputs[0]:
+                raise InputError(
+                    "the data lack 'image_lr', the low-resolution image; use "
+                    "TwoResolutionMapper(cfg, is_train, frame='hr') as the mapper"
+                )
             height, width = (side // self.scale for side in high.shape[-2:])
             low = pad_batch(self.normalize([x["image_lr"] for x in batched_inputs]), height, width)
         if branches == ("lr",):

@@ -18,6 +18,7 @@ from msad_kd.errors import InputError
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.pyramid import Pyramid, pad_batch
 from msad_kd.seed import preserved_rng
+from msad_kd.setup import merge_config
 
 __all__ = ["Teacher", "build_teacher", "teacher_config"]
 
@@ -113,8 +114,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             )
     teacher = get_cfg()
     add_msad_kd_config(teacher)
-    teacher.merge_from_file(keys.CONFIG_FILE, allow_unsafe=False)
-    teacher.merge_from_list(list(keys.OPTS))
+    merge_config(teacher, keys.CONFIG_FILE, keys.OPTS)
     teacher.MODEL.WEIGHTS = keys.WEIGHTS
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.DATASETS = cfg.DATASETS.clone()

@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """The folder of a COCO-format data set: annotations/instances_{train,val}.json, train/, val/."""
+    """The folder of a COCO-format data set: annotations/instances_*.json, train/ and val/."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     counts = {"train": TRAIN_SCENES, "val": TEST_SCENES}
     generate(folder, size=SCENE_SIZE, max_shapes=6, progress=False, **counts)

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from msad_kd.config import add_msad_kd_config
 from msad_kd.distiller import Distiller, read_losses
+from msad_kd.errors import InputError
 from msad_kd.losses import DISTILL_LOSS_REGISTRY
 
 LEVELS = ("p2", "p3", "p4")
@@ -117,12 +118,12 @@ def test_a_registered_loss_can_be_named():
     ],
 )
 def test_entries_that_cannot_be_read(entry, words):
-    with pytest.raises(ValueError, match=f"KD.LOSSES.*{words}"):
+    with pytest.raises(InputError, match=f"KD.LOSSES.*{words}"):
         read_losses([entry])
 
 
 def test_a_level_without_partner_is_an_error_when_asked_for():
-    with pytest.raises(ValueError, match="level 'p6' of 'l1' has no partner.*p2, p3, p4"):
+    with pytest.raises(InputError, match="level 'p6' of 'l1' has no partner.*p2, p3, p4"):
         distiller({"name": "l1", "weight": 1.0, "levels": ["p2", "p6"]})
 
 
@@ -137,5 +138,5 @@ def test_levels_without_partner_are_named_in_a_warning(caplog):
 def test_unequal_shapes_name_both_levels():
     student, teacher = pyramids(1.0, 1.0, 1.0)
     teacher["p4"] = teacher["p4"][:, :3]
-    with pytest.raises(ValueError, match=r"level p3.*\(2, 4, 8, 12\).*p4.*\(2, 3, 8, 12\)"):
+    with pytest.raises(InputError, match=r"level p3.*\(2, 4, 8, 12\).*p4.*\(2, 3, 8, 12\)"):
         distiller({"name": "l1", "weight": 1.0})(student, teacher, 0)

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from msad_kd import CrossingFeatureFusion
+from msad_kd.errors import InputError
 from msad_kd.fusion import masked_mean
 
 
@@ -136,11 +137,11 @@ def test_gradient_reaches_both_maps_and_both_layers():
 def test_unequal_levels_are_named():
     fusion = CrossingFeatureFusion(4)
     level = torch.zeros(1, 4, 2, 2)
-    with pytest.raises(ValueError, match=r"\['p3'\].*\['p4'\]"):
+    with pytest.raises(InputError, match=r"\['p3'\].*\['p4'\]"):
         fusion({"p3": level}, {"p4": level})
 
 
 def test_unequal_shapes_are_named():
     fusion = CrossingFeatureFusion(4)
-    with pytest.raises(ValueError, match=r"p3.*\(1, 4, 2, 2\).*\(1, 4, 2, 3\)"):
+    with pytest.raises(InputError, match=r"p3.*\(1, 4, 2, 2\).*\(1, 4, 2, 3\)"):
         fusion({"p3": torch.zeros(1, 4, 2, 2)}, {"p3": torch.zeros(1, 4, 2, 3)})

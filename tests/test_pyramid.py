@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from msad_kd.errors import InputError
 from msad_kd.pyramid import level_shift, pad_batch, pair_levels, shift_levels, valid_masks
 
 
@@ -17,7 +18,7 @@ def test_level_shift(scale, shift):
 
 @pytest.mark.parametrize("scale", [0, -2, 3, 6, 1.5])
 def test_scale_must_be_a_power_of_two(scale):
-    with pytest.raises(ValueError, match=f"KD.SCALE is {scale}.*power of two"):
+    with pytest.raises(InputError, match=f"KD.SCALE is {scale}.*power of two"):
         level_shift(scale)
 
 
@@ -52,7 +53,7 @@ def test_pairs_go_by_stride_whatever_the_names():
 
 
 def test_no_pair_is_an_error_that_names_the_levels():
-    with pytest.raises(ValueError, match=r"p2.*p9.*KD.SCALE"):
+    with pytest.raises(InputError, match=r"p2.*p9.*KD.SCALE"):
         pair_levels({"p2": 4}, {"p9": 512})
 
 
@@ -66,7 +67,7 @@ def test_pad_batch():
 
 
 def test_pad_batch_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="5 x 4.*4 x 4"):
+    with pytest.raises(InputError, match="5 x 4.*4 x 4"):
         pad_batch([torch.ones(3, 5, 4)], 4, 4)
 
 

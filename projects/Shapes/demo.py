@@ -24,7 +24,16 @@ from projects.Shapes.jobs import DemoError, Screen, count_cores, read_settings, 
 from projects.Shapes.plan import TRAINED, measuring_job, model_rows, plan_jobs, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = {"train": 250, "val": 1000, "classes": 5, "difficulty": 0.1, "min_radius": 4.0}
+DATA = {
+    "train": 300,
+    "val": 1000,
+    "classes": 5,
+    "difficulty": 0.1,
+    "hue_spread": 50.0,
+    "min_radius": 4.0,
+    "max_radius": 24.0,
+    "max_shapes": 10,
+}
 RESULTS = ("table.md", "table.json", "scenes.png", "ap_cost.png")
 
 

@@ -202,6 +202,12 @@ def parse_arguments(arguments=None):
     add("--max-radius", type=float, default=default.max_radius, help=reach)
     add("--min-shapes", type=int, default=default.min_shapes, help="in a scene")
     add("--max-shapes", type=int, default=default.max_shapes, help="in a scene")
+    add(
+        "--hue-spread",
+        type=float,
+        default=default.hue_spread,
+        help="degrees around a class's own hue; at 180 the colour tells nothing",
+    )
     add("--format", choices=FORMATS, default="coco", help="what to write")
     add("--overwrite", action="store_true", help="replace a data set made with other arguments")
     parsed = vars(parser.parse_args(arguments))

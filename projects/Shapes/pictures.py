@@ -10,6 +10,7 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 SCENES = 4
 FIRST_SCENES = 50
@@ -67,13 +68,15 @@ def _overlay(image, masks, classes, metadata):
     from detectron2.utils.visualizer import Visualizer
 
     colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in classes]
-    canvas = Visualizer(image, metadata)
-    drawn = canvas.overlay_instances(masks=masks, assigned_colors=colours, alpha=0.5)
+    # In grey, so that a colour is that of a class and not of the object.
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    canvas = Visualizer(grey, metadata)
+    drawn = canvas.overlay_instances(masks=masks, assigned_colors=colours, alpha=0.6)
     return drawn.get_image()
 
 
 def draw_scenes(path, dicts, columns, metadata):
-    """Draws the ground truth and each model's predictions of a few scenes side by side.
+    """Draws a few scenes, their ground truth and each model's predictions side by side.
 
     Args:
         path: the PNG to write.
@@ -82,7 +85,7 @@ def draw_scenes(path, dicts, columns, metadata):
         metadata: of the data set.
     """
     chosen = choose_scenes([len(scene.get("annotations", [])) for scene in dicts])
-    titles = ["ground truth", *(title for title, _, _ in columns)]
+    titles = ["scene", "ground truth", *(title for title, _, _ in columns)]
     figure, axes = plt.subplots(
         len(chosen),
         len(titles),
@@ -95,8 +98,9 @@ def draw_scenes(path, dicts, columns, metadata):
         image = _read(scene)
         shown = [_ground_truth(scene)]
         shown += [_predictions(scene, model, mapper) for _, model, mapper in columns]
-        for axis, (masks, classes) in zip(row, shown):
-            axis.imshow(_overlay(image, masks, classes, metadata))
+        tiles = [image, *(_overlay(image, *objects, metadata) for objects in shown)]
+        for axis, tile in zip(row, tiles):
+            axis.imshow(tile)
             axis.set_axis_off()
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=15)
@@ -136,7 +140,7 @@ def _place_labels(figure, axis, points, labels, colours):
                 color=colour,
                 arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkB": 4},
             )
-            box = label.get_window_extent(renderer).expanded(1.02, 1.1)
+            box = Text.get_window_extent(label, renderer).expanded(1.02, 1.1)  # without the line
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
             inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
             free = not any(box.overlaps(other) for other in taken)
@@ -150,7 +154,7 @@ def _place_labels(figure, axis, points, labels, colours):
             label.remove()
         else:
             label = axis.annotate(text, point, xytext=(9, 0), textcoords="offset points")
-            box = label.get_window_extent(renderer)
+            box = Text.get_window_extent(label, renderer)
         taken.append(box)
 
 

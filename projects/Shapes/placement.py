@@ -33,6 +33,9 @@ class SceneOptions:
         min_radius, max_radius: of the circle of the same area as the shape, in pixels of an image
             whose shorter side is 128; scaled with the size. Drawn log-uniformly.
         min_shapes, max_shapes: inclusive bounds of the number of shapes in a scene.
+        hue_spread: in (0, 180] degrees; a shape's hue is that far at most from its class's own, the
+            classes' being spaced evenly. At 180 the hue tells nothing; a net learns faster from
+            scratch when it tells something.
     """
 
     size: tuple[int, int] = (128, 128)
@@ -42,6 +45,7 @@ class SceneOptions:
     max_radius: float = 22.0
     min_shapes: int = 4
     max_shapes: int = 12
+    hue_spread: float = 180.0
 
     def __post_init__(self):
         if len(self.size) != 2 or min(self.size) < 16:
@@ -55,6 +59,8 @@ class SceneOptions:
                 f"min_radius and max_radius must hold 0 < min <= max <= {REFERENCE_SIDE // 2}, "
                 f"not {self.min_radius} and {self.max_radius}"
             )
+        if not 0 < self.hue_spread <= 180:
+            raise ValueError(f"hue_spread must lie in (0, 180] degrees, not {self.hue_spread}")
         if self.min_radius * self.scale < 1.5:
             raise ValueError(
                 f"min_radius {self.min_radius} is below 1.5 pixels in an image of "

@@ -1,8 +1,8 @@
 """Draws the scenes of the Shapes data set.
 
-A scene is a textured background with a few overlapping shapes. What class a shape has is told by
-its outline alone: colours, textures, sizes and orientations are drawn alike for all classes, so a
-detector has to resolve the outline, and a lower resolution takes that away from small shapes first.
+A scene is a textured background with a few overlapping shapes. Textures, sizes and orientations are
+drawn alike for all classes. The hue is a hint, as vague as `hue_spread` makes it; for certain, the
+outline alone tells the class, and a lower resolution takes that away from small shapes first.
 
 H, W and S (SUPERSAMPLING) are those of `placement.py`.
 """
@@ -76,14 +76,13 @@ def _stroke(rng, canvas, options):
     )
 
 
-def _contrasting_colour(rng, against, distance):
-    """A random RGB colour whose distance from the colour `against` is one to two times `distance`,
-    less only where the range of 8 bits leaves no room for it."""
-    directions = rng.standard_normal((16, 3))
-    directions *= (
-        distance * rng.uniform(1, 2, (16, 1)) / np.linalg.norm(directions, axis=1)[:, None]
-    )
-    candidates = np.clip(against + directions, 0, 255)
+def _contrasting_colour(rng, against, distance, hue, spread):
+    """A random RGB colour whose hue is within `spread` degrees of `hue`, at least `distance` away
+    from the colour `against` where one of 16 tries is."""
+    hsv = np.empty((16, 1, 3), np.float32)
+    hsv[..., 0] = (hue + rng.uniform(-spread, spread, (16, 1))) % 360
+    hsv[..., 1:] = rng.uniform(0.45, 1, (16, 1, 2))
+    candidates = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[:, 0]
     distances = np.linalg.norm(candidates - against, axis=1)
     enough = np.flatnonzero(distances >= distance)
     return candidates[enough[0] if len(enough) else np.argmax(distances)]
@@ -112,7 +111,8 @@ def _paint(rng, canvas, shape, options):
     region = canvas[shape.box]
     distance = 140 - 100 * options.difficulty
     behind = region[shape.mask].mean(axis=0)
-    first = _contrasting_colour(rng, behind, distance)
+    hue = 360 * shape.label / options.classes
+    first = _contrasting_colour(rng, behind, distance, hue, options.hue_spread)
     second = first + rng.uniform(0.25, 0.6) * (rng.uniform(0, 255, 3) - first)
     if np.linalg.norm(second - behind) < distance:
         # Mirrored at the first colour, so that a spot at the edge does not look like a dent.

@@ -1,0 +1,186 @@
+"""The student: a stock detector but for the losses it has in training."""
+
+import pytest
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
+from detectron2.utils.events import EventStorage
+from helpers import WARMUP, differing, same_instances, tensors_of
+
+from msad_kd import DistilledMixin, DistilledRCNN, attach_teacher
+from msad_kd.errors import InputError
+
+
+def build(cfg):
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def losses_of(model, inputs, iteration=0):
+    torch.manual_seed(1)  # the heads sample proposals
+    with EventStorage(iteration):
+        return model.train()(inputs)
+
+
+@pytest.fixture
+def student(student_config):
+    cfg = student_config()
+    model = build(cfg)
+    attach_teacher(model, cfg)
+    return model
+
+
+def test_keys_are_the_stock_models(student, config):
+    stock = build(config("lr"))
+    assert list(student.state_dict()) == list(stock.state_dict())
+    assert tensors_of(student).keys() == tensors_of(stock).keys()
+    assert {id(p) for p in student.teacher.model.parameters()}.isdisjoint(
+        id(p) for p in student.parameters()
+    )
+
+
+def test_initial_weights_are_the_stock_models(student_config, config):
+    assert differing(tensors_of(build(student_config())), tensors_of(build(config("lr")))) == []
+
+
+def test_losses_are_the_stock_ones_and_the_distillations(student, config, batch):
+    cfg = config("student")
+    inputs = batch(cfg, "lr")
+    found = losses_of(student, inputs, WARMUP)
+    expected = losses_of(build(config("lr")), inputs)
+    assert found.keys() == expected.keys() | {"loss_kd_l1"}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found["loss_kd_l1"] > 0
+
+
+def test_the_distillation_loss_is_that_of_the_two_pyramids(student, config, batch):
+    inputs = batch(config("student"), "lr")
+    found = losses_of(student, inputs, WARMUP)["loss_kd_l1"]
+    images = student.preprocess_image(inputs).tensor
+    mine = build(config("lr")).train().backbone(images)
+    theirs = student.teacher.pyramid(inputs, tuple(images.shape[-2:]))
+    sums = [(mine[f"p{s}"] - theirs[f"p{s + 1}"]).abs().mean() for s in range(2, 7)]
+    torch.testing.assert_close(found, 0.6 * sum(sums))
+
+
+def test_it_warms_up_by_the_trainers_iteration(student, config, batch):
+    inputs = batch(config("student"), "lr")
+    losses = [
+        losses_of(student.eval(), inputs, i)["loss_kd_l1"].item() for i in (0, WARMUP, WARMUP // 2)
+    ]
+    assert losses[0] == 0 < losses[1]
+    assert losses[2] == pytest.approx(losses[1] / 2, rel=1e-6)
+
+
+def test_its_gradient_reaches_the_backbone_and_nothing_else(student, config, batch):
+    losses_of(student, batch(config("student"), "lr"), WARMUP)["loss_kd_l1"].backward()
+    assert student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+    heads = [*student.roi_heads.parameters(), *student.proposal_generator.parameters()]
+    assert all(p.grad is None for p in [*heads, *student.teacher.model.parameters()])
+
+
+def test_the_teacher_stays_in_eval_mode(student):
+    for mode in (True, False, True):
+        student.train(mode)
+        assert not any(module.training for module in student.teacher.model.modules())
+    student.requires_grad_(True)
+    assert not any(p.requires_grad for p in student.teacher.model.parameters())
+
+
+def test_the_teacher_is_bitwise_unchanged(student, config, batch):
+    teacher = student.teacher.model
+    before = tensors_of(teacher)
+    mine = tensors_of(student)
+    inputs = batch(config("student"), "lr")
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    for _ in range(2):
+        sum(losses_of(student, inputs, WARMUP).values()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            student.eval()(inputs)
+    assert differing(tensors_of(teacher), before) == []
+    changed = differing(tensors_of(student), mine)
+    assert any(name.endswith("running_mean") for name in changed)  # the student's own do move
+
+
+def test_in_evaluation_it_is_the_stock_detector(student_config, config, batch):
+    model = build(student_config()).eval()
+    assert model.teacher is None  # and none is needed
+    inputs = batch(config("lr"), None, count=3, is_train=False)
+    with torch.no_grad():
+        found, expected = model(inputs), build(config("lr")).eval()(inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert same_instances(one["instances"], other["instances"])
+
+
+def test_every_image_of_a_batch_has_its_own_predictions(student, config, batch):
+    inputs = batch(config("lr"), None, count=3, is_train=False)
+    inputs[1]["image"] = inputs[1]["image"][:, :, :40]  # of different sizes, so padded
+    inputs[2].update(height=128, width=192)
+    with torch.no_grad():
+        together = [x["instances"] for x in student.eval()(inputs)]
+        alone = [student([x])[0]["instances"] for x in inputs]
+    assert len(together) == 3
+    for one, other in zip(together, alone):
+        assert len(one) > 5
+        torch.testing.assert_close(one.scores, other.scores)
+        torch.testing.assert_close(one.pred_boxes.tensor, other.pred_boxes.tensor)
+    assert not torch.equal(together[0].scores, together[1].scores)
+    assert together[2].image_size == (128, 192)
+
+
+def test_without_a_teacher_it_cannot_be_trained(student_config, batch):
+    cfg = student_config()
+    with pytest.raises((InputError, RuntimeError), match="no teacher; call .*attach_teacher"):
+        losses_of(build(cfg), batch(cfg, "lr"))
+
+
+def test_levels_that_cannot_meet_are_named(student_config):
+    # The student's finest level has stride 2^1 * 64 in the teacher's pixels.
+    cfg = student_config("KD.SCALE", 64, "KD.TEACHER.BRANCH", "hr")
+    model = build(cfg)
+    from msad_kd.teacher import Teacher
+
+    hr = build_model(student_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
+    with pytest.raises(InputError, match="no level of the student.*'p2': 256.*KD.SCALE"):
+        model.set_teacher(Teacher(hr, branch="hr", scale=64))
+
+
+def test_maps_of_unequal_width_are_named(student_config, batch):
+    cfg = student_config("MODEL.FPN.OUT_CHANNELS", 8)
+    model = build(cfg)
+    attach_teacher(model, cfg)
+    with pytest.raises(InputError, match=r"level p2 .*\(2, 8, 8, 16\).* p3 .*\(2, 16, 8, 16\)"):
+        losses_of(model, batch(cfg, "lr"))
+
+
+@pytest.mark.parametrize("branch", ["hr", "lr", "fused"])
+def test_it_learns_from_any_branch(student_config, batch, branch):
+    cfg = student_config("KD.TEACHER.BRANCH", branch)
+    model = build(cfg)
+    assert attach_teacher(model, cfg).branch == branch
+    assert model.distiller.pairs == {f"p{s}": f"p{s + 1}" for s in range(2, 7)}
+    assert losses_of(model, batch(cfg, "lr"), WARMUP)["loss_kd_l1"] > 0
+
+
+def test_any_detector_becomes_a_student_in_three_lines(student_config, batch):
+    class Louder(GeneralizedRCNN):
+        def forward(self, batched_inputs):
+            losses = super().forward(batched_inputs)
+            return {**losses, "loss_mine": torch.zeros(())} if self.training else losses
+
+    @META_ARCH_REGISTRY.register()
+    class DistilledLouder(DistilledMixin, Louder):
+        pass
+
+    try:
+        cfg = student_config("MODEL.META_ARCHITECTURE", "DistilledLouder")
+        model = build(cfg)
+        attach_teacher(model, cfg)
+        assert {"loss_mine", "loss_kd_l1", "loss_mask"} <= losses_of(model, batch(cfg, "lr")).keys()
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop("DistilledLouder")
+
+
+def test_it_is_a_stock_mask_rcnn():
+    assert issubclass(DistilledRCNN, GeneralizedRCNN)
+    assert DistilledRCNN.inference is GeneralizedRCNN.inference
