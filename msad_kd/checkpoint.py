@@ -41,8 +41,10 @@ class _StrictCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible) -> None:
         extra = [key for key in incompatible.unexpected_keys if not key.startswith(TRAINING_PREFIX)]
+        misshapen = [key for key, _, _ in incompatible.incorrect_shapes]  # "missing", too
+        missing = [key for key in incompatible.missing_keys if key not in misshapen]
         faults = [
-            (list(incompatible.missing_keys), "keys of the model are absent from it"),
+            (missing, "keys of the model are absent from it"),
             (extra, "of its keys are not in the model"),
             (
                 [f"{key} {a} -> {b}" for key, a, b in incompatible.incorrect_shapes],

@@ -100,8 +100,8 @@ class Distiller(nn.Module):
             for level in term.levels:
                 if level not in self.pairs:
                     raise InputError(
-                        f"KD.LOSSES: level '{level}' of '{term.name}' has no partner; the student's "
-                        f"levels with one are {', '.join(self.pairs)}"
+                        f"KD.LOSSES: level '{level}' of '{term.name}' has no partner in the "
+                        f"teacher; the levels that have one are {', '.join(self.pairs)}"
                     )
         if alone:
             logging.getLogger(__name__).warning(

@@ -25,9 +25,9 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tens
 class CrossingFeatureFusion(nn.Module):
     """Fuse the levels of a high- and a low-resolution pyramid by weights each image chooses.
 
-    Per image and level: both maps are averaged to one vector of 2C; a linear map to
-    2C/``reduction`` units, ReLU and a linear map to 2, both without bias, and a softmax give h_0 and
-    h_1; the fused map is h_0 HR + h_1 LR. One module serves all levels.
+    Per image and level, both maps are averaged to one vector of 2C; a linear map to 2C/reduction
+    units, ReLU and a linear map to 2, both without bias, and a softmax give h_0 and h_1; the fused
+    map is h_0 HR + h_1 LR. One module serves all levels.
     """
 
     def __init__(self, in_channels: int, reduction: int = 16):

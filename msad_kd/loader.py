@@ -77,7 +77,7 @@ class _SeededDataset(torchdata.Dataset):
 
 
 class _BatchSampler(torchdata.Sampler):
-    """Batches of (index, seed) from an infinite sampler, grouped by aspect ratio, from ``start``."""
+    """Batches of (index, seed) from an infinite sampler, grouped by aspect ratio."""
 
     def __init__(self, sampler, batch_size: int, groups: list[int], seed: int, start: int):
         self.sampler = sampler

@@ -42,7 +42,7 @@ def mse_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 @_named("pkd")
 def pkd_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """1 - Pearson correlation of each channel over (N, H, W), averaged over channels (PKD, NeurIPS'22).
+    """1 - Pearson correlation of each channel over (N, H, W), mean over channels (PKD, NeurIPS'22).
 
     Half the mean squared difference of the two maps after each channel has been brought to mean 0
     and variance 1: between 0 (equal up to a positive scale and an offset) and 2 (opposite).

@@ -1,4 +1,4 @@
-"""Detectron2's ``DefaultTrainer`` with two resolutions, a teacher, and steps that can be repeated."""
+"""Detectron2's ``DefaultTrainer`` with two resolutions, a teacher and repeatable steps."""
 
 from __future__ import annotations
 
