@@ -7,6 +7,8 @@ the low-resolution pyramid P'2..P'6 is renamed to p3..p7, and both are fused lev
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
@@ -111,7 +113,13 @@ class MultiResolutionMixin:
         """
         levels, found = self.strides("fused"), {}
         if high is not None:
-            features = self.backbone(high)
+            with ExitStack() as skipped:
+                # The finest levels have no partner at low resolution. p2's output convolution alone
+                # is a quarter of the multiply-adds of an R-50 FPN, so they are left out.
+                for name in self.backbone.output_shape().keys() - levels.keys():
+                    if output := getattr(self.backbone, f"fpn_output{name[1:]}", None):
+                        skipped.enter_context(answering(output, None))
+                features = self.backbone(high)
             found["hr"] = {name: features[name] for name in levels}
         if low is not None:
             features = shift_levels(self.backbone(low), level_shift(self.scale))
