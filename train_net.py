@@ -1,32 +1,38 @@
 #!/usr/bin/env python
 """Train, resume and evaluate students, multi-resolution teachers and stock detectors."""
 
-import importlib
+import logging
 import os
 import sys
 
-# Scripts run from a checkout, installed or not, from any folder.
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+# For --import: Python looks beside this file by itself, but not where it was started.
+sys.path.insert(0, os.getcwd())
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessRaisedException
 
 from msad_kd import KDTrainer
-from msad_kd.errors import InputError
-from msad_kd.setup import build_config
+from msad_kd.checkpoint import load_strictly
+from msad_kd.errors import InputError, input_error_of
+from msad_kd.setup import build_config, import_module
 
 
 def setup(args):
     """Import the user's modules, read the config and prepare logs and seeds."""
     for module in args.imports:
-        importlib.import_module(module)
+        import_module(module)
     cfg = build_config(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="msad_kd")
+    # An InputError says enough by itself.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError))
+    )
     return cfg
 
 
@@ -34,9 +40,11 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         model = KDTrainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        if args.resume:
+            checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=True)
+        else:
+            load_strictly(model, cfg.MODEL.WEIGHTS, f"the config '{args.config_file}'")
         results = KDTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
@@ -67,5 +75,8 @@ if __name__ == "__main__":
             dist_url=arguments.dist_url,
             args=(arguments,),
         )
-    except InputError as error:
-        sys.exit(f"{os.path.basename(__file__)}: {error}")
+    except (InputError, ProcessRaisedException) as error:
+        sentence = input_error_of(error)
+        if sentence is None:
+            raise
+        sys.exit(f"{os.path.basename(__file__)}: {sentence}")

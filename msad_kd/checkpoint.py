@@ -13,7 +13,13 @@ from torch import nn
 
 from msad_kd.errors import InputError
 
-__all__ = ["load_strictly", "init_from_teacher", "export_weights", "TRAINING_PREFIX"]
+__all__ = [
+    "TRAINING_PREFIX",
+    "check_exists",
+    "export_weights",
+    "init_from_teacher",
+    "load_strictly",
+]
 
 # What distillation adds to a student's parameters, and no exported model has.
 TRAINING_PREFIX = "distiller."
@@ -51,12 +57,28 @@ class _StrictCheckpointer(DetectionCheckpointer):
                 "of its keys have another shape than the model's",
             ),
         ]
-        told = [f"{len(keys)} {what}, e.g. {keys[0]}" for keys, what in faults if keys]
-        if told:
+        problems = [f"{len(keys)} {what}, e.g. {keys[0]}" for keys, what in faults if keys]
+        if problems:
             raise InputError(
-                f"'{self.file}' does not fit {self.config}: {'; '.join(told)}; was it trained with "
-                "another config?"
+                f"'{self.file}' does not fit {self.config}: {'; '.join(problems)}; was it trained "
+                "with another config?"
             )
+
+
+def check_exists(path: str, purpose: str) -> None:
+    """See that there is such a checkpoint.
+
+    Raises:
+        InputError: if the path is empty or there is no such file.
+    """
+    if not path:
+        raise InputError(f"no checkpoint is named for {purpose}; set MODEL.WEIGHTS")
+    # Addresses of other kinds (https://, detectron2://) are fetched when they are read.
+    if "://" not in path and not PathManager.isfile(path):
+        raise InputError(
+            f"the checkpoint '{path}' for {purpose} does not exist; train it first, or correct "
+            "the path"
+        )
 
 
 def load_strictly(model: nn.Module, path: str, config: str) -> None:
@@ -71,11 +93,7 @@ def load_strictly(model: nn.Module, path: str, config: str) -> None:
         InputError: if there is no such file, or if keys are missing, unexpected or of another
             shape; those of a student's ``distiller`` may stand in the file.
     """
-    if not PathManager.isfile(PathManager.get_local_path(path)):
-        raise InputError(
-            f"the checkpoint '{path}' for {config} does not exist; train it first, or correct the "
-            "path"
-        )
+    check_exists(path, config)
     _StrictCheckpointer(model, config).load(path)
 
 
@@ -103,12 +121,26 @@ def export_weights(source: str, target: str, *, half: bool = False) -> None:
     Args:
         source: a training checkpoint.
         target: the file to write; it is complete or it isn't there.
-        half: store floating-point weights in fp16 (loading converts them back).
+        half: store floating-point weights in fp16 (loading converts them back), but for those
+            beyond its range.
+
+    Raises:
+        InputError: if the file holds no model.
     """
-    state = torch.load(source, map_location="cpu", weights_only=False)["model"]
+    contents = torch.load(source, map_location="cpu", weights_only=True)
+    if not isinstance(contents, dict) or "model" not in contents:
+        raise InputError(f"'{source}' is no checkpoint of Detectron2's: it has no 'model'")
+    state = contents["model"]
     state = {k: v for k, v in state.items() if not k.startswith(TRAINING_PREFIX)}
     if half:
-        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        state = {k: _halved(v) for k, v in state.items()}
     part = f"{target}.part"
     torch.save({"model": state}, part)
     os.replace(part, target)
+
+
+def _halved(value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value
+    half = value.half()
+    return half if torch.isfinite(half).all() else value

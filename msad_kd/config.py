@@ -41,7 +41,8 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.KD.LOSSES = [{"name": "l1", "weight": 0.6, "warmup_iters": 500}]
 
     cfg.KD.TEACHER = CN()
-    # The config the teacher was trained with, and KEY VALUE pairs on top of it.
+    # The config the teacher was trained with, and KEY VALUE pairs on top of it. Like the weights'
+    # path below, it starts at the current folder.
     cfg.KD.TEACHER.CONFIG_FILE = ""
     cfg.KD.TEACHER.OPTS = []
     # The teacher's checkpoint; every key has to fit.
@@ -49,7 +50,7 @@ def add_msad_kd_config(cfg: CN) -> None:
     # The pyramid to learn from: "fused", "hr" or "lr". A single-resolution teacher has "hr", read
     # from the high-resolution image, and "lr", read from the student's own image.
     cfg.KD.TEACHER.BRANCH = "fused"
-    # Start the student from the teacher's weights, on a fresh start only.
+    # KDTrainer starts the student from the teacher's weights, on a fresh start only.
     cfg.KD.TEACHER.INIT_STUDENT = True
-    # Evaluate the teacher on DATASETS.TEST before the first iteration.
+    # KDTrainer evaluates the teacher on DATASETS.TEST before the first iteration.
     cfg.KD.TEACHER.EVAL_BEFORE_TRAIN = True

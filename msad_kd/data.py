@@ -105,15 +105,17 @@ def scale_transforms(transforms: base.TransformList, scale: int) -> base.Transfo
     Raises:
         InputError: if there is no resize, or if a transform after it cannot be scaled.
     """
+    if scale == 1:
+        return transforms
     flat = _flatten(transforms)
     resizes = [i for i, t in enumerate(flat) if isinstance(t, T.ResizeTransform)]
     # A shortest-edge resize to the size an image already has is still a ResizeTransform.
-    if scale > 1 and not resizes:
+    if not resizes:
         raise InputError(
             "the augmentations have no resize, so there is no second resolution; set "
             "INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST to a size above 0"
         )
-    last = resizes[-1] if resizes else 0
+    last = resizes[-1]
     scaled = [scale_transform(t, scale) for t in flat[last:]]
     return base.TransformList(flat[:last] + scaled)
 

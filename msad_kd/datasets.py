@@ -1,4 +1,4 @@
-"""Data sets in COCO format, registered by the config, and checked before anything trains on them."""
+"""Data sets in COCO format, registered by the config and checked before anything trains on them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def register_coco_format(cfg: CfgNode) -> None:
     Raises:
         InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
     """
+    if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
+        raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
     for entry in cfg.DATASETS.COCO_FORMAT:
         if not isinstance(entry, dict) or set(entry) != _FIELDS:
             raise InputError(
@@ -44,7 +46,7 @@ def register_coco_format(cfg: CfgNode) -> None:
 
 
 def _locate(path: str) -> str:
-    return os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), path)
+    return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), path)
 
 
 def load_checked(json_file: str, images: str, name: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Students: stock detectors at low resolution that are charged, in training, for their features."""
+"""Students: stock detectors at low resolution that are trained with feature losses, too."""
 
 from __future__ import annotations
 

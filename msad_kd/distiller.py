@@ -1,4 +1,4 @@
-"""What a student is charged for differing from its teacher: which levels, losses, weights, when."""
+"""The feature losses of a student: which levels, which losses, their weights, their warm-up."""
 
 from __future__ import annotations
 
@@ -48,23 +48,35 @@ def read_losses(entries: list[dict]) -> list[LossTerm]:
             passes an argument the loss does not take.
     """
     known = sorted(name for name, _ in DISTILL_LOSS_REGISTRY)
+    if not isinstance(entries, (list, tuple)):
+        raise InputError(f"KD.LOSSES: {entries} should be a list of dicts")
     terms = []
     for entry in entries:
-        if not isinstance(entry, dict) or not {"name", "weight"} <= set(entry):
+        weighted = isinstance(entry, dict) and isinstance(entry.get("weight"), (int, float))
+        if not weighted or "name" not in entry:
             raise InputError(f"KD.LOSSES: {entry} should be a dict with a name and a weight")
         rest = dict(entry)
         name, weight = rest.pop("name"), float(rest.pop("weight"))
+        levels, warmup = rest.pop("levels", ()), rest.pop("warmup_iters", 0)
         if name not in DISTILL_LOSS_REGISTRY:
             raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(known)}")
-        levels, warmup = tuple(rest.pop("levels", ())), rest.pop("warmup_iters", 0)
-        accepted = list(inspect.signature(DISTILL_LOSS_REGISTRY.get(name)).parameters)[2:]
+        if not isinstance(levels, (list, tuple)):
+            raise InputError(f"KD.LOSSES: levels of '{name}' should be a list, not {levels!r}")
+        if not isinstance(warmup, int) or warmup < 0:
+            raise InputError(
+                f"KD.LOSSES: warmup_iters of '{name}' should be a whole number from 0, not "
+                f"{warmup!r}"
+            )
+        parameters = list(inspect.signature(DISTILL_LOSS_REGISTRY.get(name)).parameters.values())
+        accepted = [p.name for p in parameters[2:] if p.kind is not p.VAR_KEYWORD]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         for argument in rest:
-            if argument not in accepted:
+            if argument not in accepted and not takes_any:
                 options = ["name", "weight", "levels", "warmup_iters", *accepted]
                 raise InputError(
                     f"KD.LOSSES: '{name}' has no field '{argument}'; known: {', '.join(options)}"
                 )
-        terms.append(LossTerm(name, weight, levels, warmup, rest))
+        terms.append(LossTerm(name, weight, tuple(levels), warmup, rest))
     return terms
 
 
@@ -94,7 +106,7 @@ class Distiller(nn.Module):
         Raises:
             InputError: if no level has a partner, or if a loss asks for one that has none.
         """
-        pairs, alone = pair_levels(student, teacher)
+        pairs, unpaired = pair_levels(student, teacher)
         self.pairs = dict(pairs)
         for term in self.terms:
             for level in term.levels:
@@ -103,10 +115,10 @@ class Distiller(nn.Module):
                         f"KD.LOSSES: level '{level}' of '{term.name}' has no partner in the "
                         f"teacher; the levels that have one are {', '.join(self.pairs)}"
                     )
-        if alone:
+        if unpaired:
             logging.getLogger(__name__).warning(
                 "The student's levels %s have no partner in the teacher and are not distilled",
-                ", ".join(alone),
+                ", ".join(unpaired),
             )
 
     def forward(

@@ -1,6 +1,8 @@
 """The error for what a user gave and cannot be used."""
 
-__all__ = ["InputError"]
+from __future__ import annotations
+
+__all__ = ["InputError", "input_error_of"]
 
 
 class InputError(ValueError):
@@ -8,3 +10,16 @@ class InputError(ValueError):
 
     ``train_net.py`` prints it without a traceback.
     """
+
+
+def input_error_of(error: Exception) -> str | None:
+    """The sentence of an ``InputError``, also of one that another process raised, or None.
+
+    A data loader's worker and a launched process hand on the text of their traceback, which ends
+    with the error's qualified name and its sentence.
+    """
+    text = str(error).rstrip()
+    _, mark, sentence = text.rpartition(f"{InputError.__module__}.{InputError.__qualname__}: ")
+    if mark:
+        return sentence
+    return text if isinstance(error, InputError) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,19 +26,20 @@ from msad_kd.seed import derive_seed, preserved_rng, seed_all
 __all__ = ["ResumableLoader", "build_train_loader", "clear_absence", "clear_errors"]
 
 
-def clear_errors(mapper: Callable[[dict], dict]) -> Callable[[dict], dict]:
+class clear_errors:  # lower case: used as a function; a class can be pickled for spawned workers
     """The mapper, but an image that cannot be read is an ``InputError`` that names its file."""
 
-    def call(dataset_dict: dict) -> dict:
+    def __init__(self, mapper: Callable[[dict], dict]):
+        self.mapper = mapper
+
+    def __call__(self, dataset_dict: dict) -> dict:
         try:
-            return mapper(dataset_dict)
+            return self.mapper(dataset_dict)
         except (OSError, SizeMismatchError) as error:  # Pillow's are OSErrors
             raise InputError(
                 f"image '{dataset_dict.get('file_name')}' cannot be read ({error}); restore it or "
                 "take it out of the annotation file"
             ) from error
-
-    return call
 
 
 @contextmanager
@@ -52,6 +52,8 @@ def clear_absence(names: tuple[str, ...]):
             f"data set {', '.join(names)}: '{error.filename}' does not exist; set "
             "DETECTRON2_DATASETS to the folder that has it"
         ) from error
+    except AssertionError as error:  # none named, none left after those without boxes went
+        raise InputError(f"data set {', '.join(names)}: {error or 'none is named'}") from error
 
 
 class _SeededDataset(torchdata.Dataset):
@@ -67,13 +69,14 @@ class _SeededDataset(torchdata.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, seed = key
         with preserved_rng(devices=False):
-            for attempt in itertools.count():
+            for attempt in range(100):
                 seed_all(derive_seed(seed, attempt), devices=False)
                 mapped = self.mapper(self.dicts[index])
                 if mapped is not None:
                     return mapped
                 # A mapper may refuse a sample: go on with another, which the seed chooses.
                 index = derive_seed(seed, attempt, index) % len(self.dicts)
+        raise InputError("the mapper refused 100 samples in a row; is there any it accepts?")
 
 
 class _BatchSampler(torchdata.Sampler):

@@ -11,37 +11,29 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.registry import Registry
 
-__all__ = ["DISTILL_LOSS_REGISTRY", "l1_loss", "mse_loss", "pkd_loss"]
+__all__ = ["DISTILL_LOSS_REGISTRY", "l1", "mse", "pkd"]
 
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 DISTILL_LOSS_REGISTRY.__doc__ = """
-Losses by the name KD.LOSSES calls them: functions of (student, teacher, **arguments), both maps of
-shape (N, C, H, W), returning a scalar.
+Losses by the name KD.LOSSES calls them, which is the function's. They take (student, teacher,
+**arguments), both maps of shape (N, C, H, W), and return a scalar.
 """
 
 
-def _named(name: str):
-    def register(function):
-        DISTILL_LOSS_REGISTRY._do_register(name, function)
-        return function
-
-    return register
-
-
-@_named("l1")
-def l1_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+@DISTILL_LOSS_REGISTRY.register()
+def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean of |S - T|: MSAD's loss (arXiv 2109.06875, sec. 3.3), 0 when the maps are equal."""
     return F.l1_loss(student, teacher)
 
 
-@_named("mse")
-def mse_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+@DISTILL_LOSS_REGISTRY.register()
+def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean of (S - T)^2."""
     return F.mse_loss(student, teacher)
 
 
-@_named("pkd")
-def pkd_loss(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+@DISTILL_LOSS_REGISTRY.register()
+def pkd(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """1 - Pearson correlation of each channel over (N, H, W), mean over channels (PKD, NeurIPS'22).
 
     Half the mean squared difference of the two maps after each channel has been brought to mean 0

@@ -16,7 +16,15 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from msad_kd.errors import InputError
 from msad_kd.fusion import CrossingFeatureFusion
 from msad_kd.hooking import answering
-from msad_kd.pyramid import Pyramid, level_shift, pad_batch, shift_levels, valid_masks
+from msad_kd.pyramid import (
+    Pyramid,
+    check_sizes,
+    level_shift,
+    normalize,
+    pad_batch,
+    shift_levels,
+    valid_masks,
+)
 
 __all__ = ["BRANCHES", "MultiResolutionMixin", "MultiResolutionRCNN"]
 
@@ -66,7 +74,7 @@ class MultiResolutionMixin:
                 "resolution; use build_aligned_resnet_fpn_backbone, or one that makes an AlignedFPN"
             )
         for part in (getattr(self, name, None) for name in ("proposal_generator", "roi_heads")):
-            offered = self.strides("fused")
+            offered = self.strides()
             absent = [name for name in getattr(part, "in_features", ()) if name not in offered]
             if absent:
                 raise InputError(
@@ -86,8 +94,8 @@ class MultiResolutionMixin:
             "scale": cfg.KD.SCALE,
         }
 
-    def strides(self, branch: str) -> dict[str, int]:
-        """Level name to stride, in pixels of the high-resolution image, of a branch's pyramid."""
+    def strides(self) -> dict[str, int]:
+        """Level name to stride in pixels of the high-resolution image, alike for all branches."""
         shift = level_shift(self.scale)
         strides = {name: shape.stride for name, shape in self.backbone.output_shape().items()}
         renamed = {f"p{int(name[1:]) + shift}" for name in strides}
@@ -111,7 +119,7 @@ class MultiResolutionMixin:
         Returns:
             branch to level name to (N, C, H / 4, W / 4) and coarser.
         """
-        levels, found = self.strides("fused"), {}
+        levels, found = self.strides(), {}
         if high is not None:
             with ExitStack() as skipped:
                 # The finest levels have no partner at low resolution. p2's output convolution alone
@@ -131,10 +139,6 @@ class MultiResolutionMixin:
             found["fused"] = self.fusion(found["hr"], found["lr"], masks)
         return {branch: found[branch] for branch in branches}
 
-    def normalize(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Images of (3, H, W) with values 0..255, on the model's device and normalised."""
-        return [(x.to(self.device) - self.pixel_mean) / self.pixel_std for x in images]
-
     def forward(self, batched_inputs: list[dict]):
         branches = BRANCHES if self.training else (self.test_branch,)
         images = self.preprocess_image(batched_inputs)
@@ -146,7 +150,12 @@ class MultiResolutionMixin:
                     "TwoResolutionMapper(cfg, is_train, frame='hr') as the mapper"
                 )
             height, width = (side // self.scale for side in high.shape[-2:])
-            low = pad_batch(self.normalize([x["image_lr"] for x in batched_inputs]), height, width)
+            check_sizes(
+                [x["image"] for x in batched_inputs],
+                [tuple(self.scale * s for s in x["image_lr"].shape[-2:]) for x in batched_inputs],
+            )
+            small = normalize(self, [x["image_lr"] for x in batched_inputs])
+            low = pad_batch(small, height, width)
         if branches == ("lr",):
             high = None
         pyramids = self.pyramids(high, low, images.image_sizes, branches)

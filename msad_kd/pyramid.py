@@ -7,10 +7,19 @@ Level p<s> has stride 2^s in pixels of the image it was computed from.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from msad_kd.errors import InputError
 
-__all__ = ["level_shift", "shift_levels", "pair_levels", "pad_batch", "valid_masks"]
+__all__ = [
+    "check_sizes",
+    "level_shift",
+    "normalize",
+    "pad_batch",
+    "pair_levels",
+    "shift_levels",
+    "valid_masks",
+]
 
 Pyramid = dict[str, torch.Tensor]
 
@@ -61,6 +70,27 @@ def pair_levels(
     return pairs, [name for name, stride in ordered if stride not in by_stride]
 
 
+def normalize(model: nn.Module, images: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Images of (3, H, W), 0..255, on a detector's device, by its mean and deviation."""
+    mean, std = model.pixel_mean, model.pixel_std
+    return [(image.to(mean.device) - mean) / std for image in images]
+
+
+def check_sizes(images: list[torch.Tensor], expected: list[tuple[int, int]]) -> None:
+    """See that images of (3, H, W) have the (height, width) their other resolution asks for.
+
+    Raises:
+        InputError: if one has not: its features would be shifted, and nobody would notice.
+    """
+    for image, size in zip(images, expected):
+        if tuple(image.shape[-2:]) != tuple(size):
+            raise InputError(
+                f"an image of {tuple(image.shape[-2:])} stands beside one that asks for "
+                f"{tuple(size)}: the high-resolution image has to be exactly KD.SCALE times the "
+                "low-resolution one, as TwoResolutionMapper makes it"
+            )
+
+
 def pad_batch(images: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
     """Batch images of (C, h, w), each padded with zeros at right and bottom, to (N, C, H, W).
 
@@ -72,8 +102,8 @@ def pad_batch(images: list[torch.Tensor], height: int, width: int) -> torch.Tens
         h, w = image.shape[-2:]
         if h > height or w > width:
             raise InputError(
-                f"an image of {h} x {w} does not fit the padded size {height} x {width}: it has to "
-                "be exactly KD.SCALE times its low-resolution partner, or smaller"
+                f"an image of {h} x {w} does not fit the padded size {height} x {width}; the "
+                "high-resolution image has to be exactly KD.SCALE times the low-resolution one"
             )
         slot[:, :h, :w].copy_(image)
     return batch

@@ -30,7 +30,9 @@ def preserved_rng(*, devices: bool = True):
     A data loader's worker is a fork, in which CUDA cannot be touched: it passes ``devices=False``.
     """
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(None if devices else []):
+    # Only this process's GPU: forking the generators of all would make contexts on all.
+    gpus = [torch.cuda.current_device()] if devices and torch.cuda.is_available() else []
+    with torch.random.fork_rng(gpus):
         try:
             yield
         finally:

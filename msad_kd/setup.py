@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
+import re
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -17,36 +22,52 @@ from msad_kd.distiller import read_losses
 from msad_kd.errors import InputError
 from msad_kd.pyramid import level_shift
 
-__all__ = ["build_config", "merge_config"]
+__all__ = ["build_config", "import_module", "merge_config"]
+
+
+def import_module(name: str) -> None:
+    """Import a user's module for what it registers.
+
+    Raises:
+        InputError: if there is no such module.
+    """
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".")[0] and error.name != name:
+            raise  # a module that this one imports is missing
+        raise InputError(
+            f"--import: there is no module '{name}' in the current folder or on PYTHONPATH"
+        ) from error
 
 
 def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
     """Merge a YAML file and KEY VALUE pairs into a config, in place.
 
     Raises:
-        InputError: if there is no such file, or if a key is unknown; the message proposes the
-            nearest one.
+        InputError: if there is no such file, if a value does not fit, or if a key is unknown; the
+            message proposes the nearest one.
     """
+    source = f" in '{config_file}'" if config_file else ""
     if config_file and not PathManager.isfile(config_file):
         raise InputError(f"the config file '{config_file}' does not exist")
     try:
         if config_file:
             # YAML tags that construct Python objects would let a config run code.
             cfg.merge_from_file(config_file, allow_unsafe=False)
+        source = ""
         cfg.merge_from_list(list(opts))
-    except (KeyError, AssertionError) as error:
-        key = (
-            str(error)
-            .strip("\"'")
-            .removeprefix("Non-existent key: ")
-            .removeprefix("Non-existent config key: ")
-        )
+    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+        if not unknown:
+            raise InputError(f"the config{source} cannot be read: {error}") from error
+        key = unknown[1]
         known = _keys(cfg)
         close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
             key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
         )
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"unknown config key or value: {key}{hint}") from error
+        raise InputError(f"unknown config key{source}: {key}{hint}") from error
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -74,16 +95,39 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     level_shift(cfg.KD.SCALE)
     read_losses(cfg.KD.LOSSES)
     register_coco_format(cfg)
+    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            _check_name(f"DATASETS.{key}", name, DatasetCatalog)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU is at hand: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
     return _scale_to_world(cfg)
 
 
+def _check_name(key: str, name: str, registry) -> None:
+    if name not in registry:
+        known = list(registry.list()) if hasattr(registry, "list") else [n for n, _ in registry]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"{key}: '{name}' is not registered{hint}")
+
+
 def _scale_to_world(cfg: CfgNode) -> CfgNode:
     reference, world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which the "
+            f"{reference} processes of SOLVER.REFERENCE_WORLD_SIZE cannot share; change one of "
+            "them (0 turns the scaling off)"
+        )
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     if scaled is not cfg:
+        logging.getLogger(__name__).warning(
+            "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d",
+            *(reference, world_size, scaled.SOLVER.IMS_PER_BATCH),
+            *(scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER),
+        )
         scaled.defrost()
         for entry in scaled.KD.LOSSES:
             entry["warmup_iters"] = round(entry.get("warmup_iters", 0) * reference / world_size)

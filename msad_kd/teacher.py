@@ -9,14 +9,14 @@ import logging
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
 from msad_kd.checkpoint import load_strictly
 from msad_kd.config import add_msad_kd_config
 from msad_kd.errors import InputError
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
-from msad_kd.pyramid import Pyramid, pad_batch
+from msad_kd.pyramid import Pyramid, check_sizes, normalize, pad_batch
 from msad_kd.seed import preserved_rng
 from msad_kd.setup import merge_config
 
@@ -47,6 +47,8 @@ class Teacher:
                 f"KD.TEACHER.BRANCH is '{branch}', but a {type(model).__name__} teacher has "
                 f"{', '.join(offered)}"
             )
+        if isinstance(model, MultiResolutionMixin):
+            model.test_branch = branch  # what is evaluated is what is learned from
         self.model = model.eval().requires_grad_(False)
         self.branch = branch
         self.scale = scale
@@ -54,7 +56,7 @@ class Teacher:
     def strides(self) -> dict[str, int]:
         """Level name to stride in pixels of the high-resolution image."""
         if isinstance(self.model, MultiResolutionMixin):
-            return self.model.strides(self.branch)
+            return self.model.strides()
         factor = 1 if self.branch == "hr" else self.scale
         shapes = self.model.backbone.output_shape()
         return {name: shape.stride * factor for name, shape in shapes.items()}
@@ -73,29 +75,24 @@ class Teacher:
             level name to (N, C, cells, cells), without a graph.
 
         Raises:
-            InputError: if the inputs lack ``image_hr``.
+            InputError: if the inputs lack ``image_hr``, or if one isn't exactly k times its image.
         """
         if "image_hr" not in batched_inputs[0] and self.branch != "lr":
             raise InputError(
                 "the training data lack 'image_hr', the teacher's image; use "
                 "TwoResolutionMapper(cfg, is_train=True, frame='lr') as the mapper"
             )
+        sizes = [tuple(self.scale * side for side in x["image"].shape[-2:]) for x in batched_inputs]
         high = low = None
-        height, width = padded
         if self.branch != "lr":
-            sides = height * self.scale, width * self.scale
-            high = pad_batch(self._normalize([x["image_hr"] for x in batched_inputs]), *sides)
+            check_sizes([x["image_hr"] for x in batched_inputs], sizes)
+            sides = [side * self.scale for side in padded]
+            high = pad_batch(normalize(self.model, [x["image_hr"] for x in batched_inputs]), *sides)
         if self.branch != "hr":
-            low = pad_batch(self._normalize([x["image"] for x in batched_inputs]), height, width)
+            low = pad_batch(normalize(self.model, [x["image"] for x in batched_inputs]), *padded)
         if not isinstance(self.model, MultiResolutionMixin):
             return self.model.backbone(low if high is None else high)
-        sizes = [tuple(self.scale * side for side in x["image"].shape[-2:]) for x in batched_inputs]
         return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
-
-    def _normalize(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Images of (3, H, W), 0..255, normalised by the teacher's own mean and deviation."""
-        mean, std = self.model.pixel_mean, self.model.pixel_std
-        return [(image.to(mean.device) - mean) / std for image in images]
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -114,7 +111,12 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             )
     teacher = get_cfg()
     add_msad_kd_config(teacher)
-    merge_config(teacher, keys.CONFIG_FILE, keys.OPTS)
+    try:
+        merge_config(teacher, keys.CONFIG_FILE, list(keys.OPTS))
+    except InputError as error:
+        raise InputError(f"KD.TEACHER: {error}") from error
+    if getattr(META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE), "frame", None) != "hr":
+        teacher.KD.SCALE = cfg.KD.SCALE  # a single-resolution detector has none of its own
     teacher.MODEL.WEIGHTS = keys.WEIGHTS
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.DATASETS = cfg.DATASETS.clone()

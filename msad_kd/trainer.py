@@ -15,7 +15,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
-from msad_kd.checkpoint import init_from_teacher
+from msad_kd.checkpoint import check_exists, init_from_teacher
 from msad_kd.data import TwoResolutionMapper
 from msad_kd.distilled import DistilledMixin, attach_teacher
 from msad_kd.errors import InputError
@@ -60,11 +60,21 @@ class EvaluateTeacher(HookBase):
         if trainer.start_iter > 0:
             return
         cfg = teacher_config(trainer.cfg).clone()
+        logger = logging.getLogger(__name__)
+        classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        if classes != trainer.cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            logger.warning("The teacher predicts %d other classes: it is not evaluated", classes)
+            return
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")
-        logging.getLogger(__name__).info("Evaluating the teacher before the first iteration")
+        logger.info("Evaluating the teacher before the first iteration")
         with preserved_rng():
             trainer.test(cfg, trainer.teacher.model)
+
+
+def _is_student(cfg: CfgNode) -> bool:
+    meta = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return isinstance(meta, type) and issubclass(meta, DistilledMixin)
 
 
 class KDTrainer(DefaultTrainer):
@@ -75,25 +85,45 @@ class KDTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        if _is_student(cfg):
+            teacher_config(cfg)  # its mistakes are told before the data are read
         super().__init__(cfg)
-        model = getattr(self._trainer.model, "module", self._trainer.model)
-        self.teacher = None
-        if isinstance(model, DistilledMixin):
-            self.teacher = attach_teacher(model, cfg)
+        self.teacher = attach_teacher(self._trainer.model, cfg) if _is_student(cfg) else None
 
     def resume_or_load(self, resume: bool = True) -> None:
         fresh = not (resume and self.checkpointer.has_checkpoint())
+        weights = self.cfg.MODEL.WEIGHTS
+        if fresh and weights:
+            check_exists(weights, "MODEL.WEIGHTS")
         super().resume_or_load(resume)
         self.data_loader.start = self.start_iter
         if fresh and self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
+            if weights:
+                logging.getLogger(__name__).warning(
+                    "The teacher's weights replace those of MODEL.WEIGHTS '%s'; set "
+                    "KD.TEACHER.INIT_STUDENT False to keep them",
+                    weights,
+                )
             init_from_teacher(self.checkpointer.model, self.teacher.model)
+
+    def state_dict(self) -> dict:
+        # The inner trainer has the optimizer, which Detectron2 0.6 leaves out of checkpoints.
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logging.getLogger(__name__).warning(
+                "The checkpoint has no optimizer state: it was written by Detectron2 0.6 itself"
+            )
 
     def build_hooks(self):
         hooks = super().build_hooks()
         if self.cfg.SEED >= 0:
             hooks.insert(0, SeedEachStep(self.cfg.SEED))
-        meta = META_ARCH_REGISTRY.get(self.cfg.MODEL.META_ARCHITECTURE)
-        if issubclass(meta, DistilledMixin) and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
+        if _is_student(self.cfg) and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
             hooks.insert(0, EvaluateTeacher())
         return hooks
 

@@ -60,6 +60,7 @@ def config_files(data, tmp_path_factory):
             "MAX_ITER": 4,
             "CHECKPOINT_PERIOD": 100,
         },
+        "TEST": {"DETECTIONS_PER_IMAGE": 20},
         "SEED": 3,
     }
     low = {**common, "INPUT": input_sizes(32), "MODEL": tiny_model(4, 8, 16, 32, 64)}

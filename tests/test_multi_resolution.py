@@ -80,7 +80,7 @@ def test_levels_of_both_resolutions_have_equal_shapes(teacher, sizes, scale):
 
 def test_a_whole_pyramid_of_each_branch(teacher):
     model = teacher().eval()
-    assert model.strides("fused") == {f"p{s}": 2**s for s in range(3, 8)}
+    assert model.strides() == {f"p{s}": 2**s for s in range(3, 8)}
     high, low = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 32, 32)
     found = model.pyramids(high, low, [(64, 64)], BRANCHES)
     assert list(found) == list(BRANCHES)
@@ -90,6 +90,18 @@ def test_a_whole_pyramid_of_each_branch(teacher):
         assert torch.equal(found["lr"][f"p{s}"], small[f"p{s - 1}"])
     expected = model.fusion(found["hr"], found["lr"])
     assert_close(found["fused"], expected)
+
+
+def test_the_level_that_only_the_high_resolution_has_is_not_computed(teacher):
+    model = teacher().eval()
+    calls = []
+    for name in ("fpn_output2", "fpn_output3"):
+        convolution = getattr(model.backbone, name)
+        convolution.register_forward_hook(lambda _, __, out, name=name: calls.append((name, out)))
+    model.pyramids(torch.randn(1, 3, 64, 64), torch.randn(1, 3, 32, 32), [(64, 64)], BRANCHES)
+    sides = [(name, out.shape[-1]) for name, out in calls if out is not None]
+    assert sorted(sides) == [("fpn_output2", 8), ("fpn_output3", 4), ("fpn_output3", 8)]
+    assert set(model.backbone(torch.randn(1, 3, 64, 64))) == {f"p{s}" for s in range(2, 8)}
 
 
 def test_padding_is_masked_or_not(teacher):

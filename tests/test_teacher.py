@@ -107,7 +107,7 @@ def test_building_draws_no_random_number(student_config):
 
 
 def test_its_data_sets_and_device_are_the_students(student_config):
-    cfg = student_config("DATASETS.TEST", ("somewhere_else",), "MODEL.DEVICE", "cpu")
+    cfg = student_config("DATASETS.TEST", ("coco_2017_val",), "MODEL.DEVICE", "cpu")
     own = teacher_config(cfg)
     assert own.DATASETS == cfg.DATASETS and own.MODEL.DEVICE == "cpu"
     assert own.INPUT.MIN_SIZE_TEST == 2 * cfg.INPUT.MIN_SIZE_TEST

@@ -13,6 +13,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from msad_kd.checkpoint import export_weights
+from msad_kd.errors import InputError
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -22,6 +23,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if not os.path.isfile(arguments.source):
         parser.error(f"the checkpoint '{arguments.source}' does not exist")
-    export_weights(arguments.source, arguments.target, half=arguments.half)
+    try:
+        export_weights(arguments.source, arguments.target, half=arguments.half)
+    except InputError as error:
+        parser.error(str(error))
     size = os.path.getsize(arguments.target) / 2**20
     print(f"{arguments.target}: {size:.1f} MiB")

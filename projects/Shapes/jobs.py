@@ -159,7 +159,7 @@ def last_error(log):
     except OSError:
         text = ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    errors = [line for line in lines if re.match(r"([\w.]*(Error|Exception)\b|\w+\.py: )", line)]
     return (errors or lines or ["it printed nothing"])[-1]
 
 

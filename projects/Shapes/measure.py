@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 
 if not __package__:  # run as a script, which does not put the repository on the path
@@ -21,19 +20,19 @@ if not __package__:  # run as a script, which does not put the repository on the
 
 import torch
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
-from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.logger import setup_logger
+from torch.utils.flop_counter import FlopCounterMode
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint import load_strictly
+from msad_kd.errors import InputError
 from msad_kd.setup import build_config
 from msad_kd.trainer import build_mapper
 from projects.Shapes import pictures
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SMALL, MEDIUM = 32**2, 96**2  # COCO's bounds of the areas, in pixels
-GMACS_IMAGES = 10
-LATENCY_IMAGES = 30
+COST_IMAGES = 30
 WARM_UP_ROUNDS = 2
 
 
@@ -109,14 +108,14 @@ def input_sides(inputs, branch):
 
 
 def count_gmacs(model, inputs):
-    """Multiply-adds of one image in 10^9, heads included, averaged over the inputs."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing warns of every number that depends on the image
-        counts = []
-        for image in inputs:
-            analysis = FlopCountAnalysis(model, [image])
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            counts.append(analysis.total() / 1e9)
+    """Multiply-adds of one image in 10^9, of all convolutions and matrix products, heads included,
+    averaged over the inputs: how many objects a model finds decides what its mask head costs."""
+    counts = []
+    for image in inputs:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            model([image])
+        counts.append(counter.get_total_flops() / 2e9)  # a multiply-add is two of torch's FLOPs
     return statistics.fmean(counts)
 
 
@@ -174,14 +173,14 @@ def cost(rows, folder):
     dicts = get_detection_dataset_dicts(data_set, filter_empty=False)
     for key, cfg in configs.items():
         mapper = build_mapper(cfg, is_train=False)
-        inputs[key] = [mapper(copy.deepcopy(each)) for each in dicts[:LATENCY_IMAGES]]
+        inputs[key] = [mapper(copy.deepcopy(each)) for each in dicts[:COST_IMAGES]]
     latency = time_models(models, inputs)
     results = {}
     for key, model in models.items():
         branch = getattr(model, "test_branch", None)
         results[key] = {
             "side": input_sides(inputs[key][0], branch),
-            "gmacs": count_gmacs(model, inputs[key][:GMACS_IMAGES]),
+            "gmacs": count_gmacs(model, inputs[key]),
             "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
             "latency_ms": latency[key],
         }
@@ -200,7 +199,10 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("detectron2", "msad_kd"):
         setup_logger(str(folder), name=name)
-    {"evaluate": evaluate, "cost": cost}[task.pop("task")](folder=folder, **task)
+    try:
+        {"evaluate": evaluate, "cost": cost}[task.pop("task")](folder=folder, **task)
+    except InputError as error:
+        sys.exit(f"measure.py: {error}")
 
 
 if __name__ == "__main__":

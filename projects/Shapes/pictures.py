@@ -53,7 +53,7 @@ def _ground_truth(scene):
 
 
 def _predictions(scene, model, mapper):
-    """The same as a model sees it: masks are pasted into the enlarged image."""
+    """The same as a model sees it: masks pasted into the enlarged image, the surer on top."""
     import torch
 
     inputs = mapper(copy.deepcopy(scene))
@@ -61,7 +61,28 @@ def _predictions(scene, model, mapper):
     with torch.no_grad():
         found = model([inputs])[0]["instances"].to("cpu")
     found = found[found.scores >= SCORE_THRESHOLD]
-    return list(found.pred_masks.numpy()), found.pred_classes.tolist()
+    found = found[found.scores.argsort(descending=True)]
+    return _uncovered(found.pred_masks.numpy(), found.pred_classes.tolist())
+
+
+def _uncovered(masks, classes):
+    """What is left of each mask below those before it, so that no colours mix.
+
+    Args:
+        masks: (N, H, W) boolean.
+        classes: N labels.
+
+    Returns:
+        lists of the masks of which something is left, and of their labels.
+    """
+    left, labels = [], []
+    covered = np.zeros(masks.shape[1:], bool)
+    for mask, label in zip(masks, classes):
+        if (mask & ~covered).any():
+            left.append(mask & ~covered)
+            labels.append(label)
+        covered |= mask
+    return left, labels
 
 
 def _overlay(image, masks, classes, metadata):
@@ -89,7 +110,7 @@ def draw_scenes(path, dicts, columns, metadata):
     figure, axes = plt.subplots(
         len(chosen),
         len(titles),
-        figsize=(3.4 * len(titles), 3.4 * len(chosen) + 0.9),
+        figsize=(3.4 * len(titles), 3.4 * len(chosen) + 1.3),
         squeeze=False,
         layout="constrained",
     )
@@ -104,6 +125,11 @@ def draw_scenes(path, dicts, columns, metadata):
             axis.set_axis_off()
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=15)
+    figure.suptitle(
+        f"Those of the first {FIRST_SCENES} validation scenes with the most objects. Detections of "
+        f"score {SCORE_THRESHOLD} and more, the surer on top.",
+        fontsize=12,
+    )
     legend = [
         Patch(color=CLASS_COLOURS[label % len(CLASS_COLOURS)], label=name)
         for label, name in enumerate(metadata.thing_classes)
@@ -129,6 +155,7 @@ def _place_labels(figure, axis, points, labels, colours):
     taken = []
     for point, pixel, text, colour in zip(points, pixels, labels, colours):
         for dx, dy in LABEL_OFFSETS:
+            line = 0 if (dx, dy) in LABEL_OFFSETS[:2] else 0.7
             label = axis.annotate(
                 text,
                 point,
@@ -138,9 +165,10 @@ def _place_labels(figure, axis, points, labels, colours):
                 va="center",
                 fontsize=10,
                 color=colour,
-                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkB": 4},
+                arrowprops={"arrowstyle": "-", "color": colour, "lw": line, "shrinkB": 4},
             )
-            box = Text.get_window_extent(label, renderer).expanded(1.02, 1.1)  # without the line
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer).expanded(1.02, 1.1)  # without its line
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
             inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
             free = not any(box.overlaps(other) for other in taken)
@@ -153,8 +181,7 @@ def _place_labels(figure, axis, points, labels, colours):
                 break
             label.remove()
         else:
-            label = axis.annotate(text, point, xytext=(9, 0), textcoords="offset points")
-            box = Text.get_window_extent(label, renderer)
+            axis.annotate(text, point, xytext=(9, 0), textcoords="offset points")
         taken.append(box)
 
 

@@ -1,0 +1,53 @@
+"""The house rules: who imports whom."""
+
+import ast
+
+import pytest
+from helpers import ROOT
+
+MODULES = sorted((ROOT / "msad_kd").rglob("*.py"))
+
+
+def imported(path):
+    """The modules that a file imports, wherever its import statements stand."""
+    modules, names = {name_of(module) for module in MODULES}, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                names.add(whole if whole in modules else node.module)
+    return names
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_there_are_modules():
+    assert len(MODULES) > 10
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_the_library_knows_nothing_of_what_is_built_on_it(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & {"projects", "tools", "tests", "train_net", "helpers", "conftest"}
+
+
+def test_no_import_circle():
+    graph = {name_of(path): imported(path) for path in MODULES}
+    assert len(graph["msad_kd"] & graph.keys()) > 5
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, f"import circle: {' -> '.join([*path, name])}"
+        if name not in done:
+            for other in sorted(graph[name] & graph.keys()):
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
