@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from msad_kd.errors import InputError
+from msad_kd.statistics import LOW_SUFFIX
 
 __all__ = [
     "TRAINING_PREFIX",
@@ -105,6 +106,9 @@ def init_from_teacher(student: nn.Module, teacher: nn.Module) -> list[str]:
         named in one warning.
     """
     source, target = teacher.state_dict(), student.state_dict()
+    # The student is a low-resolution net, so it takes that resolution's statistics.
+    for key in [key for key in source if key.endswith(LOW_SUFFIX)]:
+        source[key.removesuffix(LOW_SUFFIX)] = source.pop(key)
     fitting = {k: v for k, v in source.items() if k in target and target[k].shape == v.shape}
     student.load_state_dict(fitting, strict=False)
     kept = [k for k in target if k not in fitting and not k.startswith(TRAINING_PREFIX)]

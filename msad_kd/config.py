@@ -27,6 +27,9 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.MODEL.MULTI_RESOLUTION.REDUCTION = 16
     # C-FF pools a map without its padding; False pools the whole map, as the authors' code does.
     cfg.MODEL.MULTI_RESOLUTION.MASK_PADDING = True
+    # Keep batch normalisation's running statistics for each resolution by itself; False shares one
+    # set, as the authors' code does. A student gets those of its own resolution.
+    cfg.MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS = False
     # The branch that predicts at test time: "fused", "hr" or "lr".
     cfg.MODEL.MULTI_RESOLUTION.TEST_BRANCH = "fused"
 

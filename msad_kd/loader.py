@@ -45,6 +45,8 @@ class clear_errors:  # lower case: used as a function; a class can be pickled fo
 @contextmanager
 def clear_absence(names: tuple[str, ...]):
     """A builtin data set that is not on disk is an ``InputError`` that says where it should be."""
+    if not names:
+        raise InputError("no data set is named; set DATASETS.TRAIN")
     try:
         yield
     except FileNotFoundError as error:
@@ -52,8 +54,8 @@ def clear_absence(names: tuple[str, ...]):
             f"data set {', '.join(names)}: '{error.filename}' does not exist; set "
             "DETECTRON2_DATASETS to the folder that has it"
         ) from error
-    except AssertionError as error:  # none named, none left after those without boxes went
-        raise InputError(f"data set {', '.join(names)}: {error or 'none is named'}") from error
+    except AssertionError as error:  # empty, or nothing left after images without boxes went
+        raise InputError(f"data set {', '.join(names)}: {error}") from error
 
 
 class _SeededDataset(torchdata.Dataset):

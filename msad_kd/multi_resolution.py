@@ -25,6 +25,7 @@ from msad_kd.pyramid import (
     shift_levels,
     valid_masks,
 )
+from msad_kd.statistics import add_low_resolution_statistics, low_resolution_statistics
 
 __all__ = ["BRANCHES", "MultiResolutionMixin", "MultiResolutionRCNN"]
 
@@ -44,12 +45,24 @@ class MultiResolutionMixin:
     frame = "hr"
 
     @configurable
-    def __init__(self, *, fusion, fused_weight, mask_padding, test_branch, scale, **kwargs):
+    def __init__(
+        self,
+        *,
+        fusion,
+        fused_weight,
+        mask_padding,
+        separate_statistics,
+        test_branch,
+        scale,
+        **kwargs,
+    ):
         """
         Args:
             fusion (CrossingFeatureFusion):
             fused_weight (float): w.
             mask_padding (bool): whether the fusion leaves padding out of its averages.
+            separate_statistics (bool): whether the backbone's batch normalisation keeps running
+                statistics for each resolution.
             test_branch (str): "fused", "hr" or "lr".
             scale (int): k.
             kwargs: arguments of the stock detector.
@@ -66,6 +79,8 @@ class MultiResolutionMixin:
         self.fusion = fusion
         self.fused_weight = fused_weight
         self.mask_padding = mask_padding
+        if separate_statistics:
+            add_low_resolution_statistics(self.backbone)
         self.test_branch = test_branch
         self.scale = scale
         if getattr(self.backbone, "scale", 1) != scale:
@@ -90,6 +105,7 @@ class MultiResolutionMixin:
             "fusion": CrossingFeatureFusion(cfg.MODEL.FPN.OUT_CHANNELS, keys.REDUCTION),
             "fused_weight": keys.FUSED_WEIGHT,
             "mask_padding": keys.MASK_PADDING,
+            "separate_statistics": keys.SEPARATE_STATISTICS,
             "test_branch": keys.TEST_BRANCH,
             "scale": cfg.KD.SCALE,
         }
@@ -130,7 +146,8 @@ class MultiResolutionMixin:
                 features = self.backbone(high)
             found["hr"] = {name: features[name] for name in levels}
         if low is not None:
-            features = shift_levels(self.backbone(low), level_shift(self.scale))
+            with low_resolution_statistics(self.backbone):
+                features = shift_levels(self.backbone(low), level_shift(self.scale))
             found["lr"] = {name: features[name] for name in levels}
         if "fused" in branches:
             masks = None
@@ -139,23 +156,30 @@ class MultiResolutionMixin:
             found["fused"] = self.fusion(found["hr"], found["lr"], masks)
         return {branch: found[branch] for branch in branches}
 
+    def low_resolution_batch(self, batched_inputs: list[dict], high: torch.Tensor) -> torch.Tensor:
+        """The ``image_lr`` of the inputs, normalised and padded to 1/k of ``high``: (N, 3, H, W).
+
+        Raises:
+            InputError: if there is none, or if an image isn't exactly k times its ``image_lr``.
+        """
+        if "image_lr" not in batched_inputs[0]:
+            raise InputError(
+                "the data lack 'image_lr', the low-resolution image; use "
+                "TwoResolutionMapper(cfg, is_train, frame='hr') as the mapper"
+            )
+        check_sizes(
+            [x["image"] for x in batched_inputs],
+            [tuple(self.scale * s for s in x["image_lr"].shape[-2:]) for x in batched_inputs],
+        )
+        height, width = (side // self.scale for side in high.shape[-2:])
+        return pad_batch(normalize(self, [x["image_lr"] for x in batched_inputs]), height, width)
+
     def forward(self, batched_inputs: list[dict]):
         branches = BRANCHES if self.training else (self.test_branch,)
         images = self.preprocess_image(batched_inputs)
         high, low = images.tensor, None
         if branches != ("hr",):
-            if "image_lr" not in batched_inputs[0]:
-                raise InputError(
-                    "the data lack 'image_lr', the low-resolution image; use "
-                    "TwoResolutionMapper(cfg, is_train, frame='hr') as the mapper"
-                )
-            height, width = (side // self.scale for side in high.shape[-2:])
-            check_sizes(
-                [x["image"] for x in batched_inputs],
-                [tuple(self.scale * s for s in x["image_lr"].shape[-2:]) for x in batched_inputs],
-            )
-            small = normalize(self, [x["image_lr"] for x in batched_inputs])
-            low = pad_batch(small, height, width)
+            low = self.low_resolution_batch(batched_inputs, high)
         if branches == ("lr",):
             high = None
         pyramids = self.pyramids(high, low, images.image_sizes, branches)

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from helpers import differing
 from torch import nn
 
-from msad_kd.checkpoint import export_weights, init_from_teacher, load_strictly
+from msad_kd.checkpoint import check_exists, export_weights, init_from_teacher, load_strictly
 from msad_kd.errors import InputError
 
 
@@ -107,3 +107,25 @@ def test_export_that_fails_leaves_no_half_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         export_weights(source, str(target))
     assert not target.exists()
+
+
+def test_export_keeps_what_fp16_cannot_hold(tmp_path):
+    net = Net()
+    net.norm.running_var.fill_(1e6)
+    export_weights(save(net, tmp_path / "train.pth"), str(tmp_path / "model.pth"), half=True)
+    found = torch.load(tmp_path / "model.pth", weights_only=True)["model"]["norm.running_var"]
+    assert torch.equal(found, net.norm.running_var)
+
+
+def test_export_of_something_else(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(InputError, match="list.pth' is no checkpoint"):
+        export_weights(str(tmp_path / "list.pth"), str(tmp_path / "model.pth"))
+
+
+def test_no_checkpoint_named_or_there():
+    with pytest.raises(InputError, match="no checkpoint is named for the model; set MODEL.WEIGHTS"):
+        check_exists("", "the model")
+    with pytest.raises(InputError, match="'nowhere.pth' for the model does not exist"):
+        check_exists("nowhere.pth", "the model")
+    check_exists("detectron2://fetched/later.pkl", "the model")

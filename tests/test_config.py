@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from helpers import ROOT, flattened
 
 from msad_kd import add_msad_kd_config
 from msad_kd.errors import InputError
-from msad_kd.setup import build_config
+from msad_kd.setup import build_config, import_module
 
 
 def own_keys():
@@ -67,12 +68,28 @@ def test_losses_can_be_typed_on_the_command_line(config_files):
             ["KD.LOSSES", "[{'name': 'l1', 'weight': 'much'}]"],
             "KD.LOSSES: .*much.* a name and a weight",
         ),
+        (["KD.LOSSES", "{'name': 'l1', 'weight': 1.0}"], "KD.LOSSES"),
         (["DATASETS.COCO_FORMAT", "['shapes']"], "COCO_FORMAT: shapes should have the fields"),
+        (["DATASETS.TEST", "('coco_2017_vla',)"], "TEST: 'coco_2017_vla' .* mean coco_2017_val"),
+        (["MODEL.META_ARCHITECTURE", "DistiledRCNN"], "'DistiledRCNN' .* mean DistilledRCNN"),
+        (["SOLVER.REFERENCE_WORLD_SIZE", 3], "IMS_PER_BATCH is 16, which the 3 processes"),
     ],
 )
 def test_options_that_do_not_do(options, words):
     with pytest.raises(InputError, match=words):
         build_config("", options)
+
+
+def test_a_users_module_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "my_parts.py").write_text("import os\n")
+    (tmp_path / "my_broken_parts.py").write_text("import no_such_package_of_mine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import_module("my_parts")
+    assert "my_parts" in sys.modules
+    with pytest.raises(InputError, match="--import: there is no module 'my_partz'"):
+        import_module("my_partz")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_of_mine"):
+        import_module("my_broken_parts")
 
 
 def test_a_missing_file():

@@ -97,12 +97,12 @@ def test_defaults_are_the_papers():
 
 def test_a_registered_loss_can_be_named():
     @DISTILL_LOSS_REGISTRY.register()
-    def largest(student, teacher, power: int = 1):
-        return (student - teacher).abs().max() ** power
+    def largest(student, teacher, power: int = 1, **more):
+        return (student - teacher).abs().max() ** power + sum(more.values())
 
     try:
-        mine = distiller({"name": "largest", "weight": 1.0, "power": 2})
-        assert mine(*pyramids(1.0, 2.0, 3.0), 0)["loss_kd_largest"].item() == 14.0
+        mine = distiller({"name": "largest", "weight": 1.0, "power": 2, "anything": 5})
+        assert mine(*pyramids(1.0, 2.0, 3.0), 0)["loss_kd_largest"].item() == 14.0 + 15.0
     finally:
         DISTILL_LOSS_REGISTRY._obj_map.pop("largest")
 
@@ -115,11 +115,23 @@ def test_a_registered_loss_can_be_named():
         ({"name": "l1"}, "should be a dict with a name and a weight"),
         ({"weight": 1.0}, "should be a dict with a name and a weight"),
         ("l1", "should be a dict with a name and a weight"),
+        ({"name": "l1", "weight": "much"}, "should be a dict with a name and a weight"),
+        ({"name": "l1", "weight": 1, "levels": "p2"}, "levels of 'l1' should be a list, not 'p2'"),
+        ({"name": "l1", "weight": 1, "warmup_iters": -1}, "warmup_iters of 'l1' should be a whole"),
+        (
+            {"name": "l1", "weight": 1, "warmup_iters": 2.5},
+            "warmup_iters of 'l1' should be a whole",
+        ),
     ],
 )
 def test_entries_that_cannot_be_read(entry, words):
     with pytest.raises(InputError, match=f"KD.LOSSES.*{words}"):
         read_losses([entry])
+
+
+def test_losses_that_are_no_list():
+    with pytest.raises(InputError, match="KD.LOSSES: .* should be a list of dicts"):
+        read_losses({"name": "l1", "weight": 1.0})
 
 
 def test_a_level_without_partner_is_an_error_when_asked_for():

@@ -1,6 +1,7 @@
 """Training batches: a function of (seed, rank, iteration), whole, and clear about bad images."""
 
 import itertools
+import pickle
 import random
 import shutil
 
@@ -12,7 +13,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
 from msad_kd.errors import InputError
-from msad_kd.loader import build_train_loader
+from msad_kd.loader import build_train_loader, clear_errors
 from msad_kd.trainer import KDTrainer, build_mapper
 
 SAMPLERS = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
@@ -123,6 +124,30 @@ def test_a_sample_that_the_mapper_refuses_is_replaced(config):
     found = batches(config("lr"), 6, mapper=picky)
     assert refused and all(len(batch) == 2 for batch in found)
     assert found == batches(config("lr"), 6, mapper=picky)
+
+
+def test_a_mapper_that_refuses_everything(config):
+    with pytest.raises(InputError, match="refused 100 samples in a row"):
+        batches(config("lr"), 1, mapper=lambda entry: None)
+
+
+def test_mappers_reach_spawned_workers(student_config):
+    mapper = clear_errors(build_mapper(student_config(), is_train=True))
+    assert pickle.loads(pickle.dumps(mapper)).mapper.augmentations.frame == "lr"
+
+
+def test_no_data_set(config):
+    with pytest.raises(InputError, match="no data set is named.*DATASETS.TRAIN"):
+        build_train_loader(config("lr", "DATASETS.TRAIN", ()), light)
+
+
+def test_a_data_set_without_annotations_cannot_be_trained_on(config):
+    DatasetCatalog.register("bare", lambda: [{"file_name": "a.png", "annotations": []}])
+    try:
+        with pytest.raises(InputError, match="data set bare: No valid data found"):
+            build_train_loader(config("lr", "DATASETS.TRAIN", ("bare",)), light)
+    finally:
+        DatasetCatalog.remove("bare")
 
 
 def test_unknown_sampler(config):

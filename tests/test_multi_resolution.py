@@ -211,6 +211,13 @@ def test_a_backbone_that_pads_too_little_is_refused(teacher):
         )
 
 
+def test_images_that_do_not_belong_together_are_refused(teacher, config, batch):
+    inputs = batch(config("teacher"), "hr")
+    inputs[1]["image_lr"] = inputs[1]["image_lr"][..., :-1]
+    with pytest.raises(InputError, match=r"\(64, 96\) stands beside .* \(64, 94\)"):
+        losses_of(teacher(), inputs)
+
+
 def test_data_of_the_stock_mapper_are_refused(teacher, config, batch):
     with pytest.raises(InputError, match="'image_lr'.*TwoResolutionMapper"):
         losses_of(teacher(), batch(config("teacher"), None))

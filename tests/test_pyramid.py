@@ -1,10 +1,20 @@
 """Level shift, pairing and padding."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from msad_kd.errors import InputError
-from msad_kd.pyramid import level_shift, pad_batch, pair_levels, shift_levels, valid_masks
+from msad_kd.pyramid import (
+    check_sizes,
+    level_shift,
+    normalize,
+    pad_batch,
+    pair_levels,
+    shift_levels,
+    valid_masks,
+)
 
 
 def strides(first, last, factor=1):
@@ -84,3 +94,19 @@ def test_valid_masks_of_odd_sizes():
 def test_valid_masks_of_an_unpadded_image_are_full():
     masks = valid_masks([(64, 96)], (64, 96), {"p2": torch.zeros(1, 4, 16, 24)})
     assert masks["p2"].all() and masks["p2"].shape == (1, 1, 16, 24)
+
+
+def test_normalize_by_the_models_own_mean_and_deviation():
+    mean = torch.tensor([10.0, 20.0, 30.0])[:, None, None]
+    model = SimpleNamespace(pixel_mean=mean, pixel_std=torch.tensor([1.0, 2.0, 4.0])[:, None, None])
+    image = torch.full((3, 2, 5), 40, dtype=torch.uint8)
+    (found,) = normalize(model, [image])
+    assert found.shape == (3, 2, 5) and found.dtype == torch.float
+    assert [channel.unique().tolist() for channel in found] == [[30.0], [10.0], [2.5]]
+
+
+def test_check_sizes():
+    images = [torch.zeros(3, 64, 96), torch.zeros(3, 62, 80)]
+    check_sizes(images, [(64, 96), (62, 80)])
+    with pytest.raises(InputError, match=r"\(62, 80\) stands beside .* \(62, 82\).*KD.SCALE"):
+        check_sizes(images, [(64, 96), (62, 82)])

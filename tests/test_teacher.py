@@ -182,3 +182,23 @@ def test_data_of_the_stock_mapper_are_refused(student_config, batch):
     cfg = student_config()
     with pytest.raises(InputError, match="'image_hr'.*TwoResolutionMapper"):
         build_teacher(cfg).pyramid(batch(cfg, None), (32, 64))
+
+
+def test_images_that_do_not_belong_together_are_refused(student_config, batch):
+    cfg = student_config()
+    inputs = batch(cfg, "lr")
+    inputs[1]["image_hr"] = inputs[1]["image_hr"][:, :-1]
+    with pytest.raises(InputError, match=r"\(63, 96\) stands beside .* \(64, 96\)"):
+        build_teacher(cfg).pyramid(inputs, (32, 64))
+
+
+def test_what_is_learned_from_is_what_is_evaluated(student_config):
+    for branch in ("hr", "lr", "fused"):
+        teacher = build_teacher(student_config("KD.TEACHER.BRANCH", branch))
+        assert teacher.model.test_branch == teacher.branch == branch
+
+
+def test_a_single_resolution_teacher_has_the_students_scale(student_config):
+    stock = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
+    cfg = student_config("KD.SCALE", 4, "KD.TEACHER.OPTS", stock)
+    assert teacher_config(cfg).KD.SCALE == 4

@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 from helpers import BASES, ROOT, TEST_SCENES, WARMUP, differing, input_sizes, tiny_model, train
 
 import train_net
+from msad_kd.errors import InputError
 from msad_kd.setup import build_config
 from msad_kd.teacher import Teacher
 
@@ -165,20 +166,24 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(
     assert differing(state, whole.model.state_dict()) == []
 
 
-@pytest.fixture(scope="module")
-def evaluated(student, folder, config_files):
+def evaluate(config_file, folder, weights):
     """The results of --eval-only, in this process, with a teacher that does not exist."""
     arguments = [
-        *("--eval-only", "--config-file", str(config_files["student"])),
-        *("MODEL.WEIGHTS", str(student / "model_final.pth")),
+        *("--eval-only", "--config-file", str(config_file), "MODEL.WEIGHTS", str(weights)),
         *("KD.TEACHER.WEIGHTS", "nowhere.pth", "KD.TEACHER.CONFIG_FILE", "nowhere.yaml"),
-        *("OUTPUT_DIR", str(folder / "evaluated")),
+        *("OUTPUT_DIR", str(folder)),
     ]
     args = default_argument_parser().parse_args(arguments)
     args.imports = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("a teacher was built"))
         return train_net.main(args)
+
+
+@pytest.fixture(scope="module")
+def evaluated(student, folder, config_files):
+    weights = student / "model_final.pth"
+    return evaluate(config_files["student"], folder / "evaluated", weights)
 
 
 def test_eval_only_builds_no_teacher(evaluated):
@@ -192,6 +197,20 @@ def test_eval_only_finds_what_the_training_run_found(evaluated, student, folder)
     ]
     assert len({result["image_id"] for result in results[0]}) == TEST_SCENES
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [("", "no checkpoint is named"), ("nowhere.pth", "'nowhere.pth' .* does not exist")],
+)
+def test_eval_only_without_weights(config_files, tmp_path, weights, words):
+    with pytest.raises(InputError, match=words):
+        evaluate(config_files["student"], tmp_path, weights)
+
+
+def test_eval_only_with_weights_of_another_model(config_files, tmp_path, teacher_weights):
+    with pytest.raises(InputError, match="does not fit .*student.yaml'.* e.g. fusion"):
+        evaluate(config_files["student"], tmp_path, teacher_weights)
 
 
 def test_stock_detectron2_gives_identical_predictions(student, config_files, folder):
@@ -233,7 +252,7 @@ def test_stock_detectron2_gives_identical_predictions(student, config_files, fol
 
 def test_a_mistake_is_told_in_one_sentence(run, folder, config_files):
     gone = {"name": "gone", "json": "gone/annotations.json", "images": "gone"}
-    options = ["DATASETS.COCO_FORMAT", [gone], "DATASETS.TRAIN", ("gone",)]
+    options = ["DATASETS.COCO_FORMAT", [gone], "DATASETS.TRAIN", ("gone",), "DATASETS.TEST", ()]
     process = run("--config-file", config_files["lr"], *options, DETECTRON2_DATASETS="here")
     assert process.returncode == 1
     assert "Traceback" not in process.stderr

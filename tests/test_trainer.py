@@ -79,6 +79,18 @@ def test_without_init_the_student_keeps_its_own_weights(student_config, config):
     )
 
 
+def test_weights_that_the_teachers_replace_are_named(student_config, teacher_weights, caplog):
+    trainer = KDTrainer(student_config("MODEL.WEIGHTS", str(teacher_weights)))
+    trainer.resume_or_load(resume=False)
+    assert f"replace those of MODEL.WEIGHTS '{teacher_weights}'" in caplog.text
+
+
+def test_initial_weights_that_are_missing(config):
+    trainer = KDTrainer(config("lr", "MODEL.WEIGHTS", "nowhere.pth"))
+    with pytest.raises(InputError, match="'nowhere.pth' for MODEL.WEIGHTS does not exist"):
+        trainer.resume_or_load(resume=False)
+
+
 def test_the_teacher_is_no_part_of_the_run(student_config):
     cfg = student_config("SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1)
     trainer = KDTrainer(cfg)

@@ -1,0 +1,49 @@
+"""Batch normalisation of a backbone that sees two resolutions: statistics of its own for each.
+
+In training both resolutions are normalised by their own batch, whatever is kept; at test time one
+shared set of running statistics would fit neither.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["LOW_SUFFIX", "add_low_resolution_statistics", "low_resolution_statistics"]
+
+# The low resolution's running_mean is called running_mean_lr, and so on.
+LOW_SUFFIX = "_lr"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    return [m for m in norms if m.track_running_stats]
+
+
+def add_low_resolution_statistics(module: nn.Module) -> None:
+    """Give each batch normalisation in a module a second set of running statistics (in place)."""
+    for norm in _batch_norms(module):
+        for name in _STATISTICS:
+            norm.register_buffer(name + LOW_SUFFIX, getattr(norm, name).clone())
+
+
+@contextmanager
+def low_resolution_statistics(module: nn.Module):
+    """Within the context, a module reads and updates the second set, if it has one."""
+    norms = [m for m in _batch_norms(module) if _STATISTICS[0] + LOW_SUFFIX in m._buffers]
+
+    def swap():
+        for norm in norms:
+            buffers = norm._buffers
+            for name in _STATISTICS:
+                low = name + LOW_SUFFIX
+                buffers[name], buffers[low] = buffers[low], buffers[name]
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Recompute the running statistics of a multi-resolution teacher, each resolution by itself.
+
+    python tools/precise_statistics.py --config-file configs/Shapes/teacher.yaml --batches 40 \
+        output/shapes/teacher/model_final.pth output/shapes/teacher/model_precise.pth
+
+Training keeps exponential averages of the last batches; this averages evenly over
+training batches, at the final weights. It also gives each resolution its own to a teacher that was
+trained with one shared set (MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS False), whose weights are
+the same: in training, batch normalisation never reads them.
+"""
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from fvcore.nn.precise_bn import update_bn_stats
+from tqdm import tqdm
+
+from msad_kd import InputError, KDTrainer, build_config
+from msad_kd.checkpoint import load_strictly
+from msad_kd.multi_resolution import MultiResolutionMixin
+from msad_kd.statistics import LOW_SUFFIX, low_resolution_statistics
+
+
+def main(args):
+    cfg = build_config(args.config_file, args.opts)
+    model = KDTrainer.build_model(cfg)
+    if not isinstance(model, MultiResolutionMixin):
+        raise InputError(f"'{args.config_file}' is no multi-resolution teacher")
+    state = torch.load(args.source, map_location="cpu", weights_only=True)["model"]
+    for key in model.state_dict():
+        if key.endswith(LOW_SUFFIX):
+            state.setdefault(key, state[key.removesuffix(LOW_SUFFIX)])
+    torch.save({"model": state}, args.target)
+    load_strictly(model, args.target, f"the config '{args.config_file}'")
+
+    # Frozen layers keep their statistics: only the backbone's normalisation is put in train mode.
+    model.eval().backbone.train()
+    batches = KDTrainer.build_train_loader(cfg)
+    with torch.no_grad():
+        high = (model.preprocess_image(x).tensor for x in batches)
+        update_bn_stats(model.backbone, tqdm(high, total=args.batches), args.batches)
+        low = (model.low_resolution_batch(x, model.preprocess_image(x).tensor) for x in batches)
+        with low_resolution_statistics(model.backbone):
+            update_bn_stats(model.backbone, tqdm(low, total=args.batches), args.batches)
+    torch.save({"model": model.state_dict()}, args.target)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config-file", required=True, help="the teacher's config")
+    parser.add_argument("--batches", type=int, default=200, help="training batches to average over")
+    parser.add_argument("source", help="a teacher's checkpoint")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")
+    try:
+        main(parser.parse_args())
+    except InputError as error:
+        parser.error(str(error))
