@@ -77,15 +77,17 @@ def _stroke(rng, canvas, options):
 
 
 def _contrasting_colour(rng, against, distance, hue, spread):
-    """A random RGB colour whose hue is within `spread` degrees of `hue`, at least `distance` away
-    from the colour `against` where one of 16 tries is."""
+    """A random RGB colour whose hue is within `spread` degrees of `hue`, one to three times
+    `distance` away from the colour `against`: less only where none of 16 tries is so far away;
+    one that is further away is mixed with `against`."""
     hsv = np.empty((16, 1, 3), np.float32)
     hsv[..., 0] = (hue + rng.uniform(-spread, spread, (16, 1))) % 360
     hsv[..., 1:] = rng.uniform(0.45, 1, (16, 1, 2))
     candidates = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[:, 0]
     distances = np.linalg.norm(candidates - against, axis=1)
     enough = np.flatnonzero(distances >= distance)
-    return candidates[enough[0] if len(enough) else np.argmax(distances)]
+    chosen = enough[0] if len(enough) else np.argmax(distances)
+    return against + min(1, 3 * distance / distances[chosen]) * (candidates[chosen] - against)
 
 
 def _texture(rng, shape):
