@@ -127,10 +127,12 @@ def plan_jobs(folder, checkpoints, rows, settings, recorded, screen):
         # The student takes longest. With a single core, what may stop the demo comes first.
         first = [check, student] if count_cores() == 1 else [student, check]
         return [*first, baseline, *evaluations]
-    teachers = [training_job(name, folder, settings) for name in ("teacher", "hr")]
-    for name, job in zip(("teacher", "hr"), teachers):
+    hr = training_job("hr", folder, settings)
+    start = ["MODEL.WEIGHTS", str(folder / "hr" / "model_final.pth")]
+    teacher = training_job("teacher", folder, settings, start, after=(NAMES["hr"],))
+    for name, job in (("hr", hr), ("teacher", teacher)):
         job.done = partial(records.write_checkpoint, name, job, checkpoints)
     student.after = (NAMES["teacher"],)
-    check.after = (NAMES["teacher"], NAMES["hr"])
+    check.after = (NAMES["teacher"],)
     check.done = lambda: records.complete(checkpoints, read_results(check.folder))
-    return [*teachers, student, baseline, check, *evaluations]
+    return [hr, teacher, student, baseline, check, *evaluations]
