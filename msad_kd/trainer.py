@@ -61,9 +61,13 @@ class EvaluateTeacher(HookBase):
             return
         cfg = teacher_config(trainer.cfg).clone()
         logger = logging.getLogger(__name__)
-        classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        if classes != trainer.cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-            logger.warning("The teacher predicts %d other classes: it is not evaluated", classes)
+        own, students = (c.MODEL.ROI_HEADS.NUM_CLASSES for c in (cfg, trainer.cfg))
+        if own != students:
+            logger.warning(
+                "The teacher predicts %d classes, the student %d: the teacher is not evaluated",
+                own,
+                students,
+            )
             return
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")

@@ -81,3 +81,13 @@ def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
     assert not torch.equal(state[name], state[f"{name}_lr"])
     parameters = dict(model.named_parameters())
     assert all(torch.equal(state[key], value) for key, value in parameters.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precise.pth", "shared.pth"]
+
+
+def test_the_tool_without_a_checkpoint(config_files, tmp_path):
+    command = [sys.executable, str(ROOT / "tools/precise_statistics.py"), "--config-file"]
+    command += [str(config_files["teacher"]), "absent.pth", str(tmp_path / "target.pth")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "the checkpoint 'absent.pth' for SOURCE does not exist" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

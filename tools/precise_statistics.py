@@ -13,6 +13,7 @@ the same: in training, batch normalisation never reads them.
 import argparse
 import os
 import sys
+import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -21,12 +22,13 @@ from fvcore.nn.precise_bn import update_bn_stats
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
-from msad_kd.checkpoint import load_strictly
+from msad_kd.checkpoint import check_exists, load_strictly
 from msad_kd.multi_resolution import MultiResolutionMixin
 from msad_kd.statistics import LOW_SUFFIX, low_resolution_statistics
 
 
 def main(args):
+    check_exists(args.source, "SOURCE")
     cfg = build_config(args.config_file, args.opts)
     model = KDTrainer.build_model(cfg)
     if not isinstance(model, MultiResolutionMixin):
@@ -35,8 +37,10 @@ def main(args):
     for key in model.state_dict():
         if key.endswith(LOW_SUFFIX):
             state.setdefault(key, state[key.removesuffix(LOW_SUFFIX)])
-    torch.save({"model": state}, args.target)
-    load_strictly(model, args.target, f"the config '{args.config_file}'")
+    with tempfile.TemporaryDirectory() as folder:
+        completed = os.path.join(folder, os.path.basename(args.source))
+        torch.save({"model": state}, completed)
+        load_strictly(model, completed, f"the config '{args.config_file}'")
 
     # Frozen layers keep their statistics: only the backbone's normalisation is put in train mode.
     model.eval().backbone.train()
@@ -47,7 +51,9 @@ def main(args):
         low = (model.low_resolution_batch(x, model.preprocess_image(x).tensor) for x in batches)
         with low_resolution_statistics(model.backbone):
             update_bn_stats(model.backbone, tqdm(low, total=args.batches), args.batches)
-    torch.save({"model": model.state_dict()}, args.target)
+    part = f"{args.target}.part"
+    torch.save({"model": model.state_dict()}, part)
+    os.replace(part, args.target)  # the file is complete or it isn't there
 
 
 if __name__ == "__main__":
