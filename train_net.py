@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train, resume and evaluate students, multi-resolution teachers and stock detectors."""
+"""Train, resume and evaluate students, ladders of teachers, teachers and stock detectors."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ import sys
 sys.path.insert(0, os.getcwd())
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -18,7 +18,10 @@ from torch.multiprocessing import ProcessRaisedException
 from msad_kd import KDTrainer
 from msad_kd.checkpoint import load_strictly
 from msad_kd.errors import InputError, input_error_of
+from msad_kd.ladder import run_ladder
+from msad_kd.launch import launch
 from msad_kd.setup import build_config, import_module
+from msad_kd.trainer import check_augmentation
 
 
 def setup(args):
@@ -26,6 +29,8 @@ def setup(args):
     for module in args.imports:
         import_module(module)
     cfg = build_config(args.config_file, args.opts)
+    if args.eval_only:
+        cfg.KD.LOSSES = []  # so that a student is evaluated without its teacher's config at hand
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="msad_kd")
@@ -39,6 +44,7 @@ def setup(args):
 def main(args):
     cfg = setup(args)
     if args.eval_only:
+        check_augmentation(cfg)
         model = KDTrainer.build_model(cfg)
         if args.resume:
             checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -46,9 +52,13 @@ def main(args):
         else:
             load_strictly(model, cfg.MODEL.WEIGHTS, f"the config '{args.config_file}'")
         results = KDTrainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(KDTrainer.test_with_TTA(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
+    if cfg.KD.LADDER.STAGES:
+        return run_ladder(cfg, resume=args.resume)
     trainer = KDTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()

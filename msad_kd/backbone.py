@@ -1,16 +1,33 @@
-"""The backbone of a multi-resolution teacher: an FPN with levels enough for both resolutions."""
+"""FPNs: five levels for a detector, more for a multi-resolution teacher.
+
+A detector reads five levels: p2..p6 when its FPN starts at res2, p3..p7 when it starts at res3. A
+multi-resolution teacher's backbone serves two resolutions and has m = log2 k levels more.
+"""
 
 from __future__ import annotations
 
+import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 from torch import nn
 
+from msad_kd.errors import InputError
 from msad_kd.pyramid import level_shift
 
-__all__ = ["AlignedFPN", "LastLevelsMaxPool", "build_aligned_resnet_fpn_backbone"]
+__all__ = [
+    "AlignedFPN",
+    "LastLevelsConv",
+    "LastLevelsMaxPool",
+    "build_aligned_fpn",
+    "build_aligned_resnet_fpn_backbone",
+    "build_five_level_fpn",
+    "build_five_level_resnet_fpn_backbone",
+]
+
+LEVELS = 5
 
 
 class LastLevelsMaxPool(nn.Module):
@@ -26,6 +43,50 @@ class LastLevelsMaxPool(nn.Module):
         levels = []
         for _ in range(self.num_levels):
             x = F.max_pool2d(x, kernel_size=1, stride=2)
+            levels.append(x)
+        return levels
+
+
+class LastLevelsConv(nn.Module):
+    """Detectron2's ``LastLevelP6P7``, of any length: p6, p7, ... by strided convolutions.
+
+    Without normalisation its parameters are the stock block's. With it the levels stay on the scale
+    of the others; without, a feature loss may see little beside them.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_levels: int, in_feature: str, norm: str = ""
+    ):
+        """
+        Args:
+            in_channels: of ``in_feature``.
+            out_channels: of each level.
+            num_levels: how many there are, from p6 on.
+            in_feature: "p5" or "res5".
+            norm: a normalisation of Detectron2's, or "".
+        """
+        super().__init__()
+        self.num_levels = num_levels
+        self.in_feature = in_feature
+        for i in range(num_levels):
+            convolution = Conv2d(
+                out_channels if i else in_channels,
+                out_channels,
+                kernel_size=3,
+                stride=2,
+                padding=1,
+                bias=not norm,
+                norm=get_norm(norm, out_channels),
+            )
+            weight_init.c2_xavier_fill(convolution)
+            self.add_module(f"p{6 + i}", convolution)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        levels: list[torch.Tensor | None] = []
+        for convolution in self.children():
+            if levels and x is not None:  # None: a level its caller skips, see hooking.answering
+                x = F.relu(x)
+            x = convolution(x)
             levels.append(x)
         return levels
 
@@ -52,15 +113,55 @@ class AlignedFPN(FPN):
         return self.scale * super().size_divisibility
 
 
+def _fpn_arguments(cfg: CfgNode, bottom_up: Backbone, levels: int) -> dict:
+    keys = cfg.MODEL.FPN
+    kind, top_levels = keys.TOP_BLOCK, levels - len(keys.IN_FEATURES)
+    if kind == "maxpool":
+        top_block = LastLevelsMaxPool(top_levels)
+    elif kind in ("conv_p5", "conv_res5"):
+        source = kind.removeprefix("conv_")
+        channels = (
+            keys.OUT_CHANNELS if source == "p5" else bottom_up.output_shape()[source].channels
+        )
+        top_block = LastLevelsConv(channels, keys.OUT_CHANNELS, top_levels, source, keys.NORM)
+    else:
+        raise InputError(f"MODEL.FPN.TOP_BLOCK is '{kind}'; use maxpool, conv_p5 or conv_res5")
+    return {
+        "bottom_up": bottom_up,
+        "in_features": keys.IN_FEATURES,
+        "out_channels": keys.OUT_CHANNELS,
+        "norm": keys.NORM,
+        "top_block": top_block,
+        "fuse_type": keys.FUSE_TYPE,
+    }
+
+
+def build_five_level_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """An FPN of ``MODEL.FPN`` on any backbone: p2..p6, or p3..p7 without res2.
+
+    Raises:
+        InputError: if there is no such ``MODEL.FPN.TOP_BLOCK``.
+    """
+    return FPN(**_fpn_arguments(cfg, bottom_up, LEVELS))
+
+
+def build_aligned_fpn(cfg: CfgNode, bottom_up: Backbone) -> AlignedFPN:
+    """The same for a multi-resolution teacher: five levels at low resolution, m more at high.
+
+    Raises:
+        InputError: as ``build_five_level_fpn``.
+    """
+    arguments = _fpn_arguments(cfg, bottom_up, LEVELS + level_shift(cfg.KD.SCALE))
+    return AlignedFPN(scale=cfg.KD.SCALE, **arguments)
+
+
+@BACKBONE_REGISTRY.register()
+def build_five_level_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """A ResNet FPN whose coarsest levels are made as ``MODEL.FPN.TOP_BLOCK`` says."""
+    return build_five_level_fpn(cfg, build_resnet_backbone(cfg, input_shape))
+
+
 @BACKBONE_REGISTRY.register()
 def build_aligned_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> AlignedFPN:
     """A ResNet FPN with levels p2..p6 at low resolution and m more at high: p2..p7 for k = 2."""
-    return AlignedFPN(
-        scale=cfg.KD.SCALE,
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelsMaxPool(1 + level_shift(cfg.KD.SCALE)),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_aligned_fpn(cfg, build_resnet_backbone(cfg, input_shape))

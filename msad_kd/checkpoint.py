@@ -98,8 +98,13 @@ def load_strictly(model: nn.Module, path: str, config: str) -> None:
     _StrictCheckpointer(model, config).load(path)
 
 
-def init_from_teacher(student: nn.Module, teacher: nn.Module) -> list[str]:
+def init_from_teacher(
+    student: nn.Module, teacher: nn.Module, *, backbone: bool = True
+) -> list[str]:
     """Copy to a student all weights and buffers whose name and shape the teacher has, too.
+
+    Args:
+        backbone: whether those of the backbone's bottom-up path are copied, too.
 
     Returns:
         the student's keys that kept their values, those of its ``distiller`` aside; they are also
@@ -110,6 +115,8 @@ def init_from_teacher(student: nn.Module, teacher: nn.Module) -> list[str]:
     for key in [key for key in source if key.endswith(LOW_SUFFIX)]:
         source[key.removesuffix(LOW_SUFFIX)] = source.pop(key)
     fitting = {k: v for k, v in source.items() if k in target and target[k].shape == v.shape}
+    if not backbone:
+        fitting = {k: v for k, v in fitting.items() if not k.startswith("backbone.bottom_up.")}
     student.load_state_dict(fitting, strict=False)
     kept = [k for k in target if k not in fitting and not k.startswith(TRAINING_PREFIX)]
     logger = logging.getLogger(__name__)

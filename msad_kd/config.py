@@ -13,13 +13,29 @@ def add_msad_kd_config(cfg: CN) -> None:
     # the folder DETECTRON2_DATASETS (./datasets when unset), as with Detectron2's builtin sets.
     cfg.DATASETS.COCO_FORMAT = []
 
+    # Large-scale jitter instead of the resize in training: the side of the square crop, in pixels
+    # of what the model trains on (1024 at high resolution and 512 at low), 0 to leave it off.
+    cfg.INPUT.JITTER = CN()
+    cfg.INPUT.JITTER.SIZE = 0
+    # The image is scaled at random to fit into the square times this range, then cropped or padded.
+    cfg.INPUT.JITTER.SCALES = [0.1, 2.0]
+
     # The share of images RandomSubsetTrainingSampler draws; Detectron2 0.6 lacks the key.
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)
 
     # "SGD" (Detectron2's own) or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
 
-    # ---- The multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiResolutionRCNN) ----
+    # What computes COCO's AP: "auto" (the fastest there is of the following), "faster-coco-eval",
+    # "detectron2" (its C++, in compiled builds) or "pycocotools"; all give the same numbers.
+    cfg.TEST.COCO_EVALUATOR = "auto"
+    # Evaluate Cityscapes by COCO's AP, too: boxes as "bbox", masks as "segm_coco". A model without
+    # masks is evaluated so in any case.
+    cfg.TEST.CITYSCAPES_COCO = False
+
+    _add_model_keys(cfg)
+
+    # ---- The multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiResolution*) ----
     cfg.MODEL.MULTI_RESOLUTION = CN()
     # Weight of the fused branch's loss next to L_HR + L_LR.
     cfg.MODEL.MULTI_RESOLUTION.FUSED_WEIGHT = 0.4
@@ -33,15 +49,41 @@ def add_msad_kd_config(cfg: CN) -> None:
     # The branch that predicts at test time: "fused", "hr" or "lr".
     cfg.MODEL.MULTI_RESOLUTION.TEST_BRANCH = "fused"
 
+    # ---- Swin Transformers (MODEL.BACKBONE.NAME: build_*swin_fpn_backbone) ----
+    # The stages are called res2..res5 and have strides 4..32. MODEL.BACKBONE.FREEZE_AT counts as
+    # with a ResNet: 0 trains everything, 1 freezes the patches' embedding, 2 the first stage, too.
+    cfg.MODEL.SWIN = CN()
+    # Channels of the first stage, doubled from stage to stage; blocks and attention heads of each
+    # stage. Swin-T is the default; Swin-S has DEPTHS [2, 2, 18, 2], and Swin-B that and EMBED_DIM
+    # 128, NUM_HEADS [4, 8, 16, 32].
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    # Side of the windows of attention, in cells.
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    # Probability that training skips the last block; it rises linearly from 0 at the first one.
+    # Larger nets and longer schedules take more: 0.1 to 0.3.
+    cfg.MODEL.SWIN.STOCHASTIC_DEPTH_PROB = 0.2
+    # The stages to read out, each of which has a normalisation of its own.
+    cfg.MODEL.SWIN.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+
     # ---- Distillation (MODEL.META_ARCHITECTURE: Distilled*) ----
     cfg.KD = CN()
     # k, high-resolution side / low-resolution side: a power of two; m = log2 k is the level shift.
     cfg.KD.SCALE = 2
     # A list of {name, weight, levels, warmup_iters}: the loss's name in DISTILL_LOSS_REGISTRY, its
     # weight in the total loss (summed over levels), the student's levels, and the iterations over
-    # which the weight rises from 0. Without `levels`: all that have a partner. Further entries are
-    # arguments of the loss.
+    # which the weight rises from 0. Without `levels`: all that have a partner. `adapter` puts a 1x1
+    # convolution on the student's map: true, false or "auto" (the default: where channels differ).
+    # Further entries are arguments of the loss.
     cfg.KD.LOSSES = [{"name": "l1", "weight": 0.6, "warmup_iters": 500}]
+    # Every so many iterations each loss is logged level by level, without its weight, as kd/*, and
+    # what else the losses tell of themselves; 0: never. Detectron2 writes every 20.
+    cfg.KD.DIAGNOSTICS_PERIOD = 20
+    # Every so many iterations kd/gradient_ratio is logged: the norm of the distillation losses'
+    # gradient over that of the detection losses', at the last layer of the backbone's bottom-up
+    # path. It costs two more backward passes; 0: never.
+    cfg.KD.GRADIENT_RATIO_PERIOD = 0
 
     cfg.KD.TEACHER = CN()
     # The config the teacher was trained with, and KEY VALUE pairs on top of it. Like the weights'
@@ -55,5 +97,61 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHER.BRANCH = "fused"
     # KDTrainer starts the student from the teacher's weights, on a fresh start only.
     cfg.KD.TEACHER.INIT_STUDENT = True
+    # Whether that includes the backbone's bottom-up path; False takes neck and heads alone, and
+    # leaves the path as MODEL.WEIGHTS has it: for a teacher with another backbone.
+    cfg.KD.TEACHER.INIT_BACKBONE = True
     # KDTrainer evaluates the teacher on DATASETS.TEST before the first iteration.
     cfg.KD.TEACHER.EVAL_BEFORE_TRAIN = True
+
+    # ---- A ladder of teachers (train_net.py runs one stage after another) ----
+    cfg.KD.LADDER = CN()
+    # A list of {name, config_file, weights, opts, kind, image, losses, iterations, base_lr, start}:
+    # the teacher's config, weights and options; "fused" or "plain"; the image a plain one reads,
+    # "hr" or "lr"; KD.LOSSES, SOLVER.MAX_ITER and SOLVER.BASE_LR of the stage; where the student
+    # starts: "previous", "teacher", "teacher_heads" or a checkpoint. Name, config_file and weights
+    # are needed, the rest is as in the config around.
+    cfg.KD.LADDER.STAGES = []
+
+
+def _add_model_keys(cfg: CN) -> None:
+    # How build_five_level_* and build_aligned_* make the levels above p5: "maxpool" (subsampling
+    # p5, as Detectron2's R-CNNs do), or strided convolutions "conv_p5" (its FCOS) or "conv_res5"
+    # (its RetinaNet), which have FPN.NORM; without one their scale is far from the other levels'.
+    cfg.MODEL.FPN.TOP_BLOCK = "maxpool"
+
+    # ---- A torchvision network under an FPN (MODEL.BACKBONE.NAME: build_torchvision_fpn_backbone,
+    # and build_aligned_torchvision_fpn_backbone for its teacher) ----
+    # It wants INPUT.FORMAT RGB, PIXEL_MEAN [123.675, 116.28, 103.53], PIXEL_STD [58.395, 57.12,
+    # 57.375]. FPN.IN_FEATURES are [res2, res3, res4, res5] (strides 4 to 32), whatever it calls
+    # them, and BACKBONE.FREEZE_AT n freezes what leads to strides up to 2^n.
+    cfg.MODEL.TORCHVISION = CN()
+    # The name of a classifier in torchvision.models.
+    cfg.MODEL.TORCHVISION.NAME = "mobilenet_v3_large"
+    # Arguments of its function, names and values in turn: [width_mult, 0.5].
+    cfg.MODEL.TORCHVISION.ARGUMENTS = []
+    # What its batch normalisation is: "BN", "SyncBN" or "FrozenBN".
+    cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
+
+    # ---- FCOS (MODEL.META_ARCHITECTURE: FCOS), which Detectron2 cannot build from a config ----
+    # Its sizes of interest follow the strides: on a level of stride s, boxes whose farthest side is
+    # 4 s to 8 s away; on the finest and the coarsest level also smaller and larger ones.
+    cfg.MODEL.FCOS = CN()
+    # Without the background.
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each tower, those that predict aside, and their normalisation.
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    # The score all classes start from.
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # A location is positive when it is nearer to a box's centre than this, in strides, along both
+    # axes.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # A detection's score is sqrt(class score x centerness), on which this threshold acts: 0.2 is
+    # about what 0.05 is where it acts on the class score alone, as in the authors' code.
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    # Candidates kept per level before non-maximum suppression, and the IoU it suppresses at.
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6

@@ -9,15 +9,16 @@ from functools import singledispatch
 
 import numpy as np
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
 from fvcore.transforms import transform as base
 
 from msad_kd.errors import InputError
 from msad_kd.pyramid import level_shift
 
-__all__ = ["TwoResolutionMapper", "scale_transform", "scale_transforms"]
+__all__ = ["TwoResolutionMapper", "jitter_arguments", "scale_transform", "scale_transforms"]
 
 
 @singledispatch
@@ -120,6 +121,30 @@ def scale_transforms(transforms: base.TransformList, scale: int) -> base.Transfo
     return base.TransformList(flat[:last] + scaled)
 
 
+def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
+    """Arguments of ``DatasetMapper`` for large-scale jitter, none where it is off.
+
+    A random scale of ``INPUT.JITTER.SCALES``, then a crop of fixed size, padded where the image is
+    smaller, then the flip of ``INPUT.RANDOM_FLIP``. Both resolutions see the same crop.
+
+    Raises:
+        InputError: if the scales are no range, or if ``INPUT.CROP`` is on, too.
+    """
+    keys = cfg.INPUT.JITTER
+    if not is_train or not keys.SIZE:
+        return {}
+    if len(keys.SCALES) != 2 or not 0 < keys.SCALES[0] <= keys.SCALES[1]:
+        raise InputError(f"INPUT.JITTER.SCALES is {keys.SCALES}; it should be a range, [0.1, 2.0]")
+    if cfg.INPUT.CROP.ENABLED:
+        raise InputError("INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop; turn one of them off")
+    resize = T.ResizeScale(*keys.SCALES, target_height=keys.SIZE, target_width=keys.SIZE)
+    flips = build_augmentation(cfg, is_train)[1:]  # without the usual resize
+    return {
+        "augmentations": [resize, T.FixedSizeCrop((keys.SIZE, keys.SIZE)), *flips],
+        "recompute_boxes": cfg.MODEL.MASK_ON,  # of what the crop has left of a mask
+    }
+
+
 class _PairedAugmentations:
     """Stands in a mapper where its ``AugmentationList`` stood, and sees to both resolutions.
 
@@ -156,8 +181,8 @@ class TwoResolutionMapper(DatasetMapper):
 
     ``frame="lr"`` (students): ``image`` (3, H, W) and ``instances`` at low resolution, plus
     ``image_hr`` (3, kH, kW). ``frame="hr"`` (multi-resolution teachers): ``image`` (3, kH, kW) and
-    ``instances`` at high resolution, plus ``image_lr`` (3, H, W). INPUT.MIN_SIZE_* and MAX_SIZE_*
-    are in pixels of the frame.
+    ``instances`` at high resolution, plus ``image_lr`` (3, H, W). INPUT.MIN_SIZE_*, MAX_SIZE_* and
+    JITTER.SIZE are in pixels of the frame.
     """
 
     @configurable
@@ -187,7 +212,9 @@ class TwoResolutionMapper(DatasetMapper):
             inputs.MIN_SIZE_TRAIN = tuple(-(-size // scale) for size in inputs.MIN_SIZE_TRAIN)
             for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
                 inputs[key] = -(-inputs[key] // scale)
-        return {**super().from_config(cfg, is_train), "frame": frame, "scale": scale}
+            inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
+        arguments = {**super().from_config(cfg, is_train), **jitter_arguments(cfg, is_train)}
+        return {**arguments, "frame": frame, "scale": scale}
 
     def __call__(self, dataset_dict: dict) -> dict:
         mapped = super().__call__(dataset_dict)

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from msad_kd.distiller import Distiller
+from msad_kd.fcos import FCOS
 from msad_kd.hooking import recording
-from msad_kd.teacher import Teacher, build_teacher
+from msad_kd.loss_terms import read_losses
+from msad_kd.pyramid import in_high_resolution
+from msad_kd.teacher import Teacher, build_teacher, teacher_levels
 
-__all__ = ["DistilledMixin", "DistilledRCNN", "attach_teacher"]
+__all__ = [
+    "DistilledFCOS",
+    "DistilledMixin",
+    "DistilledRCNN",
+    "DistilledRetinaNet",
+    "attach_teacher",
+    "gradient_ratio",
+    "last_layer",
+]
+
+
+def last_layer(backbone: nn.Module) -> nn.Parameter:
+    """The last trained weight of a backbone, that of its bottom-up path if it is an FPN."""
+    bottom_up = getattr(backbone, "bottom_up", backbone)
+    return [p for p in bottom_up.parameters() if p.requires_grad and p.dim() > 1][-1]
+
+
+def gradient_ratio(
+    distillation: Iterable[torch.Tensor], detection: Iterable[torch.Tensor], layer: nn.Parameter
+) -> torch.Tensor:
+    """Norm of the gradient of one sum of losses over that of another, at one layer's weight.
+
+    The graph stays, and no ``.grad`` is touched, so the step is not changed by it.
+    """
+    norms = [
+        torch.autograd.grad(sum(losses), layer, retain_graph=True)[0].norm()
+        for losses in (distillation, detection)
+    ]
+    return norms[0] / norms[1]
 
 
 class DistilledMixin:
@@ -30,20 +64,33 @@ class DistilledMixin:
     _teacher: tuple[Teacher, ...] = ()
 
     @configurable
-    def __init__(self, *, distiller: Distiller, scale: int, **kwargs):
+    def __init__(self, *, distiller: Distiller, gradient_ratio_period: int = 0, **kwargs):
         """
         Args:
             distiller: the losses.
-            scale: k, high-resolution side / low-resolution side.
+            gradient_ratio_period: the iterations from one logging of the ratio of the distillation
+                gradient's norm to the detection gradient's to the next; 0 for none.
             kwargs: arguments of the stock detector.
         """
         super().__init__(**kwargs)
         self.distiller = distiller
-        self.scale = scale
+        self.gradient_ratio_period = gradient_ratio_period
 
     @classmethod
     def from_config(cls, cfg):
-        return {**super().from_config(cfg), "distiller": Distiller(cfg), "scale": cfg.KD.SCALE}
+        stock = super().from_config(cfg)
+        told = cfg.KD.LOSSES and cfg.KD.TEACHER.CONFIG_FILE
+        distiller = Distiller(
+            terms=read_losses(cfg.KD.LOSSES),
+            student=in_high_resolution(stock["backbone"].output_shape(), cfg.KD.SCALE),
+            teacher=teacher_levels(cfg) if told else None,
+            diagnostics_period=cfg.KD.DIAGNOSTICS_PERIOD,
+        )
+        return {
+            **stock,
+            "distiller": distiller,
+            "gradient_ratio_period": cfg.KD.GRADIENT_RATIO_PERIOD,
+        }
 
     def set_teacher(self, teacher: Teacher) -> None:
         """Learn from this teacher, whose levels are checked against the student's.
@@ -51,9 +98,7 @@ class DistilledMixin:
         Raises:
             InputError: if the levels cannot be paired.
         """
-        shapes = self.backbone.output_shape()
-        strides = {name: shape.stride * self.scale for name, shape in shapes.items()}
-        self.distiller.connect(strides, teacher.strides())
+        self.distiller.connect(teacher.levels())
         self._teacher = (teacher,)
 
     @property
@@ -71,13 +116,29 @@ class DistilledMixin:
         with recording(self.backbone) as call:
             losses = super().forward(batched_inputs)
         pyramid = self.teacher.pyramid(batched_inputs, tuple(call.input.shape[-2:]))
-        losses.update(self.distiller(call.output, pyramid, get_event_storage().iter))
-        return losses
+        storage = get_event_storage()
+        distillation = self.distiller(call.output, pyramid, storage.iter)
+        period = self.gradient_ratio_period
+        if period and (storage.iter + 1) % period == 0:
+            layer = last_layer(self.backbone)
+            ratio = gradient_ratio(distillation.values(), losses.values(), layer)
+            storage.put_scalar("kd/gradient_ratio", ratio)
+        return {**losses, **distillation}
 
 
 @META_ARCH_REGISTRY.register()
 class DistilledRCNN(DistilledMixin, GeneralizedRCNN):
     """Mask R-CNN or Faster R-CNN as a student."""
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledRetinaNet(DistilledMixin, RetinaNet):
+    """RetinaNet as a student."""
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledFCOS(DistilledMixin, FCOS):
+    """FCOS as a student."""
 
 
 def attach_teacher(model: nn.Module, cfg: CfgNode) -> Teacher:

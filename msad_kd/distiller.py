@@ -1,112 +1,77 @@
-"""The feature losses of a student: which levels, which losses, their weights, their warm-up."""
+"""The feature losses of a student: levels brought together, adapted where need be, compared.
+
+N: images, C: channels, H, W: height and width of a level.
+"""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
-from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from msad_kd.errors import InputError
-from msad_kd.losses import DISTILL_LOSS_REGISTRY
+from msad_kd.loss_terms import LossTerm
 from msad_kd.pyramid import Pyramid, pair_levels
 
-__all__ = ["Distiller", "LossTerm", "read_losses"]
+__all__ = ["Distiller", "build_adapter"]
+
+Levels = dict[str, ShapeSpec]
 
 
-@dataclass(frozen=True)
-class LossTerm:
-    """One entry of KD.LOSSES."""
-
-    name: str  # in DISTILL_LOSS_REGISTRY
-    weight: float  # of the sum over levels
-    levels: tuple[str, ...] = ()  # the student's; empty: all that have a partner
-    warmup_iters: int = 0  # iterations over which the weight rises linearly from 0
-    arguments: dict = field(default_factory=dict)  # of the loss
-
-    def weight_at(self, iteration: int) -> float:
-        """The weight at an iteration of the trainer, which counts from 0."""
-        if iteration >= self.warmup_iters:
-            return self.weight
-        return self.weight * iteration / self.warmup_iters
-
-    @property
-    def function(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        return functools.partial(DISTILL_LOSS_REGISTRY.get(self.name), **self.arguments)
-
-
-def read_losses(entries: list[dict]) -> list[LossTerm]:
-    """Check and read KD.LOSSES.
-
-    Raises:
-        InputError: if an entry is not a dict, names no loss or an unknown one, has no weight, or
-            passes an argument the loss does not take.
-    """
-    known = sorted(name for name, _ in DISTILL_LOSS_REGISTRY)
-    if not isinstance(entries, (list, tuple)):
-        raise InputError(f"KD.LOSSES: {entries} should be a list of dicts")
-    terms = []
-    for entry in entries:
-        weighted = isinstance(entry, dict) and isinstance(entry.get("weight"), (int, float))
-        if not weighted or "name" not in entry:
-            raise InputError(f"KD.LOSSES: {entry} should be a dict with a name and a weight")
-        rest = dict(entry)
-        name, weight = rest.pop("name"), float(rest.pop("weight"))
-        levels, warmup = rest.pop("levels", ()), rest.pop("warmup_iters", 0)
-        if name not in DISTILL_LOSS_REGISTRY:
-            raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(known)}")
-        if not isinstance(levels, (list, tuple)):
-            raise InputError(f"KD.LOSSES: levels of '{name}' should be a list, not {levels!r}")
-        if not isinstance(warmup, int) or warmup < 0:
-            raise InputError(
-                f"KD.LOSSES: warmup_iters of '{name}' should be a whole number from 0, not "
-                f"{warmup!r}"
-            )
-        parameters = list(inspect.signature(DISTILL_LOSS_REGISTRY.get(name)).parameters.values())
-        accepted = [p.name for p in parameters[2:] if p.kind is not p.VAR_KEYWORD]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        for argument in rest:
-            if argument not in accepted and not takes_any:
-                options = ["name", "weight", "levels", "warmup_iters", *accepted]
-                raise InputError(
-                    f"KD.LOSSES: '{name}' has no field '{argument}'; known: {', '.join(options)}"
-                )
-        terms.append(LossTerm(name, weight, tuple(levels), warmup, rest))
-    return terms
+def build_adapter(student_channels: int, teacher_channels: int) -> nn.Conv2d:
+    """A 1x1 convolution on the student's map; where nothing has to change, it starts as none."""
+    adapter = nn.Conv2d(student_channels, teacher_channels, 1)
+    if student_channels == teacher_channels:
+        nn.init.dirac_(adapter.weight)
+        nn.init.zeros_(adapter.bias)
+    return adapter
 
 
 class Distiller(nn.Module):
-    """The feature losses between a student's pyramid and its teacher's."""
+    """The feature losses between a student's pyramid and its teacher's.
 
-    @configurable
-    def __init__(self, *, terms: list[LossTerm]):
+    What it trains lives here and in no exported model: ``adapters``, one a level and shared by the
+    losses that use it, and ``parts``, the modules of losses that have their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        terms: list[LossTerm],
+        student: Levels,
+        teacher: Levels | None = None,
+        diagnostics_period: int = 0,
+    ):
         """
         Args:
             terms: the losses, which are summed.
+            student, teacher: level name to channels and stride, in pixels of the high-resolution
+                image. Without the teacher's there are no adapters and no parts.
+            diagnostics_period: the iterations from one logging of the diagnostics to the next; 0
+                for none.
+
+        Raises:
+            InputError: as ``connect``.
         """
         super().__init__()
         self.terms = terms
+        self.student = student
+        self.diagnostics_period = diagnostics_period
         self.pairs: dict[str, str] = {}
+        self.adapters, self.parts = nn.ModuleDict(), nn.ModuleDict()
+        self._values: dict[str, torch.Tensor] = {}
+        if teacher is not None:
+            self._pair(teacher)
+            for term in terms:
+                self._build_modules(term, teacher)
 
-    @classmethod
-    def from_config(cls, cfg):
-        return {"terms": read_losses(cfg.KD.LOSSES)}
-
-    def connect(self, student: dict[str, float], teacher: dict[str, float]) -> None:
-        """Pair the levels, before the first step.
-
-        Args:
-            student, teacher: level name to stride, in pixels of the high-resolution image.
-
-        Raises:
-            InputError: if no level has a partner, or if a loss asks for one that has none.
-        """
-        pairs, unpaired = pair_levels(student, teacher)
+    def _pair(self, teacher: Levels) -> list[str]:
+        pairs, unpaired = pair_levels(
+            *({name: x.stride for name, x in levels.items()} for levels in (self.student, teacher))
+        )
         self.pairs = dict(pairs)
         for term in self.terms:
             for level in term.levels:
@@ -115,11 +80,48 @@ class Distiller(nn.Module):
                         f"KD.LOSSES: level '{level}' of '{term.name}' has no partner in the "
                         f"teacher; the levels that have one are {', '.join(self.pairs)}"
                     )
+        return unpaired
+
+    def _build_modules(self, term: LossTerm, teacher: Levels) -> None:
+        for level in term.levels or self.pairs:
+            own, other = self.student[level].channels, teacher[self.pairs[level]].channels
+            if term.adapts(own, other) and level not in self.adapters:
+                self.adapters[level] = build_adapter(own, other)
+            if build := getattr(term.function, "parts", None):
+                if term.name not in self.parts:
+                    self.parts[term.name] = nn.ModuleDict()
+                if level not in self.parts[term.name]:
+                    self.parts[term.name][level] = build(other)
+
+    def connect(self, teacher: Levels) -> None:
+        """Pair the levels with those of the teacher that is there, before the first step.
+
+        Raises:
+            InputError: if no level has a partner, if a loss asks for one that has none, or if
+                the channels of a pair differ and there is no adapter.
+        """
+        unpaired = self._pair(teacher)
+        for term in self.terms:
+            for level in term.levels or self.pairs:
+                partner = self.pairs[level]
+                own, other = self.student[level].channels, teacher[partner].channels
+                adapter = self.adapters[level] if self._adapts(term, level) else None
+                if (adapter.out_channels if adapter else own) != other:
+                    raise InputError(
+                        f"KD.LOSSES: '{term.name}' compares level {level} of the student, with "
+                        f"{own} channels, and level {partner} of the teacher, with {other}; it "
+                        "needs 'adapter: auto' and KD.TEACHER.CONFIG_FILE to build it by"
+                    )
         if unpaired:
             logging.getLogger(__name__).warning(
                 "The student's levels %s have no partner in the teacher and are not distilled",
                 ", ".join(unpaired),
             )
+
+    def _adapts(self, term: LossTerm, level: str) -> bool:
+        if level not in self.adapters:
+            return False
+        return term.adapts(self.adapters[level].in_channels, self.adapters[level].out_channels)
 
     def forward(
         self, student: Pyramid, teacher: Pyramid, iteration: int
@@ -136,17 +138,41 @@ class Distiller(nn.Module):
             InputError: if the maps of a pair differ in shape.
         """
         losses: dict[str, torch.Tensor] = {}
+        adapted = {level: adapter(student[level]) for level, adapter in self.adapters.items()}
+        due = self.diagnostics_period and (iteration + 1) % self.diagnostics_period == 0
+        self._values = {}
         for term in self.terms:
             total = 0.0
             for level in term.levels or self.pairs:
-                s, t = student[level], teacher[self.pairs[level]]
+                s = adapted[level] if self._adapts(term, level) else student[level]
+                t = teacher[self.pairs[level]]
                 if s.shape != t.shape:
                     raise InputError(
                         f"level {level} of the student, {tuple(s.shape)}, and level "
                         f"{self.pairs[level]} of the teacher, {tuple(t.shape)}, differ in shape "
                         "(images, channels, height, width) and cannot be compared"
                     )
-                total = total + term.function(s, t)
+                parts = [self.parts[term.name][level]] if term.name in self.parts else []
+                value = term.function(s, t, *parts, **term.arguments)
+                self._values[f"{term.name}_{level}"] = value.detach()
+                total = total + value
+                if due:
+                    self._log(term, level, (s.detach(), t, *parts))
             key = f"loss_kd_{term.name}"
             losses[key] = losses.get(key, 0.0) + term.weight_at(iteration) * total
         return losses
+
+    @torch.no_grad()
+    def _log(self, term: LossTerm, level: str, maps: tuple) -> None:
+        storage = get_event_storage()
+        storage.put_scalar(f"kd/{term.name}_{level}", self._values[f"{term.name}_{level}"])
+        for name, measure in getattr(term.function, "measures", {}).items():
+            value = measure(*maps, **term.arguments)
+            storage.put_scalar(f"kd/{term.name}_{name}_{level}", value)
+
+    def not_finite(self) -> list[str]:
+        """<loss>_<level> of the last step's values, without weight, that are NaN or infinite.
+
+        Looking waits for the GPU, so it is for when the total was found not to be finite.
+        """
+        return [name for name, value in self._values.items() if not value.isfinite().all()]

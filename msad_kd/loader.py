@@ -54,6 +54,11 @@ def clear_absence(names: tuple[str, ...]):
             f"data set {', '.join(names)}: '{error.filename}' does not exist; set "
             "DETECTRON2_DATASETS to the folder that has it"
         ) from error
+    except ImportError as error:
+        raise InputError(
+            f"data set {', '.join(names)}: {error}; install the package, for Cityscapes "
+            "cityscapesScripts and shapely"
+        ) from error
     except AssertionError as error:  # empty, or nothing left after images without boxes went
         raise InputError(f"data set {', '.join(names)}: {error}") from error
 

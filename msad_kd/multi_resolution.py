@@ -7,17 +7,21 @@ the low-resolution pyramid P'2..P'6 is renamed to p3..p7, and both are fused lev
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 
 from msad_kd.errors import InputError
+from msad_kd.fcos import FCOS
 from msad_kd.fusion import CrossingFeatureFusion
 from msad_kd.hooking import answering
+from msad_kd.normalizer import get_normalizer, set_normalizer
 from msad_kd.pyramid import (
     Pyramid,
+    aligned_levels,
     check_sizes,
     level_shift,
     normalize,
@@ -27,7 +31,13 @@ from msad_kd.pyramid import (
 )
 from msad_kd.statistics import add_low_resolution_statistics, low_resolution_statistics
 
-__all__ = ["BRANCHES", "MultiResolutionMixin", "MultiResolutionRCNN"]
+__all__ = [
+    "BRANCHES",
+    "MultiResolutionFCOS",
+    "MultiResolutionMixin",
+    "MultiResolutionRCNN",
+    "MultiResolutionRetinaNet",
+]
 
 BRANCHES = ("hr", "lr", "fused")
 
@@ -88,12 +98,15 @@ class MultiResolutionMixin:
                 f"MODEL.BACKBONE.NAME: a {type(self.backbone).__name__} pads images for one "
                 "resolution; use build_aligned_resnet_fpn_backbone, or one that makes an AlignedFPN"
             )
-        for part in (getattr(self, name, None) for name in ("proposal_generator", "roi_heads")):
-            offered = self.strides()
-            absent = [name for name in getattr(part, "in_features", ()) if name not in offered]
+        offered = self.strides()
+        readers = [(self, "head_in_features")]
+        for part in ("proposal_generator", "roi_heads"):
+            readers.append((getattr(self, part, None), "in_features"))
+        for reader, levels in readers:
+            absent = [name for name in getattr(reader, levels, ()) if name not in offered]
             if absent:
                 raise InputError(
-                    f"IN_FEATURES: the {type(part).__name__} reads {', '.join(absent)}, but the "
+                    f"IN_FEATURES: the {type(reader).__name__} reads {', '.join(absent)}, but the "
                     f"levels that both resolutions have are {', '.join(offered)}"
                 )
 
@@ -112,10 +125,8 @@ class MultiResolutionMixin:
 
     def strides(self) -> dict[str, int]:
         """Level name to stride in pixels of the high-resolution image, alike for all branches."""
-        shift = level_shift(self.scale)
-        strides = {name: shape.stride for name, shape in self.backbone.output_shape().items()}
-        renamed = {f"p{int(name[1:]) + shift}" for name in strides}
-        return {name: stride for name, stride in strides.items() if name in renamed}
+        levels = aligned_levels(self.backbone.output_shape(), self.scale)
+        return {name: shape.stride for name, shape in levels.items()}
 
     def pyramids(
         self,
@@ -135,19 +146,21 @@ class MultiResolutionMixin:
         Returns:
             branch to level name to (N, C, H / 4, W / 4) and coarser.
         """
-        levels, found = self.strides(), {}
+        levels, shift, found = self.strides(), level_shift(self.scale), {}
         if high is not None:
-            with ExitStack() as skipped:
-                # The finest levels have no partner at low resolution. p2's output convolution alone
-                # is a quarter of the multiply-adds of an R-50 FPN, so they are left out.
-                for name in self.backbone.output_shape().keys() - levels.keys():
-                    if output := getattr(self.backbone, f"fpn_output{name[1:]}", None):
-                        skipped.enter_context(answering(output, None))
+            # The finest levels have no partner at low resolution. p2's output convolution alone is
+            # a quarter of the multiply-adds of an R-50 FPN, so they are left out.
+            with self._computing(levels):
                 features = self.backbone(high)
             found["hr"] = {name: features[name] for name in levels}
         if low is not None:
-            with low_resolution_statistics(self.backbone):
-                features = shift_levels(self.backbone(low), level_shift(self.scale))
+            # The coarsest have none at high resolution; computed, they would only move p7's batch
+            # statistics, if it has any.
+            with (
+                low_resolution_statistics(self.backbone),
+                self._computing(shift_levels(levels, -shift)),
+            ):
+                features = shift_levels(self.backbone(low), shift)
             found["lr"] = {name: features[name] for name in levels}
         if "fused" in branches:
             masks = None
@@ -155,6 +168,18 @@ class MultiResolutionMixin:
                 masks = valid_masks(sizes, tuple(high.shape[-2:]), found["hr"])
             found["fused"] = self.fusion(found["hr"], found["lr"], masks)
         return {branch: found[branch] for branch in branches}
+
+    @contextmanager
+    def _computing(self, levels: Iterable[str]):
+        """Within the context, the backbone computes these levels only; the others are None."""
+        with ExitStack() as skipped:
+            for name in self.backbone.output_shape().keys() - set(levels):
+                output = getattr(self.backbone, f"fpn_output{name[1:]}", None)
+                if output is None:
+                    output = getattr(getattr(self.backbone, "top_block", None), name, None)
+                if output is not None:  # else it costs nothing, as a maximum does
+                    skipped.enter_context(answering(output, None))
+            yield
 
     def low_resolution_batch(self, batched_inputs: list[dict], high: torch.Tensor) -> torch.Tensor:
         """The ``image_lr`` of the inputs, normalised and padded to 1/k of ``high``: (N, 3, H, W).
@@ -186,9 +211,12 @@ class MultiResolutionMixin:
         if not self.training:
             with answering(self.backbone, pyramids[self.test_branch]):
                 return super().forward(batched_inputs)
-        losses = {}
+        losses, normalizer = {}, get_normalizer(self)
         for branch, pyramid in pyramids.items():
             weight = self.fused_weight if branch == "fused" else 1.0
+            # All branches see the same boxes, so the same number of positives: from the same moving
+            # average, each has a stock detector's loss, and it moves once a step.
+            set_normalizer(self, normalizer)
             with answering(self.backbone, pyramid):
                 for name, loss in super().forward(batched_inputs).items():
                     losses[f"{name}_{branch}"] = weight * loss
@@ -198,3 +226,13 @@ class MultiResolutionMixin:
 @META_ARCH_REGISTRY.register()
 class MultiResolutionRCNN(MultiResolutionMixin, GeneralizedRCNN):
     """Mask R-CNN or Faster R-CNN as a multi-resolution teacher."""
+
+
+@META_ARCH_REGISTRY.register()
+class MultiResolutionRetinaNet(MultiResolutionMixin, RetinaNet):
+    """RetinaNet as a multi-resolution teacher."""
+
+
+@META_ARCH_REGISTRY.register()
+class MultiResolutionFCOS(MultiResolutionMixin, FCOS):
+    """FCOS, the paper's detector, as a multi-resolution teacher."""

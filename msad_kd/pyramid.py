@@ -6,13 +6,18 @@ Level p<s> has stride 2^s in pixels of the image it was computed from.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from detectron2.layers import ShapeSpec
 from torch import nn
 
 from msad_kd.errors import InputError
 
 __all__ = [
+    "aligned_levels",
     "check_sizes",
+    "in_high_resolution",
     "level_shift",
     "normalize",
     "pad_batch",
@@ -38,9 +43,23 @@ def level_shift(scale: int) -> int:
     return int(scale).bit_length() - 1
 
 
-def shift_levels(pyramid: Pyramid, shift: int) -> Pyramid:
+def shift_levels(pyramid: dict[str, Any], shift: int) -> dict[str, Any]:
     """Rename p<s> to p<s+shift>: the low-resolution pyramid P'_{s-m} in high-resolution terms."""
     return {f"p{int(name[1:]) + shift}": feature for name, feature in pyramid.items()}
+
+
+def in_high_resolution(levels: dict[str, ShapeSpec], factor: int) -> dict[str, ShapeSpec]:
+    """A backbone's levels, their strides in pixels of an image ``factor`` times as large."""
+    return {
+        name: ShapeSpec(channels=shape.channels, stride=shape.stride * factor)
+        for name, shape in levels.items()
+    }
+
+
+def aligned_levels(levels: dict[str, ShapeSpec], scale: int) -> dict[str, ShapeSpec]:
+    """Those of a backbone's levels that both resolutions have: p3..p7 of p2..p7 for k = 2."""
+    renamed = shift_levels(levels, level_shift(scale))
+    return {name: shape for name, shape in levels.items() if name in renamed}
 
 
 def pair_levels(

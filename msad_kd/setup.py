@@ -16,11 +16,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from msad_kd.coco_evaluation import choose_implementation
 from msad_kd.config import add_msad_kd_config
 from msad_kd.datasets import register_coco_format
-from msad_kd.distiller import read_losses
 from msad_kd.errors import InputError
+from msad_kd.loss_terms import read_losses
 from msad_kd.pyramid import level_shift
+from msad_kd.stages import read_stages
 
 __all__ = ["build_config", "import_module", "merge_config"]
 
@@ -86,14 +88,16 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     SOLVER.REFERENCE_WORLD_SIZE scales batch, schedule and the distillation's warm-up, once.
 
     Raises:
-        InputError: as ``merge_config``, ``register_coco_format``,
-            ``level_shift`` and ``read_losses``.
+        InputError: as ``merge_config``, ``register_coco_format``, ``level_shift``, ``read_losses``,
+            ``read_stages`` and ``choose_implementation``.
     """
     cfg = get_cfg()
     add_msad_kd_config(cfg)
     merge_config(cfg, config_file, opts)
     level_shift(cfg.KD.SCALE)
     read_losses(cfg.KD.LOSSES)
+    read_stages(cfg.KD.LADDER.STAGES)
+    choose_implementation(cfg.TEST.COCO_EVALUATOR)
     register_coco_format(cfg)
     _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     for key in ("TRAIN", "TEST"):
@@ -129,6 +133,13 @@ def _scale_to_world(cfg: CfgNode) -> CfgNode:
             *(scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER),
         )
         scaled.defrost()
-        for entry in scaled.KD.LOSSES:
-            entry["warmup_iters"] = round(entry.get("warmup_iters", 0) * reference / world_size)
+        stages = scaled.KD.LADDER.STAGES
+        for losses in [scaled.KD.LOSSES, *(stage.get("losses") or [] for stage in stages)]:
+            for entry in losses:
+                entry["warmup_iters"] = round(entry.get("warmup_iters", 0) * reference / world_size)
+        for stage in stages:
+            if stage.get("iterations"):
+                stage["iterations"] = max(1, round(stage["iterations"] * reference / world_size))
+            if stage.get("base_lr"):
+                stage["base_lr"] *= world_size / reference
     return scaled

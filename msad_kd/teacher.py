@@ -9,18 +9,26 @@ import logging
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
 from torch import nn
 
 from msad_kd.checkpoint import load_strictly
 from msad_kd.config import add_msad_kd_config
 from msad_kd.errors import InputError
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
-from msad_kd.pyramid import Pyramid, check_sizes, normalize, pad_batch
+from msad_kd.pyramid import (
+    Pyramid,
+    aligned_levels,
+    check_sizes,
+    in_high_resolution,
+    normalize,
+    pad_batch,
+)
 from msad_kd.seed import preserved_rng
 from msad_kd.setup import merge_config
 
-__all__ = ["Teacher", "build_teacher", "teacher_config"]
+__all__ = ["Teacher", "build_teacher", "teacher_config", "teacher_levels"]
 
 
 class Teacher:
@@ -53,13 +61,10 @@ class Teacher:
         self.branch = branch
         self.scale = scale
 
-    def strides(self) -> dict[str, int]:
-        """Level name to stride in pixels of the high-resolution image."""
-        if isinstance(self.model, MultiResolutionMixin):
-            return self.model.strides()
-        factor = 1 if self.branch == "hr" else self.scale
+    def levels(self) -> dict[str, ShapeSpec]:
+        """Level name to channels and stride, in pixels of the high-resolution image."""
         shapes = self.model.backbone.output_shape()
-        return {name: shape.stride * factor for name, shape in shapes.items()}
+        return _levels(type(self.model), shapes, self.branch, self.scale)
 
     @torch.no_grad()
     def pyramid(self, batched_inputs: list[dict], padded: tuple[int, int]) -> Pyramid:
@@ -95,15 +100,37 @@ class Teacher:
         return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
 
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
+def _levels(meta: type, shapes: dict, branch: str, scale: int) -> dict[str, ShapeSpec]:
+    if issubclass(meta, MultiResolutionMixin):
+        return aligned_levels(shapes, scale)
+    return in_high_resolution(shapes, 1 if branch == "hr" else scale)
+
+
+def teacher_levels(cfg: CfgNode) -> dict[str, ShapeSpec]:
+    """What ``Teacher.levels`` will be, told by the teacher's config alone.
+
+    A student's adapters are sized by it: they have to be there before the optimizer, and before any
+    teacher is. The random generators are left as they were.
+    """
+    own = teacher_config(cfg, trained=False)
+    meta = META_ARCH_REGISTRY.get(own.MODEL.META_ARCHITECTURE)
+    with preserved_rng():
+        shapes = build_backbone(own).output_shape()
+    return _levels(meta, shapes, cfg.KD.TEACHER.BRANCH, cfg.KD.SCALE)
+
+
+def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     """The teacher's config: its own file, with the student's data sets and device.
 
+    Args:
+        trained: whether its weights will be needed.
+
     Raises:
-        InputError: if the file or the weights are not named, or if the teacher sees images of
-            another format or scale than the student.
+        InputError: if the file or the weights needed are not named, or if the teacher sees images
+            of another format or scale than the student.
     """
     keys = cfg.KD.TEACHER
-    for key in ("CONFIG_FILE", "WEIGHTS"):
+    for key in ("CONFIG_FILE", "WEIGHTS") if trained else ("CONFIG_FILE",):
         if not keys[key]:
             raise InputError(
                 f"KD.TEACHER.{key} is empty; {cfg.MODEL.META_ARCHITECTURE} needs a teacher's "

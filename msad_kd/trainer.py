@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 
@@ -9,22 +10,27 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.engine.hooks import EvalHook, PeriodicWriter
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
 from msad_kd.checkpoint import check_exists, init_from_teacher
-from msad_kd.data import TwoResolutionMapper
+from msad_kd.classes import check_classes, is_a, number_of_classes
+from msad_kd.data import TwoResolutionMapper, jitter_arguments
 from msad_kd.distilled import DistilledMixin, attach_teacher
 from msad_kd.errors import InputError
 from msad_kd.evaluation import build_evaluator
+from msad_kd.launch import ddp_on_cpu
 from msad_kd.loader import build_train_loader, clear_absence, clear_errors
+from msad_kd.multi_resolution import MultiResolutionMixin
+from msad_kd.normalizer import KeepNormalizer
 from msad_kd.seed import derive_seed, preserved_rng, seed_all
 from msad_kd.teacher import teacher_config
 
-__all__ = ["KDTrainer", "build_mapper"]
+__all__ = ["KDTrainer", "build_mapper", "check_augmentation"]
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
@@ -35,7 +41,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     """
     frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
     if frame is None or (frame == "lr" and not is_train):
-        return DatasetMapper(cfg, is_train)
+        return DatasetMapper(cfg, is_train, **jitter_arguments(cfg, is_train))
     return TwoResolutionMapper(cfg, is_train, frame=frame)
 
 
@@ -61,24 +67,41 @@ class EvaluateTeacher(HookBase):
             return
         cfg = teacher_config(trainer.cfg).clone()
         logger = logging.getLogger(__name__)
-        own, students = (c.MODEL.ROI_HEADS.NUM_CLASSES for c in (cfg, trainer.cfg))
+        own, students = (number_of_classes(each) for each in (cfg, trainer.cfg))
         if own != students:
             logger.warning(
-                "The teacher predicts %d classes, the student %d: the teacher is not evaluated",
+                "The teacher predicts %s classes, the student %s: the teacher is not evaluated",
                 own,
                 students,
             )
             return
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")
+        for key in ("COCO_EVALUATOR", "CITYSCAPES_COCO"):  # its AP is to be compared
+            cfg.TEST[key] = trainer.cfg.TEST[key]
         logger.info("Evaluating the teacher before the first iteration")
         with preserved_rng():
             trainer.test(cfg, trainer.teacher.model)
 
 
 def _is_student(cfg: CfgNode) -> bool:
-    meta = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    return isinstance(meta, type) and issubclass(meta, DistilledMixin)
+    return is_a(cfg, DistilledMixin)
+
+
+def check_augmentation(cfg: CfgNode) -> None:
+    """Check that TEST.AUG, when it is enabled, can be done with the config's model.
+
+    Raises:
+        InputError: if Detectron2 has no test-time augmentation for it. A multi-resolution teacher
+            would be run at one resolution only.
+    """
+    possible = is_a(cfg, GeneralizedRCNN) and not is_a(cfg, MultiResolutionMixin)
+    if cfg.TEST.AUG.ENABLED and (not possible or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS):
+        raise InputError(
+            f"TEST.AUG.ENABLED is True, but a {cfg.MODEL.META_ARCHITECTURE} cannot be evaluated "
+            "with test-time augmentation (Faster and Mask R-CNN of one resolution can, without "
+            "keypoints and given proposals); set it to False"
+        )
 
 
 class KDTrainer(DefaultTrainer):
@@ -89,10 +112,28 @@ class KDTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        check_augmentation(cfg)
         if _is_student(cfg):
             teacher_config(cfg)  # its mistakes are told before the data are read
-        super().__init__(cfg)
+        with ddp_on_cpu() if cfg.MODEL.DEVICE == "cpu" else contextlib.nullcontext():
+            super().__init__(cfg)
         self.teacher = attach_teacher(self._trainer.model, cfg) if _is_student(cfg) else None
+
+    def train(self):
+        try:
+            # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
+            # calls, which changes its last bits: a resumed run, whose first calls come later, would
+            # not be the same. On a GPU no bits are promised, and the rewritten one saves memory.
+            with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
+                return super().train()
+        except FloatingPointError as error:  # Detectron2's, which names the totals
+            model = getattr(self._trainer.model, "module", self._trainer.model)
+            bad = model.distiller.not_finite() if self.teacher is not None else []
+            if not bad:
+                raise
+            raise FloatingPointError(
+                f"{error}\nNot finite at iteration {self.iter}: {', '.join(bad)}"
+            ) from error
 
     def resume_or_load(self, resume: bool = True) -> None:
         fresh = not (resume and self.checkpointer.has_checkpoint())
@@ -102,13 +143,14 @@ class KDTrainer(DefaultTrainer):
         super().resume_or_load(resume)
         self.data_loader.start = self.start_iter
         if fresh and self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
-            if weights:
+            backbone = self.cfg.KD.TEACHER.INIT_BACKBONE
+            if weights and backbone:
                 logging.getLogger(__name__).warning(
                     "The teacher's weights replace those of MODEL.WEIGHTS '%s'; set "
                     "KD.TEACHER.INIT_STUDENT False to keep them",
                     weights,
                 )
-            init_from_teacher(self.checkpointer.model, self.teacher.model)
+            init_from_teacher(self.checkpointer.model, self.teacher.model, backbone=backbone)
 
     def state_dict(self) -> dict:
         # The inner trainer has the optimizer, which Detectron2 0.6 leaves out of checkpoints.
@@ -125,10 +167,15 @@ class KDTrainer(DefaultTrainer):
 
     def build_hooks(self):
         hooks = super().build_hooks()
+        hooks.insert(0, KeepNormalizer(self.cfg.SOLVER.CHECKPOINT_PERIOD))
         if self.cfg.SEED >= 0:
             hooks.insert(0, SeedEachStep(self.cfg.SEED))
         if _is_student(self.cfg) and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
             hooks.insert(0, EvaluateTeacher())
+        if self.cfg.TEST.AUG.ENABLED:
+            writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
+            augmented = EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            hooks.insert(min(writers, default=len(hooks)), augmented)  # it is to be written, too
         return hooks
 
     @classmethod
@@ -142,6 +189,8 @@ class KDTrainer(DefaultTrainer):
                 weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
                 bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
                 weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+                # A Swin's, which its authors do not decay either.
+                overrides={"relative_position_bias_table": {"weight_decay": 0.0}},
             )
             optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
             return optimizer(
@@ -151,14 +200,35 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_train_loader(cfg, build_mapper(cfg, is_train=True))
+        loader = build_train_loader(cfg, build_mapper(cfg, is_train=True))
+        check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         mapper = clear_errors(build_mapper(cfg, is_train=False))
         with clear_absence((dataset_name,)):
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        check_classes(cfg, (dataset_name,))
+        return loader
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
-        return build_evaluator(cfg, dataset_name)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:  # as Detectron2's tools call it
+        """Evaluate with the test-time augmentation of TEST.AUG.
+
+        Returns:
+            as ``test``, with "_TTA" after each task's name.
+
+        Raises:
+            InputError: as ``check_augmentation``.
+        """
+        check_augmentation(cfg)
+        logging.getLogger(__name__).info("Evaluating with test-time augmentation (TEST.AUG)")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{task}_TTA": metrics for task, metrics in results.items()}

@@ -1,5 +1,6 @@
 """Fixtures: a tiny data set, tiny configs of every role, a tiny teacher that was trained."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from helpers import (  # noqa: E402
 from msad_kd import TwoResolutionMapper  # noqa: E402
 from msad_kd.setup import build_config  # noqa: E402
 from projects.Shapes.generate import generate  # noqa: E402
+from projects.Shapes.jobs import Screen  # noqa: E402
 
 # More threads only get in each other's way in models this small.
 torch.set_num_threads(1)
@@ -131,3 +133,10 @@ def batch():
         return [mapper(entry) for entry in get_detection_dataset_dicts(names)[:count]]
 
     return make
+
+
+@pytest.fixture
+def screen():
+    """The demo's display, writing to nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        yield Screen(nowhere)

@@ -1,5 +1,6 @@
 """What several test files need, and is no fixture."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -106,3 +107,11 @@ def same_instances(one, other):
         if not equal:
             return False
     return True
+
+
+def load_tool(name):
+    """The module of a command in tools/, whose ``main`` takes a list of arguments."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

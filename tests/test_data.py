@@ -17,8 +17,9 @@ from helpers import same_instances
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
-from msad_kd.data import scale_transform, scale_transforms
+from msad_kd.data import jitter_arguments, scale_transform, scale_transforms
 from msad_kd.errors import InputError
+from msad_kd.trainer import build_mapper
 
 # Flips, crops before the resize, several odd sizes: all that Detectron2's own keys switch on.
 LIVELY = [
@@ -272,3 +273,57 @@ def test_scale_3_is_refused(config):
 def test_an_unknown_frame_is_refused(config):
     with pytest.raises(InputError, match="'lr' or 'hr', not 'both'"):
         TwoResolutionMapper(config("lr"), True, frame="both")
+
+
+# ---- Large-scale jitter ----
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_both_resolutions_jitter_alike(config, dicts, scale):
+    low = config("lr", "INPUT.JITTER.SIZE", 40, "KD.SCALE", scale)
+    high = config("lr", "INPUT.JITTER.SIZE", 40 * scale, "KD.SCALE", scale)
+    stock = DatasetMapper(low, True, **jitter_arguments(low, True))
+    student = TwoResolutionMapper(low, True, frame="lr")
+    teacher = TwoResolutionMapper(high, True, frame="hr")
+    boxes, padded = 0, set()
+    for seed, entry in enumerate(dicts * 2):
+        expected, mine, theirs = (mapped(m, entry, seed) for m in (stock, student, teacher))
+        assert torch.equal(expected["image"], mine["image"])
+        assert same_instances(expected["instances"], mine["instances"])
+        assert mine["image"].shape == (3, 40, 40)
+        assert torch.equal(mine["image"], theirs["image_lr"])
+        assert torch.equal(mine["image_hr"], theirs["image"])
+        assert theirs["image"].shape == (3, 40 * scale, 40 * scale)
+        small, large = (x["instances"].gt_boxes.tensor for x in (mine, theirs))
+        assert_close(scale * small, large)
+        boxes += len(small)
+        empty = (mine["image"] == 128).all(dim=0)
+        padded.add(bool(empty[:, -1].all() or empty[:, 0].all() or empty[-1].all()))
+        # Where one is padding, so is the other.
+        wide = empty.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        assert (theirs["image"] == 128).all(dim=0)[wide].float().mean() > 0.95 or not empty.any()
+    assert boxes > 10 and padded == {True, False}
+
+
+def test_without_jitter_and_at_test_nothing_changes(config):
+    assert jitter_arguments(config("lr"), True) == {}
+    assert jitter_arguments(config("lr", "INPUT.JITTER.SIZE", 40), False) == {}
+
+
+def test_a_stock_model_jitters_too(config, dicts):
+    cfg = config("lr", "INPUT.JITTER.SIZE", 40)
+    assert mapped(build_mapper(cfg, True), dicts[0], 0)["image"].shape == (3, 40, 40)
+    assert mapped(build_mapper(cfg, False), dicts[0], 0)["image"].shape == (3, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["INPUT.JITTER.SCALES", [0.5]], "SCALES is .0.5.; it should be a range"),
+        (["INPUT.JITTER.SCALES", [2.0, 0.1]], "SCALES is .2.0, 0.1.; it should be a range"),
+        (["INPUT.CROP.ENABLED", True], "INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop"),
+    ],
+)
+def test_jitter_that_does_not_do(config, options, words):
+    with pytest.raises(InputError, match=words):
+        TwoResolutionMapper(config("lr", "INPUT.JITTER.SIZE", 40, *options), True, frame="lr")

@@ -7,7 +7,10 @@ from detectron2.utils.events import EventStorage
 from helpers import WARMUP, differing, same_instances, tensors_of
 
 from msad_kd import DistilledMixin, DistilledRCNN, attach_teacher
+from msad_kd.checkpoint import export_weights
+from msad_kd.distilled import last_layer
 from msad_kd.errors import InputError
+from msad_kd.losses import DISTILL_LOSS_REGISTRY
 from msad_kd.teacher import Teacher
 
 
@@ -137,19 +140,62 @@ def test_without_a_teacher_it_cannot_be_trained(student_config, batch):
 
 def test_levels_that_cannot_meet_are_named(student_config):
     # The student's finest level then has stride 4 x 64, the teacher's coarsest has 64.
-    cfg = student_config("KD.SCALE", 64, "KD.TEACHER.BRANCH", "hr")
-    model = build(cfg)
-    hr = build_model(student_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
+    plain = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
+    plain += ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
+    cfg = student_config("KD.SCALE", 64, "KD.TEACHER.BRANCH", "hr", "KD.TEACHER.OPTS", plain)
     with pytest.raises(InputError, match="no level of the student.*'p2': 256.*KD.SCALE"):
-        model.set_teacher(Teacher(hr, branch="hr", scale=64))
+        build(cfg)
+    hr = build_model(student_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
+    with pytest.raises(InputError, match="no level of the student.*'p2': 8.*'p2': 256.*KD.SCALE"):
+        build(student_config()).set_teacher(Teacher(hr, branch="lr", scale=64))
 
 
-def test_maps_of_unequal_width_are_named(student_config, batch):
-    cfg = student_config("MODEL.FPN.OUT_CHANNELS", 8)
+def test_maps_of_unequal_width_are_named(student_config):
+    never = [{"name": "l1", "weight": 1.0, "adapter": False}]
+    cfg = student_config("MODEL.FPN.OUT_CHANNELS", 8, "KD.LOSSES", never)
+    with pytest.raises(InputError, match="level p2 .* 8 channels, and level p3 .* with 16"):
+        attach_teacher(build(cfg), cfg)
+
+
+def test_a_narrower_student_has_adapters_and_exports_without(student_config, batch, tmp_path):
+    width = ["MODEL.FPN.OUT_CHANNELS", 8]
+    cfg = student_config(*width)
     model = build(cfg)
     attach_teacher(model, cfg)
-    with pytest.raises(InputError, match=r"level p2 .*\(2, 8, 8, 16\).* p3 .*\(2, 16, 8, 16\)"):
-        losses_of(model, batch(cfg, "lr"))
+    own = [key for key in model.state_dict() if key.startswith("distiller.")]
+    assert own == [f"distiller.adapters.p{s}.{x}" for s in range(2, 7) for x in ("weight", "bias")]
+    sum(losses_of(model, batch(cfg, "lr"), WARMUP).values()).backward()
+    assert all(p.grad is not None for p in model.distiller.parameters())
+    torch.save({"model": model.state_dict()}, tmp_path / "trained.pth")
+    export_weights(tmp_path / "trained.pth", tmp_path / "student.pth")
+    exported = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
+    stock = build(student_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *width))
+    assert set(exported) == set(stock.state_dict())
+
+
+def test_the_gradients_of_both_kinds_are_compared(student_config, batch):
+    cfg = student_config("KD.GRADIENT_RATIO_PERIOD", 2, "KD.DIAGNOSTICS_PERIOD", 0)
+    model = build(cfg)
+    attach_teacher(model, cfg)
+    inputs = batch(cfg, "lr")
+    logged = []
+    for iteration in (2 * WARMUP, 2 * WARMUP + 1):
+        torch.manual_seed(1)
+        with EventStorage(iteration) as storage:
+            losses = model.train()(inputs)
+        logged.append(storage.latest())
+    assert "kd/gradient_ratio" not in logged[0]
+    ratio = logged[1]["kd/gradient_ratio"][0]
+    assert all(p.grad is None for p in model.parameters())
+    layer = last_layer(model.backbone)
+    assert layer is model.backbone.bottom_up.res5[-1].conv3.weight
+    norms = {}
+    for kind in (True, False):
+        model.zero_grad()
+        mine = [v for k, v in losses.items() if k.startswith("loss_kd_") is kind]
+        sum(mine).backward(retain_graph=True)
+        norms[kind] = layer.grad.norm().item()
+    assert ratio == pytest.approx(norms[True] / norms[False], rel=1e-5)
 
 
 @pytest.mark.parametrize("branch", ["hr", "lr", "fused"])
@@ -159,6 +205,23 @@ def test_it_learns_from_any_branch(student_config, batch, branch):
     assert attach_teacher(model, cfg).branch == branch
     assert model.distiller.pairs == {f"p{s}": f"p{s + 1}" for s in range(2, 7)}
     assert losses_of(model, batch(cfg, "lr"), WARMUP)["loss_kd_l1"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(name for name, _ in DISTILL_LOSS_REGISTRY))
+def test_every_loss_is_one_override_away(student_config, batch, name):
+    cfg = student_config("KD.LOSSES", [{"name": name, "weight": 0.01}])
+    model = build(cfg)
+    attach_teacher(model, cfg)
+    torch.manual_seed(1)
+    with EventStorage(19) as storage:
+        losses = model.train()(batch(cfg, "lr"))
+    losses[f"loss_kd_{name}"].backward()
+    for parameters in (model.backbone, model.distiller):
+        assert all(p.grad.isfinite().all() for p in parameters.parameters() if p.grad is not None)
+    assert model.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+    logged = {key.removesuffix(f"_p{s}") for key in storage.latest() for s in range(2, 7)}
+    own = {f"kd/{name}"} | ({"kd/ssim_blind_share"} if name == "ssim" else set())
+    assert {key for key in logged if key.startswith("kd/") and key[-3:-1] != "_p"} == own
 
 
 def test_any_detector_becomes_a_student_in_three_lines(student_config, batch):

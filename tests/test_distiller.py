@@ -4,21 +4,33 @@ import logging
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from msad_kd.config import add_msad_kd_config
-from msad_kd.distiller import Distiller, read_losses
+from msad_kd.distiller import Distiller, build_adapter
 from msad_kd.errors import InputError
-from msad_kd.losses import DISTILL_LOSS_REGISTRY
+from msad_kd.loss_terms import read_losses
+from msad_kd.losses import DISTILL_LOSS_REGISTRY, diagnosed
 
 LEVELS = ("p2", "p3", "p4")
-STUDENT = {f"p{s}": 2 * 2**s for s in (2, 3, 4)}
-TEACHER = {f"p{s}": 2**s for s in (3, 4, 5)}
 
 
-def distiller(*entries):
-    module = Distiller(terms=read_losses(list(entries)))
-    module.connect(STUDENT, TEACHER)
+def levels(first, last, channels=4, factor=1):
+    return {
+        f"p{s}": ShapeSpec(channels=channels, stride=factor * 2**s) for s in range(first, last + 1)
+    }
+
+
+STUDENT, TEACHER = levels(2, 4, factor=2), levels(3, 5)
+
+
+def distiller(*entries, student=STUDENT, teacher=TEACHER, **options):
+    module = Distiller(
+        terms=read_losses(list(entries)), student=student, teacher=teacher, **options
+    )
+    module.connect(teacher)
     return module
 
 
@@ -91,7 +103,7 @@ def test_defaults_are_the_papers():
 
     cfg = get_cfg()
     add_msad_kd_config(cfg)
-    (term,) = Distiller(cfg).terms
+    (term,) = read_losses(cfg.KD.LOSSES)
     assert (term.name, term.weight, term.warmup_iters, term.levels) == ("l1", 0.6, 500, ())
 
 
@@ -122,6 +134,8 @@ def test_a_registered_loss_can_be_named():
             {"name": "l1", "weight": 1, "warmup_iters": 2.5},
             "warmup_iters of 'l1' should be a whole",
         ),
+        ({"name": "l1", "weight": 1, "adapter": "maybe"}, "adapter of 'l1' should be auto, true"),
+        ({"name": "mgd", "weight": 1, "parts": 3}, "'mgd' has no field 'parts'; known: .*mask_rat"),
     ],
 )
 def test_entries_that_cannot_be_read(entry, words):
@@ -140,9 +154,8 @@ def test_a_level_without_partner_is_an_error_when_asked_for():
 
 
 def test_levels_without_partner_are_named_in_a_warning(caplog):
-    module = Distiller(terms=read_losses([{"name": "l1", "weight": 1.0}]))
     with caplog.at_level(logging.WARNING):
-        module.connect({**STUDENT, "p5": 64, "p6": 128}, TEACHER)
+        module = distiller({"name": "l1", "weight": 1.0}, student=levels(2, 6, factor=2))
     assert "p5, p6" in caplog.text
     assert module.pairs == {"p2": "p3", "p3": "p4", "p4": "p5"}
 
@@ -152,3 +165,102 @@ def test_unequal_shapes_name_both_levels():
     teacher["p4"] = teacher["p4"][:, :3]
     with pytest.raises(InputError, match=r"level p3.*\(2, 4, 8, 12\).*p4.*\(2, 3, 8, 12\)"):
         distiller({"name": "l1", "weight": 1.0})(student, teacher, 0)
+
+
+def keys(module):
+    return sorted(module.state_dict())
+
+
+def test_an_adapter_where_the_channels_differ():
+    narrow = {**STUDENT, "p3": ShapeSpec(channels=2, stride=16)}
+    module = distiller({"name": "l1", "weight": 1.0}, student=narrow)
+    assert keys(module) == ["adapters.p3.bias", "adapters.p3.weight"]
+    with torch.no_grad():  # (a, b) becomes (a + b, 2a, 2b, 1)
+        module.adapters["p3"].weight.copy_(
+            torch.tensor([[1.0, 1], [2, 0], [0, 2], [0, 0]])[..., None, None]
+        )
+        module.adapters["p3"].bias.copy_(torch.tensor([0.0, 0, 0, 1]))
+    student, teacher = pyramids(0.0, 0.0, 0.0)
+    student["p3"] = torch.tensor([3.0, 4.0])[None, :, None, None].repeat(2, 1, 8, 12)
+    losses = module(student, teacher, 0)  # |7 - 5|, |6 - 5|, |8 - 5|, |1 - 5|
+    assert_close(losses["loss_kd_l1"], torch.tensor((2.0 + 1 + 3 + 4) / 4))
+    losses["loss_kd_l1"].backward()
+    assert module.adapters["p3"].weight.grad.abs().sum() > 0
+
+
+def test_an_adapter_that_changes_nothing_at_first():
+    module = distiller({"name": "l1", "weight": 1.0, "adapter": True, "levels": ["p2"]})
+    assert keys(module) == ["adapters.p2.bias", "adapters.p2.weight"]
+    student, teacher = pyramids(3.0, 0.0, 0.0)
+    assert_close(module(student, teacher, 0)["loss_kd_l1"], torch.tensor(3.0))
+    x = torch.randn(2, 4, 5, 6)
+    assert_close(build_adapter(4, 4)(x), x)
+
+
+def test_an_adapter_of_one_loss_is_not_anothers():
+    module = distiller(
+        {"name": "l1", "weight": 1.0, "adapter": True}, {"name": "mse", "weight": 1.0}
+    )
+    torch.nn.init.zeros_(module.adapters["p2"].weight)
+    losses = module(*pyramids(0.0, 0.0, 0.0), 0)
+    assert_close(losses["loss_kd_l1"], torch.tensor(5.0))
+    assert losses["loss_kd_mse"] == 0
+
+
+def test_unequal_channels_without_adapter():
+    words = "'l1' compares level p2 .* 2 channels, and level p3 .* with 4; .*'adapter: auto'"
+    with pytest.raises(InputError, match=words):
+        distiller({"name": "l1", "weight": 1, "adapter": False}, student=levels(2, 4, 2, 2))
+    module = Distiller(
+        terms=read_losses([{"name": "l1", "weight": 1}]), student=levels(2, 4, 2, factor=2)
+    )
+    with pytest.raises(InputError, match="KD.TEACHER.CONFIG_FILE"):
+        module.connect(TEACHER)
+
+
+def test_a_loss_with_parts_trains_them_level_by_level():
+    module = distiller({"name": "mgd", "weight": 1e-3, "levels": ["p2", "p4"]})
+    assert {key.rsplit(".", 2)[0] for key in keys(module)} == {"parts.mgd.p2", "parts.mgd.p4"}
+    module(*pyramids(1.0, 2.0, 3.0), 0)["loss_kd_mgd"].backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_parts_have_the_teachers_width():
+    module = distiller({"name": "mgd", "weight": 1e-3}, student=levels(2, 4, 2, factor=2))
+    assert module.parts["mgd"]["p2"][0].in_channels == 4
+    assert "adapters.p2.weight" in keys(module)
+
+
+def test_diagnostics_are_logged_level_by_level_when_they_are_due():
+    @DISTILL_LOSS_REGISTRY.register()
+    @diagnosed(largest=lambda student, teacher, scale: scale * (student - teacher).abs().max())
+    def scaled(student, teacher, scale=1.0):
+        return scale * (student - teacher).abs().mean()
+
+    try:
+        entry = {"name": "scaled", "weight": 9.0, "scale": 2.0}
+        module = distiller(entry, diagnostics_period=20)
+        for iteration in (18, 19):
+            with EventStorage(iteration) as storage:
+                module(*pyramids(1.0, 2.0, 3.0), iteration)
+            logged = {name: value for name, (value, _) in storage.latest().items()}
+            assert logged == (
+                {}
+                if iteration == 18
+                else {
+                    **{f"kd/scaled_p{s}": 2.0 * (s - 1) for s in (2, 3, 4)},
+                    **{f"kd/scaled_largest_p{s}": 2.0 * (s - 1) for s in (2, 3, 4)},
+                }
+            )
+    finally:
+        DISTILL_LOSS_REGISTRY._obj_map.pop("scaled")
+
+
+def test_values_that_are_not_finite_are_named():
+    module = distiller({"name": "l1", "weight": 0.0}, {"name": "mse", "weight": 1.0})
+    student, teacher = pyramids(1.0, 2.0, 3.0)
+    module(student, teacher, 0)
+    assert module.not_finite() == []
+    student["p3"][0, 0, 0, 0] = float("nan")
+    module(student, teacher, 0)
+    assert module.not_finite() == ["l1_p3", "mse_p3"]

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from helpers import differing
 
 from msad_kd.errors import InputError
-from msad_kd.teacher import Teacher, build_teacher, teacher_config
+from msad_kd.teacher import Teacher, build_teacher, teacher_config, teacher_levels
 
 ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
 
@@ -21,6 +21,10 @@ def odd_batch(sizes, scale):
         return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
     return [{"image": noise(h, w), "image_hr": noise(scale * h, scale * w)} for h, w in sizes]
+
+
+def strides(levels):
+    return {name: shape.stride for name, shape in levels.items()}
 
 
 def padded_of(student, inputs):
@@ -48,7 +52,7 @@ def test_levels_have_the_students_shapes(config, sizes, scale, branch):
 def test_a_single_resolution_teacher(config, branch, factor):
     model = build_model(config("hr"))
     teacher = Teacher(model, branch=branch, scale=2)
-    assert teacher.strides() == {f"p{s}": factor * 2**s for s in range(2, 7)}
+    assert strides(teacher.levels()) == {f"p{s}": factor * 2**s for s in range(2, 7)}
     inputs = odd_batch([(61, 83), (40, 97)], 2)
     found = teacher.pyramid(inputs, (64, 128))
     assert found["p2"].shape == (2, 16, 32 // factor, 64 // factor)
@@ -62,7 +66,19 @@ def test_a_single_resolution_teacher(config, branch, factor):
 
 def test_strides_are_in_pixels_of_the_high_resolution(config):
     teacher = Teacher(build_model(config("teacher")), branch="fused", scale=2)
-    assert teacher.strides() == {f"p{s}": 2**s for s in range(3, 8)}
+    assert strides(teacher.levels()) == {f"p{s}": 2**s for s in range(3, 8)}
+
+
+@pytest.mark.parametrize("options", [[], ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]])
+@pytest.mark.parametrize("branch", ["hr", "lr"])
+def test_its_levels_are_known_before_it_is_built(student_config, branch, options):
+    keys = ["KD.TEACHER.BRANCH", branch, "KD.TEACHER.OPTS", options]
+    cfg = student_config(*keys)
+    teacher = Teacher(build_model(teacher_config(cfg)), branch=branch, scale=2)
+    before = torch.get_rng_state()
+    assert teacher_levels(cfg) == teacher.levels()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {shape.channels for shape in teacher.levels().values()} == {16}
 
 
 def test_the_fused_pyramid_is_the_trained_models(student_config, teacher_weights, config, batch):

@@ -9,6 +9,7 @@ from helpers import differing, tensors_of, train
 
 from msad_kd import KDTrainer, TwoResolutionMapper
 from msad_kd.errors import InputError
+from msad_kd.losses import DISTILL_LOSS_REGISTRY
 from msad_kd.seed import derive_seed
 from msad_kd.teacher import Teacher
 from msad_kd.trainer import build_mapper
@@ -54,6 +55,40 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path
     assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
     for one, other in zip(*(t.optimizer.state_dict()["state"].values() for t in (whole, again))):
         assert differing(one, other) == []
+
+
+def test_trained_parts_resume_bitwise_too(student_config, tmp_path):
+    terms = [
+        {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
+        {"name": "l1", "weight": 0.1, "adapter": True},
+    ]
+    keys = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "KD.LOSSES", terms, *NO_TEST]
+    whole = train(student_config(*keys))
+    parts = {k: v for k, v in tensors_of(whole.model).items() if k.startswith("distiller.")}
+    assert {k.split(".")[1] for k in parts} == {"adapters", "parts"}
+    folder = tmp_path / "cut_off"
+    folder.mkdir()
+    first = f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth"
+    shutil.copy(first, folder)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    again = train(student_config(*keys, "OUTPUT_DIR", str(folder)), resume=True)
+    assert again.start_iter == 2
+    assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
+    early = torch.load(first, weights_only=False)["model"]
+    assert set(parts) <= set(differing({k: early[k] for k in parts}, parts))  # they are trained
+
+
+def test_a_loss_that_is_not_finite_names_its_level(student_config):
+    @DISTILL_LOSS_REGISTRY.register()
+    def bad(student, teacher):
+        return (student - teacher).mean() * (float("nan") if student.shape[-1] == 4 else 1.0)
+
+    try:
+        terms = [{"name": "bad", "weight": 1.0}, {"name": "l1", "weight": 1.0}]
+        with pytest.raises(FloatingPointError, match="Not finite at iteration 0: bad_p4$"):
+            train(student_config("KD.LOSSES", terms, *NO_TEST))
+    finally:
+        DISTILL_LOSS_REGISTRY._obj_map.pop("bad")
 
 
 def test_resuming_does_not_initialise_the_student_again(student_config):

@@ -1,0 +1,80 @@
+"""Detectron2's FCOS, built from a yacs config, that survives images without boxes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch import fcos
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+__all__ = ["FCOS", "group_norm"]
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Detectron2's "GN", 32 groups, or as many as narrow maps allow with two channels in each.
+
+    In its head, Detectron2 0.6 tries a normalisation on one channel, which torch no longer takes.
+    """
+    groups = math.gcd(32, channels)
+    return nn.GroupNorm(max(channels // 2, 1) if groups == channels else groups, channels)
+
+
+@META_ARCH_REGISTRY.register()
+class FCOS(fcos.FCOS):
+    """Detectron2's FCOS, by the keys under ``MODEL.FCOS``; its parameters have the same names."""
+
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: arguments of Detectron2's FCOS.
+        """
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg):
+        keys = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        head = fcos.FCOSHead(
+            input_shape=[shapes[name] for name in keys.IN_FEATURES],
+            num_classes=keys.NUM_CLASSES,
+            conv_dims=[shapes[keys.IN_FEATURES[0]].channels] * keys.NUM_CONVS,
+            norm=group_norm if keys.NORM == "GN" else keys.NORM,
+            prior_prob=keys.PRIOR_PROB,
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": keys.IN_FEATURES,
+            "num_classes": keys.NUM_CLASSES,
+            "center_sampling_radius": keys.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": keys.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": keys.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": keys.SCORE_THRESH_TEST,
+            "test_topk_candidates": keys.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": keys.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @torch.no_grad()
+    def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]):
+        # Detectron2 0.6 crashes on an image without boxes. A box of no area, of the background's
+        # class, matches no location and so stands for none.
+        return super().label_anchors(anchors, [self._not_empty(x) for x in gt_instances])
+
+    def _not_empty(self, instances: Instances) -> Instances:
+        if len(instances):
+            return instances
+        boxes = instances.gt_boxes.tensor
+        return Instances(
+            instances.image_size,
+            gt_boxes=Boxes(boxes.new_zeros(1, 4)),
+            gt_classes=torch.full((1,), self.num_classes, device=boxes.device),
+        )

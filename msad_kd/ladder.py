@@ -1,0 +1,143 @@
+"""Progressive distillation: a sequence of teachers, one stage after the other (arXiv 2308.09105).
+
+Each stage is an ordinary run in ``OUTPUT_DIR/stage_<NN>_<name>``, with its own teacher, losses,
+adapters, optimizer and schedule; the student it leaves is where the next one starts.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from msad_kd.checkpoint import check_exists, export_weights
+from msad_kd.errors import InputError
+from msad_kd.seed import derive_seed, seed_all
+from msad_kd.stages import STUDENT, read_stages, stage_config
+from msad_kd.trainer import KDTrainer
+
+__all__ = ["run_ladder"]
+
+STATE, DONE = "ladder_state.json", "DONE"
+
+
+def _hash_file(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_weights(path: str) -> str | None:
+    return None if "://" in path else _hash_file(path)  # what is fetched has its name alone
+
+
+def _hash_config(cfg: CfgNode) -> str:
+    """Of all that a run's result depends on; its folder may move with the ladder's."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = ""
+    if os.path.basename(os.path.dirname(cfg.MODEL.WEIGHTS)).startswith("stage_"):
+        cfg.MODEL.WEIGHTS = os.path.join(*Path(cfg.MODEL.WEIGHTS).parts[-2:])
+    return hashlib.sha256(cfg.dump().encode()).hexdigest()
+
+
+def _check_finished(folder: Path, own: CfgNode, recorded: dict | None) -> None:
+    """See that a stage that is done is still what it was.
+
+    Raises:
+        InputError: if its config, teacher or student has changed, or if nothing is recorded.
+    """
+    student = folder / STUDENT
+    advice = f"delete '{folder}' to train the stage again, or start a ladder in another OUTPUT_DIR"
+    if recorded is None or not student.is_file():
+        raise InputError(
+            f"the stage in '{folder}' is marked as done, but its "
+            f"{'entry in ' + STATE if recorded is None else STUDENT} is missing; {advice}"
+        )
+    if recorded["config_sha256"] != _hash_config(own):
+        raise InputError(f"the config of the stage in '{folder}' has changed since; {advice}")
+    if recorded["teacher_sha256"] != _hash_weights(own.KD.TEACHER.WEIGHTS):
+        raise InputError(
+            f"'{own.KD.TEACHER.WEIGHTS}', the teacher of the stage in '{folder}', has changed "
+            f"since; {advice}"
+        )
+    if recorded["student_sha256"] != _hash_file(student):
+        raise InputError(f"'{student}' has changed since its stage was done; {advice}")
+
+
+def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
+    """Train a student by one teacher after another.
+
+    Args:
+        cfg: with KD.LADDER.STAGES; each stage's config is this one with the stage's changes.
+        resume: skip the stages that are done and go on with the first that is not, where it was.
+
+    Returns:
+        the last stage's results on DATASETS.TEST.
+
+    Raises:
+        InputError: if a stage that is done has changed, if a teacher's checkpoint is absent, and
+            whatever a stage's own run raises.
+    """
+    logger = logging.getLogger(__name__)
+    stages = read_stages(cfg.KD.LADDER.STAGES)
+    configs = [stage_config(cfg, stages, index) for index in range(len(stages))]
+    for stage in stages:  # rather than after hours
+        check_exists(stage.weights, f"the teacher of stage '{stage.name}'")
+    state_file = Path(cfg.OUTPUT_DIR) / STATE
+    state = json.loads(state_file.read_text()) if resume and state_file.is_file() else {}
+    results: dict = {}
+    for index, (stage, own) in enumerate(zip(stages, configs)):
+        folder = Path(own.OUTPUT_DIR)
+        done = folder / DONE
+        if resume and done.exists():
+            _check_finished(folder, own, state.get(stage.name))
+            results = state[stage.name]["results"]
+            logger.info("Stage %d, '%s', is done: skipped", index + 1, stage.name)
+            continue
+        logger.info("Stage %d of %d: '%s', in %s", index + 1, len(stages), stage.name, folder)
+        results = _run_stage(own, resume=resume)
+        if comm.is_main_process():
+            export_weights(str(folder / "model_final.pth"), str(folder / STUDENT))
+            state[stage.name] = {
+                "folder": folder.name,
+                "config_sha256": _hash_config(own),
+                "teacher_sha256": _hash_weights(stage.weights),
+                "student_sha256": _hash_file(folder / STUDENT),
+                "results": results,
+            }
+            part = state_file.with_suffix(".part")
+            part.write_text(json.dumps(state, indent=2))
+            os.replace(part, state_file)
+            done.touch()
+        comm.synchronize()
+    return results
+
+
+def _run_stage(cfg: CfgNode, *, resume: bool) -> dict:
+    folder = Path(cfg.OUTPUT_DIR)
+    if comm.is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(cfg.dump())
+        (folder / DONE).unlink(missing_ok=True)
+    comm.synchronize()
+    # New adapters are drawn when the stage starts, whatever has been drawn before.
+    if cfg.SEED >= 0:
+        seed_all(derive_seed(cfg.SEED, comm.get_rank()))
+    try:
+        trainer = KDTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        return trainer.train() or {}
+    finally:
+        # Before the next teacher is built, this one has to be gone; trainer and hooks hold each
+        # other.
+        trainer = None
+        gc.collect()

@@ -1,0 +1,91 @@
+"""KD.LOSSES, read and checked: which loss, on which levels, with what weight, from when on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from msad_kd.errors import InputError
+from msad_kd.losses import DISTILL_LOSS_REGISTRY
+
+__all__ = ["LossTerm", "read_losses"]
+
+# The fields of an entry that are not arguments of its loss.
+FIELDS = ("name", "weight", "levels", "warmup_iters", "adapter")
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One entry of KD.LOSSES."""
+
+    name: str  # in DISTILL_LOSS_REGISTRY
+    weight: float  # of the sum over levels
+    levels: tuple[str, ...] = ()  # the student's; empty: all that have a partner
+    warmup_iters: int = 0  # iterations over which the weight rises linearly from 0
+    adapter: bool | str = "auto"  # a 1x1 convolution on the student's map; "auto": if C differs
+    arguments: dict = field(default_factory=dict)  # of the loss
+
+    def weight_at(self, iteration: int) -> float:
+        """The weight at an iteration of the trainer, which counts from 0."""
+        if iteration >= self.warmup_iters:
+            return self.weight
+        return self.weight * iteration / self.warmup_iters
+
+    def adapts(self, student_channels: int, teacher_channels: int) -> bool:
+        """Whether the student's map passes an adapter first."""
+        if self.adapter == "auto":
+            return student_channels != teacher_channels
+        return self.adapter
+
+    @property
+    def function(self) -> Callable:
+        return DISTILL_LOSS_REGISTRY.get(self.name)
+
+
+def read_losses(entries: list[dict]) -> list[LossTerm]:
+    """Check and read KD.LOSSES.
+
+    Raises:
+        InputError: if an entry is not a dict, names no loss or an unknown one, has no weight, has a
+            field of the wrong kind, or passes an argument the loss does not take.
+    """
+    if not isinstance(entries, (list, tuple)):
+        raise InputError(f"KD.LOSSES: {entries} should be a list of dicts")
+    return [_read(entry) for entry in entries]
+
+
+def _read(entry: Any) -> LossTerm:
+    weighted = isinstance(entry, dict) and isinstance(entry.get("weight"), (int, float))
+    if not weighted or "name" not in entry:
+        raise InputError(f"KD.LOSSES: {entry} should be a dict with a name and a weight")
+    name = entry["name"]
+    if name not in DISTILL_LOSS_REGISTRY:
+        known = ", ".join(sorted(name for name, _ in DISTILL_LOSS_REGISTRY))
+        raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {known}")
+
+    def checked(key: str, default: Any, fits: Callable[[Any], bool], kind: str) -> Any:
+        value = entry.get(key, default)
+        if not fits(value):
+            raise InputError(f"KD.LOSSES: {key} of '{name}' should be {kind}, not {value!r}")
+        return value
+
+    levels = checked("levels", (), lambda x: isinstance(x, (list, tuple)), "a list")
+    warmup = checked(
+        "warmup_iters", 0, lambda x: isinstance(x, int) and x >= 0, "a whole number from 0"
+    )
+    adapter = checked(
+        "adapter", "auto", lambda x: x == "auto" or isinstance(x, bool), "auto, true or false"
+    )
+    arguments = {key: value for key, value in entry.items() if key not in FIELDS}
+    parameters = inspect.signature(DISTILL_LOSS_REGISTRY.get(name)).parameters.values()
+    accepted = [p.name for p in parameters if p.default is not p.empty]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for argument in arguments:
+        if argument not in accepted and not takes_any:
+            raise InputError(
+                f"KD.LOSSES: '{name}' has no field '{argument}'; known: "
+                f"{', '.join([*FIELDS, *accepted])}"
+            )
+    return LossTerm(name, float(entry["weight"]), tuple(levels), warmup, adapter, arguments)

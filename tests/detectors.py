@@ -1,0 +1,77 @@
+"""Tiny configs of the detectors other than Mask R-CNN, each in every role."""
+
+import yaml
+from helpers import ROOT, WARMUP, coco_format, input_sizes, tiny_model
+
+# Detector to (the name of its base configs, its student's meta-architecture, what it alone has).
+DETECTORS = {
+    "faster_rcnn": ("RCNN-FPN", "DistilledRCNN", {"MASK_ON": False}),
+    "retinanet": ("RetinaNet", "DistilledRetinaNet", {}),
+    "fcos": ("FCOS", "DistilledFCOS", {}),
+}
+DENSE = ("retinanet", "fcos")
+TINY_HEAD = {"NUM_CLASSES": 8, "NUM_CONVS": 1, "SCORE_THRESH_TEST": 0.0}
+RCNN_ONLY = ("RPN", "ROI_HEADS", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "ANCHOR_GENERATOR")
+
+
+def octaves(*sides):
+    return [[side * 2 ** (i / 3) for i in range(3)] for side in sides]
+
+
+def write_configs(folder, data, detector):
+    """Write <role>.yaml for "lr", "hr" (the stock model), "teacher", "student" into a folder."""
+    base, student, own = DETECTORS[detector]
+
+    def role(name, side, finest):
+        anchors = [finest * 2**level for level in range(5)]
+        model = {**tiny_model(*anchors), **own}
+        if detector in DENSE:
+            for part in RCNN_ONLY:
+                model.pop(part)
+        if detector == "retinanet":
+            model["RETINANET"] = TINY_HEAD
+            model["ANCHOR_GENERATOR"] = {"SIZES": octaves(*anchors)}
+        if detector == "fcos":
+            model["FCOS"] = TINY_HEAD
+            model["RESNETS"] = {**model["RESNETS"], "STRIDE_IN_1X1": True}
+        return {
+            "_BASE_": str(ROOT / f"configs/Base-{base}-{name}.yaml"),
+            "MODEL": model,
+            "INPUT": input_sizes(side),
+            "DATASETS": {
+                "TRAIN": ["tiny_train"],
+                "TEST": ["tiny_val"],
+                "COCO_FORMAT": coco_format(data, "tiny"),
+            },
+            "DATALOADER": {"NUM_WORKERS": 0},
+            "SOLVER": {
+                "OPTIMIZER": "ADAMW",
+                "BASE_LR": 0.001,
+                "WARMUP_ITERS": 2,
+                "STEPS": [],
+                "IMS_PER_BATCH": 2,
+                "MAX_ITER": 4,
+                "CHECKPOINT_PERIOD": 2,
+            },
+            "TEST": {"DETECTIONS_PER_IMAGE": 20},
+            "SEED": 3,
+        }
+
+    contents = {
+        "lr": role("LR", 32, 4),
+        "hr": role("HR", 64, 8),
+        "teacher": role("Teacher", 64, 8),
+        "student": {
+            "_BASE_": "lr.yaml",
+            "MODEL": {"META_ARCHITECTURE": student},
+            "KD": {
+                "LOSSES": [{"name": "l1", "weight": 0.6, "warmup_iters": WARMUP}],
+                "TEACHER": {
+                    "CONFIG_FILE": str(folder / "teacher.yaml"),
+                    "EVAL_BEFORE_TRAIN": False,
+                },
+            },
+        },
+    }
+    for name, content in contents.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))

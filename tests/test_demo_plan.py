@@ -1,0 +1,66 @@
+"""The demo's plan: which models, trained and measured how, one after which."""
+
+from demo_rows import KEYS
+from helpers import ROOT
+
+from msad_kd.setup import build_config
+from projects.Shapes import plan
+from projects.Shapes.demo import DATA
+
+
+def make_plan(tmp_path, screen, recorded, settings=()):
+    rows = plan.model_rows(tmp_path, tmp_path / "checkpoints", settings)
+    return plan.plan_jobs(
+        tmp_path, tmp_path / "checkpoints", rows, list(settings), recorded, screen
+    )
+
+
+def test_student_is_measured_with_the_plain_config_of_its_baseline(tmp_path):
+    rows = plan.model_rows(tmp_path, tmp_path / "checkpoints", ["SEED", "2"])
+    assert [each["key"] for each in rows] == KEYS
+    student, baseline = rows[-1], rows[-2]
+    assert student["config"] == baseline["config"] == "configs/Shapes/lr.yaml"
+    assert student["options"] == baseline["options"] == ["SEED", "2"]
+    assert student["weights"] == str(tmp_path / "student" / "model_final.pth")
+
+
+def test_plan_of_the_short_demo(tmp_path, screen, monkeypatch):
+    monkeypatch.setattr(plan, "count_cores", lambda: 2)
+    jobs = make_plan(tmp_path, screen, recorded={"hr": {}, "teacher": {}})
+    assert [job.name for job in jobs[:3]] == ["student", "checkpoints", "LR baseline"]
+    assert [job.after for job in jobs] == [(), (), (), ("LR baseline",), ("student",)]
+    student, baseline = jobs[0].command, jobs[2].command
+    assert str(tmp_path / "checkpoints" / "teacher.pth") in student
+    assert not any(word.startswith("KD.") for word in baseline)
+    monkeypatch.setattr(plan, "count_cores", lambda: 1)
+    jobs = make_plan(tmp_path, screen, recorded={"hr": {}, "teacher": {}})
+    assert jobs[0].name == "checkpoints"
+
+
+def test_plan_of_the_full_demo(tmp_path, screen):
+    jobs = {job.name: job for job in make_plan(tmp_path, screen, None, ["SOLVER.MAX_ITER", "3"])}
+    assert jobs["student"].after == ("teacher",)
+    for name in ("stock HR", "teacher, first part"):
+        assert jobs[name].after == ("stock HR, first part",)
+    assert jobs["teacher"].after == ("teacher, first part",)
+    assert jobs["checkpoints"].after == ("teacher", "stock HR")
+    trained = [job for job in jobs.values() if "train_net.py" in job.command]
+    assert len(trained) == 6
+    assert all("SOLVER.MAX_ITER" in job.command for job in trained)
+
+
+def test_lr_baseline_and_student_differ_in_the_distillation_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    baseline, student = (
+        build_config(plan.CONFIGS[name], ["MODEL.DEVICE", "cpu"]) for name in ("lr", "student")
+    )
+    student.MODEL.META_ARCHITECTURE = baseline.MODEL.META_ARCHITECTURE
+    student.KD, student.OUTPUT_DIR = baseline.KD, baseline.OUTPUT_DIR
+    assert student == baseline
+
+
+def test_models_have_the_classes_of_the_data(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for config in plan.CONFIGS.values():
+        cfg = build_config(config, ["MODEL.DEVICE", "cpu"])
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == DATA["classes"]
