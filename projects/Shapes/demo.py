@@ -30,9 +30,9 @@ DATA = {
     "classes": 5,
     "difficulty": 0.1,
     "hue_spread": 50.0,
-    "min_radius": 4.0,
-    "max_radius": 24.0,
-    "max_shapes": 10,
+    "min_radius": 6.0,
+    "max_radius": 30.0,
+    "max_shapes": 8,
 }
 RESULTS = ("table.md", "table.json", "scenes.png", "ap_cost.png")
 

@@ -10,21 +10,18 @@ import copy
 import json
 import math
 import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils.logger import setup_logger
-from torch.utils.flop_counter import FlopCounterMode
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint import load_strictly
+from msad_kd.cost import count_gmacs, device_name, input_sides, time_models
 from msad_kd.errors import InputError
 from msad_kd.setup import build_config
 from msad_kd.trainer import build_mapper
@@ -33,7 +30,6 @@ from projects.Shapes import pictures
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SMALL, MEDIUM = 32**2, 96**2  # COCO's bounds of the areas, in pixels
 COST_IMAGES = 30
-WARM_UP_ROUNDS = 2
 
 
 def load_model(row, folder):
@@ -48,13 +44,6 @@ def load_model(row, folder):
     model = KDTrainer.build_model(cfg)
     load_strictly(model, row["weights"], f"the config '{row['config']}'")
     return cfg, model.eval()
-
-
-def device_name(cfg):
-    """The GPU's name, or "no GPU"."""
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(cfg.MODEL.DEVICE))
-    return "no GPU"
 
 
 def sizes_present(areas):
@@ -98,67 +87,6 @@ def evaluate(rows, folder):
             kind: tidy_metrics(metrics[kind], present) for kind in ("bbox", "segm")
         }
         write_json(folder / "results.json", results)
-
-
-def input_sides(inputs, branch):
-    """The shorter sides, in pixels, of the images that a model looks at, as text."""
-    high, low = inputs["image"], inputs.get("image_lr")
-    seen = {"hr": [high], "lr": [low]}.get(branch, [high, low]) if low is not None else [high]
-    return " + ".join(str(min(image.shape[-2:])) for image in seen)
-
-
-def count_gmacs(model, inputs):
-    """Multiply-adds of one image in 10^9, of all convolutions and matrix products, heads included,
-    averaged over the inputs: how many objects a model finds decides what its mask head costs."""
-    counts = []
-    for image in inputs:
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            model([image])
-        counts.append(counter.get_total_flops() / 2e9)  # a multiply-add is two of torch's FLOPs
-    return statistics.fmean(counts)
-
-
-def time_models(models, inputs):
-    """Milliseconds from the resized image to the finished detections, batch size 1.
-
-    Each round shows every model the same image, and begins with another model, so that whatever
-    else the machine does falls on all of them alike.
-
-    Args:
-        models: by name.
-        inputs: by name, a list with one entry a round.
-
-    Returns:
-        by name: median, and lower and upper quartile.
-    """
-    names = list(models)
-    times = {name: [] for name in names}
-    rounds = len(inputs[names[0]])
-    with torch.no_grad():
-        for turn in range(-WARM_UP_ROUNDS, rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                batch = [inputs[name][turn % rounds]]
-                _finish()
-                start = time.perf_counter()
-                models[name](batch)
-                _finish()
-                if turn >= 0:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return {name: _quartiles(values) for name, values in times.items()}
-
-
-def _finish():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _quartiles(values):
-    if len(values) == 1:
-        values = values * 2
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
 
 
 def cost(rows, folder):

@@ -7,8 +7,15 @@ from functools import partial
 from projects.Shapes import records, report
 from projects.Shapes.jobs import Job, count_cores, evaluation_progress, training_progress
 
-CONFIGS = {name: f"configs/Shapes/{name}.yaml" for name in ("hr", "teacher", "lr", "student")}
-NAMES = {"hr": "stock HR", "teacher": "teacher", "lr": "LR baseline", "student": "student"}
+NAMES = {
+    "hr_start": "stock HR, first part",
+    "hr": "stock HR",
+    "teacher_start": "teacher, first part",
+    "teacher": "teacher",
+    "lr": "LR baseline",
+    "student": "student",
+}
+CONFIGS = {name: f"configs/Shapes/{name}.yaml" for name in NAMES}
 TRAINED = ("lr", "student")  # by the demo, whether or not the others come from checkpoints
 
 
@@ -127,12 +134,17 @@ def plan_jobs(folder, checkpoints, rows, settings, recorded, screen):
         # The student takes longest. With a single core, what may stop the demo comes first.
         first = [check, student] if count_cores() == 1 else [student, check]
         return [*first, baseline, *evaluations]
-    hr = training_job("hr", folder, settings)
-    start = ["MODEL.WEIGHTS", str(folder / "hr" / "model_final.pth")]
-    teacher = training_job("teacher", folder, settings, start, after=(NAMES["hr"],))
+    begun = training_job("hr_start", folder, settings)
+
+    def continued(name, origin):
+        start = ["MODEL.WEIGHTS", str(folder / origin / "model_final.pth")]
+        return training_job(name, folder, settings, start, after=(NAMES[origin],))
+
+    hr, first = continued("hr", "hr_start"), continued("teacher_start", "hr_start")
+    teacher = continued("teacher", "teacher_start")
     for name, job in (("hr", hr), ("teacher", teacher)):
         job.done = partial(records.write_checkpoint, name, job, checkpoints)
     student.after = (NAMES["teacher"],)
-    check.after = (NAMES["teacher"],)
+    check.after = (NAMES["teacher"], NAMES["hr"])
     check.done = lambda: records.complete(checkpoints, read_results(check.folder))
-    return [hr, teacher, student, baseline, check, *evaluations]
+    return [begun, first, hr, teacher, student, baseline, check, *evaluations]
