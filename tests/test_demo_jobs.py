@@ -15,12 +15,11 @@ from projects.Shapes.jobs import (
     CONSOLE,
     DemoError,
     Job,
-    evaluation_progress,
     last_error,
     run_jobs,
-    training_progress,
     typed,
 )
+from projects.Shapes.progress import evaluation_progress, iterations_done, training_progress
 
 
 def python(code, *arguments):
@@ -113,6 +112,25 @@ raise KeyError("no such thing")
     assert not is_running(wait_for(tmp_path / "pid"))
 
 
+def test_of_a_long_list_all_are_run_that_do_not_wait_for_a_failure(tmp_path, screen):
+    jobs = [
+        Job("bad", python("raise KeyError('x')"), tmp_path / "bad"),
+        Job("after bad", python(""), tmp_path / "after", after=("bad",)),
+        Job("after that", python(""), tmp_path / "that", after=("after bad",)),
+        Job("good", python(""), tmp_path / "good"),
+    ]
+    expected = "bad failed.*; after bad could not be run; after that could not be run$"
+    with pytest.raises(DemoError, match=expected):
+        run_jobs(jobs, 1, screen, overall=lambda: "half of it")
+    assert (tmp_path / "good").exists() and not (tmp_path / "that").exists()
+
+
+def test_a_job_that_resumes_keeps_its_folder_and_what_was_printed(tmp_path, screen):
+    for word in ("one", "two"):
+        run_jobs([Job("job", python(f"print({word!r})"), tmp_path, resumes=True)], 1, screen)
+    assert (tmp_path / CONSOLE).read_text().split() == ["one", "two"]
+
+
 def test_a_watch_that_objects_stops_the_jobs(tmp_path, screen):
     def watch():
         if (tmp_path / "pid").exists():
@@ -171,6 +189,18 @@ def test_progress_of_a_training(tmp_path):
     line = json.dumps({"iteration": 59, "total_loss": 2.374, "eta_seconds": 783.5})
     (tmp_path / "metrics.json").write_text(f'{line}\n{{"iteration": 79, "total_lo')
     assert training_progress(tmp_path) == "60/1200, loss 2.37, 13:04 left"
+    assert iterations_done(tmp_path) == 60
+
+
+def test_progress_of_a_ladder(tmp_path):
+    for number, iterations in ((1, 600), (2, 20)):
+        folder = tmp_path / f"stage_0{number}_x"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("SOLVER:\n  MAX_ITER: 600\n")
+        line = {"iteration": iterations - 1, "total_loss": 1.0, "eta_seconds": 60}
+        (folder / "metrics.json").write_text(json.dumps(line) + '\n{"bbox/AP": 3.0}\n')
+    assert training_progress(tmp_path) == "stage 2, 20/600, loss 1.00, 1:00 left"
+    assert iterations_done(tmp_path) == 620
 
 
 def test_progress_of_an_evaluation(tmp_path):

@@ -20,8 +20,9 @@ if not __package__:  # run as a script, which does not put the repository on the
 
 from projects.Shapes import records, report
 from projects.Shapes.generate import generate
-from projects.Shapes.jobs import DemoError, Screen, count_cores, read_settings, run_jobs, typed
+from projects.Shapes.jobs import DemoError, Screen, count_cores, run_jobs, typed
 from projects.Shapes.plan import TRAINED, measuring_job, model_rows, plan_jobs, read_results
+from projects.Shapes.progress import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = {
@@ -79,11 +80,11 @@ def summarise(args, folder, rows, data, screen):
     accuracy = {}
     for place in ("known", *(f"{key}-evaluation" for key in TRAINED)):
         accuracy |= read_results(folder / place)["rows"]
-    cost = read_results(folder / "cost")
+    latency = read_results(folder / "latency")
     for row in rows:
         found = accuracy[row["key"]]
-        row |= {name: found[kind] for kind, name in report.KINDS.items()}
-        row |= cost["rows"][row["key"]]
+        row |= {report.KINDS.get(name, name): each for name, each in found.items()}
+        row |= latency["rows"][row["key"]]
     settings = read_settings(folder / "student")
     return {
         "rows": rows,
@@ -94,8 +95,8 @@ def summarise(args, folder, rows, data, screen):
             "seed": settings["SEED"],
             "full": args.full,
             "data": data,
-            "device": cost["device"],
-            "machine": report.machine(cost["device"]),
+            "device": latency["device"],
+            "machine": report.machine(latency["device"]),
             "seconds": screen.seconds(),
         },
     }
@@ -128,7 +129,7 @@ def run(args, screen):
             screen.say(f"  {typed(job.command)}")
     run_jobs(jobs, cores, screen)
     # Alone, so that nothing disturbs the clock.
-    run_jobs([measuring_job("cost and latency", "cost", folder / "cost", rows)], 1, screen)
+    run_jobs([measuring_job("latency", "latency", folder / "latency", rows)], 1, screen)
 
     summary = summarise(args, folder, rows, data, screen)
     text = report.markdown(summary)
@@ -137,7 +138,7 @@ def run(args, screen):
     from projects.Shapes import pictures  # matplotlib takes a second to import
 
     pictures.draw_ap_cost(folder / "ap_cost.png", rows)
-    (folder / "cost" / "scenes.png").replace(folder / "scenes.png")
+    (folder / "latency" / "scenes.png").replace(folder / "scenes.png")
     screen.say("Done\n")
     print(text)
     names = ", ".join(f"'{folder / name}'" for name in RESULTS)

@@ -1,6 +1,5 @@
 """Runs commands side by side, one a core, and tells on one line how far each has come."""
 
-import json
 import os
 import re
 import shlex
@@ -12,8 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
 
 # Several threads in each of several processes slow one another down more than tenfold.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -34,11 +31,13 @@ class Job:
     Attributes:
         name: what people call it.
         command: the program and its arguments.
-        folder: emptied before; gets what the command prints, as `CONSOLE`, and its results.
+        folder: gets what the command prints, as `CONSOLE`, and its results.
         after: names of jobs that have to be done before.
         progress: from the folder to a few words on how far it is; empty when it cannot be told.
         watch: called every so often while the command runs, and once after it.
         done: called after the command has succeeded.
+        resumes: whether the command goes on with what it finds in its folder, which is emptied
+            before otherwise.
     """
 
     name: str
@@ -48,6 +47,7 @@ class Job:
     progress: Callable[[Path], str] = lambda folder: ""
     watch: Callable[[], None] = lambda: None
     done: Callable[[], None] = lambda: None
+    resumes: bool = False
 
 
 def count_cores():
@@ -112,46 +112,6 @@ class Screen:
             self.width = 0
 
 
-def read_settings(folder):
-    """The config of a run, as Detectron2 wrote it into its folder; {} if it is not there yet."""
-    try:
-        return yaml.safe_load((folder / "config.yaml").read_text()) or {}
-    except (OSError, yaml.YAMLError):
-        return {}
-
-
-def training_progress(folder):
-    """Iteration, loss and time left of a run of `train_net.py`; empty before its 20th iteration."""
-    try:
-        lines = (folder / "metrics.json").read_text().splitlines()
-    except OSError:
-        return ""
-    for line in reversed(lines):
-        try:
-            metrics = json.loads(line)
-        except ValueError:  # being written
-            continue
-        if "total_loss" in metrics:
-            total = read_settings(folder).get("SOLVER", {}).get("MAX_ITER", "?")
-            left = clock(metrics.get("eta_seconds", 0))
-            done = metrics["iteration"] + 1
-            return f"{done}/{total}, loss {metrics['total_loss']:.2f}, {left} left"
-    return ""
-
-
-def evaluation_progress(folder, models=1):
-    """Images seen by a run of `measure.py evaluate` that has to evaluate `models` models."""
-    try:
-        log = (folder / "log.txt").read_text()
-    except OSError:
-        return ""
-    begun = log.split("Start inference on")
-    images = re.findall(r"Inference done (\d+/\d+)", begun[-1])
-    if len(begun) == 1 or not images:
-        return ""
-    return f"{images[-1]} images" + (f", model {len(begun) - 1} of {models}" if models > 1 else "")
-
-
 def last_error(log):
     """The last line of a log that tells of an error; the last one of all if none does."""
     try:
@@ -164,9 +124,10 @@ def last_error(log):
 
 
 def _start(job):
-    shutil.rmtree(job.folder, ignore_errors=True)
-    job.folder.mkdir(parents=True)
-    with open(job.folder / CONSOLE, "w") as console:
+    if not job.resumes:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / CONSOLE, "a" if job.resumes else "w") as console:
         return subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
@@ -176,14 +137,12 @@ def _start(job):
         )
 
 
-def _check(job, code):
-    if code == 0:
-        return
+def _failure(job, code):
     log = job.folder / CONSOLE
     if code < 0:
         hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
-        raise DemoError(f"{job.name} was ended by signal {-code}{hint}; its log is '{log}'")
-    raise DemoError(f"{job.name} failed; the end of its log '{log}': {last_error(log)}")
+        return f"{job.name} was ended by signal {-code}{hint}; its log is '{log}'"
+    return f"{job.name} failed; the end of its log '{log}': {last_error(log)}"
 
 
 def _stop(processes):
@@ -198,40 +157,54 @@ def _stop(processes):
             process.wait()
 
 
-def run_jobs(jobs, slots, screen):
+def run_jobs(jobs, slots, screen, overall=None):
     """Runs jobs in their order, at most `slots` at once, each as soon as those it waits for are
     done. Whatever goes wrong, none is left running.
 
+    Args:
+        overall: for a long list. Returns a few words on how far all of it is; and where a job fails
+            the others go on, but for those that wait for it.
+
     Raises:
-        DemoError: one failed; the others have been stopped.
+        DemoError: one failed; the others have been stopped, or with `overall`, have been run.
     """
-    waiting, running, finished = list(jobs), {}, set()
+    waiting, running, finished, failures = list(jobs), {}, set(), {}
     try:
         while waiting or running:
+            for job in [job for job in waiting if not failures.keys().isdisjoint(job.after)]:
+                waiting.remove(job)
+                failures[job.name] = f"{job.name} could not be run"
             for job in list(waiting):
                 if len(running) < slots and finished.issuperset(job.after):
                     waiting.remove(job)
                     screen.say(f"{job.name}: started")
                     running[job.name] = (job, _start(job), time.monotonic())
-            if not running:
+            unaffected = all(failures.keys().isdisjoint(job.after) for job in waiting)
+            if waiting and not running and unaffected:
                 raise ValueError(f"{waiting[0].name} waits for jobs that never run")
             for name, (job, process, started) in list(running.items()):
                 code = process.poll()
-                if code is not None:
-                    _check(job, code)
+                if code:
+                    del running[name]
+                    failures[name] = _failure(job, code)
+                    if not overall:
+                        raise DemoError(failures[name])
+                    screen.say(failures[name])
+                    continue
                 job.watch()
-                if code is not None:
+                if code == 0:
                     del running[name]
                     finished.add(name)
                     screen.say(f"{name}: done in {clock(time.monotonic() - started)}")
                     job.done()
             if running:
-                screen.status(
-                    " | ".join(
-                        f"{name}: {job.progress(job.folder) or 'under way'}"
-                        for name, (job, _, _) in running.items()
-                    )
-                )
+                each = [
+                    f"{name}: {job.progress(job.folder) or 'under way'}"
+                    for name, (job, _, _) in running.items()
+                ]
+                screen.status(" | ".join([overall(), *each] if overall else each))
                 time.sleep(POLL_SECONDS)
     finally:
         _stop([process for _, process, _ in running.values()])
+    if failures:
+        raise DemoError("; ".join(failures.values()))

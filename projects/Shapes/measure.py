@@ -11,12 +11,14 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from msad_kd import KDTrainer
@@ -24,12 +26,14 @@ from msad_kd.checkpoint import load_strictly
 from msad_kd.cost import count_gmacs, device_name, input_sides, time_models
 from msad_kd.errors import InputError
 from msad_kd.setup import build_config
+from msad_kd.stages import read_stages, stage_config
 from msad_kd.trainer import build_mapper
 from projects.Shapes import pictures
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SMALL, MEDIUM = 32**2, 96**2  # COCO's bounds of the areas, in pixels
 COST_IMAGES = 30
+WARM_ROUNDS, ROUNDS = 3, 15
 
 
 def load_model(row, folder):
@@ -73,8 +77,16 @@ def write_json(path, content):
     os.replace(part, path)
 
 
+def cost_inputs(cfg):
+    """The first images of the test set, mapped."""
+    mapper = build_mapper(cfg, is_train=False)
+    dicts = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
+    return [mapper(copy.deepcopy(each)) for each in dicts[:COST_IMAGES]]
+
+
 def evaluate(rows, folder):
-    """Box and mask AP of each row on the test set of its config, written as soon as it is there."""
+    """AP of each row on the test set of its config, and what a test image costs it: its side, GMACs
+    and the parameters. Written as soon as it is there."""
     results, present = {"rows": {}}, None
     for row in rows:
         cfg, model = load_model(row, folder / row["key"])
@@ -83,42 +95,77 @@ def evaluate(rows, folder):
             present = sizes_present(a["area"] for a in json.loads(annotations)["annotations"])
             results["device"] = device_name(cfg)
         metrics = KDTrainer.test(cfg, model)
+        inputs = cost_inputs(cfg)
         results["rows"][row["key"]] = {
-            kind: tidy_metrics(metrics[kind], present) for kind in ("bbox", "segm")
+            **{kind: tidy_metrics(found, present) for kind, found in metrics.items()},
+            "side": input_sides(inputs[0], getattr(model, "test_branch", None)),
+            "gmacs": count_gmacs(model, inputs),
+            "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
         }
         write_json(folder / "results.json", results)
 
 
-def cost(rows, folder):
-    """GMACs, parameters and latency of each row, in one process and on the same images.
+def latency(rows, folder):
+    """The latency of each row, in one process and on the same images.
 
     With all the models at hand it also draws the scenes as the last two rows' models see them.
     """
-    configs, models, inputs = {}, {}, {}
+    configs, models = {}, {}
     for row in rows:
         configs[row["key"]], models[row["key"]] = load_model(row, folder)
-    data_set = configs[rows[0]["key"]].DATASETS.TEST[0]
-    dicts = get_detection_dataset_dicts(data_set, filter_empty=False)
-    for key, cfg in configs.items():
-        mapper = build_mapper(cfg, is_train=False)
-        inputs[key] = [mapper(copy.deepcopy(each)) for each in dicts[:COST_IMAGES]]
-    latency = time_models(models, inputs)
-    results = {}
-    for key, model in models.items():
-        branch = getattr(model, "test_branch", None)
-        results[key] = {
-            "side": input_sides(inputs[key][0], branch),
-            "gmacs": count_gmacs(model, inputs[key]),
-            "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
-            "latency_ms": latency[key],
-        }
+    times = time_models(models, {key: cost_inputs(cfg) for key, cfg in configs.items()})
     columns = [
         (row["model"], models[row["key"]], build_mapper(configs[row["key"]], is_train=False))
         for row in rows[-2:]
     ]
+    first = configs[rows[0]["key"]]
+    data_set = first.DATASETS.TEST[0]
+    dicts = get_detection_dataset_dicts(data_set, filter_empty=False)
     pictures.draw_scenes(folder / "scenes.png", dicts, columns, MetadataCatalog.get(data_set))
-    device = device_name(configs[rows[0]["key"]])
-    write_json(folder / "results.json", {"device": device, "rows": results})
+    results = {key: {"latency_ms": each} for key, each in times.items()}
+    write_json(folder / "results.json", {"device": device_name(first), "rows": results})
+
+
+def stage_configs(cfg):
+    """The configs of a ladder's stages; of another training its own config. They start from nothing
+    where the checkpoint they name is not there."""
+    stages = read_stages(cfg.KD.LADDER.STAGES)
+    configs = [stage_config(cfg, stages, index) for index in range(len(stages))] or [cfg]
+    for own in configs:
+        own.defrost()
+        if not Path(own.MODEL.WEIGHTS).is_file():
+            own.MODEL.WEIGHTS = ""
+        own.KD.TEACHER.EVAL_BEFORE_TRAIN, own.DATASETS.TEST = False, ()
+    return configs
+
+
+def steps(rows, folder):
+    """What trainings cost: the time of a step of each, in one process, all in turn.
+
+    A row's `config` and `options` are those of an ordinary training. The results have the seconds
+    of a step in each round; of a ladder, the mean of its stages, by their iterations.
+    """
+    trainers = {}
+    for row in rows:
+        configs = stage_configs(build_config(row["config"], row["options"]))
+        total = sum(cfg.SOLVER.MAX_ITER for cfg in configs)
+        trainers[row["key"]] = []
+        for cfg in configs:
+            cfg.OUTPUT_DIR = str(folder)
+            trainer = KDTrainer(cfg)
+            trainer.resume_or_load(resume=False)
+            trainers[row["key"]].append((trainer, cfg.SOLVER.MAX_ITER / total))
+    seconds = {key: [0.0] * ROUNDS for key in trainers}
+    for iteration in range(-WARM_ROUNDS, ROUNDS):
+        for key, stages in trainers.items():
+            for trainer, share in stages:
+                trainer.iter = iteration + WARM_ROUNDS
+                with EventStorage(trainer.iter) as trainer.storage:
+                    begin = time.perf_counter()
+                    trainer.run_step()
+                    if iteration >= 0:
+                        seconds[key][iteration] += share * (time.perf_counter() - begin)
+    write_json(folder / "results.json", {"device": device_name(cfg), "seconds": seconds})
 
 
 def main():
@@ -128,7 +175,9 @@ def main():
     for name in ("detectron2", "msad_kd"):
         setup_logger(str(folder), name=name)
     try:
-        {"evaluate": evaluate, "cost": cost}[task.pop("task")](folder=folder, **task)
+        {"evaluate": evaluate, "latency": latency, "steps": steps}[task.pop("task")](
+            folder=folder, **task
+        )
     except InputError as error:
         sys.exit(f"measure.py: {error}")
 

@@ -5,7 +5,8 @@ import sys
 from functools import partial
 
 from projects.Shapes import records, report
-from projects.Shapes.jobs import Job, count_cores, evaluation_progress, training_progress
+from projects.Shapes.jobs import Job, count_cores
+from projects.Shapes.progress import evaluation_progress, training_progress
 
 NAMES = {
     "hr_start": "stock HR, first part",

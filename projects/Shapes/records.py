@@ -4,7 +4,8 @@ command and the seed that made it, the machine, and its AP, by branch where it h
 import json
 
 from projects.Shapes import report
-from projects.Shapes.jobs import DemoError, read_settings, typed
+from projects.Shapes.jobs import DemoError, typed
+from projects.Shapes.progress import read_settings
 
 BRANCHES = {"hr": ("hr",), "teacher": ("hr", "lr", "fused")}
 
@@ -54,7 +55,7 @@ def complete(folder, results):
         record = json.loads(path.read_text())
         record["machine"] = report.machine(results["device"])
         record["results"] = {
-            key.partition("-")[2] or key: found
+            key.partition("-")[2] or key: {kind: found[kind] for kind in report.KINDS}
             for key, found in results["rows"].items()
             if key.startswith(name)
         }

@@ -1,0 +1,188 @@
+"""The cells of the study's grid: a cell is a row with one seed, so a training, or a checkpoint."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+
+from msad_kd.config import add_msad_kd_config
+from msad_kd.errors import InputError
+from msad_kd.setup import build_config
+from projects.MTPD.controls import control_stages
+from projects.Shapes.grid import PLACEHOLDER, Row, references
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row with one seed.
+
+    Attributes:
+        key: "row/seed".
+        folder: of its run.
+        weights: its checkpoint, once it is trained.
+        options: KEY VALUE pairs of the training.
+        test_options: those of the measured model.
+        needs: keys of the cells whose checkpoints it starts or learns from.
+        iterations: of the training, all stages of a ladder together; 0 for a checkpoint.
+        fingerprint: equal only where the same training on the same data is meant.
+    """
+
+    key: str
+    row: Row
+    seed: int
+    folder: Path
+    weights: Path
+    options: list
+    test_options: list
+    needs: tuple[str, ...]
+    iterations: int
+    fingerprint: str
+
+    @property
+    def title(self):
+        return f"{self.row.name}, seed {self.seed}" if self.row.seeds else self.row.name
+
+
+def _seed_of(row, seed):
+    """The seed of the cell that stands for a row where another row's cell has this seed."""
+    return seed if seed in row.seeds else (row.seeds or (0,))[0]
+
+
+def _digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def make_cells(grid, folder, extra: Sequence = ()):
+    """All cells of a grid, each after those it needs.
+
+    Args:
+        grid: from `read_grid`.
+        folder: the runs go to ROW/seed_SEED in it.
+        extra: KEY VALUE pairs on top of all trainings and measurements, for a trial.
+
+    Returns:
+        dict, key to `Cell`.
+
+    Raises:
+        InputError: a checkpoint is absent, a config cannot be read, or rows need each other.
+    """
+    maker = _Maker(grid, Path(folder), list(extra))
+    for row in grid.rows.values():
+        for seed in row.seeds or (0,):
+            maker.add(row, seed)
+    return maker.cells
+
+
+class _Maker:
+    """Makes cells, each after those it needs."""
+
+    def __init__(self, grid, folder, extra):
+        self.grid, self.folder, self.extra = grid, folder, extra
+        self.cells: dict[str, Cell] = {}
+
+    def add(self, row, seed, pending=()):
+        key = f"{row.name}/{seed}"
+        if key in self.cells:
+            return self.cells[key]
+        if row.name in pending:
+            raise InputError(f"row '{row.name}' needs its own checkpoint")
+        others = {name: self.grid.rows[name] for name in references(row)}
+        needs = {
+            name: self.add(other, _seed_of(other, seed), (*pending, row.name))
+            for name, other in others.items()
+        }
+        self.cells[key] = self._make(row, seed, needs)
+        return self.cells[key]
+
+    def _make(self, row, seed, needs):
+        folder = self.folder / row.name / f"seed_{seed}"
+        paths = {name: str(cell.weights) for name, cell in needs.items()}
+        origin = {name: cell.fingerprint for name, cell in needs.items()}
+        weights = folder / "model_final.pth"
+        if row.checkpoint:
+            weights = Path(_filled([row.checkpoint], paths)[0])
+            if not needs:
+                if not weights.is_file():
+                    raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
+                origin["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        options = [*_flat(row.options), *self.extra, *(["SEED", seed] if row.seeds else [])]
+        # On the CPU, so that a cell means the same wherever it is read.
+        meant = build_config(row.config, [*map(str, options), "MODEL.DEVICE", "cpu"])
+        stages, iterations = meant.KD.LADDER.STAGES, meant.SOLVER.MAX_ITER
+        if stages:
+            if row.ladder_control:
+                stages = control_stages(stages, iterations)[row.ladder_control]
+                options += ["KD.LADDER.STAGES", stages]
+            iterations = sum(stage.get("iterations", iterations) for stage in stages)
+            last = f"stage_{len(stages):02}_{stages[-1]['name']}"
+            weights = folder / last / "student.pth"
+        tested = {key: value for key, value in row.options.items() if not _trains(key)}
+        return Cell(
+            key=f"{row.name}/{seed}",
+            row=row,
+            seed=seed,
+            folder=folder,
+            weights=weights,
+            options=_filled(options, paths),
+            test_options=_filled([*_flat(tested), *self.extra], paths),
+            needs=tuple(cell.key for cell in needs.values()),
+            iterations=0 if row.checkpoint else iterations,
+            fingerprint=_digest(
+                [self.grid.data, changed_keys(meant), stages, row.test_config, origin]
+            ),
+        )
+
+
+def changed_keys(cfg):
+    """Key to value of what a config has changed of the defaults, but for its OUTPUT_DIR.
+
+    A key that a later version adds does not make it another config.
+    """
+    default = get_cfg()
+    add_msad_kd_config(default)
+    default = _keys(default)
+    return {k: v for k, v in _keys(cfg).items() if k != "OUTPUT_DIR" and v != default.get(k)}
+
+
+def _keys(node, prefix=""):
+    keys = {}
+    for name, value in node.items():
+        nested = isinstance(value, CfgNode)
+        keys |= _keys(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return keys
+
+
+def _trains(key):
+    """Whether a key is of the training alone; the measured model is stock and need not have it."""
+    return key.startswith(("KD.", "SOLVER.", "INPUT.MIN_SIZE_TRAIN")) or key == "MODEL.WEIGHTS"
+
+
+def _flat(options):
+    return [each for pair in options.items() for each in pair]
+
+
+def _filled(options, paths):
+    """KEY VALUE pairs as one types them, the rows' checkpoints in their places."""
+    return [
+        PLACEHOLDER.sub(lambda found: paths.get(found[1], found[0]), str(each)) for each in options
+    ]
+
+
+def training_recipes(cells, names):
+    """What trains some rows, and what made their checkpoints, for `measure.py steps`.
+
+    Returns:
+        list of dicts with `key` (the row's name, or the config of a checkpoint), `config` and
+        `options`. Left out is what needs a checkpoint that is not there.
+    """
+    recipes = {}
+    for cell in cells.values():
+        if cell.row.name in names and cell.row.name not in recipes:
+            for config in cell.row.trained_by:
+                recipes[config] = {"config": config, "options": ["MODEL.WEIGHTS", ""]}
+            if not cell.row.checkpoint and all(cells[key].weights.is_file() for key in cell.needs):
+                recipes[cell.row.name] = {"config": cell.row.config, "options": cell.options}
+    return [{"key": key, **recipe} for key, recipe in recipes.items()]

@@ -1,0 +1,138 @@
+"""The study's grid, as `study.yaml` has it; what that file may say is told at its top."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from msad_kd.errors import InputError
+
+ROW_FIELDS = {
+    "title",
+    "like",
+    "config",
+    "test_config",
+    "options",
+    "ladder_control",
+    "checkpoint",
+    "trained_by",
+    "seeds",
+}
+TABLE_FIELDS = {"name", "title", "control", "baseline", "reference", "rows"}
+CURVE_FIELDS = {"name", "title", "lines", "levels"}
+PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: by which the others refer to it.
+        title: what people call it.
+        config: of the training.
+        test_config: of the measured model; a student is measured as the stock model it is.
+        options: KEY to value on top of both; `{name}` in a value stands for that row's checkpoint.
+        ladder_control: which of the controls of the config's ladder this is; "" for none.
+        checkpoint: one that need not be trained, a file or `{name}`; "" for none.
+        trained_by: the configs that made the checkpoint, one after another; their cost is its cost.
+        seeds: of the trainings.
+    """
+
+    name: str
+    title: str
+    config: str
+    test_config: str
+    options: dict = field(default_factory=dict)
+    ladder_control: str = ""
+    checkpoint: str = ""
+    trained_by: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What `study.yaml` says: the data's arguments, the rows by name, the tables and the curves."""
+
+    data: dict
+    rows: dict[str, Row]
+    tables: list[dict]
+    curves: list[dict]
+
+
+def read_grid(path):
+    """The grid of a file.
+
+    Raises:
+        InputError: it cannot be read, or says what it may not; with the name of row or table.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"'{path}' cannot be read: {error}") from error
+    _check_fields(path, "the file", content, {"data", "seeds", "rows", "tables", "curves"})
+    rows = {}
+    for name in content["rows"]:
+        rows[name] = _read_row(path, name, content["rows"], content["seeds"])
+    grid = Grid(content["data"], rows, content["tables"], content.get("curves", []))
+    for row in rows.values():
+        for other in references(row):
+            _check_row(path, f"row '{row.name}'", other, rows)
+    for table in grid.tables:
+        _check_fields(path, f"table '{table.get('name')}'", table, TABLE_FIELDS)
+        one = [table[key] for key in ("control", "baseline", "reference") if key in table]
+        for other in [*table["rows"], *one]:
+            _check_row(path, f"table '{table['name']}'", other, rows)
+    for curve in grid.curves:
+        _check_fields(path, f"curve '{curve.get('name')}'", curve, CURVE_FIELDS)
+        for other in [*sum(curve["lines"].values(), []), *curve.get("levels", {}).values()]:
+            _check_row(path, f"curve '{curve['name']}'", other, rows)
+    return grid
+
+
+def _check_fields(path, what, content, known):
+    if not isinstance(content, dict):
+        raise InputError(f"'{path}': {what} is no mapping")
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise InputError(
+            f"'{path}': {what} has the unknown field '{unknown[0]}'; "
+            f"known: {', '.join(sorted(known))}"
+        )
+
+
+def _check_row(path, what, name, rows):
+    if name not in rows:
+        raise InputError(f"'{path}': {what} refers to the row '{name}', which is not there")
+
+
+def _read_row(path, name, contents, seeds):
+    merged, following = {}, name
+    chain = []
+    while following:  # from the row itself to what it is like
+        what = f"row '{chain[-1] if chain else name}'"
+        _check_row(path, what, following, contents)
+        if following in chain:
+            raise InputError(f"'{path}': row '{name}' is like itself")
+        chain.append(following)
+        _check_fields(path, f"row '{following}'", contents[following], ROW_FIELDS)
+        following = contents[following].get("like")
+    for each in reversed(chain):
+        content = dict(contents[each])
+        content["options"] = {**merged.get("options", {}), **content.get("options", {})}
+        merged |= content
+    for needed in ("title", "config"):
+        if needed not in merged or (needed == "title" and "title" not in contents[name]):
+            raise InputError(f"'{path}': row '{name}' has no {needed}")
+    merged.pop("like", None)
+    own = () if "checkpoint" in merged else tuple(merged.get("seeds", seeds))
+    merged |= {"seeds": own, "trained_by": tuple(merged.get("trained_by", ()))}
+    return Row(**{"name": name, "test_config": merged["config"], **merged})
+
+
+def references(row):
+    """The rows whose checkpoints a row's options name, in order."""
+    found = PLACEHOLDER.findall(row.checkpoint + json.dumps(row.options))
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,66 @@
+"""How far runs are, told from what they write into their folders."""
+
+import json
+import re
+
+import yaml
+
+from projects.Shapes.jobs import clock
+
+
+def read_settings(folder):
+    """The config of a run, as Detectron2 wrote it into its folder; {} if it is not there yet."""
+    try:
+        return yaml.safe_load((folder / "config.yaml").read_text()) or {}
+    except (OSError, yaml.YAMLError):
+        return {}
+
+
+def _last_metrics(folder):
+    """The last line of metrics.json that tells of a training step; {} if there is none yet."""
+    try:
+        lines = (folder / "metrics.json").read_text().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # being written
+            continue
+        if "total_loss" in metrics:
+            return metrics
+    return {}
+
+
+def training_progress(folder):
+    """Iteration, loss and time left of a run of `train_net.py`, or of the last stage of a ladder;
+    empty before the 20th iteration."""
+    stages = sorted(folder.glob("stage_*"))
+    run = stages[-1] if stages else folder
+    metrics = _last_metrics(run)
+    if not metrics:
+        return ""
+    total = read_settings(run).get("SOLVER", {}).get("MAX_ITER", "?")
+    left = clock(metrics.get("eta_seconds", 0))
+    stage = f"stage {len(stages)}, " if stages else ""
+    done = metrics["iteration"] + 1
+    return f"{stage}{done}/{total}, loss {metrics['total_loss']:.2f}, {left} left"
+
+
+def iterations_done(folder):
+    """Iterations that a run has behind it, all stages of a ladder together."""
+    runs = sorted(folder.glob("stage_*")) or [folder]
+    return sum(_last_metrics(run).get("iteration", -1) + 1 for run in runs)
+
+
+def evaluation_progress(folder, models=1):
+    """Images seen by a run of `measure.py evaluate` that has to evaluate `models` models."""
+    try:
+        log = (folder / "log.txt").read_text()
+    except OSError:
+        return ""
+    begun = log.split("Start inference on")
+    images = re.findall(r"Inference done (\d+/\d+)", begun[-1])
+    if len(begun) == 1 or not images:
+        return ""
+    return f"{images[-1]} images" + (f", model {len(begun) - 1} of {models}" if models > 1 else "")

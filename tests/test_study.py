@@ -1,0 +1,168 @@
+"""The study end to end: two tiny cells, stopped in the middle and resumed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, differing
+
+from projects.Shapes import study
+
+LONG = 40  # iterations of the cell that is stopped
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a grid of two trainings and a checkpoint."""
+    folder = tmp_path_factory.mktemp("study")
+    few = {"SOLVER.IMS_PER_BATCH": 1, "SOLVER.WARMUP_ITERS": 2}
+    grid = {
+        "data": {"train": 4, "val": 3, "classes": 5},
+        "seeds": [1],
+        "rows": {
+            "teacher": {
+                "title": "the teacher",
+                "config": "configs/Shapes/teacher.yaml",
+                "checkpoint": "projects/Shapes/checkpoints/teacher.pth",
+            },
+            "lr": {
+                "title": "the baseline",
+                "config": "configs/Shapes/lr.yaml",
+                "options": {**few, "SOLVER.MAX_ITER": 2},
+            },
+            "student": {
+                "title": "the student",
+                "config": "configs/Shapes/student.yaml",
+                "test_config": "configs/Shapes/lr.yaml",
+                "options": {
+                    **few,
+                    "KD.TEACHER.WEIGHTS": "{teacher}",
+                    "SOLVER.MAX_ITER": LONG,
+                },
+            },
+        },
+        "tables": [
+            {
+                **{"name": "all", "title": "All", "rows": ["teacher", "lr", "student"]},
+                **{"control": "lr", "baseline": "lr", "reference": "teacher"},
+            }
+        ],
+    }
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    return folder
+
+
+def start(place, *arguments, output="runs"):
+    command = [sys.executable, "projects/Shapes/study.py", "--grid", str(place / "grid.yaml")]
+    command += ["--output", str(place / output), "--checkpoint-period", "5", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "DETECTRON2_DATASETS": str(place / "datasets")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    printed, _ = process.communicate(timeout=300)
+    return process.returncode, printed
+
+
+def console(folder):
+    return (folder / "console.txt").read_text()
+
+
+def wait_for_checkpoint(folder, process):
+    while not (folder / "last_checkpoint").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def stopped(place):
+    """The folder of the student's run, which was stopped in the middle and resumed."""
+    run = place / "runs" / "student" / "seed_1"
+    process = start(place)
+    wait_for_checkpoint(run, process)
+    process.send_signal(signal.SIGTERM)
+    status, printed = finish(process)
+    assert status == 1 and printed.endswith("study.py: terminated; it can be resumed\n")
+    assert not (run / "model_final.pth").exists()
+    status, printed = finish(start(place))
+    assert status == 0, printed
+    return run
+
+
+def test_stopped_and_resumed(place, stopped):
+    begun = re.findall(r"Starting training from iteration (\d+)", console(stopped))
+    assert len(begun) == 2 and begun[0] == "0" and int(begun[1]) % 5 == 0 < int(begun[1])
+    assert not list(stopped.glob("model_00*.pth"))
+    results = json.loads((place / "runs" / "results.json").read_text())
+    assert results["cells"].keys() == {"teacher/0", "lr/1", "student/1"}
+    assert "KD.TEACHER.WEIGHTS" in results["cells"]["student/1"]["command"]
+    assert len(results["steps"]["seconds"]["student"]) > 1
+    text = (place / "runs" / "tables.md").read_text()
+    for title in ("the teacher", "the baseline", "the student"):
+        assert title in text
+    assert "not run" not in text
+
+
+@pytest.mark.long
+def test_a_stop_changes_no_bit(place, stopped):
+    status, printed = finish(start(place, "--rows", "student", output="whole"))
+    assert status == 0, printed
+    one, other = (
+        torch.load(place / folder / "student/seed_1/model_final.pth", weights_only=False)["model"]
+        for folder in ("runs", "whole")
+    )
+    assert differing(one, other) == []
+
+
+@pytest.fixture
+def report(place, capsys):
+    """report(...): what `study.py --report` prints, and how it ends."""
+
+    def call(*arguments, output="runs"):
+        grid = ["--grid", str(place / "grid.yaml"), "--output", str(place / output)]
+        try:
+            study.main([*grid, "--report", *arguments])
+        except SystemExit as end:
+            return str(end)
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_done_cells_are_kept_taken_over_and_told_from_others(place, stopped, report):
+    before = (place / "runs" / "tables.md").read_text()
+    report()
+    assert (place / "runs" / "tables.md").read_text() == before
+
+    reuse = ["--reuse", str(place / "runs" / "results.json")]
+    assert "Written to" in report(*reuse, output="taken")
+    assert len(json.loads((place / "taken" / "results.json").read_text())["cells"]) == 3
+
+    report(*reuse, "--set", "SOLVER.BASE_LR", "0.002", output="others")
+    # Not even the teacher: its test may depend on what was set.
+    assert json.loads((place / "others" / "results.json").read_text())["cells"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "studnt"], "study.py: there is no row 'studnt'; known: teacher, lr, student"),
+        (["--tables", "none"], "study.py: there is no table 'none'; known: all"),
+        (["--reuse", "README.md"], "study.py: 'README.md' is no results.json of a study"),
+    ],
+)
+def test_bad_arguments(report, arguments, message):
+    assert report(*arguments).startswith(message)

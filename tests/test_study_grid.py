@@ -1,0 +1,181 @@
+"""The study's grid: what study.yaml may say, and the cells it means."""
+
+import pytest
+import yaml
+from helpers import ROOT
+
+from msad_kd.errors import InputError
+from msad_kd.setup import build_config
+from projects.Shapes import plan
+from projects.Shapes.cells import changed_keys, make_cells, training_recipes
+from projects.Shapes.demo import DATA
+from projects.Shapes.grid import read_grid
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def content():
+    """A small grid: a teacher that is there, the baseline, a student, the student of a student."""
+    return {
+        "data": {"train": 6, "val": 3},
+        "seeds": [1, 2],
+        "rows": {
+            "teacher": {
+                "title": "T",
+                "config": "configs/Shapes/teacher.yaml",
+                "checkpoint": "projects/Shapes/checkpoints/teacher.pth",
+                "trained_by": ["configs/Shapes/teacher_start.yaml"],
+            },
+            "lr": {"title": "LR", "config": "configs/Shapes/lr.yaml"},
+            "student": {
+                "title": "S",
+                "config": "configs/Shapes/student.yaml",
+                "test_config": "configs/Shapes/lr.yaml",
+                "options": {"KD.TEACHER.WEIGHTS": "{teacher}", "SOLVER.MAX_ITER": 4},
+            },
+            "again": {
+                "title": "S2",
+                "like": "student",
+                "options": {"MODEL.WEIGHTS": "{student}"},
+                "seeds": [2, 3],
+            },
+        },
+        "tables": [{"name": "t", "title": "T", "rows": ["lr", "student"], "control": "lr"}],
+    }
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(grid):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(grid, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def cells_of(written, tmp_path):
+    return lambda grid: make_cells(read_grid(written(grid)), tmp_path / "runs")
+
+
+def test_cells_of_a_grid(cells_of, tmp_path):
+    cells = cells_of(content())
+    assert list(cells) == [
+        *("teacher/0", "lr/1", "lr/2", "student/1", "student/2", "again/2", "again/3"),
+    ]
+    teacher, again = cells["teacher/0"], cells["again/3"]
+    assert str(teacher.weights) == "projects/Shapes/checkpoints/teacher.pth"
+    assert teacher.iterations == 0 and again.iterations == 4
+    # Row `student` has no seed 3: its first stands in.
+    assert cells["again/2"].needs == ("teacher/0", "student/2")
+    assert again.needs == ("teacher/0", "student/1")
+    options = dict(zip(again.options[::2], again.options[1::2]))
+    assert options["MODEL.WEIGHTS"] == str(tmp_path / "runs/student/seed_1/model_final.pth")
+    assert options["KD.TEACHER.WEIGHTS"] == str(teacher.weights)
+    assert options["SEED"] == "3"
+    assert again.row.test_config == "configs/Shapes/lr.yaml" and again.test_options == []
+
+
+def test_a_fingerprint_is_of_what_is_meant(cells_of, tmp_path):
+    before = cells_of(content())
+    assert len({cell.fingerprint for cell in before.values()}) == len(before)
+    other = content()
+    other["rows"]["student"]["title"] = "another title"
+    other["rows"]["student"]["options"]["SOLVER.BASE_LR"] = 0.5
+    after = cells_of(other)
+    changed = {key for key in before if before[key].fingerprint != after[key].fingerprint}
+    # What starts from another checkpoint is another training, too.
+    assert changed == {"student/1", "student/2", "again/2", "again/3"}
+    other["data"]["train"] = 7
+    assert all(cells_of(other)[key].fingerprint != after[key].fingerprint for key in after)
+
+
+def test_changed_keys_know_no_folder_and_no_default():
+    cfg = build_config("configs/Shapes/lr.yaml", ["OUTPUT_DIR", "x", "MODEL.DEVICE", "cpu"])
+    changed = changed_keys(cfg)
+    assert changed["SOLVER.MAX_ITER"] == 1200
+    assert not {"OUTPUT_DIR", "SOLVER.GAMMA"} & changed.keys()
+
+
+def test_recipes_leave_out_what_cannot_start(cells_of):
+    cells = cells_of(content())
+    recipes = training_recipes(cells, {"teacher", "lr", "student", "again"})
+    # `again` starts from a student that is not trained.
+    assert [each["key"] for each in recipes] == [
+        *("configs/Shapes/teacher_start.yaml", "lr", "student"),
+    ]
+
+
+def broken(path, value):
+    """`content()` with the value at a path of keys."""
+    grid = content()
+    node = grid
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return grid
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("rows", "lr", "confg"), "x", "row 'lr' has the unknown field 'confg'; known: checkpoint"),
+        (("rows", "again", "like"), "studnt", "row 'again' refers to the row 'studnt'"),
+        (("rows", "student", "like"), "again", "row 'student' is like itself"),
+        (("rows", "again"), {"like": "lr"}, "row 'again' has no title"),
+        (("rows", "again"), {"title": "x"}, "row 'again' has no config"),
+        (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{nothing}"}, "refers to the row 'nothing'"),
+        (("tables", 0, "control"), "base", "table 't' refers to the row 'base'"),
+        (("tables", 0, "colour"), "red", "table 't' has the unknown field 'colour'"),
+        (("curves",), [{"name": "c", "lines": {"a": ["l"]}}], "curve 'c' refers to the row 'l'"),
+        (("rows", "lr"), None, "row 'lr' is no mapping"),
+    ],
+)
+def test_what_a_grid_may_not_say(written, path, value, message):
+    with pytest.raises(InputError, match=message):
+        read_grid(written(broken(path, value)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("rows", "teacher", "checkpoint"), "t.pth", "'teacher': there is no checkpoint 't.pth'"),
+        (
+            ("rows", "student", "options"),
+            {"MODEL.WEIGHTS": "{again}"},
+            "row 'student' needs its own checkpoint",
+        ),
+        (("rows", "lr", "options"), {"SOLVER.MAXITER": 3}, "SOLVER.MAXITER; did you mean"),
+    ],
+)
+def test_what_cells_cannot_be_made_of(cells_of, path, value, message):
+    with pytest.raises(InputError, match=message):
+        cells_of(broken(path, value))
+
+
+def test_a_grid_that_is_not_there():
+    with pytest.raises(InputError, match="'nowhere.yaml' cannot be read"):
+        read_grid("nowhere.yaml")
+
+
+def test_the_study_stands_on_the_data_and_models_of_the_demo(tmp_path):
+    grid = read_grid("projects/Shapes/study.yaml")
+    assert grid.data == DATA
+    cells = make_cells(grid, tmp_path)
+    by_name = {cell.row.name: cell for cell in cells.values()}
+    for name, demo in (("lr", "lr"), ("student-l1", "student")):
+        assert by_name[name].row.config == plan.CONFIGS[demo]
+    # Every student of a table trains as long as its control, in all its stages together.
+    for table in grid.tables:
+        for name in table["rows"]:
+            cell = by_name[name]
+            if cell.row.test_config != cell.row.config:
+                assert cell.iterations == by_name[table["control"]].iterations
+    ladder = by_name["swin-ladder"]
+    assert str(by_name["swin"].weights) in ladder.options[1] and ladder.needs == ("swin/1",)
+    assert ladder.weights.parts[-2:] == ("stage_02_swin", "student.pth")
+    assert by_name["swin-reversed"].weights.parts[-2] == "stage_02_2_fused"
