@@ -1,6 +1,6 @@
 """Rows as the demo makes them, for the tests of its parts."""
 
-KEYS = ["hr", "teacher-hr", "teacher-lr", "teacher-fused", "lr", "student"]
+KEYS = ["hr", "teacher-hr", "teacher-lr", "teacher-fused", "lr", "lr-from-teacher", "student"]
 
 
 def ap(box, mask):

@@ -18,8 +18,8 @@ def make_plan(tmp_path, screen, recorded, settings=()):
 def test_student_is_measured_with_the_plain_config_of_its_baseline(tmp_path):
     rows = plan.model_rows(tmp_path, tmp_path / "checkpoints", ["SEED", "2"])
     assert [each["key"] for each in rows] == KEYS
-    student, baseline = rows[-1], rows[-2]
-    assert student["config"] == baseline["config"] == "configs/Shapes/lr.yaml"
+    student, control, baseline = rows[-1], rows[-2], rows[-3]
+    assert student["config"] == control["config"] == baseline["config"] == "configs/Shapes/lr.yaml"
     assert student["options"] == baseline["options"] == ["SEED", "2"]
     assert student["weights"] == str(tmp_path / "student" / "model_final.pth")
 
@@ -28,8 +28,14 @@ def test_plan_of_the_short_demo(tmp_path, screen, monkeypatch):
     monkeypatch.setattr(plan, "count_cores", lambda: 2)
     jobs = make_plan(tmp_path, screen, recorded={"hr": {}, "teacher": {}})
     assert [job.name for job in jobs[:3]] == ["student", "checkpoints", "LR baseline"]
-    assert [job.after for job in jobs] == [(), (), (), ("LR baseline",), ("student",)]
-    student, baseline = jobs[0].command, jobs[2].command
+    control = "LR from the teacher"
+    assert [job.after for job in jobs] == [
+        *[(), (), (), ()],
+        *[("LR baseline",), (control,), ("student",)],
+    ]
+    student, baseline, started = (jobs[index].command for index in (0, 2, 3))
+    place = started.index("MODEL.WEIGHTS")
+    assert started[place + 1] == str(tmp_path / "checkpoints" / "teacher.pth")
     assert str(tmp_path / "checkpoints" / "teacher.pth") in student
     assert not any(word.startswith("KD.") for word in baseline)
     monkeypatch.setattr(plan, "count_cores", lambda: 1)
@@ -39,13 +45,13 @@ def test_plan_of_the_short_demo(tmp_path, screen, monkeypatch):
 
 def test_plan_of_the_full_demo(tmp_path, screen):
     jobs = {job.name: job for job in make_plan(tmp_path, screen, None, ["SOLVER.MAX_ITER", "3"])}
-    assert jobs["student"].after == ("teacher",)
+    assert jobs["student"].after == jobs["LR from the teacher"].after == ("teacher",)
     for name in ("stock HR", "teacher, first part"):
         assert jobs[name].after == ("stock HR, first part",)
     assert jobs["teacher"].after == ("teacher, first part",)
     assert jobs["checkpoints"].after == ("teacher", "stock HR")
     trained = [job for job in jobs.values() if "train_net.py" in job.command]
-    assert len(trained) == 6
+    assert len(trained) == 7
     assert all("SOLVER.MAX_ITER" in job.command for job in trained)
 
 

@@ -3,9 +3,9 @@
     python projects/Shapes/demo.py            # the teacher and the HR model from their checkpoints
     python projects/Shapes/demo.py --full     # these are trained, too: hours on a CPU
 
-It generates the data, verifies the checkpoints, trains the LR baseline and the student side by
-side, measures all models, and leaves a table, two pictures and each run's log in the output folder.
-Paths are relative to the repository.
+It generates the data, verifies the checkpoints, trains the student and its two controls, the LR
+baseline and the same from the teacher's weights, measures all models, and leaves a table, two
+pictures and each run's log in the output folder. Paths are relative to the repository.
 """
 
 import argparse

@@ -14,10 +14,13 @@ NAMES = {
     "teacher_start": "teacher, first part",
     "teacher": "teacher",
     "lr": "LR baseline",
+    "lr-from-teacher": "LR from the teacher",  # from its weights; the student's strictest control
     "student": "student",
 }
 CONFIGS = {name: f"configs/Shapes/{name}.yaml" for name in NAMES}
-TRAINED = ("lr", "student")  # by the demo, whether or not the others come from checkpoints
+CONFIGS["lr-from-teacher"] = CONFIGS["lr"]
+# By the demo, whether or not the others come from checkpoints.
+TRAINED = ("lr", "lr-from-teacher", "student")
 
 
 def model_rows(folder, checkpoints, settings):
@@ -47,8 +50,7 @@ def model_rows(folder, checkpoints, settings):
         row("teacher-hr", "teacher, HR branch", "teacher", teacher, branch, "hr"),
         row("teacher-lr", "teacher, LR branch", "teacher", teacher, branch, "lr"),
         row("teacher-fused", "teacher, fused", "teacher", teacher, branch, "fused"),
-        row("lr", NAMES["lr"], "lr", folder / "lr" / "model_final.pth"),
-        row("student", NAMES["student"], "lr", folder / "student" / "model_final.pth"),
+        *(row(key, NAMES[key], "lr", folder / key / "model_final.pth") for key in TRAINED),
     ]
 
 
@@ -120,6 +122,8 @@ def plan_jobs(folder, checkpoints, rows, settings, recorded, screen):
         kd += ["KD.TEACHER.OPTS", repr(settings)]
     student = training_job("student", folder, settings, kd)
     baseline = training_job("lr", folder, settings)
+    start = ["MODEL.WEIGHTS", str(checkpoints / "teacher.pth")]
+    control = training_job("lr-from-teacher", folder, settings, start)
     evaluations = [
         evaluation_job(
             f"{row['model']}, evaluation",
@@ -134,7 +138,7 @@ def plan_jobs(folder, checkpoints, rows, settings, recorded, screen):
     if recorded:
         # The student takes longest. With a single core, what may stop the demo comes first.
         first = [check, student] if count_cores() == 1 else [student, check]
-        return [*first, baseline, *evaluations]
+        return [*first, baseline, control, *evaluations]
     begun = training_job("hr_start", folder, settings)
 
     def continued(name, origin):
@@ -145,7 +149,7 @@ def plan_jobs(folder, checkpoints, rows, settings, recorded, screen):
     teacher = continued("teacher", "teacher_start")
     for name, job in (("hr", hr), ("teacher", teacher)):
         job.done = partial(records.write_checkpoint, name, job, checkpoints)
-    student.after = (NAMES["teacher"],)
+    student.after = control.after = (NAMES["teacher"],)
     check.after = (NAMES["teacher"], NAMES["hr"])
     check.done = lambda: records.complete(checkpoints, read_results(check.folder))
-    return [begun, first, hr, teacher, student, baseline, check, *evaluations]
+    return [begun, first, hr, teacher, student, baseline, control, check, *evaluations]

@@ -131,7 +131,8 @@ def markdown(summary):
         "",
         NOTES.format(threads=threads),
         "",
-        f"LR baseline and student: {run['iterations']} iterations of {run['batch_size']} images, "
+        "LR baseline, LR from the teacher, student: "
+        f"{run['iterations']} iterations of {run['batch_size']} images, "
         f"seed {run['seed']}, the same order of the data; "
         + ("HR and teacher trained, too." if run["full"] else "HR and teacher from checkpoints."),
         "Data: " + ", ".join(f"{name} {value}" for name, value in run["data"].items()) + ".",
