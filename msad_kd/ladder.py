@@ -81,7 +81,7 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
         resume: skip the stages that are done and go on with the first that is not, where it was.
 
     Returns:
-        the last stage's results on DATASETS.TEST.
+        the last stage's results on DATASETS.TEST, in the main process.
 
     Raises:
         InputError: if a stage that is done has changed, if a teacher's checkpoint is absent, and
@@ -115,7 +115,7 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
                 "results": results,
             }
             part = state_file.with_suffix(".part")
-            part.write_text(json.dumps(state, indent=2))
+            part.write_text(json.dumps(state, indent=2, default=float))  # a metric of NumPy's
             os.replace(part, state_file)
             done.touch()
         comm.synchronize()
@@ -135,7 +135,7 @@ def _run_stage(cfg: CfgNode, *, resume: bool) -> dict:
     try:
         trainer = KDTrainer(cfg)
         trainer.resume_or_load(resume=resume)
-        return trainer.train() or {}
+        return trainer.train()
     finally:
         # Before the next teacher is built, this one has to be gone; trainer and hooks hold each
         # other.

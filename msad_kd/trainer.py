@@ -119,13 +119,18 @@ class KDTrainer(DefaultTrainer):
             super().__init__(cfg)
         self.teacher = attach_teacher(self._trainer.model, cfg) if _is_student(cfg) else None
 
-    def train(self):
+    def train(self) -> dict:
+        """Train to the end.
+
+        Returns:
+            the last results on DATASETS.TEST; only the main process has any.
+        """
         try:
             # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
             # calls, which changes its last bits: a resumed run, whose first calls come later, would
             # not be the same. On a GPU no bits are promised, and the rewritten one saves memory.
             with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
-                return super().train()
+                super().train()
         except FloatingPointError as error:  # Detectron2's, which names the totals
             model = getattr(self._trainer.model, "module", self._trainer.model)
             bad = model.distiller.not_finite() if self.teacher is not None else []
@@ -134,6 +139,8 @@ class KDTrainer(DefaultTrainer):
             raise FloatingPointError(
                 f"{error}\nNot finite at iteration {self.iter}: {', '.join(bad)}"
             ) from error
+        # Detectron2 returns them only if they are to be verified.
+        return getattr(self, "_last_eval_results", {})
 
     def resume_or_load(self, resume: bool = True) -> None:
         fresh = not (resume and self.checkpointer.has_checkpoint())
