@@ -14,15 +14,15 @@ TERMS = [
     {"name": "l1", "weight": 0.6, "adapter": True, "warmup_iters": 2},
     {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
 ]
+STAGES = {"first": "stage_01_first", "second": "stage_02_second"}
 
 
 @pytest.fixture(scope="module")
-def run(config_files, teacher_weights):
-    """run(folder, ...): a student of four steps, by two processes that share its batches."""
+def run(config_files):
+    """run(folder, ...): a training by two processes that share its batches."""
 
     def call(folder, *arguments):
         options = [
-            *("KD.TEACHER.WEIGHTS", teacher_weights, "KD.TEACHER.EVAL_BEFORE_TRAIN", False),
             *("KD.LOSSES", TERMS, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2),
             *("SOLVER.IMS_PER_BATCH", 4, "OUTPUT_DIR", folder),
         ]
@@ -35,15 +35,26 @@ def run(config_files, teacher_weights):
             text=True,
         )
         assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+        return process
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def run_student(run, teacher_weights):
+    """run_student(folder, ...): four steps of a student, and its final weights."""
+
+    def call(folder, *arguments):
+        process = run(folder, *arguments, "KD.TEACHER.WEIGHTS", teacher_weights)
         return process, torch.load(folder / "model_final.pth", weights_only=False)["model"]
 
     return call
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
+def whole(run_student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return (folder, *run(folder))
+    return (folder, *run_student(folder))
 
 
 def test_two_processes_train_and_evaluate(whole):
@@ -58,10 +69,67 @@ def test_two_processes_train_and_evaluate(whole):
 
 
 @pytest.mark.long
-def test_two_processes_resume_bitwise(whole, run, tmp_path):
+def test_two_processes_resume_bitwise(whole, run_student, tmp_path):
     folder, _, expected = whole
     shutil.copy(folder / "model_0000001.pth", tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    process, state = run(tmp_path, "--resume")
+    process, state = run_student(tmp_path, "--resume")
     assert "Starting training from iteration 2" in process.stdout
     assert differing(state, expected) == []
+
+
+# ---- A ladder ----
+
+
+@pytest.fixture(scope="module")
+def run_ladder(run, config_files, teacher_weights):
+    """run_ladder(folder, ...): two stages, each of which evaluates its teacher beforehand."""
+    common = {"config_file": str(config_files["teacher"]), "weights": str(teacher_weights)}
+    stages = [
+        {**common, "name": "first", "start": "teacher", "iterations": 2},
+        {**common, "name": "second", "kind": "plain", "image": "hr", "losses": TERMS[::-1]},
+    ]
+
+    def call(folder, *arguments):
+        options = ["KD.LADDER.STAGES", stages, "KD.TEACHER.EVAL_BEFORE_TRAIN", True]
+        return run(folder, *arguments, *options)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole_ladder(run_ladder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ladder")
+    run_ladder(folder)
+    return folder
+
+
+def test_two_processes_climb_a_ladder(whole_ladder):
+    state = json.loads((whole_ladder / "ladder_state.json").read_text())
+    assert {name: entry["folder"] for name, entry in state.items()} == STAGES
+    for name, folder in STAGES.items():
+        own = whole_ladder / folder
+        assert (own / "DONE").exists() and (own / "student.pth").exists()
+        assert "AP" in state[name]["results"]["bbox"]
+        predictions = own / "teacher" / "inference" / "coco_instances_results.json"
+        images = {x["image_id"] for x in json.loads(predictions.read_text())}
+        assert len(images) == TEST_SCENES
+
+
+def test_two_processes_resume_a_ladder_bitwise(whole_ladder, run_ladder, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(whole_ladder, cut)
+    state = json.loads((cut / "ladder_state.json").read_text())
+    del state["second"]
+    (cut / "ladder_state.json").write_text(json.dumps(state))
+    for lost in ("DONE", "student.pth", "model_final.pth", "model_0000003.pth"):
+        (cut / STAGES["second"] / lost).unlink()
+    (cut / STAGES["second"] / "last_checkpoint").write_text("model_0000001.pth")
+    process = run_ladder(cut, "--resume")
+    assert "Stage 1, 'first', is done: skipped" in process.stdout
+    assert "Starting training from iteration 2" in process.stdout
+    for name in ("model_final.pth", "student.pth"):
+        files = (folder / STAGES["second"] / name for folder in (cut, whole_ladder))
+        found, expected = (torch.load(file, weights_only=False)["model"] for file in files)
+        assert differing(found, expected) == []
+    assert json.loads((cut / "ladder_state.json").read_text()).keys() == STAGES.keys()
