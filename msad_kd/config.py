@@ -114,9 +114,10 @@ def add_msad_kd_config(cfg: CN) -> None:
 
 
 def _add_model_keys(cfg: CN) -> None:
-    # How build_five_level_* and build_aligned_* make the levels above p5: "maxpool" (subsampling
-    # p5, as Detectron2's R-CNNs do), or strided convolutions "conv_p5" (its FCOS) or "conv_res5"
-    # (its RetinaNet), which have FPN.NORM; without one their scale is far from the other levels'.
+    # How this project's FPNs (but build_retinanet_swin_*) make the levels above p5: "maxpool"
+    # (subsampling p5, as Detectron2's R-CNNs do), or strided convolutions "conv_p5" (its FCOS) or
+    # "conv_res5" (its RetinaNet), which have FPN.NORM; without one their scale is far from the
+    # other levels'.
     cfg.MODEL.FPN.TOP_BLOCK = "maxpool"
 
     # ---- A torchvision network under an FPN (MODEL.BACKBONE.NAME: build_torchvision_fpn_backbone,

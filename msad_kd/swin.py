@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
-from msad_kd.backbone import AlignedFPN, LastLevelsMaxPool
+from msad_kd.backbone import AlignedFPN, build_aligned_fpn, build_five_level_fpn
 from msad_kd.errors import InputError
-from msad_kd.pyramid import level_shift
 
 __all__ = [
     "SwinBackbone",
@@ -153,7 +151,7 @@ class SwinBackbone(Backbone):
         return features
 
 
-def _fpn_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+def _bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> SwinBackbone:
     bottom_up = SwinBackbone(cfg, input_shape)
     absent = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in bottom_up.output_shape()]
     if absent:
@@ -161,34 +159,25 @@ def _fpn_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict:
             f"MODEL.FPN.IN_FEATURES: {', '.join(absent)} is not in MODEL.SWIN.OUT_FEATURES, which "
             f"is {cfg.MODEL.SWIN.OUT_FEATURES}"
         )
-    return {
-        "bottom_up": bottom_up,
-        "in_features": cfg.MODEL.FPN.IN_FEATURES,
-        "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-        "norm": cfg.MODEL.FPN.NORM,
-        "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
-    }
+    return bottom_up
 
 
 @BACKBONE_REGISTRY.register()
 def build_swin_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """A Swin FPN with levels p2..p6, the last p5 subsampled, as R-CNNs have them."""
-    return FPN(**_fpn_arguments(cfg, input_shape), top_block=LastLevelMaxPool())
+    """A Swin FPN: p2..p6, or p3..p7 when FPN.IN_FEATURES lacks res2."""
+    return build_five_level_fpn(cfg, _bottom_up(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_swin_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """A Swin FPN with levels p3..p7, the last two convolutions on res5, as RetinaNet has them."""
-    arguments = _fpn_arguments(cfg, input_shape)
-    channels = arguments["bottom_up"].output_shape()["res5"].channels
-    return FPN(**arguments, top_block=LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    """A Swin FPN whose levels above p5 are convolutions on res5, as RetinaNet has them."""
+    return build_five_level_fpn(cfg, _bottom_up(cfg, input_shape), kind="conv_res5")
 
 
 @BACKBONE_REGISTRY.register()
 def build_aligned_swin_fpn_backbone(cfg, input_shape: ShapeSpec) -> AlignedFPN:
-    """A Swin FPN for a multi-resolution teacher: p2..p7 for k = 2."""
-    top_block = LastLevelsMaxPool(1 + level_shift(cfg.KD.SCALE))
-    return AlignedFPN(scale=cfg.KD.SCALE, **_fpn_arguments(cfg, input_shape), top_block=top_block)
+    """A Swin FPN for a multi-resolution teacher: m = log2 k levels more."""
+    return build_aligned_fpn(cfg, _bottom_up(cfg, input_shape))
 
 
 def convert_torchvision(state: dict[str, torch.Tensor], image_format: str) -> dict:

@@ -59,6 +59,13 @@ def test_levels_of_a_retinanet(config):
     assert {n: x.shape[-2] for n, x in found.items()} == {n: 128 // s for n, s in strides.items()}
 
 
+def test_levels_above_p5_are_as_the_config_says(config):
+    backbone = build_backbone(config("hr", *options("aligned_"), "MODEL.FPN.TOP_BLOCK", "conv_p5"))
+    levels = backbone(torch.randn(1, 3, 128, 64))
+    assert list(levels) == ["p2", "p3", "p4", "p5", "p6", "p7"]
+    assert torch.equal(levels["p6"], backbone.top_block.p6(levels["p5"]))
+
+
 def attention(module, x):
     """What the module should answer to (H, W, C), cell by cell.
 
