@@ -1,27 +1,18 @@
 """Fixtures: a tiny data set, tiny configs of every role, a tiny teacher that was trained."""
 
+import functools
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from detectors import write_configs  # noqa: E402
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts  # noqa: E402
-from helpers import (  # noqa: E402
-    BASES,
-    SCENE_SIZE,
-    TEST_SCENES,
-    TRAIN_SCENES,
-    WARMUP,
-    coco_format,
-    input_sizes,
-    tiny_model,
-    train,
-)
+from helpers import NO_TEST, SCENE_SIZE, TEST_SCENES, TRAIN_SCENES, train  # noqa: E402
 
 from msad_kd import TwoResolutionMapper  # noqa: E402
 from msad_kd.setup import build_config  # noqa: E402
@@ -42,80 +33,65 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def config_files(data, tmp_path_factory):
-    """Role to config file: "lr", "hr", "teacher" and "student", which names no checkpoint yet."""
-    folder = tmp_path_factory.mktemp("configs")
-    common = {
-        "DATASETS": {
-            "TRAIN": ["tiny_train"],
-            "TEST": ["tiny_val"],
-            "COCO_FORMAT": coco_format(data, "tiny"),
-        },
-        "DATALOADER": {"NUM_WORKERS": 0},
-        "SOLVER": {
-            "OPTIMIZER": "ADAMW",
-            "BASE_LR": 0.001,
-            "WARMUP_ITERS": 2,
-            "STEPS": [],
-            "IMS_PER_BATCH": 2,
-            "REFERENCE_WORLD_SIZE": 0,
-            "MAX_ITER": 4,
-            "CHECKPOINT_PERIOD": 100,
-        },
-        "TEST": {"DETECTIONS_PER_IMAGE": 20},
-        "SEED": 3,
-    }
-    low = {**common, "INPUT": input_sizes(32), "MODEL": tiny_model(4, 8, 16, 32, 64)}
-    high = {**common, "INPUT": input_sizes(64), "MODEL": tiny_model(8, 16, 32, 64, 128)}
-    contents = {
-        "lr": {"_BASE_": str(BASES["LR"]), **low},
-        "hr": {"_BASE_": str(BASES["HR"]), **high},
-        "teacher": {"_BASE_": str(BASES["Teacher"]), **high},
-        "student": {
-            "_BASE_": "lr.yaml",
-            "MODEL": {"META_ARCHITECTURE": "DistilledRCNN"},
-            "KD": {
-                "LOSSES": [{"name": "l1", "weight": 0.6, "warmup_iters": WARMUP}],
-                "TEACHER": {
-                    "CONFIG_FILE": str(folder / "teacher.yaml"),
-                    "EVAL_BEFORE_TRAIN": False,
-                },
-            },
-        },
-    }
-    for role, content in contents.items():
-        (folder / f"{role}.yaml").write_text(yaml.safe_dump(content))
-    return {role: folder / f"{role}.yaml" for role in contents}
+def files_of(data, tmp_path_factory):
+    """files_of(detector): its config files, role to file: "lr", "hr", "teacher" and "student"."""
+    return functools.cache(
+        lambda detector: write_configs(tmp_path_factory.mktemp(detector), data, detector)
+    )
+
+
+@pytest.fixture(scope="session")
+def config_files(files_of):
+    """Those of Mask R-CNN."""
+    return files_of("mask_rcnn")
 
 
 @pytest.fixture
-def config(config_files, tmp_path):
+def detector(request):
+    """Mask R-CNN, or what a test is parametrized with; the fixtures below are the detector's."""
+    return getattr(request, "param", "mask_rcnn")
+
+
+@pytest.fixture
+def config(files_of, detector, tmp_path):
     """config(role, KEY, VALUE, ...): a fresh config with an empty OUTPUT_DIR of its own."""
     made = []
 
     def make(role, *opts):
         output = tmp_path / f"{role}_{len(made)}"
         made.append(output)
-        return build_config(str(config_files[role]), ["OUTPUT_DIR", str(output), *opts])
+        return build_config(str(files_of(detector)[role]), ["OUTPUT_DIR", str(output), *opts])
 
     return make
 
 
 @pytest.fixture(scope="session")
-def teacher_weights(config_files, tmp_path_factory):
-    """The checkpoint of a teacher that was trained for a few steps."""
-    folder = tmp_path_factory.mktemp("teacher")
-    options = ["OUTPUT_DIR", str(folder), "DATASETS.TEST", []]
-    train(build_config(str(config_files["teacher"]), options))
-    return folder / "model_final.pth"
+def trained_teacher(files_of, tmp_path_factory):
+    """trained_teacher(detector): the checkpoint of a teacher that was trained for a few steps."""
+
+    @functools.cache
+    def weights(detector):
+        folder = tmp_path_factory.mktemp(f"{detector}_teacher")
+        torch.manual_seed(0)
+        options = ["OUTPUT_DIR", str(folder), *NO_TEST]
+        train(build_config(str(files_of(detector)["teacher"]), options))
+        return folder / "model_final.pth"
+
+    return weights
+
+
+@pytest.fixture(scope="session")
+def teacher_weights(trained_teacher):
+    """That of Mask R-CNN."""
+    return trained_teacher("mask_rcnn")
 
 
 @pytest.fixture
-def student_config(config, teacher_weights):
+def student_config(config, detector, trained_teacher):
     """student_config(KEY, VALUE, ...): the config of a student of the trained teacher."""
 
     def make(*opts):
-        return config("student", "KD.TEACHER.WEIGHTS", str(teacher_weights), *opts)
+        return config("student", "KD.TEACHER.WEIGHTS", str(trained_teacher(detector)), *opts)
 
     return make
 

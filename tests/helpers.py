@@ -5,16 +5,18 @@ import os
 from pathlib import Path
 
 import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 from msad_kd import KDTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
-BASES = {role: ROOT / f"configs/Base-RCNN-FPN-{role}.yaml" for role in ("LR", "HR", "Teacher")}
 
 # Scenes are 64 x 96 px: what the high-resolution models see; the low-resolution ones see 32 x 48.
 SCENE_SIZE = (64, 96)
 TRAIN_SCENES, TEST_SCENES = 6, 3
 WARMUP = 4
+NO_TEST = ("DATASETS.TEST", ())
 
 TINY_NET = {
     "WEIGHTS": "",
@@ -70,6 +72,18 @@ def flattened(node, prefix=""):
         nested = isinstance(value, dict)
         flat |= flattened(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
+
+
+def build(cfg):
+    """The same weights for the same architecture."""
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def losses_of(model, inputs, iteration=WARMUP):
+    torch.manual_seed(1)  # RoI heads sample proposals
+    with EventStorage(iteration):
+        return model.train()(inputs)
 
 
 def train(cfg, resume=False):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
-from helpers import WARMUP, differing, same_instances, tensors_of
+from helpers import WARMUP, build, differing, losses_of, same_instances, tensors_of
 
 from msad_kd import DistilledMixin, DistilledRCNN, attach_teacher
 from msad_kd.checkpoint import export_weights
@@ -12,17 +12,6 @@ from msad_kd.distilled import last_layer
 from msad_kd.errors import InputError
 from msad_kd.losses import DISTILL_LOSS_REGISTRY
 from msad_kd.teacher import Teacher
-
-
-def build(cfg):
-    torch.manual_seed(0)
-    return build_model(cfg)
-
-
-def losses_of(model, inputs, iteration=0):
-    torch.manual_seed(1)  # the heads sample proposals
-    with EventStorage(iteration):
-        return model.train()(inputs)
 
 
 @pytest.fixture

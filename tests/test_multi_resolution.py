@@ -12,7 +12,7 @@ from detectron2.modeling.proposal_generator import build_proposal_generator
 from detectron2.modeling.roi_heads import build_roi_heads
 from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from helpers import same_instances
+from helpers import build, losses_of, same_instances
 from torch.testing import assert_close
 
 from msad_kd.errors import InputError
@@ -25,18 +25,7 @@ ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
 @pytest.fixture
 def teacher(config):
     """teacher(KEY, VALUE, ...): a model with the same weights each time."""
-
-    def make(*opts):
-        torch.manual_seed(0)
-        return build_model(config("teacher", *opts))
-
-    return make
-
-
-def losses_of(model, inputs):
-    torch.manual_seed(1)  # the heads sample proposals
-    with EventStorage():
-        return model.train()(inputs)
+    return lambda *opts: build(config("teacher", *opts))
 
 
 def pairs_of_images(sizes, scale):

@@ -16,7 +16,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from helpers import BASES, ROOT, TEST_SCENES, WARMUP, differing, input_sizes, tiny_model, train
+from helpers import ROOT, TEST_SCENES, WARMUP, differing, input_sizes, tiny_model, train
 
 import train_net
 from msad_kd.errors import InputError
@@ -215,7 +215,7 @@ def test_eval_only_with_weights_of_another_model(config_files, tmp_path, teacher
 
 def test_stock_detectron2_gives_identical_predictions(student, config_files, folder):
     plain = {
-        "_BASE_": str(BASES["LR"]),
+        "_BASE_": str(ROOT / "configs/Base-RCNN-FPN-LR.yaml"),
         "INPUT": input_sizes(32),
         "MODEL": {
             **tiny_model(4, 8, 16, 32, 64),

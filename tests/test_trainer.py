@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from detectron2.data import DatasetMapper
-from helpers import differing, tensors_of, train
+from helpers import NO_TEST, differing, tensors_of, train
 
 from msad_kd import KDTrainer, TwoResolutionMapper
 from msad_kd.errors import InputError
@@ -13,8 +13,6 @@ from msad_kd.losses import DISTILL_LOSS_REGISTRY
 from msad_kd.seed import derive_seed
 from msad_kd.teacher import Teacher
 from msad_kd.trainer import build_mapper
-
-NO_TEST = ["DATASETS.TEST", []]
 
 
 def loss(weight):
