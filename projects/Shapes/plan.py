@@ -10,8 +10,10 @@ from projects.Shapes.progress import evaluation_progress, training_progress
 
 NAMES = {
     "hr_start": "stock HR, first part",
+    "hr_middle": "stock HR, second part",
     "hr": "stock HR",
     "teacher_start": "teacher, first part",
+    "teacher_middle": "teacher, second part",
     "teacher": "teacher",
     "lr": "LR baseline",
     "lr-from-teacher": "LR from the teacher",  # from its weights; the student's strictest control
@@ -19,6 +21,13 @@ NAMES = {
 }
 CONFIGS = {name: f"configs/Shapes/{name}.yaml" for name in NAMES}
 CONFIGS["lr-from-teacher"] = CONFIGS["lr"]
+ORIGINS = {  # what each part goes on from
+    "hr_middle": "hr_start",
+    "hr": "hr_middle",
+    "teacher_start": "hr_start",
+    "teacher_middle": "teacher_start",
+    "teacher": "teacher_middle",
+}
 # By the demo, whether or not the others come from checkpoints.
 TRAINED = ("lr", "lr-from-teacher", "student")
 
@@ -139,17 +148,13 @@ def plan_jobs(folder, checkpoints, rows, settings, recorded, screen):
         # The student takes longest. With a single core, what may stop the demo comes first.
         first = [check, student] if count_cores() == 1 else [student, check]
         return [*first, baseline, control, *evaluations]
-    begun = training_job("hr_start", folder, settings)
-
-    def continued(name, origin):
+    parts = {"hr_start": training_job("hr_start", folder, settings)}
+    for name, origin in ORIGINS.items():
         start = ["MODEL.WEIGHTS", str(folder / origin / "model_final.pth")]
-        return training_job(name, folder, settings, start, after=(NAMES[origin],))
-
-    hr, first = continued("hr", "hr_start"), continued("teacher_start", "hr_start")
-    teacher = continued("teacher", "teacher_start")
-    for name, job in (("hr", hr), ("teacher", teacher)):
-        job.done = partial(records.write_checkpoint, name, job, checkpoints)
+        parts[name] = training_job(name, folder, settings, start, after=(NAMES[origin],))
+    for name in ("hr", "teacher"):
+        parts[name].done = partial(records.write_checkpoint, name, parts[name], checkpoints)
     student.after = control.after = (NAMES["teacher"],)
     check.after = (NAMES["teacher"], NAMES["hr"])
     check.done = lambda: records.complete(checkpoints, read_results(check.folder))
-    return [begun, first, hr, teacher, student, baseline, control, check, *evaluations]
+    return [*parts.values(), student, baseline, control, check, *evaluations]
