@@ -120,7 +120,8 @@ def stage_config(cfg: CfgNode, stages: list[Stage], index: int) -> CfgNode:
     if stage.base_lr is not None:
         own.SOLVER.BASE_LR = float(stage.base_lr)
     if own.SEED >= 0:
-        own.SEED += index  # the data come in another order in each stage
+        # The data come in another order in each stage, and in that of no other ladder's.
+        own.SEED += 1000 * index
     own.OUTPUT_DIR = str(stage.folder(cfg.OUTPUT_DIR, index))
     own.freeze()
     return own

@@ -195,7 +195,7 @@ def test_a_stages_config(config_files, tmp_path):
     assert starts == [(False, False), (True, False), (False, False)]
     weights = [c.MODEL.WEIGHTS for c in (one, two, three)]
     assert weights == ["r50.pkl", "out/stage_01_a/student.pth", "x.pth"]
-    assert [c.SEED - cfg.SEED for c in (one, two, three)] == [0, 1, 2]
+    assert [c.SEED - cfg.SEED for c in (one, two, three)] == [0, 1000, 2000]
     assert three.OUTPUT_DIR == "out/stage_03_c"
 
 

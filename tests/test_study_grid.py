@@ -92,6 +92,23 @@ def test_a_fingerprint_is_of_what_is_meant(cells_of, tmp_path):
     assert changed == {"student/1", "student/2", "again/2", "again/3"}
     other["data"]["train"] = 7
     assert all(cells_of(other)[key].fingerprint != after[key].fingerprint for key in after)
+    other["data"] = {**content()["data"], "classes": 8, "seed": 0}  # their defaults
+    again = cells_of(other)
+    assert all(again[key].fingerprint == after[key].fingerprint for key in after)
+
+
+def test_a_fingerprint_is_of_the_checkpoints_content(cells_of, tmp_path):
+    grid, weights = content(), tmp_path / "t.pth"
+    stage = {"name": "a", "config_file": "configs/Shapes/teacher.yaml", "weights": str(weights)}
+    grid["rows"]["student"]["options"] = {"KD.TEACHER.WEIGHTS": str(weights)}
+    grid["rows"]["again"]["options"] = {"KD.LADDER.STAGES": [stage]}
+    fingerprints = []
+    for content_of_file in (b"one", b"other"):
+        weights.write_bytes(content_of_file)
+        fingerprints.append({k: cell.fingerprint for k, cell in cells_of(grid).items()})
+    before, after = fingerprints
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"student/1", "student/2", "again/2", "again/3"}
 
 
 def test_changed_keys_know_no_folder_and_no_default():
@@ -150,6 +167,8 @@ def test_what_a_grid_may_not_say(written, path, value, message):
             "row 'student' needs its own checkpoint",
         ),
         (("rows", "lr", "options"), {"SOLVER.MAXITER": 3}, "SOLVER.MAXITER; did you mean"),
+        (("data",), {"trian": 3}, "data of the grid: .*'trian'"),
+        (("data",), {"train": 0}, "data of the grid: train, val >= 1"),
     ],
 )
 def test_what_cells_cannot_be_made_of(cells_of, path, value, message):
@@ -175,7 +194,31 @@ def test_the_study_stands_on_the_data_and_models_of_the_demo(tmp_path):
             cell = by_name[name]
             if cell.row.test_config != cell.row.config:
                 assert cell.iterations == by_name[table["control"]].iterations
+    # The longer baselines have the iterations of all that made the teacher.
+    made = grid.rows["teacher"].trained_by
+    own = sum(build_config(config, []).SOLVER.MAX_ITER for config in made)
+    longer = by_name["lr"].iterations + own
+    assert by_name["lr-long"].iterations == by_name["lr-multiscale-long"].iterations == longer
+    parts = ("fcos-hr-start", "fcos-teacher-start", "fcos-teacher")
+    own = sum(by_name[name].iterations for name in parts)
+    assert by_name["fcos-lr-long"].iterations == by_name["fcos-lr"].iterations + own
     ladder = by_name["swin-ladder"]
-    assert str(by_name["swin"].weights) in ladder.options[1] and ladder.needs == ("swin/1",)
+    assert str(by_name["swin"].weights) in ladder.options[1] and ladder.needs == (
+        "teacher/0",
+        "swin/1",
+    )
     assert ladder.weights.parts[-2:] == ("stage_02_swin", "student.pth")
     assert by_name["swin-reversed"].weights.parts[-2] == "stage_02_2_fused"
+
+
+def test_the_larger_study_reads_too(tmp_path):
+    grid = read_grid("projects/Shapes/study_large.yaml")
+    cells = make_cells(grid, tmp_path)
+    # The teacher's own iterations and those of what it starts from.
+    before = cells["teacher/2"].iterations + cells["hr/1"].iterations
+    assert cells["lr-long/1"].iterations == cells["lr/1"].iterations + before
+    for cell in cells.values():
+        cfg = build_config(cell.row.config, ["MODEL.DEVICE", "cpu"])
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == grid.data["classes"]
+        assert grid.data["folder"] in cfg.DATASETS.COCO_FORMAT[0]["json"]
+        assert cfg.INPUT.MIN_SIZE_TEST in (grid.data["size"][0], grid.data["size"][0] // 2)

@@ -12,6 +12,7 @@ from msad_kd.config import add_msad_kd_config
 from msad_kd.errors import InputError
 from msad_kd.setup import build_config
 from projects.MTPD.controls import control_stages
+from projects.Shapes.generate import complete_arguments
 from projects.Shapes.grid import PLACEHOLDER, Row, references
 
 
@@ -55,6 +56,11 @@ def _digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _hash_file(path):
+    """Of a checkpoint that no row makes; None of one that is to be made."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+
+
 def make_cells(grid, folder, extra: Sequence = ()):
     """All cells of a grid, each after those it needs.
 
@@ -67,7 +73,8 @@ def make_cells(grid, folder, extra: Sequence = ()):
         dict, key to `Cell`.
 
     Raises:
-        InputError: a checkpoint is absent, a config cannot be read, or rows need each other.
+        InputError: the data have no such argument, a checkpoint is absent, a config cannot be read,
+            or rows need each other.
     """
     maker = _Maker(grid, Path(folder), list(extra))
     for row in grid.rows.values():
@@ -82,6 +89,11 @@ class _Maker:
     def __init__(self, grid, folder, extra):
         self.grid, self.folder, self.extra = grid, folder, extra
         self.cells: dict[str, Cell] = {}
+        data = {key: value for key, value in grid.data.items() if key != "folder"}
+        try:
+            self.data = complete_arguments(**data)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"data of the grid: {error}") from error
 
     def add(self, row, seed, pending=()):
         key = f"{row.name}/{seed}"
@@ -100,14 +112,11 @@ class _Maker:
     def _make(self, row, seed, needs):
         folder = self.folder / row.name / f"seed_{seed}"
         paths = {name: str(cell.weights) for name, cell in needs.items()}
-        origin = {name: cell.fingerprint for name, cell in needs.items()}
         weights = folder / "model_final.pth"
         if row.checkpoint:
             weights = Path(_filled([row.checkpoint], paths)[0])
-            if not needs:
-                if not weights.is_file():
-                    raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
-                origin["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+            if not needs and not weights.is_file():
+                raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
         options = [*_flat(row.options), *self.extra, *(["SEED", seed] if row.seeds else [])]
         # On the CPU, so that a cell means the same wherever it is read.
         meant = build_config(row.config, [*map(str, options), "MODEL.DEVICE", "cpu"])
@@ -120,6 +129,12 @@ class _Maker:
             last = f"stage_{len(stages):02}_{stages[-1]['name']}"
             weights = folder / last / "student.pth"
         tested = {key: value for key, value in row.options.items() if not _trains(key)}
+        test_options = _filled([*_flat(tested), *self.extra], paths)
+        measured = build_config(row.test_config, [*test_options, "MODEL.DEVICE", "cpu"])
+        files = [row.checkpoint, meant.MODEL.WEIGHTS, *(stage["weights"] for stage in stages)]
+        if not stages:
+            files.append(meant.KD.TEACHER.WEIGHTS)
+        origin = {name: cell.fingerprint for name, cell in needs.items()}
         return Cell(
             key=f"{row.name}/{seed}",
             row=row,
@@ -127,11 +142,12 @@ class _Maker:
             folder=folder,
             weights=weights,
             options=_filled(options, paths),
-            test_options=_filled([*_flat(tested), *self.extra], paths),
+            test_options=test_options,
             needs=tuple(cell.key for cell in needs.values()),
             iterations=0 if row.checkpoint else iterations,
             fingerprint=_digest(
-                [self.grid.data, changed_keys(meant), stages, row.test_config, origin]
+                [self.data, changed_keys(meant), stages, changed_keys(measured)]
+                + [origin, [_hash_file(file) for file in files]]
             ),
         )
 

@@ -117,6 +117,19 @@ def _empty(folder):
             entry.unlink()
 
 
+def complete_arguments(*, train=300, val=1000, seed=0, format="coco", **scene_options):
+    """All that decides what a data set is, defaults and VERSION included, as JSON reads it back.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if min(train, val) < 1 or seed < 0:
+        raise ValueError(f"train, val >= 1 and seed >= 0 are needed, not {train}, {val}, {seed}")
+    arguments = {"version": VERSION, "seed": seed, "format": format, "train": train, "val": val}
+    arguments |= dataclasses.asdict(SceneOptions(**scene_options))
+    return json.loads(json.dumps(arguments))  # in which tuples are lists
+
+
 def generate(
     output="datasets/shapes",
     *,
@@ -149,13 +162,8 @@ def generate(
     """
     options = SceneOptions(**scene_options)
     counts = {"train": train, "val": val}
-    if min(train, val) < 1 or seed < 0:
-        raise ValueError(f"train, val >= 1 and seed >= 0 are needed, not {train}, {val}, {seed}")
+    arguments = complete_arguments(seed=seed, format=format, **counts, **scene_options)
     writer_classes = _writer_classes(format)
-    arguments = {"version": VERSION, "seed": seed, "format": format}
-    arguments |= counts | dataclasses.asdict(options)
-    arguments = json.loads(json.dumps(arguments))  # as they read back: tuples are lists in JSON
-
     output = Path(output)
     _restore(output)
     if output.exists():

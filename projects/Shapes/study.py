@@ -224,10 +224,12 @@ def run(args, screen):
         if path and (path is args.reuse or path.is_file()):
             study.take(path)
     if not args.report:
-        data = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "shapes"
-        screen.say(f"Data: {', '.join(f'{k} {v}' for k, v in grid.data.items())} in '{data}'")
+        options = dict(grid.data)
+        root = Path(os.getenv("DETECTRON2_DATASETS", "datasets"))
+        data = root / options.pop("folder", "shapes")
+        screen.say(f"Data: {', '.join(f'{k} {v}' for k, v in options.items())} in '{data}'")
         try:
-            generate(data, **grid.data, overwrite=args.overwrite)
+            generate(data, **options, overwrite=args.overwrite)
         except (ValueError, OSError) as error:
             raise DemoError(f"{error} (DETECTRON2_DATASETS says where the folder is)") from None
         jobs = study.plan(keys)
