@@ -5,11 +5,11 @@ PYTHON ?= python3
 ARGS ?=
 RUN = .venv/bin/python
 
-.PHONY: help demo demo-full test test-long lint clean
+.PHONY: help demo demo-full study test test-long lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@echo "make TARGET [PYTHON=python3.11] [ARGS='...' for the demo]"
+	@echo "make TARGET [PYTHON=python3.11] [ARGS='...' for demo and study]"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
 demo: .venv/.ready ## train, distil and compare on the Shapes data set, in minutes on a CPU
@@ -17,6 +17,9 @@ demo: .venv/.ready ## train, distil and compare on the Shapes data set, in minut
 
 demo-full: .venv/.ready ## the same at full length
 	$(RUN) projects/Shapes/demo.py --full $(ARGS)
+
+study: .venv/.ready ## every method against every control on several seeds, in hours; resumable
+	$(RUN) projects/Shapes/study.py $(ARGS)
 
 # More threads than that only get in each other's way in models as small as those of the tests.
 test: .venv/.ready ## run the tests that take seconds
