@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -97,7 +98,7 @@ class Study:
         self.path = folder / "results.json"
         self.results = {"cells": {}, "steps": {}}
         self.todo, self.begun = {}, {}  # iterations of the cells to train; those done before
-        self.start = 0.0
+        self.start = time.time()
 
     def take(self, path):
         """Takes over the cells of a results.json that are still what the grid means."""
@@ -113,7 +114,7 @@ class Study:
     def plan(self, keys):
         """The jobs that the cells of these keys still need."""
         jobs, trained = [], set()
-        self.start = self.screen.seconds()
+        self.start = time.time()
 
         def train(key):
             cell = self.cells[key]
@@ -150,7 +151,7 @@ class Study:
         command += ["SOLVER.CHECKPOINT_PERIOD", str(self.checkpoint_period)]
         command += ["OUTPUT_DIR", str(cell.folder)]
         self.todo[cell.key] = cell.iterations
-        self.begun[cell.key] = iterations_done(cell.folder)
+        self.begun[cell.key] = iterations_done(cell.folder, self.start)
         return Job(cell.title, command, cell.folder, after, training_progress, resumes=True)
 
     def _measurement(self, cell, after):
@@ -193,14 +194,13 @@ class Study:
 
     def overall(self):
         """How far the trainings are, and when they will be done."""
-        done = sum(iterations_done(self.cells[key].folder) for key in self.todo)
+        done = sum(iterations_done(self.cells[key].folder, self.start) for key in self.todo)
         done_before, total = sum(self.begun.values()), sum(self.todo.values())
         if not total:
             return "measuring"
         left = "?"
         if done > done_before:
-            passed = self.screen.seconds() - self.start
-            left = clock(passed * (total - done) / (done - done_before))
+            left = clock((time.time() - self.start) * (total - done) / (done - done_before))
         return f"{done}/{total} iterations, {left} left"
 
     def write(self):
