@@ -82,8 +82,10 @@ def console(folder):
 
 
 def wait_for_checkpoint(folder, process):
+    deadline = time.monotonic() + 300
     while not (folder / "last_checkpoint").exists():
         assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no checkpoint in five minutes"
         time.sleep(0.05)
 
 
@@ -162,7 +164,14 @@ def test_done_cells_are_kept_taken_over_and_told_from_others(place, stopped, rep
         (["--rows", "studnt"], "study.py: there is no row 'studnt'; known: teacher, lr, student"),
         (["--tables", "none"], "study.py: there is no table 'none'; known: all"),
         (["--reuse", "README.md"], "study.py: 'README.md' is no results.json of a study"),
+        (["--seeds", "7"], "study.py: no row that was chosen has the seed 7"),
     ],
 )
 def test_bad_arguments(report, arguments, message):
     assert report(*arguments).startswith(message)
+
+
+@pytest.mark.parametrize("option", ["--slots", "--checkpoint-period", "--seeds"])
+def test_bad_numbers(report, capsys, option):
+    assert report(option, "0") == "2"
+    assert f"{option}: '0' is no whole number of 1 or more" in capsys.readouterr().err

@@ -127,6 +127,9 @@ def test_recipes_leave_out_what_cannot_start(cells_of):
     ]
 
 
+CURVE = {"name": "c", "title": "C"}
+
+
 def broken(path, value):
     """`content()` with the value at a path of keys."""
     grid = content()
@@ -148,13 +151,34 @@ def broken(path, value):
         (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{nothing}"}, "refers to the row 'nothing'"),
         (("tables", 0, "control"), "base", "table 't' refers to the row 'base'"),
         (("tables", 0, "colour"), "red", "table 't' has the unknown field 'colour'"),
-        (("curves",), [{"name": "c", "lines": {"a": ["l"]}}], "curve 'c' refers to the row 'l'"),
+        (("curves",), [{**CURVE, "lines": {"a": ["l"]}}], "curve 'c' refers to the row 'l'"),
         (("rows", "lr"), None, "row 'lr' is no mapping"),
+        (("rows",), ["lr"], "the file: rows is no mapping"),
+        (("tables", 0), {"title": "T", "rows": []}, "table 1 has no name"),
+        (("tables", 0), {"name": "t", "rows": []}, "table 't' has no title"),
+        (("tables", 0), {"name": "t", "title": "T"}, "table 't' has no rows"),
+        (("tables", 0, "rows"), "lr", "table 't': rows is no list"),
+        (("tables", 0), "t", "table 1 is no mapping"),
+        (("curves",), [{"title": "C", "lines": {}}], "curve 1 has no name"),
+        (("curves",), [{"name": "c", "lines": {}}], "curve 'c' has no title"),
+        (("curves",), [{"name": "c", "title": "C"}], "curve 'c' has no lines"),
+        (("curves",), [{**CURVE, "lines": {"a": "lr"}}], "curve 'c', lines: a is no list"),
+        (("seeds",), [1, 0], r"the file: seeds are .* of 1 or more, not \[1, 0\]"),
+        (("rows", "again", "seeds"), [-1], r"row 'again': seeds are .* not \[-1\]"),
+        (("rows", "again", "seeds"), 3, "row 'again': seeds are .* not 3"),
     ],
 )
 def test_what_a_grid_may_not_say(written, path, value, message):
     with pytest.raises(InputError, match=message):
         read_grid(written(broken(path, value)))
+
+
+@pytest.mark.parametrize("name", ["data", "seeds", "rows", "tables"])
+def test_what_a_grid_has_to_say(written, name):
+    grid = content()
+    del grid[name]
+    with pytest.raises(InputError, match=f"the file has no {name}"):
+        read_grid(written(grid))
 
 
 @pytest.mark.parametrize(

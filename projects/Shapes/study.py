@@ -29,7 +29,7 @@ from msad_kd.errors import InputError
 from projects.Shapes import report, study_report
 from projects.Shapes.cells import make_cells, training_recipes
 from projects.Shapes.generate import generate
-from projects.Shapes.grid import read_grid
+from projects.Shapes.grid import REFERENCES, read_grid
 from projects.Shapes.jobs import DemoError, Job, Screen, clock, count_cores, run_jobs, typed
 from projects.Shapes.measure import write_json
 from projects.Shapes.plan import measuring_job, read_results
@@ -37,6 +37,13 @@ from projects.Shapes.progress import iterations_done, training_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = "cell.json"
+
+
+def count(text):
+    """A whole number of at least 1, from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
+    return int(text)
 
 
 def parse_arguments(arguments=None):
@@ -47,9 +54,9 @@ def parse_arguments(arguments=None):
     add("--output", default="output/shapes/study", help="folder of the runs and the results")
     add("--tables", nargs="+", metavar="TABLE", help="only the rows of these tables")
     add("--rows", nargs="+", metavar="ROW", help="only these rows")
-    add("--seeds", nargs="+", type=int, help="only these seeds")
-    add("--slots", type=int, default=count_cores(), help="runs at a time (default: one a core)")
-    add("--checkpoint-period", type=int, default=500, help="iterations that a stop costs at most")
+    add("--seeds", nargs="+", type=count, metavar="SEED", help="only these seeds")
+    add("--slots", type=count, default=count_cores(), help="runs at a time (default: one a core)")
+    add("--checkpoint-period", type=count, default=500, help="iterations that a stop costs at most")
     add("--reuse", metavar="FILE", help="the results.json of another run, to take done cells from")
     add("--report", action="store_true", help="run nothing, tabulate what is there")
     add("--overwrite", action="store_true", help="replace a data set made with other arguments")
@@ -69,7 +76,7 @@ def choose(cells, grid, args):
     """The keys of the cells that were asked for.
 
     Raises:
-        InputError: a row or table is unknown.
+        InputError: a row or table is unknown, or a seed is of no row that was chosen.
     """
     tables = {table["name"]: table for table in grid.tables}
     for kind, asked, known in (("row", args.rows, grid.rows), ("table", args.tables, tables)):
@@ -79,13 +86,16 @@ def choose(cells, grid, args):
     names = set(args.rows or ())
     for name in args.tables or ():
         table = tables[name]
-        references = (table[key] for key in study_report.REFERENCES if key in table)
+        references = (table[key] for key in REFERENCES if key in table)
         names |= {*table["rows"], *references}
+    chosen = {key: cell for key, cell in cells.items() if not names or cell.row.name in names}
+    for seed in args.seeds or ():
+        if seed not in {cell.seed for cell in chosen.values()}:
+            raise InputError(f"no row that was chosen has the seed {seed}")
     return [
         key
-        for key, cell in cells.items()
-        if (not names or cell.row.name in names)
-        and (not args.seeds or not cell.row.seeds or cell.seed in args.seeds)
+        for key, cell in chosen.items()
+        if not args.seeds or not cell.row.seeds or cell.seed in args.seeds
     ]
 
 

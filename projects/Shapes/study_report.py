@@ -7,10 +7,10 @@ from pathlib import Path
 from tabulate import tabulate
 
 from msad_kd.setup import build_config
+from projects.Shapes.grid import REFERENCES
 from projects.Shapes.measure import METRICS
 from projects.Shapes.report import KINDS, gap_closed
 
-REFERENCES = ("control", "baseline", "reference")
 FILES = ("results.json", "tables.md", "cells.csv", "bars_*.png", "curves_*.png")
 NOTES = (
     "AP: mean ± standard deviation over the seeds. Against the control: mean of the differences of "
