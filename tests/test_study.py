@@ -130,13 +130,14 @@ def test_a_stop_changes_no_bit(place, stopped):
 
 
 @pytest.fixture
-def report(place, capsys):
-    """report(...): what `study.py --report` prints, and how it ends."""
+def call(place, capsys, monkeypatch):
+    """call(...): what `study.py` prints, and how it ends, in this process."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(place / "datasets"))
 
     def call(*arguments, output="runs"):
         grid = ["--grid", str(place / "grid.yaml"), "--output", str(place / output)]
         try:
-            study.main([*grid, "--report", *arguments])
+            study.main([*grid, *arguments])
         except SystemExit as end:
             return str(end)
         return capsys.readouterr().out
@@ -144,18 +145,35 @@ def report(place, capsys):
     return call
 
 
-def test_done_cells_are_kept_taken_over_and_told_from_others(place, stopped, report):
-    before = (place / "runs" / "tables.md").read_text()
+@pytest.fixture
+def report(call):
+    return lambda *arguments, **keywords: call("--report", *arguments, **keywords)
+
+
+def test_a_report_changes_no_result(place, stopped, report):
+    results, tables = place / "runs" / "results.json", place / "runs" / "tables.md"
+    before = results.read_bytes(), tables.read_text()
+    # Not even the teacher is shown: its test may depend on what is set.
+    assert "results.json" not in report("--set", "SOLVER.BASE_LR", "0.002")
+    assert "the student" not in tables.read_text()
     report()
-    assert (place / "runs" / "tables.md").read_text() == before
+    assert (results.read_bytes(), tables.read_text()) == before
 
+
+def test_done_cells_are_taken_over(place, stopped, call):
     reuse = ["--reuse", str(place / "runs" / "results.json")]
-    assert "Written to" in report(*reuse, output="taken")
-    assert len(json.loads((place / "taken" / "results.json").read_text())["cells"]) == 3
+    assert "3 cells, 3 of them done" in call(*reuse, output="taken")
+    results = (
+        json.loads((place / each / "results.json").read_text()) for each in ("runs", "taken")
+    )
+    one, other = results
+    assert one == other
 
-    report(*reuse, "--set", "SOLVER.BASE_LR", "0.002", output="others")
-    # Not even the teacher: its test may depend on what was set.
-    assert json.loads((place / "others" / "results.json").read_text())["cells"] == {}
+
+def test_one_study_at_a_time(place, stopped, call, report):
+    with study.locked(place / "runs"):
+        assert call().startswith("study.py: another study is running in '")
+        assert "Written to" in report()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from projects.Shapes.grid import REFERENCES
 from projects.Shapes.measure import METRICS
 from projects.Shapes.report import KINDS, gap_closed
 
-FILES = ("results.json", "tables.md", "cells.csv", "bars_*.png", "curves_*.png")
+FILES = ("tables.md", "cells.csv", "bars_*.png", "curves_*.png")
 NOTES = (
     "AP: mean ± standard deviation over the seeds. Against the control: mean of the differences of "
     "equal seeds ± their standard deviation, and how many of them are positive. Gap: (row - "
