@@ -7,7 +7,7 @@ from helpers import ROOT
 from msad_kd.errors import InputError
 from msad_kd.setup import build_config
 from projects.Shapes import plan
-from projects.Shapes.cells import changed_keys, make_cells, training_recipes
+from projects.Shapes.cells import changed_keys, make_cells
 from projects.Shapes.demo import DATA
 from projects.Shapes.grid import read_grid
 
@@ -116,15 +116,6 @@ def test_changed_keys_know_no_folder_and_no_default():
     changed = changed_keys(cfg)
     assert changed["SOLVER.MAX_ITER"] == 1200
     assert not {"OUTPUT_DIR", "SOLVER.GAMMA"} & changed.keys()
-
-
-def test_recipes_leave_out_what_cannot_start(cells_of):
-    cells = cells_of(content())
-    recipes = training_recipes(cells, {"teacher", "lr", "student", "again"})
-    # `again` starts from a student that is not trained.
-    assert [each["key"] for each in recipes] == [
-        *("configs/Shapes/teacher_start.yaml", "lr", "student"),
-    ]
 
 
 CURVE = {"name": "c", "title": "C"}

@@ -7,6 +7,7 @@ import cv2
 import pytest
 
 from projects.Shapes import study_report
+from projects.Shapes.costs import config_recipe, training_costs
 from projects.Shapes.grid import Grid, Row
 from projects.Shapes.study_report import mean_and_deviation, paired_difference
 
@@ -49,6 +50,7 @@ def cells(grid):
             seed=seed,
             needs=("hr/0",) if each.name == "student" else (),
             iterations=100,
+            recipe=each.name,
         )
         for each in grid.rows.values()
         for seed in each.seeds or (0,)
@@ -67,7 +69,7 @@ def results():
         }
 
     seconds = {"lr": [0.1, 0.2, 0.3], "student": [0.5, 0.3, 0.4], "control": [0.2, 0.2, 0.2]}
-    seconds["configs/Shapes/hr_start.yaml"] = [0.4, 0.4, 0.4]
+    seconds[config_recipe("configs/Shapes/hr_start.yaml")[0]] = [0.4, 0.4, 0.4]
     return {"cells": {k: cell(*v) for k, v in AP.items()}, "steps": {"seconds": seconds}}
 
 
@@ -77,6 +79,11 @@ def test_mean_deviation_and_difference():
     assert paired_difference({1: 43.0, 3: 42.0}, {1: 40.0, 2: 42.0, 3: 41.0}) == [3.0, 1.0]
     assert paired_difference({1: 43.0}, {2: 40.0}) == []
     assert paired_difference({1: 43.0, 2: 44.0}, {0: 42.0}) == [1.0, 2.0]
+
+
+def table_of(grid, cells, results):
+    costs = training_costs(grid, cells, results)
+    return study_report.table(grid, cells, results, grid.tables[0], costs)
 
 
 def lines_of(text):
@@ -89,7 +96,7 @@ def lines_of(text):
 
 def test_table(grid, cells, results, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
-    text = study_report.table(grid, cells, results, grid.tables[0])
+    text = table_of(grid, cells, results)
     header = [cell.strip() for cell in text.splitlines()[4].split("|")[2:-1]]
     assert header == [
         *("seeds", "box AP", "box, against the control", "box gap"),
@@ -111,10 +118,10 @@ def test_without_a_second_metric_and_without_times(grid, cells, results):
     for cell in results["cells"].values():
         del cell["segm"]
     results["steps"] = {}
-    text = study_report.table(grid, cells, results, grid.tables[0])
+    text = table_of(grid, cells, results)
     assert "mask" not in text and "training" not in text
     results["cells"] = {}
-    assert study_report.table(grid, cells, results, grid.tables[0]) is None
+    assert table_of(grid, cells, results) is None
 
 
 def test_files(grid, cells, results, tmp_path, monkeypatch):

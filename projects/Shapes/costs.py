@@ -9,7 +9,7 @@ from projects.Shapes.grid import PLACEHOLDER
 
 
 @functools.cache
-def _of_config(config):
+def config_recipe(config):
     """The recipe of a config's training, and its iterations."""
     meant = build_config(config, ["MODEL.DEVICE", "cpu"])
     return recipe_of(meant), meant.SOLVER.MAX_ITER
@@ -27,7 +27,7 @@ def training_recipes(cells, names):
         if cell.row.name in names:
             for config in cell.row.trained_by:
                 each = {"config": config, "options": ["MODEL.WEIGHTS", ""]}
-                recipes.setdefault(_of_config(config)[0], each)
+                recipes.setdefault(config_recipe(config)[0], each)
             if not cell.row.checkpoint and all(cells[key].weights.is_file() for key in cell.needs):
                 recipes.setdefault(
                     cell.recipe, {"config": cell.row.config, "options": cell.options}
@@ -61,7 +61,7 @@ def training_costs(grid, cells, results):
         if other:
             own = find(other[1])[0]
         elif row.checkpoint:
-            configs = {config: _of_config(config) for config in row.trained_by}
+            configs = {config: config_recipe(config) for config in row.trained_by}
             own = {each: seconds[recipe] * count for each, (recipe, count) in configs.items()}
         else:
             own = {name: seconds[cell.recipe] * cell.iterations}

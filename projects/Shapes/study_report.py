@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from msad_kd.setup import build_config
+from projects.Shapes.costs import median_seconds, training_costs
 from projects.Shapes.grid import REFERENCES
 from projects.Shapes.measure import METRICS
 from projects.Shapes.report import KINDS, gap_closed
@@ -59,45 +59,18 @@ def _difference(values, control):
     return f"{_spread(*mean_and_deviation(found), sign='+')} ({positive}/{len(found)})"
 
 
-def training_costs(grid, cells, results, baseline):
-    """Row to (its own training, that and all before it), in steps of the baseline, as far as the
-    steps were timed."""
-    seconds = results["steps"].get("seconds", {})
-    if baseline not in seconds:
-        return {}
-    unit = statistics.median(seconds[baseline])
-    costs = {}
+def table(grid, cells, results, definition, costs):
+    """A table of study.yaml as Markdown; None as long as none of its cells is done.
 
-    def of_config(config):
-        return build_config(config, []).SOLVER.MAX_ITER * statistics.median(seconds[config]) / unit
-
-    def find(row):
-        if row.name not in costs:
-            cell = cells[f"{row.name}/{(row.seeds or (0,))[0]}"]
-            before = sum(find(cells[key].row)[1] for key in cell.needs)
-            if row.checkpoint:
-                own = sum(of_config(config) for config in row.trained_by)
-            else:
-                own = cell.iterations * statistics.median(seconds[row.name]) / unit
-            costs[row.name] = (own, own + before)
-        return costs[row.name]
-
-    for row in grid.rows.values():
-        try:
-            find(row)
-        except KeyError:  # something of it was not timed
-            continue
-    return costs
-
-
-def table(grid, cells, results, definition):
-    """A table of study.yaml as Markdown; None as long as none of its cells is done."""
+    Args:
+        costs: from `training_costs`.
+    """
     rows = [grid.rows[name] for name in definition["rows"]]
     kinds = [k for k in KINDS if any(values_of(results, row, k) for row in rows)]
     if not kinds:
         return None
     named = {key: grid.rows[definition[key]] for key in REFERENCES if key in definition}
-    costs = training_costs(grid, cells, results, definition.get("baseline"))
+    step = baseline_step(grid, cells, results, definition)
     lines = []
     for row in rows:
         line = {"row": row.title, "seeds": 0}
@@ -107,15 +80,23 @@ def table(grid, cells, results, definition):
         done = [results["cells"].get(f"{row.name}/{seed}") for seed in row.seeds or (0,)]
         gmacs = [cell["gmacs"] for cell in done if cell]
         line["GMACs"] = f"{statistics.fmean(gmacs):.2f}" if gmacs else "-"
-        if costs:
-            own, whole = costs.get(row.name, (None, None))
-            line["training"] = "-" if own is None else f"{own:,.0f} ({whole:,.0f})"
+        if step:
+            own, whole = (cost / step for cost in costs.get(row.name, (0, 0)))
+            line["training"] = f"{own:,.0f} ({whole:,.0f})" if row.name in costs else "-"
         lines.append(line)
     text = tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)
     head = f"## {definition['title']}\n\n"
     if "control" in named:
         head += f"Control: {named['control'].title}.\n\n"
     return head + text + "\n"
+
+
+def baseline_step(grid, cells, results, definition):
+    """Seconds of a step of a table's baseline; None if there is no such or it was not timed."""
+    row = grid.rows.get(definition.get("baseline"))
+    if row is None or not row.seeds:
+        return None
+    return median_seconds(results).get(cells[f"{row.name}/{row.seeds[0]}"].recipe)
 
 
 def _ap_columns(results, row, named, kind):
@@ -139,9 +120,9 @@ def _ap_columns(results, row, named, kind):
 
 def markdown(grid, cells, results):
     """All tables, each with what its columns mean, and the machines."""
-    parts = []
+    parts, costs = [], training_costs(grid, cells, results)
     for definition in grid.tables:
-        text = table(grid, cells, results, definition)
+        text = table(grid, cells, results, definition, costs)
         if text:
             parts.append(text)
             if "baseline" in definition and "reference" in definition:

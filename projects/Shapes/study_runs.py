@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msad_kd.errors import InputError
 from projects.Shapes import report, study_report
-from projects.Shapes.cells import training_recipes
+from projects.Shapes.costs import training_recipes
 from projects.Shapes.jobs import DemoError, Job, clock, run_jobs, typed
 from projects.Shapes.measure import write_json
 from projects.Shapes.plan import measuring_job, read_results
@@ -73,7 +73,8 @@ class Study:
                     self.results["cells"].setdefault(key, result)
                 elif Path(path) == self.path and [key, result] not in self.results["other"]:
                     self.results["other"].append([key, result])
-            self.results["steps"] |= found["steps"]
+            # Times of one machine in one process; only their ratios count.
+            self.results["steps"] = self.results["steps"] or found["steps"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"'{path}' is no results.json of a study: {error}") from error
 
@@ -156,9 +157,13 @@ class Study:
         self.write()
 
     def time_steps(self, keys):
-        """Measures what a step of each training costs, as far as that is not known."""
-        recipes = training_recipes(self.cells, {self.cells[key].row.name for key in keys})
-        if all(each["key"] in self.results["steps"].get("seconds", {}) for each in recipes):
+        """Measures what a step of each training costs, of these cells and of all that are done.
+
+        Ratios are fair only within one process, so where one is not known, all are timed again.
+        """
+        names = {self.cells[key].row.name for key in [*keys, *self.results["cells"]]}
+        recipes = training_recipes(self.cells, names)
+        if {each["key"] for each in recipes} <= self.results["steps"].get("seconds", {}).keys():
             return
         self.screen.say(f"Time of a step of {len(recipes)} trainings, in turn")
         job = measuring_job("steps", "steps", self.folder / "steps", recipes)
