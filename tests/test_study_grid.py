@@ -10,6 +10,7 @@ from projects.Shapes import plan
 from projects.Shapes.cells import changed_keys, make_cells
 from projects.Shapes.demo import DATA
 from projects.Shapes.grid import read_grid
+from projects.Shapes.study import choose, parse_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +158,9 @@ def broken(path, value):
         (("seeds",), [1, 0], r"the file: seeds are .* of 1 or more, not \[1, 0\]"),
         (("rows", "again", "seeds"), [-1], r"row 'again': seeds are .* not \[-1\]"),
         (("rows", "again", "seeds"), 3, "row 'again': seeds are .* not 3"),
+        (("tables", 0, "seeds"), [], r"table 't': seeds are .* not \[\]"),
+        (("curves",), [{**CURVE, "lines": {}, "seeds": "1"}], "curve 'c': seeds are .* not '1'"),
+        (("curves",), [{**CURVE, "lines": {"a": ["teacher"]}}], "'teacher' has no iterations"),
     ],
 )
 def test_what_a_grid_may_not_say(written, path, value, message):
@@ -196,6 +200,26 @@ def test_a_grid_that_is_not_there():
         read_grid("nowhere.yaml")
 
 
+def test_cells_that_are_asked_for(cells_of, written):
+    grid = content()
+    grid["tables"].append({"name": "one", "title": "One", "rows": ["student"], "seeds": [2]})
+    grid["tables"][1]["reference"] = "teacher"
+    cells = cells_of(grid)
+
+    def chosen(*arguments):
+        return choose(cells, read_grid(written(grid)), parse_arguments(arguments))
+
+    assert chosen() == list(cells)
+    assert chosen("--tables", "t", "--seeds", "1") == ["lr/1", "student/1"]
+    # A table shows some seeds of its rows; what is not trained is always there.
+    assert chosen("--tables", "one") == ["teacher/0", "student/2"]
+    assert chosen("--tables", "one", "--rows", "student", "again") == [
+        *("teacher/0", "student/1", "student/2", "again/2", "again/3"),
+    ]
+    with pytest.raises(InputError, match="no row that was chosen has the seed 1"):
+        chosen("--tables", "one", "--seeds", "1")
+
+
 def test_the_study_stands_on_the_data_and_models_of_the_demo(tmp_path):
     grid = read_grid("projects/Shapes/study.yaml")
     assert grid.data == DATA
@@ -209,6 +233,14 @@ def test_the_study_stands_on_the_data_and_models_of_the_demo(tmp_path):
             cell = by_name[name]
             if cell.row.test_config != cell.row.config:
                 assert cell.iterations == by_name[table["control"]].iterations
+    # What is of one seed says so, and is of one seed in all that it shows.
+    shown = [*grid.tables, *grid.curves]
+    assert [e["name"] for e in shown if e.get("seeds") == [1]] == [
+        "weights",
+        "levels",
+        "iterations",
+    ]
+    assert all(("one seed" in each["title"]) == ("seeds" in each) for each in shown)
     # The longer baselines have the iterations of all that made the teacher.
     made = grid.rows["teacher"].trained_by
     own = sum(build_config(config, []).SOLVER.MAX_ITER for config in made)

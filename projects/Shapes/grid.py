@@ -87,16 +87,22 @@ def read_grid(path):
             _check_row(path, f"row '{row.name}'", other, rows)
     for number, table in enumerate(grid.tables, start=1):
         what = _called("table", number, table)
-        _check_fields(path, what, table, {*TABLE_NEEDS, *REFERENCES}, TABLE_NEEDS)
+        _check_fields(path, what, table, {*TABLE_NEEDS, *REFERENCES, "seeds"}, TABLE_NEEDS)
+        _check_seeds(path, what, table.get("seeds", content["seeds"]))
         for other in [*table["rows"], *(table[key] for key in REFERENCES if key in table)]:
             _check_row(path, what, other, rows)
     for number, curve in enumerate(grid.curves, start=1):
         what = _called("curve", number, curve)
-        _check_fields(path, what, curve, {*CURVE_NEEDS, "levels"}, CURVE_NEEDS)
+        _check_fields(path, what, curve, {*CURVE_NEEDS, "levels", "seeds"}, CURVE_NEEDS)
+        _check_seeds(path, what, curve.get("seeds", content["seeds"]))
         kinds = dict.fromkeys(curve["lines"], list)
         _check_fields(path, f"{what}, lines", curve["lines"], set(kinds), kinds)
-        for other in [*sum(curve["lines"].values(), []), *curve.get("levels", {}).values()]:
+        points = sum(curve["lines"].values(), [])
+        for other in [*points, *curve.get("levels", {}).values()]:
             _check_row(path, what, other, rows)
+        for other in points:
+            if rows[other].checkpoint:
+                raise InputError(f"'{path}': {what}: the checkpoint '{other}' has no iterations")
     return grid
 
 

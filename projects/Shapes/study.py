@@ -78,12 +78,20 @@ def choose(cells, grid, args):
         for name in asked or ():
             if name not in known:
                 raise InputError(f"there is no {kind} '{name}'; known: {', '.join(known)}")
-    names = set(args.rows or ())
-    for name in args.tables or ():
-        table = tables[name]
-        references = (table[key] for key in REFERENCES if key in table)
-        names |= {*table["rows"], *references}
-    chosen = {key: cell for key, cell in cells.items() if not names or cell.row.name in names}
+    # Names of rows, and those of their seeds that a table shows.
+    asked = [(args.rows, None)] if args.rows else []
+    for table in map(tables.get, args.tables or ()):
+        references = [table[key] for key in REFERENCES if key in table]
+        asked.append(([*table["rows"], *references], table.get("seeds")))
+    chosen = {
+        key: cell
+        for key, cell in cells.items()
+        if not asked
+        or any(
+            cell.row.name in names and (not seeds or not cell.row.seeds or cell.seed in seeds)
+            for names, seeds in asked
+        )
+    }
     for seed in args.seeds or ():
         if seed not in {cell.seed for cell in chosen.values()}:
             raise InputError(f"no row that was chosen has the seed {seed}")
