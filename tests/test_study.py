@@ -82,8 +82,10 @@ def console(folder):
 
 
 def wait_for_checkpoint(folder, process):
+    deadline = time.monotonic() + 300
     while not (folder / "last_checkpoint").exists():
         assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no checkpoint in five minutes"
         time.sleep(0.05)
 
 
@@ -109,7 +111,8 @@ def test_stopped_and_resumed(place, stopped):
     results = json.loads((place / "runs" / "results.json").read_text())
     assert results["cells"].keys() == {"teacher/0", "lr/1", "student/1"}
     assert "KD.TEACHER.WEIGHTS" in results["cells"]["student/1"]["command"]
-    assert len(results["steps"]["seconds"]["student"]) > 1
+    assert all(len(each) > 1 for each in results["steps"]["seconds"].values())
+    assert len(results["steps"]["seconds"]) == 2
     text = (place / "runs" / "tables.md").read_text()
     for title in ("the teacher", "the baseline", "the student"):
         assert title in text
@@ -128,13 +131,14 @@ def test_a_stop_changes_no_bit(place, stopped):
 
 
 @pytest.fixture
-def report(place, capsys):
-    """report(...): what `study.py --report` prints, and how it ends."""
+def call(place, capsys, monkeypatch):
+    """call(...): what `study.py` prints, and how it ends, in this process."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(place / "datasets"))
 
     def call(*arguments, output="runs"):
         grid = ["--grid", str(place / "grid.yaml"), "--output", str(place / output)]
         try:
-            study.main([*grid, "--report", *arguments])
+            study.main([*grid, *arguments])
         except SystemExit as end:
             return str(end)
         return capsys.readouterr().out
@@ -142,18 +146,35 @@ def report(place, capsys):
     return call
 
 
-def test_done_cells_are_kept_taken_over_and_told_from_others(place, stopped, report):
-    before = (place / "runs" / "tables.md").read_text()
+@pytest.fixture
+def report(call):
+    return lambda *arguments, **keywords: call("--report", *arguments, **keywords)
+
+
+def test_a_report_changes_no_result(place, stopped, report):
+    results, tables = place / "runs" / "results.json", place / "runs" / "tables.md"
+    before = results.read_bytes(), tables.read_text()
+    # Not even the teacher is shown: its test may depend on what is set.
+    assert "results.json" not in report("--set", "SOLVER.BASE_LR", "0.002")
+    assert "the student" not in tables.read_text()
     report()
-    assert (place / "runs" / "tables.md").read_text() == before
+    assert (results.read_bytes(), tables.read_text()) == before
 
+
+def test_done_cells_are_taken_over(place, stopped, call):
     reuse = ["--reuse", str(place / "runs" / "results.json")]
-    assert "Written to" in report(*reuse, output="taken")
-    assert len(json.loads((place / "taken" / "results.json").read_text())["cells"]) == 3
+    assert "3 cells, 3 of them done" in call(*reuse, output="taken")
+    results = (
+        json.loads((place / each / "results.json").read_text()) for each in ("runs", "taken")
+    )
+    one, other = results
+    assert one == other
 
-    report(*reuse, "--set", "SOLVER.BASE_LR", "0.002", output="others")
-    # Not even the teacher: its test may depend on what was set.
-    assert json.loads((place / "others" / "results.json").read_text())["cells"] == {}
+
+def test_one_study_at_a_time(place, stopped, call, report):
+    with study.locked(place / "runs"):
+        assert call().startswith("study.py: another study is running in '")
+        assert "Written to" in report()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +183,14 @@ def test_done_cells_are_kept_taken_over_and_told_from_others(place, stopped, rep
         (["--rows", "studnt"], "study.py: there is no row 'studnt'; known: teacher, lr, student"),
         (["--tables", "none"], "study.py: there is no table 'none'; known: all"),
         (["--reuse", "README.md"], "study.py: 'README.md' is no results.json of a study"),
+        (["--seeds", "7"], "study.py: no row that was chosen has the seed 7"),
     ],
 )
 def test_bad_arguments(report, arguments, message):
     assert report(*arguments).startswith(message)
+
+
+@pytest.mark.parametrize("option", ["--slots", "--checkpoint-period", "--seeds"])
+def test_bad_numbers(report, capsys, option):
+    assert report(option, "0") == "2"
+    assert f"{option}: '0' is no whole number of 1 or more" in capsys.readouterr().err

@@ -6,10 +6,9 @@ from helpers import ROOT
 
 from msad_kd.errors import InputError
 from msad_kd.setup import build_config
-from projects.Shapes import plan
-from projects.Shapes.cells import changed_keys, make_cells, training_recipes
-from projects.Shapes.demo import DATA
+from projects.Shapes.cells import changed_keys, make_cells
 from projects.Shapes.grid import read_grid
+from projects.Shapes.study import choose, parse_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -118,13 +117,7 @@ def test_changed_keys_know_no_folder_and_no_default():
     assert not {"OUTPUT_DIR", "SOLVER.GAMMA"} & changed.keys()
 
 
-def test_recipes_leave_out_what_cannot_start(cells_of):
-    cells = cells_of(content())
-    recipes = training_recipes(cells, {"teacher", "lr", "student", "again"})
-    # `again` starts from a student that is not trained.
-    assert [each["key"] for each in recipes] == [
-        *("configs/Shapes/teacher_start.yaml", "lr", "student"),
-    ]
+CURVE = {"name": "c", "title": "C"}
 
 
 def broken(path, value):
@@ -148,13 +141,37 @@ def broken(path, value):
         (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{nothing}"}, "refers to the row 'nothing'"),
         (("tables", 0, "control"), "base", "table 't' refers to the row 'base'"),
         (("tables", 0, "colour"), "red", "table 't' has the unknown field 'colour'"),
-        (("curves",), [{"name": "c", "lines": {"a": ["l"]}}], "curve 'c' refers to the row 'l'"),
+        (("curves",), [{**CURVE, "lines": {"a": ["l"]}}], "curve 'c' refers to the row 'l'"),
         (("rows", "lr"), None, "row 'lr' is no mapping"),
+        (("rows",), ["lr"], "the file: rows is no mapping"),
+        (("tables", 0), {"title": "T", "rows": []}, "table 1 has no name"),
+        (("tables", 0), {"name": "t", "rows": []}, "table 't' has no title"),
+        (("tables", 0), {"name": "t", "title": "T"}, "table 't' has no rows"),
+        (("tables", 0, "rows"), "lr", "table 't': rows is no list"),
+        (("tables", 0), "t", "table 1 is no mapping"),
+        (("curves",), [{"title": "C", "lines": {}}], "curve 1 has no name"),
+        (("curves",), [{"name": "c", "lines": {}}], "curve 'c' has no title"),
+        (("curves",), [{"name": "c", "title": "C"}], "curve 'c' has no lines"),
+        (("curves",), [{**CURVE, "lines": {"a": "lr"}}], "curve 'c', lines: a is no list"),
+        (("seeds",), [1, 0], r"the file: seeds are .* of 1 or more, not \[1, 0\]"),
+        (("rows", "again", "seeds"), [-1], r"row 'again': seeds are .* not \[-1\]"),
+        (("rows", "again", "seeds"), 3, "row 'again': seeds are .* not 3"),
+        (("tables", 0, "seeds"), [], r"table 't': seeds are .* not \[\]"),
+        (("curves",), [{**CURVE, "lines": {}, "seeds": "1"}], "curve 'c': seeds are .* not '1'"),
+        (("curves",), [{**CURVE, "lines": {"a": ["teacher"]}}], "'teacher' has no iterations"),
     ],
 )
 def test_what_a_grid_may_not_say(written, path, value, message):
     with pytest.raises(InputError, match=message):
         read_grid(written(broken(path, value)))
+
+
+@pytest.mark.parametrize("name", ["data", "seeds", "rows", "tables"])
+def test_what_a_grid_has_to_say(written, name):
+    grid = content()
+    del grid[name]
+    with pytest.raises(InputError, match=f"the file has no {name}"):
+        read_grid(written(grid))
 
 
 @pytest.mark.parametrize(
@@ -181,44 +198,21 @@ def test_a_grid_that_is_not_there():
         read_grid("nowhere.yaml")
 
 
-def test_the_study_stands_on_the_data_and_models_of_the_demo(tmp_path):
-    grid = read_grid("projects/Shapes/study.yaml")
-    assert grid.data == DATA
-    cells = make_cells(grid, tmp_path)
-    by_name = {cell.row.name: cell for cell in cells.values()}
-    for name, demo in (("lr", "lr"), ("student-l1", "student")):
-        assert by_name[name].row.config == plan.CONFIGS[demo]
-    # Every student of a table trains as long as its control, in all its stages together.
-    for table in grid.tables:
-        for name in table["rows"]:
-            cell = by_name[name]
-            if cell.row.test_config != cell.row.config:
-                assert cell.iterations == by_name[table["control"]].iterations
-    # The longer baselines have the iterations of all that made the teacher.
-    made = grid.rows["teacher"].trained_by
-    own = sum(build_config(config, []).SOLVER.MAX_ITER for config in made)
-    longer = by_name["lr"].iterations + own
-    assert by_name["lr-long"].iterations == by_name["lr-multiscale-long"].iterations == longer
-    parts = ("fcos-hr-start", "fcos-teacher-start", "fcos-teacher")
-    own = sum(by_name[name].iterations for name in parts)
-    assert by_name["fcos-lr-long"].iterations == by_name["fcos-lr"].iterations + own
-    ladder = by_name["swin-ladder"]
-    assert str(by_name["swin"].weights) in ladder.options[1] and ladder.needs == (
-        "teacher/0",
-        "swin/1",
-    )
-    assert ladder.weights.parts[-2:] == ("stage_02_swin", "student.pth")
-    assert by_name["swin-reversed"].weights.parts[-2] == "stage_02_2_fused"
+def test_cells_that_are_asked_for(cells_of, written):
+    grid = content()
+    grid["tables"].append({"name": "one", "title": "One", "rows": ["student"], "seeds": [2]})
+    grid["tables"][1]["reference"] = "teacher"
+    cells = cells_of(grid)
 
+    def chosen(*arguments):
+        return choose(cells, read_grid(written(grid)), parse_arguments(arguments))
 
-def test_the_larger_study_reads_too(tmp_path):
-    grid = read_grid("projects/Shapes/study_large.yaml")
-    cells = make_cells(grid, tmp_path)
-    # The teacher's own iterations and those of what it starts from.
-    before = cells["teacher/2"].iterations + cells["hr/1"].iterations
-    assert cells["lr-long/1"].iterations == cells["lr/1"].iterations + before
-    for cell in cells.values():
-        cfg = build_config(cell.row.config, ["MODEL.DEVICE", "cpu"])
-        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == grid.data["classes"]
-        assert grid.data["folder"] in cfg.DATASETS.COCO_FORMAT[0]["json"]
-        assert cfg.INPUT.MIN_SIZE_TEST in (grid.data["size"][0], grid.data["size"][0] // 2)
+    assert chosen() == list(cells)
+    assert chosen("--tables", "t", "--seeds", "1") == ["lr/1", "student/1"]
+    # A table shows some seeds of its rows; what is not trained is always there.
+    assert chosen("--tables", "one") == ["teacher/0", "student/2"]
+    assert chosen("--tables", "one", "--rows", "student", "again") == [
+        *("teacher/0", "student/1", "student/2", "again/2", "again/3"),
+    ]
+    with pytest.raises(InputError, match="no row that was chosen has the seed 1"):
+        chosen("--tables", "one", "--seeds", "1")

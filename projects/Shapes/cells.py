@@ -15,6 +15,10 @@ from projects.MTPD.controls import control_stages
 from projects.Shapes.generate import complete_arguments
 from projects.Shapes.grid import PLACEHOLDER, Row, references
 
+# Keys of a config, fields of a stage or a loss, on which the time of a step does not depend.
+FREE = {"SEED", "MODEL.WEIGHTS", "KD.TEACHER.WEIGHTS", "weights", "weight", "warmup_iters"}
+FREE |= {f"SOLVER.{key}" for key in ("MAX_ITER", "STEPS", "BASE_LR", "WARMUP_ITERS")} | {"base_lr"}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -29,6 +33,7 @@ class Cell:
         needs: keys of the cells whose checkpoints it starts or learns from.
         iterations: of the training, all stages of a ladder together; 0 for a checkpoint.
         fingerprint: equal only where the same training on the same data is meant.
+        recipe: equal where a step of the training costs the same.
     """
 
     key: str
@@ -41,6 +46,7 @@ class Cell:
     needs: tuple[str, ...]
     iterations: int
     fingerprint: str
+    recipe: str
 
     @property
     def title(self):
@@ -149,6 +155,7 @@ class _Maker:
                 [self.data, changed_keys(meant), stages, changed_keys(measured)]
                 + [origin, [_hash_file(file) for file in files]]
             ),
+            recipe=recipe_of(meant, stages),
         )
 
 
@@ -161,6 +168,19 @@ def changed_keys(cfg):
     add_msad_kd_config(default)
     default = _keys(default)
     return {k: v for k, v in _keys(cfg).items() if k != "OUTPUT_DIR" and v != default.get(k)}
+
+
+def recipe_of(cfg, stages=()):
+    """A digest of what the time of a step depends on, of a training or a ladder of these stages."""
+    # How much of it a stage is depends on the length of those that name none.
+    free = FREE - {"SOLVER.MAX_ITER"} if stages else FREE
+
+    def without(value):
+        if isinstance(value, dict):
+            return {key: without(each) for key, each in value.items() if key not in free}
+        return [without(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return _digest(without({**changed_keys(cfg), "KD.LADDER.STAGES": stages}))
 
 
 def _keys(node, prefix=""):
@@ -185,20 +205,3 @@ def _filled(options, paths):
     return [
         PLACEHOLDER.sub(lambda found: paths.get(found[1], found[0]), str(each)) for each in options
     ]
-
-
-def training_recipes(cells, names):
-    """What trains some rows, and what made their checkpoints, for `measure.py steps`.
-
-    Returns:
-        list of dicts with `key` (the row's name, or the config of a checkpoint), `config` and
-        `options`. Left out is what needs a checkpoint that is not there.
-    """
-    recipes = {}
-    for cell in cells.values():
-        if cell.row.name in names and cell.row.name not in recipes:
-            for config in cell.row.trained_by:
-                recipes[config] = {"config": config, "options": ["MODEL.WEIGHTS", ""]}
-            if not cell.row.checkpoint and all(cells[key].weights.is_file() for key in cell.needs):
-                recipes[cell.row.name] = {"config": cell.row.config, "options": cell.options}
-    return [{"key": key, **recipe} for key, recipe in recipes.items()]

@@ -20,8 +20,12 @@ ROW_FIELDS = {
     "trained_by",
     "seeds",
 }
-TABLE_FIELDS = {"name", "title", "control", "baseline", "reference", "rows"}
-CURVE_FIELDS = {"name", "title", "lines", "levels"}
+# What has to be there, and its kind.
+FILE_NEEDS = {"data": dict, "seeds": list, "rows": dict, "tables": list}
+TABLE_NEEDS = {"name": str, "title": str, "rows": list}
+CURVE_NEEDS = {"name": str, "title": str, "lines": dict}
+KINDS = {dict: "mapping", list: "list", str: "text"}
+REFERENCES = ("control", "baseline", "reference")  # rows that a table sets the others against
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 
 
@@ -72,7 +76,8 @@ def read_grid(path):
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"'{path}' cannot be read: {error}") from error
-    _check_fields(path, "the file", content, {"data", "seeds", "rows", "tables", "curves"})
+    _check_fields(path, "the file", content, {*FILE_NEEDS, "curves"}, FILE_NEEDS)
+    _check_seeds(path, "the file", content["seeds"])
     rows = {}
     for name in content["rows"]:
         rows[name] = _read_row(path, name, content["rows"], content["seeds"])
@@ -80,19 +85,34 @@ def read_grid(path):
     for row in rows.values():
         for other in references(row):
             _check_row(path, f"row '{row.name}'", other, rows)
-    for table in grid.tables:
-        _check_fields(path, f"table '{table.get('name')}'", table, TABLE_FIELDS)
-        one = [table[key] for key in ("control", "baseline", "reference") if key in table]
-        for other in [*table["rows"], *one]:
-            _check_row(path, f"table '{table['name']}'", other, rows)
-    for curve in grid.curves:
-        _check_fields(path, f"curve '{curve.get('name')}'", curve, CURVE_FIELDS)
-        for other in [*sum(curve["lines"].values(), []), *curve.get("levels", {}).values()]:
-            _check_row(path, f"curve '{curve['name']}'", other, rows)
+    for number, table in enumerate(grid.tables, start=1):
+        what = _called("table", number, table)
+        _check_fields(path, what, table, {*TABLE_NEEDS, *REFERENCES, "seeds"}, TABLE_NEEDS)
+        _check_seeds(path, what, table.get("seeds", content["seeds"]))
+        for other in [*table["rows"], *(table[key] for key in REFERENCES if key in table)]:
+            _check_row(path, what, other, rows)
+    for number, curve in enumerate(grid.curves, start=1):
+        what = _called("curve", number, curve)
+        _check_fields(path, what, curve, {*CURVE_NEEDS, "levels", "seeds"}, CURVE_NEEDS)
+        _check_seeds(path, what, curve.get("seeds", content["seeds"]))
+        kinds = dict.fromkeys(curve["lines"], list)
+        _check_fields(path, f"{what}, lines", curve["lines"], set(kinds), kinds)
+        points = sum(curve["lines"].values(), [])
+        for other in [*points, *curve.get("levels", {}).values()]:
+            _check_row(path, what, other, rows)
+        for other in points:
+            if rows[other].checkpoint:
+                raise InputError(f"'{path}': {what}: the checkpoint '{other}' has no iterations")
     return grid
 
 
-def _check_fields(path, what, content, known):
+def _called(kind, number, content):
+    named = isinstance(content, dict) and "name" in content
+    return f"{kind} '{content['name']}'" if named else f"{kind} {number}"
+
+
+def _check_fields(path, what, content, known, needed):
+    """See that a mapping has known fields alone, and the needed ones, each of its kind."""
     if not isinstance(content, dict):
         raise InputError(f"'{path}': {what} is no mapping")
     unknown = sorted(set(content) - known)
@@ -101,6 +121,18 @@ def _check_fields(path, what, content, known):
             f"'{path}': {what} has the unknown field '{unknown[0]}'; "
             f"known: {', '.join(sorted(known))}"
         )
+    for name, kind in needed.items():
+        if name not in content:
+            raise InputError(f"'{path}': {what} has no {name}")
+        if not isinstance(content[name], kind):
+            raise InputError(f"'{path}': {what}: {name} is no {KINDS[kind]}")
+
+
+def _check_seeds(path, what, seeds):
+    # Not 0: that stands for what is not trained; and Detectron2 draws a seed for one below 0.
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 1 for seed in seeds)
+    if not whole or not seeds:
+        raise InputError(f"'{path}': {what}: seeds are whole numbers of 1 or more, not {seeds!r}")
 
 
 def _check_row(path, what, name, rows):
@@ -117,7 +149,7 @@ def _read_row(path, name, contents, seeds):
         if following in chain:
             raise InputError(f"'{path}': row '{name}' is like itself")
         chain.append(following)
-        _check_fields(path, f"row '{following}'", contents[following], ROW_FIELDS)
+        _check_fields(path, f"row '{following}'", contents[following], ROW_FIELDS, {})
         following = contents[following].get("like")
     for each in reversed(chain):
         content = dict(contents[each])
@@ -127,6 +159,7 @@ def _read_row(path, name, contents, seeds):
         if needed not in merged or (needed == "title" and "title" not in contents[name]):
             raise InputError(f"'{path}': row '{name}' has no {needed}")
     merged.pop("like", None)
+    _check_seeds(path, f"row '{name}'", merged.get("seeds", seeds))
     own = () if "checkpoint" in merged else tuple(merged.get("seeds", seeds))
     merged |= {"seeds": own, "trained_by": tuple(merged.get("trained_by", ()))}
     return Row(**{"name": name, "test_config": merged["config"], **merged})

@@ -17,6 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
@@ -140,6 +141,13 @@ def stage_configs(cfg):
     return configs
 
 
+def finished_clock():
+    """The time at which all that was started is done, on a GPU, too."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def steps(rows, folder):
     """What trainings cost: the time of a step of each, in one process, all in turn.
 
@@ -162,10 +170,10 @@ def steps(rows, folder):
             for trainer, share in stages:
                 trainer.iter = iteration + WARM_ROUNDS
                 with EventStorage(trainer.iter) as trainer.storage:
-                    begin = time.perf_counter()
+                    begin = finished_clock()
                     trainer.run_step()
                     if iteration >= 0:
-                        seconds[key][iteration] += share * (time.perf_counter() - begin)
+                        seconds[key][iteration] += share * (finished_clock() - begin)
     write_json(folder / "results.json", {"device": device_name(cfg), "seconds": seconds})
 
 

@@ -47,10 +47,27 @@ def training_progress(folder):
     return f"{stage}{done}/{total}, loss {metrics['total_loss']:.2f}, {left} left"
 
 
-def iterations_done(folder):
-    """Iterations that a run has behind it, all stages of a ladder together."""
+def iterations_done(folder, since):
+    """Iterations that a run has behind it, all stages of a ladder together.
+
+    Args:
+        since: when it was started last, in seconds since the epoch. What it told before that counts
+            up to its last checkpoint, from which it goes on.
+    """
     runs = sorted(folder.glob("stage_*")) or [folder]
-    return sum(_last_metrics(run).get("iteration", -1) + 1 for run in runs)
+    return sum(_iterations_of_run(run, since) for run in runs)
+
+
+def _iterations_of_run(run, since):
+    told = _last_metrics(run).get("iteration", -1) + 1
+    try:
+        if (run / "metrics.json").stat().st_mtime >= since:
+            return told
+        checkpoint = (run / "last_checkpoint").read_text().strip()
+    except OSError:  # not begun, or stopped before its first checkpoint
+        return 0
+    number = re.fullmatch(r"model_(\d+)\.pth", checkpoint)
+    return int(number[1]) + 1 if number else told  # model_final.pth: all of it
 
 
 def evaluation_progress(folder, models=1):

@@ -7,35 +7,38 @@
 
 Each cell, a row with a seed, is an ordinary run of `train_net.py` in OUTPUT/ROW/seed_SEED, as many
 at a time as there are cores, one thread each. Stopped, it goes on where it was when it is started
-again; cells that are done are kept as long as `study.yaml` and the configs still mean the same.
-Tables, pictures and `results.json` are written anew after each cell. Paths are relative to the
-repository.
+again. A cell that is done counts as long as `study.yaml` and the configs mean the same; of one that
+they no longer mean, the result is kept in `results.json` and the run in ROW/seed_SEED.FINGERPRINT,
+and both are taken back when it is meant again. Tables, pictures and `results.json` are written anew
+after each cell. Paths are relative to the repository.
 """
 
 import argparse
-import json
+import contextlib
 import os
-import shutil
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from msad_kd.errors import InputError
-from projects.Shapes import report, study_report
-from projects.Shapes.cells import make_cells, training_recipes
+from projects.Shapes import study_report
+from projects.Shapes.cells import make_cells
 from projects.Shapes.generate import generate
-from projects.Shapes.grid import read_grid
-from projects.Shapes.jobs import DemoError, Job, Screen, clock, count_cores, run_jobs, typed
-from projects.Shapes.measure import write_json
-from projects.Shapes.plan import measuring_job, read_results
-from projects.Shapes.progress import iterations_done, training_progress
+from projects.Shapes.grid import REFERENCES, read_grid
+from projects.Shapes.jobs import DemoError, Screen, count_cores, run_jobs
+from projects.Shapes.study_runs import Study, locked
 
 ROOT = Path(__file__).resolve().parents[2]
-CELL = "cell.json"
+
+
+def count(text):
+    """A whole number of at least 1, from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
+    return int(text)
 
 
 def parse_arguments(arguments=None):
@@ -46,11 +49,11 @@ def parse_arguments(arguments=None):
     add("--output", default="output/shapes/study", help="folder of the runs and the results")
     add("--tables", nargs="+", metavar="TABLE", help="only the rows of these tables")
     add("--rows", nargs="+", metavar="ROW", help="only these rows")
-    add("--seeds", nargs="+", type=int, help="only these seeds")
-    add("--slots", type=int, default=count_cores(), help="runs at a time (default: one a core)")
-    add("--checkpoint-period", type=int, default=500, help="iterations that a stop costs at most")
+    add("--seeds", nargs="+", type=count, metavar="SEED", help="only these seeds")
+    add("--slots", type=count, default=count_cores(), help="runs at a time (default: one a core)")
+    add("--checkpoint-period", type=count, default=500, help="iterations that a stop costs at most")
     add("--reuse", metavar="FILE", help="the results.json of another run, to take done cells from")
-    add("--report", action="store_true", help="run nothing, tabulate what is there")
+    add("--report", action="store_true", help="run nothing, only tabulate what is there")
     add("--overwrite", action="store_true", help="replace a data set made with other arguments")
     add(
         "--set",
@@ -68,146 +71,35 @@ def choose(cells, grid, args):
     """The keys of the cells that were asked for.
 
     Raises:
-        InputError: a row or table is unknown.
+        InputError: a row or table is unknown, or a seed is of no row that was chosen.
     """
     tables = {table["name"]: table for table in grid.tables}
     for kind, asked, known in (("row", args.rows, grid.rows), ("table", args.tables, tables)):
         for name in asked or ():
             if name not in known:
                 raise InputError(f"there is no {kind} '{name}'; known: {', '.join(known)}")
-    names = set(args.rows or ())
-    for name in args.tables or ():
-        table = tables[name]
-        references = (table[key] for key in study_report.REFERENCES if key in table)
-        names |= {*table["rows"], *references}
+    # Names of rows, and those of their seeds that a table shows.
+    asked = [(args.rows, None)] if args.rows else []
+    for table in map(tables.get, args.tables or ()):
+        references = [table[key] for key in REFERENCES if key in table]
+        asked.append(([*table["rows"], *references], table.get("seeds")))
+    chosen = {
+        key: cell
+        for key, cell in cells.items()
+        if not asked
+        or any(
+            cell.row.name in names and (not seeds or not cell.row.seeds or cell.seed in seeds)
+            for names, seeds in asked
+        )
+    }
+    for seed in args.seeds or ():
+        if seed not in {cell.seed for cell in chosen.values()}:
+            raise InputError(f"no row that was chosen has the seed {seed}")
     return [
         key
-        for key, cell in cells.items()
-        if (not names or cell.row.name in names)
-        and (not args.seeds or not cell.row.seeds or cell.seed in args.seeds)
+        for key, cell in chosen.items()
+        if not args.seeds or not cell.row.seeds or cell.seed in args.seeds
     ]
-
-
-class Study:
-    """What is done of a grid, and the jobs for the rest of it."""
-
-    def __init__(self, grid, cells, folder, screen, checkpoint_period):
-        self.grid, self.cells, self.folder, self.screen = grid, cells, folder, screen
-        self.checkpoint_period = checkpoint_period
-        self.path = folder / "results.json"
-        self.results = {"cells": {}, "steps": {}}
-        self.todo, self.begun = {}, {}  # iterations of the cells to train; those done before
-        self.start = 0.0
-
-    def take(self, path):
-        """Takes over the cells of a results.json that are still what the grid means."""
-        try:
-            found = json.loads(Path(path).read_text())
-            for key, result in found["cells"].items():
-                if key in self.cells and result["fingerprint"] == self.cells[key].fingerprint:
-                    self.results["cells"].setdefault(key, result)
-            self.results["steps"] |= found["steps"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"'{path}' is no results.json of a study: {error}") from error
-
-    def plan(self, keys):
-        """The jobs that the cells of these keys still need."""
-        jobs, trained = [], set()
-        self.start = self.screen.seconds()
-
-        def train(key):
-            cell = self.cells[key]
-            if key in trained or cell.row.checkpoint or self._is_trained(cell):
-                return
-            for needed in cell.needs:
-                train(needed)
-            trained.add(key)
-            after = tuple(f"{self.cells[k].title}" for k in cell.needs if k in trained)
-            jobs.append(self._training(cell, after))
-
-        for key in keys:
-            if key not in self.results["cells"]:
-                train(key)
-                after = (self.cells[key].title,) if key in trained else ()
-                jobs.append(self._measurement(self.cells[key], after))
-        return jobs
-
-    def _is_trained(self, cell):
-        record = cell.folder / CELL
-        try:
-            same = json.loads(record.read_text())["fingerprint"] == cell.fingerprint
-        except (OSError, ValueError, KeyError):
-            same = False
-        if not same:  # of another training than is meant now
-            shutil.rmtree(cell.folder, ignore_errors=True)
-            cell.folder.mkdir(parents=True)
-            write_json(record, {"fingerprint": cell.fingerprint})
-        return cell.weights.is_file()
-
-    def _training(self, cell, after):
-        command = [sys.executable, "train_net.py", "--resume", "--config-file", cell.row.config]
-        command += [*cell.options, "KD.TEACHER.EVAL_BEFORE_TRAIN", "False", "DATASETS.TEST", "()"]
-        command += ["SOLVER.CHECKPOINT_PERIOD", str(self.checkpoint_period)]
-        command += ["OUTPUT_DIR", str(cell.folder)]
-        self.todo[cell.key] = cell.iterations
-        self.begun[cell.key] = iterations_done(cell.folder)
-        return Job(cell.title, command, cell.folder, after, training_progress, resumes=True)
-
-    def _measurement(self, cell, after):
-        folder = cell.folder / "evaluation"
-        row = {"key": cell.key, "config": cell.row.test_config, "options": cell.test_options}
-        row["weights"] = str(cell.weights)
-        job = measuring_job(f"{cell.title}: AP", "evaluate", folder, [row], after=after)
-        job.done = partial(self._finish, cell, job.folder)
-        return job
-
-    def _finish(self, cell, folder):
-        measured = read_results(folder)
-        found = measured["rows"][cell.key]
-        command = ["python", "train_net.py", "--config-file", cell.row.config, *cell.options]
-        self.results["cells"][cell.key] = {
-            "fingerprint": cell.fingerprint,
-            "command": "" if cell.row.checkpoint else typed(command),
-            "iterations": cell.iterations,
-            "machine": report.machine(measured["device"]),
-            **found,
-        }
-        for old in cell.folder.glob("**/model_0*.pth"):
-            old.unlink()  # no longer needed to resume
-        aps = (f"{n} AP {found[k]['AP']:.1f}" for k, n in report.KINDS.items() if k in found)
-        self.screen.say(f"{cell.title}: {', '.join(aps)}")
-        self.write()
-
-    def time_steps(self, keys):
-        """Measures what a step of each training costs, as far as that is not known."""
-        recipes = training_recipes(self.cells, {self.cells[key].row.name for key in keys})
-        if all(each["key"] in self.results["steps"].get("seconds", {}) for each in recipes):
-            return
-        self.screen.say(f"Time of a step of {len(recipes)} trainings, in turn")
-        job = measuring_job("steps", "steps", self.folder / "steps", recipes)
-        job.done = lambda: self.results.update(
-            steps=json.loads((job.folder / "results.json").read_text())
-        )
-        run_jobs([job], 1, self.screen)
-        self.write()
-
-    def overall(self):
-        """How far the trainings are, and when they will be done."""
-        done = sum(iterations_done(self.cells[key].folder) for key in self.todo)
-        done_before, total = sum(self.begun.values()), sum(self.todo.values())
-        if not total:
-            return "measuring"
-        left = "?"
-        if done > done_before:
-            passed = self.screen.seconds() - self.start
-            left = clock(passed * (total - done) / (done - done_before))
-        return f"{done}/{total} iterations, {left} left"
-
-    def write(self):
-        """Writes results.json, the tables and the pictures."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.results)
-        study_report.write(self.grid, self.cells, self.results, self.folder)
 
 
 def run(args, screen):
@@ -220,25 +112,38 @@ def run(args, screen):
     cells = make_cells(grid, folder, args.settings)
     keys = choose(cells, grid, args)
     study = Study(grid, cells, folder, screen, args.checkpoint_period)
-    for path in (study.path, args.reuse):
-        if path and (path is args.reuse or path.is_file()):
-            study.take(path)
-    if not args.report:
-        options = dict(grid.data)
-        root = Path(os.getenv("DETECTRON2_DATASETS", "datasets"))
-        data = root / options.pop("folder", "shapes")
-        screen.say(f"Data: {', '.join(f'{k} {v}' for k, v in options.items())} in '{data}'")
-        try:
-            generate(data, **options, overwrite=args.overwrite)
-        except (ValueError, OSError) as error:
-            raise DemoError(f"{error} (DETECTRON2_DATASETS says where the folder is)") from None
-        jobs = study.plan(keys)
-        done = sum(key in study.results["cells"] for key in keys)
-        screen.say(f"{len(keys)} cells, {done} of them done; {args.slots} runs at a time")
-        run_jobs(jobs, args.slots, screen, study.overall)
-        study.time_steps(keys)
-    study.write()
-    screen.say(f"Written to '{folder}': {', '.join(study_report.FILES)}")
+    with contextlib.nullcontext() if args.report else locked(folder):
+        for path in (study.path, args.reuse):
+            if path and (path is args.reuse or path.is_file()):
+                study.take(path)
+        if args.report:
+            folder.mkdir(parents=True, exist_ok=True)
+            study.tabulate()
+        else:
+            make_data(dict(grid.data), args.overwrite, screen)
+            jobs = study.plan(keys)
+            done = sum(key in study.results["cells"] for key in keys)
+            screen.say(f"{len(keys)} cells, {done} of them done; {args.slots} runs at a time")
+            run_jobs(jobs, args.slots, screen, study.overall)
+            study.time_steps(keys)
+            study.write()
+    files = study_report.FILES if args.report else ("results.json", *study_report.FILES)
+    screen.say(f"Written to '{folder}': {', '.join(files)}")
+
+
+def make_data(options, overwrite, screen):
+    """The grid's data, unless they are there.
+
+    Raises:
+        DemoError: they cannot be made, or others are in their place.
+    """
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    data = root / options.pop("folder", "shapes")
+    screen.say(f"Data: {', '.join(f'{k} {v}' for k, v in options.items())} in '{data}'")
+    try:
+        generate(data, **options, overwrite=overwrite)
+    except (ValueError, OSError) as error:
+        raise DemoError(f"{error} (DETECTRON2_DATASETS says where the folder is)") from None
 
 
 def main(arguments=None):

@@ -1,0 +1,54 @@
+"""The numbers of the study's tables and pictures, from what its cells gave."""
+
+import statistics
+
+from projects.Shapes.grid import references
+
+
+def values_of(results, row, kind, seeds=None):
+    """Seed to AP of a row's cells that are done.
+
+    Args:
+        kind: "bbox" or "segm".
+        seeds: those that count; None for all. What is not trained has none and always counts.
+    """
+    counting = [seed for seed in row.seeds if not seeds or seed in seeds] if row.seeds else [0]
+    found = {seed: results["cells"].get(f"{row.name}/{seed}", {}) for seed in counting}
+    return {seed: cell[kind]["AP"] for seed, cell in found.items() if kind in cell}
+
+
+def mean_and_deviation(values):
+    """Mean and sample standard deviation; the latter is None of fewer than two values."""
+    values = list(values)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def paired_difference(values, control):
+    """The differences of equal seeds, of two dicts of seed to AP."""
+    return [values[seed] - control[seed] for seed in values if seed in control]
+
+
+def unpaired_rows(grid, definition):
+    """The names of rows whose seeds say nothing beside those of a table's others: checkpoints, what
+    other rows start or learn from, and the reference. They are one training of their kind, whatever
+    its seed."""
+    sources = {name for row in grid.rows.values() for name in references(row)}
+    checkpoints = {row.name for row in grid.rows.values() if row.checkpoint}
+    return sources | checkpoints | {definition.get("reference")}
+
+
+def with_deviation(mean, deviation, sign=""):
+    """Both as text."""
+    return f"{mean:{sign}.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+
+
+def difference(values, control, paired):
+    """A row against the control, as text: the differences of equal seeds, or if the two are not
+    `paired`, that of the means."""
+    if not paired and control:
+        return f"{statistics.fmean(values.values()) - statistics.fmean(control.values()):+.1f}"
+    found = paired_difference(values, control)
+    if not found:
+        return "-"
+    positive = sum(each > 0 for each in found)
+    return f"{with_deviation(*mean_and_deviation(found), sign='+')} ({positive}/{len(found)})"
