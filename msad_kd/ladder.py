@@ -25,6 +25,7 @@ from msad_kd.trainer import KDTrainer
 __all__ = ["run_ladder"]
 
 STATE, DONE = "ladder_state.json", "DONE"
+RESUMABLE = "last_checkpoint"  # Detectron2's: the name of the checkpoint that a run resumes from
 
 
 def _hash_file(path: str | Path) -> str:
@@ -56,7 +57,10 @@ def _check_finished(folder: Path, own: CfgNode, recorded: dict | None) -> None:
         InputError: if its config, teacher or student has changed, or if nothing is recorded.
     """
     student = folder / STUDENT
-    advice = f"delete '{folder}' to train the stage again, or start a ladder in another OUTPUT_DIR"
+    advice = (
+        f"delete '{folder}' to train the stage and those after it again, or start a ladder in "
+        "another OUTPUT_DIR"
+    )
     if recorded is None or not student.is_file():
         raise InputError(
             f"the stage in '{folder}' is marked as done, but its "
@@ -78,7 +82,8 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
 
     Args:
         cfg: with KD.LADDER.STAGES; each stage's config is this one with the stage's changes.
-        resume: skip the stages that are done and go on with the first that is not, where it was.
+        resume: skip the stages that are done and go on with the first that is not, where it was;
+            those after it start from a new student, so they are trained from their beginning.
 
     Returns:
         the last stage's results on DATASETS.TEST, in the main process.
@@ -97,14 +102,19 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
     results: dict = {}
     for index, (stage, own) in enumerate(zip(stages, configs)):
         folder = Path(own.OUTPUT_DIR)
-        done = folder / DONE
-        if resume and done.exists():
+        if resume and (folder / DONE).exists():
             _check_finished(folder, own, state.get(stage.name))
             results = state[stage.name]["results"]
             logger.info("Stage %d, '%s', is done: skipped", index + 1, stage.name)
             continue
         logger.info("Stage %d of %d: '%s', in %s", index + 1, len(stages), stage.name, folder)
+        if comm.is_main_process():
+            # At once: should the ladder be killed, what its old students led to is not taken up.
+            for stale in configs[index + 1 :] if resume else configs[index:]:
+                for mark in (DONE, RESUMABLE):
+                    (Path(stale.OUTPUT_DIR) / mark).unlink(missing_ok=True)
         results = _run_stage(own, resume=resume)
+        resume = False
         if comm.is_main_process():
             export_weights(str(folder / "model_final.pth"), str(folder / STUDENT))
             state[stage.name] = {
@@ -117,7 +127,7 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
             part = state_file.with_suffix(".part")
             part.write_text(json.dumps(state, indent=2, default=float))  # a metric of NumPy's
             os.replace(part, state_file)
-            done.touch()
+            (folder / DONE).touch()
         comm.synchronize()
     return results
 
@@ -127,7 +137,6 @@ def _run_stage(cfg: CfgNode, *, resume: bool) -> dict:
     if comm.is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(cfg.dump())
-        (folder / DONE).unlink(missing_ok=True)
     comm.synchronize()
     # New adapters are drawn when the stage starts, whatever has been drawn before.
     if cfg.SEED >= 0:

@@ -21,6 +21,7 @@ from msad_kd.teacher import Teacher
 from msad_kd.trainer import KDTrainer
 
 FEW = {"name": "a", "config_file": "t.yaml", "weights": "t.pth"}
+STAGES = ("first", "second", "third")
 MGD = [{"name": "mgd", "weight": 1e-4}, {"name": "l1", "weight": 0.1, "adapter": True}]
 
 
@@ -51,7 +52,7 @@ def ladder_config(config_files, stages, tmp_path):
 
 
 def students(cfg):
-    folders = [f"stage_0{i}_{name}" for i, name in enumerate(("first", "second", "third"), 1)]
+    folders = [f"stage_0{i}_{name}" for i, name in enumerate(STAGES, 1)]
     return [
         torch.load(f"{cfg.OUTPUT_DIR}/{name}/student.pth", weights_only=True)["model"]
         for name in folders
@@ -97,6 +98,39 @@ def test_killed_in_the_second_stage_and_resumed_is_bitwise_the_whole(
     with caplog.at_level(logging.INFO):
         run_ladder(again, resume=True)
     assert caplog.text.count("is done: skipped") == 3 and "Starting training" not in caplog.text
+
+
+@pytest.mark.parametrize("kills", [(), (("second", 1), ("third", 0))], ids=["whole", "killed"])
+def test_what_comes_after_a_stage_that_was_run_again_is_trained_anew(
+    ladder_config, stages, monkeypatch, caplog, kills
+):
+    run_ladder(ladder_config("cut"), resume=False)
+    stages[0]["base_lr"] = 0.05  # another student, from which the later stages are to start
+    whole, cut = ladder_config("whole"), ladder_config("cut")
+    run_ladder(whole, resume=False)
+    shutil.rmtree(f"{cut.OUTPUT_DIR}/stage_01_first")
+    for stage, iteration in kills:  # before the stage's first new checkpoint
+        killed_in(monkeypatch, cut, stage, iteration, resume=True)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_ladder(cut, resume=True)
+    skipped = ["first", "second"] if kills else []
+    assert [name for name in STAGES if f"'{name}', is done: skipped" in caplog.text] == skipped
+    assert caplog.text.count("Starting training from iteration 0") == 3 - len(skipped)
+    for one, other in zip(students(whole), students(cut), strict=True):
+        assert differing(one, other) == []
+
+
+def test_a_ladder_begun_again_and_killed_does_not_resume_from_the_old_one(
+    ladder_config, monkeypatch, caplog
+):
+    cfg = ladder_config()
+    run_ladder(cfg, resume=False)
+    killed_in(monkeypatch, cfg, "first", 1)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert caplog.text.count("Starting training from iteration 0") == 3
 
 
 @pytest.fixture
