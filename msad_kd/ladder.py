@@ -37,7 +37,7 @@ def _hash_file(path: str | Path) -> str:
 
 
 def _hash_weights(path: str) -> str | None:
-    return None if "://" in path else _hash_file(path)  # what is fetched has its name alone
+    return _hash_file(path) if os.path.isfile(path) else None  # what is fetched has its name alone
 
 
 def _hash_config(cfg: CfgNode) -> str:
@@ -50,11 +50,19 @@ def _hash_config(cfg: CfgNode) -> str:
     return hashlib.sha256(cfg.dump().encode()).hexdigest()
 
 
+def _hash_sources(own: CfgNode) -> dict[str, str | None]:
+    return {
+        "config_sha256": _hash_config(own),
+        "teacher_sha256": _hash_weights(own.KD.TEACHER.WEIGHTS),
+        "start_sha256": _hash_weights(own.MODEL.WEIGHTS),
+    }
+
+
 def _check_finished(folder: Path, own: CfgNode, recorded: dict | None) -> None:
     """See that a stage that is done is still what it was.
 
     Raises:
-        InputError: if its config, teacher or student has changed, or if nothing is recorded.
+        InputError: if its config, teacher, start or student has changed, or if nothing is recorded.
     """
     student = folder / STUDENT
     advice = (
@@ -66,13 +74,14 @@ def _check_finished(folder: Path, own: CfgNode, recorded: dict | None) -> None:
             f"the stage in '{folder}' is marked as done, but its "
             f"{'entry in ' + STATE if recorded is None else STUDENT} is missing; {advice}"
         )
-    if recorded["config_sha256"] != _hash_config(own):
-        raise InputError(f"the config of the stage in '{folder}' has changed since; {advice}")
-    if recorded["teacher_sha256"] != _hash_weights(own.KD.TEACHER.WEIGHTS):
-        raise InputError(
-            f"'{own.KD.TEACHER.WEIGHTS}', the teacher of the stage in '{folder}', has changed "
-            f"since; {advice}"
-        )
+    now = _hash_sources(own)
+    for key, what in (
+        ("config_sha256", f"the config of the stage in '{folder}'"),
+        ("teacher_sha256", f"'{own.KD.TEACHER.WEIGHTS}', the teacher of the stage in '{folder}',"),
+        ("start_sha256", f"'{own.MODEL.WEIGHTS}', from which the stage in '{folder}' starts,"),
+    ):
+        if recorded.get(key) != now[key]:
+            raise InputError(f"{what} has changed since; {advice}")
     if recorded["student_sha256"] != _hash_file(student):
         raise InputError(f"'{student}' has changed since its stage was done; {advice}")
 
@@ -113,14 +122,14 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
             for stale in configs[index + 1 :] if resume else configs[index:]:
                 for mark in (DONE, RESUMABLE):
                     (Path(stale.OUTPUT_DIR) / mark).unlink(missing_ok=True)
+        sources = _hash_sources(own)  # before: they may change during hours of training
         results = _run_stage(own, resume=resume)
         resume = False
         if comm.is_main_process():
             export_weights(str(folder / "model_final.pth"), str(folder / STUDENT))
             state[stage.name] = {
                 "folder": folder.name,
-                "config_sha256": _hash_config(own),
-                "teacher_sha256": _hash_weights(stage.weights),
+                **sources,
                 "student_sha256": _hash_file(folder / STUDENT),
                 "results": results,
             }

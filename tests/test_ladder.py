@@ -146,7 +146,8 @@ def test_what_a_finished_stage_leaves(finished, teacher_weights):
     folder = f"{finished.OUTPUT_DIR}/stage_01_first"
     state = json.loads(open(f"{finished.OUTPUT_DIR}/ladder_state.json").read())
     assert state["first"].keys() == {
-        *("folder", "config_sha256", "teacher_sha256", "student_sha256", "results")
+        *("folder", "config_sha256", "teacher_sha256", "start_sha256", "student_sha256"),
+        "results",
     }
     trained = torch.load(f"{folder}/model_final.pth", weights_only=False)
     assert trained["iteration"] == 1 and any(k.startswith("distiller") for k in trained["model"])
@@ -174,6 +175,24 @@ def test_a_finished_stage_whose_teacher_changed_is_refused(finished, stages, tmp
     (tmp_path / "ladder" / "ladder_state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="model_final.pth', the teacher of .* has changed since"):
         run_ladder(finished, resume=True)
+
+
+@pytest.mark.parametrize("key", ["start", "MODEL.WEIGHTS"])
+def test_a_finished_stage_whose_start_changed_is_refused(
+    ladder_config, stages, tmp_path, teacher_weights, caplog, key
+):
+    start = tmp_path / "start.pth"
+    shutil.copy(teacher_weights, start)
+    del stages[1:]
+    stages[0]["start"] = str(start) if key == "start" else "previous"
+    cfg = ladder_config("ladder", *(["MODEL.WEIGHTS", str(start)] if key != "start" else []))
+    run_ladder(cfg, resume=False)
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    torch.save({"model": {}}, start)
+    with pytest.raises(InputError, match="start.pth', from which the .* has changed since"):
+        run_ladder(cfg, resume=True)
 
 
 @pytest.mark.parametrize("lost", ["ladder_state.json", "stage_01_first/student.pth"])
