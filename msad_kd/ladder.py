@@ -20,12 +20,16 @@ from msad_kd.checkpoint import check_exists, export_weights
 from msad_kd.errors import InputError
 from msad_kd.seed import derive_seed, seed_all
 from msad_kd.stages import STUDENT, read_stages, stage_config
+from msad_kd.teacher import teacher_config
 from msad_kd.trainer import KDTrainer
 
 __all__ = ["run_ladder"]
 
 STATE, DONE = "ladder_state.json", "DONE"
 RESUMABLE = "last_checkpoint"  # Detectron2's: the name of the checkpoint that a run resumes from
+# Keys that change neither weights nor results, and a value to compare configs with.
+UNHEEDED = ["OUTPUT_DIR", "", "SOLVER.CHECKPOINT_PERIOD", 0, "DATALOADER.NUM_WORKERS", 0]
+UNHEEDED += ["KD.TEACHER.EVAL_BEFORE_TRAIN", False]
 
 
 def _hash_file(path: str | Path) -> str:
@@ -41,13 +45,21 @@ def _hash_weights(path: str) -> str | None:
 
 
 def _hash_config(cfg: CfgNode) -> str:
-    """Of all that a run's result depends on; its folder may move with the ladder's."""
+    """Of all that a run's result depends on in its config and its teacher's."""
+    text = _heeded(cfg) + _heeded(teacher_config(cfg))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _heeded(cfg: CfgNode) -> str:
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.OUTPUT_DIR = ""
+    cfg.merge_from_list(UNHEEDED)
+    if not cfg.TEST.PRECISE_BN.ENABLED:  # which takes other images after each evaluation
+        cfg.TEST.EVAL_PERIOD = 0
     if os.path.basename(os.path.dirname(cfg.MODEL.WEIGHTS)).startswith("stage_"):
+        # A student of the ladder, whose folder may be moved.
         cfg.MODEL.WEIGHTS = os.path.join(*Path(cfg.MODEL.WEIGHTS).parts[-2:])
-    return hashlib.sha256(cfg.dump().encode()).hexdigest()
+    return cfg.dump()
 
 
 def _hash_sources(own: CfgNode) -> dict[str, str | None]:
@@ -76,7 +88,7 @@ def _check_finished(folder: Path, own: CfgNode, recorded: dict | None) -> None:
         )
     now = _hash_sources(own)
     for key, what in (
-        ("config_sha256", f"the config of the stage in '{folder}'"),
+        ("config_sha256", f"the config of the stage in '{folder}' or of its teacher"),
         ("teacher_sha256", f"'{own.KD.TEACHER.WEIGHTS}', the teacher of the stage in '{folder}',"),
         ("start_sha256", f"'{own.MODEL.WEIGHTS}', from which the stage in '{folder}' starts,"),
     ):

@@ -5,9 +5,11 @@ import json
 import logging
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.modeling import build_model
 from helpers import differing
 
@@ -51,8 +53,8 @@ def ladder_config(config_files, stages, tmp_path):
     return make
 
 
-def students(cfg):
-    folders = [f"stage_0{i}_{name}" for i, name in enumerate(STAGES, 1)]
+def students(cfg, count=3):
+    folders = [f"stage_0{i}_{name}" for i, name in enumerate(STAGES[:count], 1)]
     return [
         torch.load(f"{cfg.OUTPUT_DIR}/{name}/student.pth", weights_only=True)["model"]
         for name in folders
@@ -156,8 +158,28 @@ def test_what_a_finished_stage_leaves(finished, teacher_weights):
 
 
 def test_a_finished_stage_whose_config_changed_is_refused(finished, ladder_config):
-    with pytest.raises(InputError, match="config of the stage in .*stage_01_first' has changed"):
+    with pytest.raises(InputError, match="config of the stage in .*stage_01_first' or of"):
         run_ladder(ladder_config("ladder", "SOLVER.BASE_LR", 0.123), resume=True)
+
+
+def test_a_finished_stage_whose_teachers_config_changed_is_refused(
+    ladder_config, stages, tmp_path, caplog
+):
+    del stages[1:]
+    own = yaml.safe_load(Path(stages[0]["config_file"]).read_text())
+    file = tmp_path / "teacher.yaml"
+    stages[0]["config_file"] = str(file)
+    file.write_text(yaml.safe_dump(own))
+    cfg = ladder_config()
+    run_ladder(cfg, resume=False)
+    file.write_text(f"# a remark\n{yaml.safe_dump({**own, 'OUTPUT_DIR': 'elsewhere'})}")
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    own["MODEL"]["MULTI_RESOLUTION"] = {"MASK_PADDING": False}
+    file.write_text(yaml.safe_dump(own))
+    with pytest.raises(InputError, match="config of the stage in .* or of its teacher has changed"):
+        run_ladder(cfg, resume=True)
 
 
 def test_a_finished_stage_whose_student_changed_is_refused(finished):
@@ -287,6 +309,29 @@ def test_the_hash_does_not_depend_on_the_folder(ladder_config):
         ladder._hash_config(stage_config(ladder_config(folder), stages, 1)) for folder in "ab"
     }
     assert len(hashes) == 1
+
+
+def test_the_hash_leaves_out_what_changes_no_result(ladder_config, stages):
+    del stages[1:]
+    tested = ["DATASETS.TEST", ["tiny_val"]]
+    others = ["SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", 1, "TEST.EVAL_PERIOD", 1]
+    one = ladder_config("one", *tested)
+    other = ladder_config("other", *tested, *others, "KD.TEACHER.EVAL_BEFORE_TRAIN", True)
+    found = [(run_ladder(cfg, resume=False), *students(cfg, 1)) for cfg in (one, other)]
+    assert repr(found[0][0]) == repr(found[1][0]) and "bbox" in found[0][0]  # AP of no box is NaN
+    assert differing(found[0][1], found[1][1]) == []
+    states = [
+        json.loads(Path(cfg.OUTPUT_DIR, "ladder_state.json").read_text()) for cfg in (one, other)
+    ]
+    assert states[0]["first"]["config_sha256"] == states[1]["first"]["config_sha256"]
+
+
+def test_the_hash_heeds_when_the_statistics_are_recomputed(ladder_config, stages):
+    hashes = set()
+    for period in (1, 2):
+        cfg = ladder_config("x", "TEST.PRECISE_BN.ENABLED", True, "TEST.EVAL_PERIOD", period)
+        hashes.add(ladder._hash_config(stage_config(cfg, read_stages(stages), 0)))
+    assert len(hashes) == 2
 
 
 def test_losses_of_a_stage_are_read_as_those_of_a_run():
