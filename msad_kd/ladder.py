@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from msad_kd.checkpoint import check_exists, export_weights
 from msad_kd.errors import InputError
 from msad_kd.seed import derive_seed, seed_all
-from msad_kd.stages import STUDENT, read_stages, stage_config
+from msad_kd.stages import STUDENT, Stage, read_stages, stage_config
 from msad_kd.teacher import teacher_config
 from msad_kd.trainer import KDTrainer
 
@@ -70,6 +70,25 @@ def _hash_sources(own: CfgNode) -> dict[str, str | None]:
     }
 
 
+def _check_sources(stages: list[Stage], configs: list[CfgNode]) -> None:
+    """See that there is what the stages are made from, but for students that are to come.
+
+    Raises:
+        InputError: if a config of a teacher cannot be read, or if a checkpoint is absent.
+    """
+    students: list[Path] = []
+    for stage, own in zip(stages, configs):
+        check_exists(stage.weights, f"the teacher of stage '{stage.name}'")
+        start = own.MODEL.WEIGHTS
+        if start and Path(start) not in students:
+            check_exists(start, f"the start of stage '{stage.name}'")
+        try:
+            teacher_config(own)
+        except InputError as error:
+            raise InputError(f"stage '{stage.name}': {error}") from error
+        students.append(Path(own.OUTPUT_DIR) / STUDENT)
+
+
 def _check_finished(folder: Path, own: CfgNode, recorded: dict | None) -> None:
     """See that a stage that is done is still what it was.
 
@@ -110,14 +129,14 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
         the last stage's results on DATASETS.TEST, in the main process.
 
     Raises:
-        InputError: if a stage that is done has changed, if a teacher's checkpoint is absent, and
-            whatever a stage's own run raises.
+        InputError: before anything is trained, if the config of a stage's teacher cannot be read,
+            or if its checkpoint or that of a stage's start is absent; if a stage that is done has
+            changed, and whatever a stage's own run raises.
     """
     logger = logging.getLogger(__name__)
     stages = read_stages(cfg.KD.LADDER.STAGES)
     configs = [stage_config(cfg, stages, index) for index in range(len(stages))]
-    for stage in stages:  # rather than after hours
-        check_exists(stage.weights, f"the teacher of stage '{stage.name}'")
+    _check_sources(stages, configs)  # rather than after hours
     state_file = Path(cfg.OUTPUT_DIR) / STATE
     state = json.loads(state_file.read_text()) if resume and state_file.is_file() else {}
     results: dict = {}

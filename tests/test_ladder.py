@@ -296,10 +296,40 @@ def test_stages_that_cannot_be_read(entries, words):
         build_config("", ["KD.LADDER.STAGES", entries])
 
 
-def test_a_missing_teacher_is_told_before_the_first_stage(ladder_config, stages, tmp_path):
-    stages[2]["weights"] = "gone.pth"
-    with pytest.raises(InputError, match="'gone.pth' for the teacher of stage 'third' does not"):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": "gone.pth"}, "'gone.pth' for the teacher of stage 'third' does not exist"),
+        ({"start": "gone.pth"}, "'gone.pth' for the start of stage 'third' does not exist"),
+        ({"config_file": "gone.yaml"}, "stage 'third': .* file 'gone.yaml' does not exist"),
+        ({"opts": ["KD.SCAEL", 2]}, "stage 'third': .* unknown config key: KD.SCAEL; did you"),
+        ({"opts": ["KD.SCALE", 4]}, "stage 'third': KD.SCALE is 4 in the teacher's config"),
+        (
+            {"opts": ["MODEL.META_ARCHITECTURE", "MultiResolutionRNN"]},
+            "stage 'third': .* is not registered; did you mean MultiResolutionRCNN",
+        ),
+    ],
+)
+def test_what_a_stage_lacks_is_told_before_the_first_one(
+    ladder_config, stages, tmp_path, changes, words
+):
+    stages[2] |= changes
+    with pytest.raises(InputError, match=words):
         run_ladder(ladder_config(), resume=False)
+    assert not (tmp_path / "ladder").exists()  # nothing was trained
+
+
+def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp_path, caplog):
+    first = f"{tmp_path}/ladder/stage_01_first/student.pth"
+    stages[2]["start"] = first
+    with caplog.at_level(logging.INFO):
+        run_ladder(ladder_config(), resume=False)
+    assert caplog.text.count(f"Loading from {first}") == 2
+
+
+def test_a_missing_first_start_is_told_before_the_first_stage(ladder_config, tmp_path):
+    with pytest.raises(InputError, match="'gone.pth' for the start of stage 'first' does not"):
+        run_ladder(ladder_config("ladder", "MODEL.WEIGHTS", "gone.pth"), resume=False)
     assert not (tmp_path / "ladder").exists()
 
 
