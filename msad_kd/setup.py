@@ -24,7 +24,7 @@ from msad_kd.loss_terms import read_losses
 from msad_kd.pyramid import level_shift
 from msad_kd.stages import read_stages
 
-__all__ = ["build_config", "import_module", "merge_config"]
+__all__ = ["build_config", "check_name", "import_module", "merge_config"]
 
 
 def import_module(name: str) -> None:
@@ -99,17 +99,22 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     read_stages(cfg.KD.LADDER.STAGES)
     choose_implementation(cfg.TEST.COCO_EVALUATOR)
     register_coco_format(cfg)
-    _check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
-            _check_name(f"DATASETS.{key}", name, DatasetCatalog)
+            check_name(f"DATASETS.{key}", name, DatasetCatalog)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU is at hand: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
     return _scale_to_world(cfg)
 
 
-def _check_name(key: str, name: str, registry) -> None:
+def check_name(key: str, name: str, registry) -> None:
+    """See that a registry has what a key names.
+
+    Raises:
+        InputError: if it has not; the message proposes the nearest name.
+    """
     if name not in registry:
         known = list(registry.list()) if hasattr(registry, "list") else [n for n, _ in registry]
         close = difflib.get_close_matches(name, known, n=1)

@@ -26,7 +26,7 @@ from msad_kd.pyramid import (
     pad_batch,
 )
 from msad_kd.seed import preserved_rng
-from msad_kd.setup import merge_config
+from msad_kd.setup import check_name, merge_config
 
 __all__ = ["Teacher", "build_teacher", "teacher_config", "teacher_levels"]
 
@@ -126,8 +126,8 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
         trained: whether its weights will be needed.
 
     Raises:
-        InputError: if the file or the weights needed are not named, or if the teacher sees images
-            of another format or scale than the student.
+        InputError: if the file or the weights needed are not named, if the file cannot be read, or
+            if the teacher sees images of another format or scale than the student.
     """
     keys = cfg.KD.TEACHER
     for key in ("CONFIG_FILE", "WEIGHTS") if trained else ("CONFIG_FILE",):
@@ -140,6 +140,7 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     add_msad_kd_config(teacher)
     try:
         merge_config(teacher, keys.CONFIG_FILE, list(keys.OPTS))
+        check_name("MODEL.META_ARCHITECTURE", teacher.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     except InputError as error:
         raise InputError(f"KD.TEACHER: {error}") from error
     if getattr(META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE), "frame", None) != "hr":

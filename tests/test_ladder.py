@@ -5,9 +5,11 @@ import json
 import logging
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.modeling import build_model
 from helpers import differing
 
@@ -21,6 +23,7 @@ from msad_kd.teacher import Teacher
 from msad_kd.trainer import KDTrainer
 
 FEW = {"name": "a", "config_file": "t.yaml", "weights": "t.pth"}
+STAGES = ("first", "second", "third")
 MGD = [{"name": "mgd", "weight": 1e-4}, {"name": "l1", "weight": 0.1, "adapter": True}]
 
 
@@ -50,8 +53,8 @@ def ladder_config(config_files, stages, tmp_path):
     return make
 
 
-def students(cfg):
-    folders = [f"stage_0{i}_{name}" for i, name in enumerate(("first", "second", "third"), 1)]
+def students(cfg, count=3):
+    folders = [f"stage_0{i}_{name}" for i, name in enumerate(STAGES[:count], 1)]
     return [
         torch.load(f"{cfg.OUTPUT_DIR}/{name}/student.pth", weights_only=True)["model"]
         for name in folders
@@ -99,6 +102,39 @@ def test_killed_in_the_second_stage_and_resumed_is_bitwise_the_whole(
     assert caplog.text.count("is done: skipped") == 3 and "Starting training" not in caplog.text
 
 
+@pytest.mark.parametrize("kills", [(), (("second", 1), ("third", 0))], ids=["whole", "killed"])
+def test_what_comes_after_a_stage_that_was_run_again_is_trained_anew(
+    ladder_config, stages, monkeypatch, caplog, kills
+):
+    run_ladder(ladder_config("cut"), resume=False)
+    stages[0]["base_lr"] = 0.05  # another student, from which the later stages are to start
+    whole, cut = ladder_config("whole"), ladder_config("cut")
+    run_ladder(whole, resume=False)
+    shutil.rmtree(f"{cut.OUTPUT_DIR}/stage_01_first")
+    for stage, iteration in kills:  # before the stage's first new checkpoint
+        killed_in(monkeypatch, cut, stage, iteration, resume=True)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_ladder(cut, resume=True)
+    skipped = ["first", "second"] if kills else []
+    assert [name for name in STAGES if f"'{name}', is done: skipped" in caplog.text] == skipped
+    assert caplog.text.count("Starting training from iteration 0") == 3 - len(skipped)
+    for one, other in zip(students(whole), students(cut), strict=True):
+        assert differing(one, other) == []
+
+
+def test_a_ladder_begun_again_and_killed_does_not_resume_from_the_old_one(
+    ladder_config, monkeypatch, caplog
+):
+    cfg = ladder_config()
+    run_ladder(cfg, resume=False)
+    killed_in(monkeypatch, cfg, "first", 1)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert caplog.text.count("Starting training from iteration 0") == 3
+
+
 @pytest.fixture
 def finished(ladder_config, stages):
     """The config of a ladder of one stage that has been run."""
@@ -112,7 +148,8 @@ def test_what_a_finished_stage_leaves(finished, teacher_weights):
     folder = f"{finished.OUTPUT_DIR}/stage_01_first"
     state = json.loads(open(f"{finished.OUTPUT_DIR}/ladder_state.json").read())
     assert state["first"].keys() == {
-        *("folder", "config_sha256", "teacher_sha256", "student_sha256", "results")
+        *("folder", "config_sha256", "teacher_sha256", "start_sha256", "student_sha256"),
+        "results",
     }
     trained = torch.load(f"{folder}/model_final.pth", weights_only=False)
     assert trained["iteration"] == 1 and any(k.startswith("distiller") for k in trained["model"])
@@ -121,8 +158,28 @@ def test_what_a_finished_stage_leaves(finished, teacher_weights):
 
 
 def test_a_finished_stage_whose_config_changed_is_refused(finished, ladder_config):
-    with pytest.raises(InputError, match="config of the stage in .*stage_01_first' has changed"):
+    with pytest.raises(InputError, match="config of the stage in .*stage_01_first' or of"):
         run_ladder(ladder_config("ladder", "SOLVER.BASE_LR", 0.123), resume=True)
+
+
+def test_a_finished_stage_whose_teachers_config_changed_is_refused(
+    ladder_config, stages, tmp_path, caplog
+):
+    del stages[1:]
+    own = yaml.safe_load(Path(stages[0]["config_file"]).read_text())
+    file = tmp_path / "teacher.yaml"
+    stages[0]["config_file"] = str(file)
+    file.write_text(yaml.safe_dump(own))
+    cfg = ladder_config()
+    run_ladder(cfg, resume=False)
+    file.write_text(f"# a remark\n{yaml.safe_dump({**own, 'OUTPUT_DIR': 'elsewhere'})}")
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    own["MODEL"]["MULTI_RESOLUTION"] = {"MASK_PADDING": False}
+    file.write_text(yaml.safe_dump(own))
+    with pytest.raises(InputError, match="config of the stage in .* or of its teacher has changed"):
+        run_ladder(cfg, resume=True)
 
 
 def test_a_finished_stage_whose_student_changed_is_refused(finished):
@@ -140,6 +197,24 @@ def test_a_finished_stage_whose_teacher_changed_is_refused(finished, stages, tmp
     (tmp_path / "ladder" / "ladder_state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="model_final.pth', the teacher of .* has changed since"):
         run_ladder(finished, resume=True)
+
+
+@pytest.mark.parametrize("key", ["start", "MODEL.WEIGHTS"])
+def test_a_finished_stage_whose_start_changed_is_refused(
+    ladder_config, stages, tmp_path, teacher_weights, caplog, key
+):
+    start = tmp_path / "start.pth"
+    shutil.copy(teacher_weights, start)
+    del stages[1:]
+    stages[0]["start"] = str(start) if key == "start" else "previous"
+    cfg = ladder_config("ladder", *(["MODEL.WEIGHTS", str(start)] if key != "start" else []))
+    run_ladder(cfg, resume=False)
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    torch.save({"model": {}}, start)
+    with pytest.raises(InputError, match="start.pth', from which the .* has changed since"):
+        run_ladder(cfg, resume=True)
 
 
 @pytest.mark.parametrize("lost", ["ladder_state.json", "stage_01_first/student.pth"])
@@ -221,10 +296,40 @@ def test_stages_that_cannot_be_read(entries, words):
         build_config("", ["KD.LADDER.STAGES", entries])
 
 
-def test_a_missing_teacher_is_told_before_the_first_stage(ladder_config, stages, tmp_path):
-    stages[2]["weights"] = "gone.pth"
-    with pytest.raises(InputError, match="'gone.pth' for the teacher of stage 'third' does not"):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": "gone.pth"}, "'gone.pth' for the teacher of stage 'third' does not exist"),
+        ({"start": "gone.pth"}, "'gone.pth' for the start of stage 'third' does not exist"),
+        ({"config_file": "gone.yaml"}, "stage 'third': .* file 'gone.yaml' does not exist"),
+        ({"opts": ["KD.SCAEL", 2]}, "stage 'third': .* unknown config key: KD.SCAEL; did you"),
+        ({"opts": ["KD.SCALE", 4]}, "stage 'third': KD.SCALE is 4 in the teacher's config"),
+        (
+            {"opts": ["MODEL.META_ARCHITECTURE", "MultiResolutionRNN"]},
+            "stage 'third': .* is not registered; did you mean MultiResolutionRCNN",
+        ),
+    ],
+)
+def test_what_a_stage_lacks_is_told_before_the_first_one(
+    ladder_config, stages, tmp_path, changes, words
+):
+    stages[2] |= changes
+    with pytest.raises(InputError, match=words):
         run_ladder(ladder_config(), resume=False)
+    assert not (tmp_path / "ladder").exists()  # nothing was trained
+
+
+def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp_path, caplog):
+    first = f"{tmp_path}/ladder/stage_01_first/student.pth"
+    stages[2]["start"] = first
+    with caplog.at_level(logging.INFO):
+        run_ladder(ladder_config(), resume=False)
+    assert caplog.text.count(f"Loading from {first}") == 2
+
+
+def test_a_missing_first_start_is_told_before_the_first_stage(ladder_config, tmp_path):
+    with pytest.raises(InputError, match="'gone.pth' for the start of stage 'first' does not"):
+        run_ladder(ladder_config("ladder", "MODEL.WEIGHTS", "gone.pth"), resume=False)
     assert not (tmp_path / "ladder").exists()
 
 
@@ -234,6 +339,29 @@ def test_the_hash_does_not_depend_on_the_folder(ladder_config):
         ladder._hash_config(stage_config(ladder_config(folder), stages, 1)) for folder in "ab"
     }
     assert len(hashes) == 1
+
+
+def test_the_hash_leaves_out_what_changes_no_result(ladder_config, stages):
+    del stages[1:]
+    tested = ["DATASETS.TEST", ["tiny_val"]]
+    others = ["SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", 1, "TEST.EVAL_PERIOD", 1]
+    one = ladder_config("one", *tested)
+    other = ladder_config("other", *tested, *others, "KD.TEACHER.EVAL_BEFORE_TRAIN", True)
+    found = [(run_ladder(cfg, resume=False), *students(cfg, 1)) for cfg in (one, other)]
+    assert repr(found[0][0]) == repr(found[1][0]) and "bbox" in found[0][0]  # AP of no box is NaN
+    assert differing(found[0][1], found[1][1]) == []
+    states = [
+        json.loads(Path(cfg.OUTPUT_DIR, "ladder_state.json").read_text()) for cfg in (one, other)
+    ]
+    assert states[0]["first"]["config_sha256"] == states[1]["first"]["config_sha256"]
+
+
+def test_the_hash_heeds_when_the_statistics_are_recomputed(ladder_config, stages):
+    hashes = set()
+    for period in (1, 2):
+        cfg = ladder_config("x", "TEST.PRECISE_BN.ENABLED", True, "TEST.EVAL_PERIOD", period)
+        hashes.add(ladder._hash_config(stage_config(cfg, read_stages(stages), 0)))
+    assert len(hashes) == 2
 
 
 def test_losses_of_a_stage_are_read_as_those_of_a_run():

@@ -1,6 +1,8 @@
-"""projects/MTPD: its recipes can be built, stage by stage, and its controls are what they say."""
+"""projects/MTPD: its recipes can be built, stage by stage, and its controls are configs."""
 
 import json
+import runpy
+import sys
 
 import pytest
 import torch
@@ -57,36 +59,6 @@ def test_the_zoos_weights(path):
     assert text["MODEL"]["WEIGHTS"] == "detectron2://" + url.split("/detectron2/")[1]
 
 
-LADDER = [
-    {"name": "a", "config_file": "a.yaml", "weights": "a.pth", "kind": "fused", "start": "teacher"},
-    {"name": "b", "config_file": "b.yaml", "weights": "b.pth", "kind": "plain", "image": "hr"},
-]
-LADDER[0] |= {"iterations": 30, "base_lr": 0.1}
-LADDER[1] |= {"losses": [{"name": "ssim", "weight": 4.0}]}
-
-
-def test_controls_have_the_ladders_total_and_start():
-    found = controls.control_stages(LADDER, max_iter=50)
-    teachers = {name: [stage["weights"][0] for stage in own] for name, own in found.items()}
-    assert teachers == {
-        "no_kd_same_start": ["a"],
-        "strongest": ["b"],
-        "strongest_restarted": ["b", "b"],
-        "first_restarted": ["a", "a"],
-        "reversed": ["b", "a"],
-    }
-    for own in found.values():
-        assert sum(stage.get("iterations", 50) for stage in own) == 80
-        assert own[0]["start"] == "a.pth" and own[0]["base_lr"] == 0.1
-        assert all("start" not in stage for stage in own[1:])
-        assert len({stage["name"] for stage in own}) == len(own)
-    assert found["reversed"][0]["losses"] == LADDER[1]["losses"]
-    assert "losses" not in found["reversed"][1]
-    assert [loss["weight"] for loss in found["no_kd_same_start"][0]["losses"]] == [0]
-    heads = [{**LADDER[0], "start": "teacher_heads"}, LADDER[1]]
-    assert controls.control_stages(heads, 50)["strongest"][0]["start"] == "teacher_heads"
-
-
 def test_the_stock_detector_of_a_student():
     assert controls.stock_name("DistilledRCNN") == "GeneralizedRCNN"
     with pytest.raises(InputError, match="'GeneralizedRCNN' is no student"):
@@ -114,3 +86,11 @@ def test_controls_are_configs(tmp_path, capsys):
     arguments.ladder = str(ROOT / "configs" / "Shapes" / "student.yaml")
     with pytest.raises(InputError, match="student.yaml' has no KD.LADDER.STAGES"):
         controls.main(arguments)
+
+
+def test_its_help_says_who_is_strongest(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["controls.py", "--help"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "projects" / "MTPD" / "controls.py"), run_name="__main__")
+    assert "`strongest` means the last stage's teacher" in " ".join(capsys.readouterr().out.split())

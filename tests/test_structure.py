@@ -6,6 +6,7 @@ import pytest
 from helpers import ROOT
 
 MODULES = sorted((ROOT / "msad_kd").rglob("*.py"))
+PROJECTS = sorted((ROOT / "projects").glob("*/*.py"))
 
 
 def imported(path):
@@ -28,13 +29,19 @@ def name_of(path):
 
 
 def test_there_are_modules():
-    assert len(MODULES) > 10
+    assert len(MODULES) > 10 and len(PROJECTS) > 10
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_the_library_knows_nothing_of_what_is_built_on_it(path):
     roots = {name.split(".")[0] for name in imported(path)}
     assert not roots & {"projects", "tools", "tests", "train_net", "helpers", "conftest"}
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.name)
+def test_a_project_stands_by_itself(path):
+    others = {name for name in imported(path) if name.split(".")[0] == "projects"}
+    assert {name.split(".")[1] for name in others} <= {path.parent.name}
 
 
 def test_no_import_circle():
