@@ -131,7 +131,7 @@ class _Maker:
             if row.ladder_control:
                 stages = control_stages(stages, iterations)[row.ladder_control]
                 options += ["KD.LADDER.STAGES", stages]
-            iterations = sum(stage.get("iterations", iterations) for stage in stages)
+            iterations = sum(stage.get("iterations") or iterations for stage in stages)
             last = f"stage_{len(stages):02}_{stages[-1]['name']}"
             weights = folder / last / "student.pth"
         tested = {key: value for key, value in row.options.items() if not _trains(key)}
