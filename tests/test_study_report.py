@@ -89,9 +89,9 @@ def table_of(grid, cells, results):
 
 def lines_of(text):
     return {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        line.split("|")[2].strip(): [cell.strip() for cell in line.split("|")[3:-1]]
         for line in text.splitlines()
-        if line.startswith("| the ")
+        if line.startswith("| `")
     }
 
 
@@ -102,11 +102,13 @@ def in_repository(monkeypatch):
 
 def test_table(grid, cells, results, in_repository):
     text = table_of(grid, cells, results)
-    header = [cell.strip() for cell in text.splitlines()[4].split("|")[2:-1]]
+    header = [cell.strip() for cell in text.splitlines()[4].split("|")[1:-1]]
     assert header == [
+        *("row", "model"),
         *("seeds", "box AP", "box, against the control", "box gap"),
         *("mask AP", "mask, against the control", "mask gap", "GMACs", "training"),
     ]
+    assert "| `student` | the student |" in " ".join(text.split())
     lines = lines_of(text)
     # In steps of 0.2 s: 100 of 0.4 s are 200, and hr_start's 2,500 of 0.4 s are 5,000.
     assert lines["the student"] == [

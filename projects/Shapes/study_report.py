@@ -47,7 +47,7 @@ def table(grid, cells, results, definition, costs):
     step = baseline_step(grid, cells, results, definition)
     lines = []
     for row in rows:
-        line = {"row": row.title, "seeds": 0}
+        line = {"row": f"`{row.name}`", "model": row.title, "seeds": 0}
         for kind in kinds:
             line |= _ap_columns(grid, results, row, definition, kind)
         line["seeds"] = len(values_of(results, row, kinds[0], seeds)) if row.seeds else "-"
