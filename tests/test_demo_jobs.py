@@ -189,7 +189,7 @@ def test_progress_of_a_training(tmp_path):
     line = json.dumps({"iteration": 59, "total_loss": 2.374, "eta_seconds": 783.5})
     (tmp_path / "metrics.json").write_text(f'{line}\n{{"iteration": 79, "total_lo')
     assert training_progress(tmp_path) == "60/1200, loss 2.37, 13:04 left"
-    assert iterations_done(tmp_path) == 60
+    assert iterations_done(tmp_path, since=0) == 60
 
 
 def test_progress_of_a_ladder(tmp_path):
@@ -200,7 +200,7 @@ def test_progress_of_a_ladder(tmp_path):
         line = {"iteration": iterations - 1, "total_loss": 1.0, "eta_seconds": 60}
         (folder / "metrics.json").write_text(json.dumps(line) + '\n{"bbox/AP": 3.0}\n')
     assert training_progress(tmp_path) == "stage 2, 20/600, loss 1.00, 1:00 left"
-    assert iterations_done(tmp_path) == 620
+    assert iterations_done(tmp_path, since=0) == 620
 
 
 def test_progress_of_an_evaluation(tmp_path):

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import ROOT, differing
 
 from projects.Shapes import study
@@ -134,6 +135,11 @@ def test_a_stop_changes_no_bit(place, stopped):
 def call(place, capsys, monkeypatch):
     """call(...): what `study.py` prints, and how it ends, in this process."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(place / "datasets"))
+    # Other tests have data of the same names in another place.
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog))
+        for name in ("shapes_train", "shapes_val"):
+            catalog.data.pop(name, None)
 
     def call(*arguments, output="runs"):
         grid = ["--grid", str(place / "grid.yaml"), "--output", str(place / output)]

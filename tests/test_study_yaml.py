@@ -30,11 +30,8 @@ def test_the_study_stands_on_the_data_and_models_of_the_demo(tmp_path):
                 assert cell.iterations == by_name[table["control"]].iterations
     # What is of one seed says so, and is of one seed in all that it shows.
     shown = [*grid.tables, *grid.curves]
-    assert [e["name"] for e in shown if e.get("seeds") == [1]] == [
-        "weights",
-        "levels",
-        "iterations",
-    ]
+    of_one = [each["name"] for each in shown if each.get("seeds") == [1]]
+    assert of_one == ["rates", "weights", "levels", "iterations"]
     assert all(("one seed" in each["title"]) == ("seeds" in each) for each in shown)
     # The longer baselines have the iterations of all that made the teacher.
     made = grid.rows["teacher"].trained_by
