@@ -110,6 +110,15 @@ def test_a_fingerprint_is_of_the_checkpoints_content(cells_of, tmp_path):
     assert changed == {"student/1", "student/2", "again/2", "again/3"}
 
 
+def test_a_checkpoint_is_not_of_what_its_config_starts_from(cells_of, tmp_path):
+    grid, start = content(), tmp_path / "start.pth"
+    grid["rows"]["teacher"]["options"] = {"MODEL.WEIGHTS": str(start)}
+    before = cells_of(grid)
+    start.write_bytes(b"one")
+    after = cells_of(grid)
+    assert all(before[key].fingerprint == after[key].fingerprint for key in before)
+
+
 def test_changed_keys_know_no_folder_and_no_default():
     cfg = build_config("configs/Shapes/lr.yaml", ["OUTPUT_DIR", "x", "MODEL.DEVICE", "cpu"])
     changed = changed_keys(cfg)

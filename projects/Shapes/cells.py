@@ -137,9 +137,9 @@ class _Maker:
         tested = {key: value for key, value in row.options.items() if not _trains(key)}
         test_options = _filled([*_flat(tested), *self.extra], paths)
         measured = build_config(row.test_config, [*test_options, "MODEL.DEVICE", "cpu"])
-        files = [row.checkpoint, meant.MODEL.WEIGHTS, *(stage["weights"] for stage in stages)]
-        if not stages:
-            files.append(meant.KD.TEACHER.WEIGHTS)
+        # Of a checkpoint it does not matter what its config would start from.
+        files = [row.checkpoint, "" if row.checkpoint else meant.MODEL.WEIGHTS]
+        files += [each["weights"] for each in stages] or [meant.KD.TEACHER.WEIGHTS]
         origin = {name: cell.fingerprint for name, cell in needs.items()}
         return Cell(
             key=f"{row.name}/{seed}",
