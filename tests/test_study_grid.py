@@ -26,7 +26,7 @@ def content():
                 "title": "T",
                 "config": "configs/Shapes/teacher.yaml",
                 "checkpoint": "projects/Shapes/checkpoints/teacher.pth",
-                "trained_by": ["configs/Shapes/teacher_start.yaml"],
+                "trained_by": ["configs/Shapes/teacher.yaml"],
             },
             "lr": {"title": "LR", "config": "configs/Shapes/lr.yaml"},
             "student": {

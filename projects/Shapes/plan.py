@@ -10,10 +10,7 @@ from projects.Shapes.progress import evaluation_progress, training_progress
 
 NAMES = {
     "hr_start": "stock HR, first part",
-    "hr_middle": "stock HR, second part",
     "hr": "stock HR",
-    "teacher_start": "teacher, first part",
-    "teacher_middle": "teacher, second part",
     "teacher": "teacher",
     "lr": "LR baseline",
     "lr-from-teacher": "LR from the teacher",  # from its weights; the student's strictest control
@@ -21,13 +18,7 @@ NAMES = {
 }
 CONFIGS = {name: f"configs/Shapes/{name}.yaml" for name in NAMES}
 CONFIGS["lr-from-teacher"] = CONFIGS["lr"]
-ORIGINS = {  # what each part goes on from
-    "hr_middle": "hr_start",
-    "hr": "hr_middle",
-    "teacher_start": "hr_start",
-    "teacher_middle": "teacher_start",
-    "teacher": "teacher_middle",
-}
+ORIGINS = {"hr": "hr_start", "teacher": "hr_start"}  # what each goes on from
 # By the demo, whether or not the others come from checkpoints.
 TRAINED = ("lr", "lr-from-teacher", "student")
 
