@@ -187,6 +187,19 @@ def test_the_gradients_of_both_kinds_are_compared(student_config, batch):
     assert ratio == pytest.approx(norms[True] / norms[False], rel=1e-5)
 
 
+def test_comparing_the_gradients_does_not_change_them(student_config, batch):
+    cfg = student_config("KD.GRADIENT_RATIO_PERIOD", 2)
+    model = build(cfg)
+    attach_teacher(model, cfg)
+    inputs, found = batch(cfg, "lr"), []
+    for iteration in (2 * WARMUP, 2 * WARMUP + 1):  # without, and with it
+        torch.manual_seed(1)
+        model.zero_grad()
+        sum(losses_of(model, inputs, iteration).values()).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert found[0] and all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("branch", ["hr", "lr", "fused"])
 def test_it_learns_from_any_branch(student_config, batch, branch):
     cfg = student_config("KD.TEACHER.BRANCH", branch)

@@ -119,11 +119,11 @@ def test_a_checkpoint_is_not_of_what_its_config_starts_from(cells_of, tmp_path):
     assert all(before[key].fingerprint == after[key].fingerprint for key in before)
 
 
-def test_changed_keys_know_no_folder_and_no_default():
-    cfg = build_config("configs/Shapes/lr.yaml", ["OUTPUT_DIR", "x", "MODEL.DEVICE", "cpu"])
-    changed = changed_keys(cfg)
+def test_changed_keys_know_no_folder_no_logging_and_no_default():
+    options = ["OUTPUT_DIR", "x", "KD.GRADIENT_RATIO_PERIOD", "7", "MODEL.DEVICE", "cpu"]
+    changed = changed_keys(build_config("configs/Shapes/lr.yaml", options))
     assert changed["SOLVER.MAX_ITER"] == 1200
-    assert not {"OUTPUT_DIR", "SOLVER.GAMMA"} & changed.keys()
+    assert not {"OUTPUT_DIR", "KD.GRADIENT_RATIO_PERIOD", "SOLVER.GAMMA"} & changed.keys()
 
 
 CURVE = {"name": "c", "title": "C"}

@@ -18,6 +18,8 @@ from projects.Shapes.grid import PLACEHOLDER, Row, references
 # Keys of a config, fields of a stage or a loss, on which the time of a step does not depend.
 FREE = {"SEED", "MODEL.WEIGHTS", "KD.TEACHER.WEIGHTS", "weights", "weight", "warmup_iters"}
 FREE |= {f"SOLVER.{key}" for key in ("MAX_ITER", "STEPS", "BASE_LR", "WARMUP_ITERS")} | {"base_lr"}
+# Keys that no weight depends on.
+LOGS = {"OUTPUT_DIR", "KD.DIAGNOSTICS_PERIOD", "KD.GRADIENT_RATIO_PERIOD"}
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,14 @@ class _Maker:
 
 
 def changed_keys(cfg):
-    """Key to value of what a config has changed of the defaults, but for its OUTPUT_DIR.
+    """Key to value of what a config has changed of the defaults, but for where and what it logs.
 
     A key that a later version adds does not make it another config.
     """
     default = get_cfg()
     add_msad_kd_config(default)
     default = _keys(default)
-    return {k: v for k, v in _keys(cfg).items() if k != "OUTPUT_DIR" and v != default.get(k)}
+    return {k: v for k, v in _keys(cfg).items() if k not in LOGS and v != default.get(k)}
 
 
 def recipe_of(cfg, stages=()):
