@@ -1,0 +1,53 @@
+"""The committed results of the study, and what the READMEs make of them."""
+
+import json
+import re
+
+import pytest
+from helpers import ROOT
+
+from projects.Shapes import study_report
+from projects.Shapes.cells import make_cells
+from projects.Shapes.grid import read_grid
+
+RESULTS = ROOT / "projects" / "Shapes" / "results"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        grid = read_grid("projects/Shapes/study.yaml")
+        cells = make_cells(grid, tmp_path_factory.mktemp("study"))
+    return grid, cells, json.loads((RESULTS / "results.json").read_text())
+
+
+def test_every_result_is_of_a_cell_that_the_study_still_means(study):
+    _, cells, results = study
+    found = {key: each["fingerprint"] for key, each in results["cells"].items()}
+    assert found and found == {key: cells[key].fingerprint for key in found}
+
+
+def test_the_tables_are_made_of_the_results(study, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert (RESULTS / "tables.md").read_text() == study_report.markdown(*study)
+
+
+def tables_of(readme):
+    return re.findall(r"(?:^\|.*\n)+", readme.read_text(), re.MULTILINE)
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_tables(study):
+    written = (RESULTS / "tables.md").read_text()
+    shown = [table for table in tables_of(RESULTS.parent / "README.md") if "box AP" in table]
+    assert shown and all(table in written for table in shown)
+
+
+def test_every_row_of_a_table_has_its_sentence(study):
+    grid, _, results = study
+    text = (RESULTS.parent / "README.md").read_text()
+    prose = "".join(line for line in text.splitlines(True) if not line.startswith("|"))
+    named = set(re.findall(r"`([a-z0-9.-]+)`", prose))
+    done = {key.partition("/")[0] for key in results["cells"]}
+    rows = {name for table in grid.tables for name in table["rows"]} & done
+    assert rows - named == set()
