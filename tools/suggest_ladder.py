@@ -23,94 +23,14 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
-from detectron2.layers import ShapeSpec
+from feature_files import Measurement
 from ladder_pool import STUDENT, Entry, build_student, evaluate, known_aps, read_teachers
 from ladder_report import report
-from tqdm import tqdm
 
-from msad_kd import InputError, TwoResolutionMapper, build_config
-from msad_kd.adaptation import adaptation_cost, enough_rows, greedy_order, training_images
-from msad_kd.loader import clear_absence
+from msad_kd import InputError, build_config
+from msad_kd.adaptation import greedy_order
 from msad_kd.pyramid import in_high_resolution
-from msad_kd.sampling import (
-    cell_counts,
-    cells_per_image,
-    common_strides,
-    read_features,
-    write_features,
-)
-from msad_kd.seed import derive_seed
-from msad_kd.teacher import Teacher, build_teacher
-
-
-class Measurement:
-    """The features of all models, in files, and the costs between them."""
-
-    def __init__(self, args: argparse.Namespace, cfg: CfgNode, folder: Path):
-        with clear_absence(cfg.DATASETS.TRAIN):
-            dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
-        generator = torch.Generator().manual_seed(derive_seed(args.seed))
-        drawn = torch.randperm(len(dicts), generator=generator)[: args.images]
-        self.dicts = [dicts[i] for i in drawn]
-        training_images(len(self.dicts))
-        self.mapper = TwoResolutionMapper(cfg, is_train=False, frame="lr")
-        self.folder, self.seed, self.sizes = folder, args.seed, []
-
-    def plan(self, levels: dict[str, dict[str, ShapeSpec]], cells: int) -> None:
-        """Which levels are compared, and how many cells of each."""
-        self.strides, left_out = common_strides(levels)
-        for name, unused in left_out.items():
-            if unused:
-                print(f"{name}: {', '.join(unused)} left out: not every model has such a level")
-        self.channels = {name: next(iter(own.values())).channels for name, own in levels.items()}
-        widest = max(self.channels.values())
-        self.cells = cells_per_image(len(self.dicts), len(self.strides), widest, cells)
-
-    def add(self, name: str, model: Teacher, divisibility: int) -> None:
-        """Write one model's features."""
-        inputs = (self.mapper(entry) for entry in tqdm(self.dicts, desc=name, unit="image"))
-        self.sizes = write_features(
-            model,
-            inputs,
-            self.strides,
-            cells=self.cells,
-            divisibility=divisibility,
-            seed=self.seed,
-            folder=self.folder / name,
-        )
-
-    def costs(self) -> dict[str, dict]:
-        """Every model to every model, itself included, which has to be 0."""
-        counts = {stride: cell_counts(self.sizes, stride, self.cells) for stride in self.strides}
-        widest = max(self.channels.values())
-        used = [stride for stride in self.strides if enough_rows(counts[stride], widest)]
-        for stride in self.strides:
-            if stride not in used:
-                print(
-                    f"stride {stride} left out: its {int(counts[stride].sum())} rows are too few "
-                    f"for {widest} channels"
-                )
-        if not used:
-            raise InputError(
-                f"{len(self.dicts)} images of {self.cells} cells a level are too few for {widest} "
-                "channels at every level; raise --images or --cells"
-            )
-        self.strides = used
-        pairs = [(a, b) for a in self.channels for b in self.channels]
-        costs = {name: {} for name in self.channels}
-        for a, b in tqdm(pairs, desc="costs", unit="pair"):
-            levels = {
-                f"stride {stride}": (
-                    *(read_features(self.folder / m, stride, self.channels[m]) for m in (a, b)),
-                    counts[stride],
-                )
-                for stride in used
-            }
-            costs[a][b] = adaptation_cost(levels, seed=derive_seed(self.seed, 1))
-        return costs
+from msad_kd.teacher import build_teacher
 
 
 def ladder_stages(order: list[str], entries: list[Entry], settings: dict) -> list[dict]:
@@ -183,7 +103,9 @@ def main(args):
     aps = known_aps(args.ap, entries)
     os.makedirs(args.output, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
-        measurement = Measurement(args, cfg, Path(folder))
+        measurement = Measurement(
+            cfg, cfg.DATASETS.TRAIN, images=args.images, seed=args.seed, folder=Path(folder)
+        )
         student = build_student(cfg, config_file, weights)
         if not weights:
             print(
@@ -206,7 +128,8 @@ def main(args):
             if entry.name not in aps and len(entries) > 1:
                 aps[entry.name] = evaluate(entry, teacher, folder)
             del teacher
-        costs = measurement.costs()
+        names = list(measurement.channels)  # to itself it has to be 0
+        costs = measurement.costs(names, names)
     strongest = max((entry.name for entry in entries), key=lambda name: aps.get(name, 0.0))
     values = {a: {b: cost.value for b, cost in row.items()} for a, row in costs.items()}
     order, excluded = greedy_order(values, STUDENT, strongest)

@@ -1,0 +1,107 @@
+"""The features of several models on the same images, measured for the tools that compare them."""
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.layers import ShapeSpec
+from tqdm import tqdm
+
+from msad_kd import InputError, TwoResolutionMapper
+from msad_kd.adaptation import Cost, adaptation_cost, enough_rows, training_images
+from msad_kd.loader import clear_absence, clear_errors
+from msad_kd.sampling import (
+    cell_counts,
+    cells_per_image,
+    common_strides,
+    read_features,
+    write_features,
+)
+from msad_kd.seed import derive_seed
+from msad_kd.teacher import Teacher
+
+
+class Measurement:
+    """The features of all models, in files, and the costs between them."""
+
+    def __init__(
+        self, cfg: CfgNode, names: tuple[str, ...], *, images: int, seed: int, folder: Path
+    ):
+        """
+        Args:
+            cfg: the student's.
+            names: the data sets.
+            images: how many of their images to draw.
+            seed: of images, cells and intervals.
+            folder: for the files.
+
+        Raises:
+            InputError: if a data set is absent, or has fewer than five images.
+        """
+        with clear_absence(names):
+            dicts = get_detection_dataset_dicts(names, filter_empty=False)
+        generator = torch.Generator().manual_seed(derive_seed(seed))
+        drawn = torch.randperm(len(dicts), generator=generator)[:images]
+        self.dicts = [dicts[i] for i in drawn]
+        training_images(len(self.dicts))
+        self.mapper = clear_errors(TwoResolutionMapper(cfg, is_train=False, frame="lr"))
+        self.folder, self.seed, self.sizes = folder, seed, []
+
+    def plan(self, levels: dict[str, dict[str, ShapeSpec]], cells: int) -> None:
+        """Which levels are compared, and how many cells of each."""
+        self.strides, left_out = common_strides(levels)
+        for name, unused in left_out.items():
+            if unused:
+                print(f"{name}: {', '.join(unused)} left out: not every model has such a level")
+        self.channels = {name: next(iter(own.values())).channels for name, own in levels.items()}
+        widest = max(self.channels.values())
+        self.cells = cells_per_image(len(self.dicts), len(self.strides), widest, cells)
+
+    def add(self, name: str, model: Teacher, divisibility: int) -> None:
+        """Write one model's features."""
+        inputs = (self.mapper(entry) for entry in tqdm(self.dicts, desc=name, unit="image"))
+        self.sizes = write_features(
+            model,
+            inputs,
+            self.strides,
+            cells=self.cells,
+            divisibility=divisibility,
+            seed=self.seed,
+            folder=self.folder / name,
+        )
+
+    def costs(self, sources: list[str], targets: list[str]) -> dict[str, dict[str, Cost]]:
+        """``costs[a][b]``: C(a->b), of every source to every target.
+
+        Raises:
+            InputError: if no level has rows enough; ``strides`` is then as it was, else the strides
+                of those that have.
+        """
+        counts = {stride: cell_counts(self.sizes, stride, self.cells) for stride in self.strides}
+        widest = max(self.channels.values())
+        used = [stride for stride in self.strides if enough_rows(counts[stride], widest)]
+        for stride in self.strides:
+            if stride not in used:
+                print(
+                    f"stride {stride} left out: its {int(counts[stride].sum())} rows are too few "
+                    f"for {widest} channels"
+                )
+        if not used:
+            raise InputError(
+                f"{len(self.dicts)} images of {self.cells} cells a level are too few for {widest} "
+                "channels at every level; raise --images or --cells"
+            )
+        self.strides = used
+        pairs = [(a, b) for a in sources for b in targets]
+        costs = {name: {} for name in sources}
+        for a, b in tqdm(pairs, desc="costs", unit="pair"):
+            levels = {
+                f"stride {stride}": (
+                    *(read_features(self.folder / m, stride, self.channels[m]) for m in (a, b)),
+                    counts[stride],
+                )
+                for stride in used
+            }
+            costs[a][b] = adaptation_cost(levels, seed=derive_seed(self.seed, 1))
+        return costs
