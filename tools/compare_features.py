@@ -2,17 +2,19 @@
 """Tell how near models' features are to what a student should learn, level by level, in Markdown.
 
     python tools/compare_features.py --config-file configs/Shapes/student.yaml \
-        --model control output/shapes/lr_from_teacher/model_final.pth \
         --model student output/shapes/student/model_final.pth
 
-The target is the teacher of the config: its KD.TEACHER, and the branch that says. A model is any
-checkpoint of the student's net: the student itself (what an adapter would add is not counted), its
-baseline, the teacher's weights. For each level that both have:
+The target is what the config's student learns from: KD.TEACHER, at its BRANCH. The models are
+checkpoints of the student's net, of the student itself (without its adapters) or of its baselines;
+where a multi-resolution teacher has the student's net, its branch of low resolution is measured,
+too: that is where the student started. Images are of test size. At each level of the student that
+has a partner in the teacher:
 
     |T|       mean absolute value of the target: what a weight of an lp loss is to be seen beside
     |S - T|   mean absolute difference
     R2        the share of the target's variance that the features explain as they are
-    fitted    the same after the best 1x1 convolution, on images that it was not fitted to
+    fitted    the share that they explain after the best 1x1 convolution, which is fitted to 80 % of
+              the images and measured on the others
 
 A high "fitted" beside a low "R2" is a student that has what the teacher has, in other channels.
 """
@@ -21,6 +23,8 @@ import argparse
 import gc
 import json
 import os
+import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -29,16 +33,26 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from feature_files import Measurement
-from ladder_pool import build_student
+from ladder_pool import STUDENT, build_student
 from tabulate import tabulate
 
 from msad_kd import InputError, build_config
-from msad_kd.pyramid import in_high_resolution
-from msad_kd.sampling import read_features
-from msad_kd.teacher import build_teacher, teacher_levels
+from msad_kd.adaptation import ROWS_AT_ONCE, adaptation_cost, training_images
+from msad_kd.checkpoint import check_exists
+from msad_kd.multi_resolution import MultiResolutionMixin
+from msad_kd.teacher import Teacher, build_teacher
 
-TARGET = "target"
-FIELDS = ("distance", "r2", "fitted")
+TARGET, START = "target", "teacher, LR branch"
+ROWS_PER_CHANNEL = 10  # of those that are fitted to; with 2, a tenth of the variance is lost
+VALUES = {"distance": "|S - T|", "r2": "R2", "fitted": "fitted"}
+
+
+def positive(text):
+    """A command-line argument that is an integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
 
 
 def distances(source: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
@@ -51,70 +65,118 @@ def distances(source: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
         ``distance``, the mean absolute difference, and ``r2``, 1 - squared error / squared
         deviation of the target from its channels' means.
     """
-    error = (source - target).double()
-    deviation = (target - target.mean(0)).double()
-    r2 = 1 - error.square().sum() / deviation.square().sum()
-    return {"distance": float(error.abs().mean()), "r2": float(r2)}
+    mean = sum(t.double().sum(0) for t in target.split(ROWS_AT_ONCE)) / len(target)
+    absolute = squared = deviation = 0.0
+    for s, t in zip(source.split(ROWS_AT_ONCE), target.split(ROWS_AT_ONCE)):
+        error = s.double() - t.double()
+        absolute += float(error.abs().sum())
+        squared += float(error.square().sum())
+        deviation += float((t.double() - mean).square().sum())
+    return {"distance": absolute / target.numel(), "r2": 1 - squared / deviation}
+
+
+def magnitude(target: torch.Tensor) -> float:
+    """Mean absolute value of (r, C)."""
+    return sum(float(t.double().abs().sum()) for t in target.split(ROWS_AT_ONCE)) / target.numel()
+
+
+def compare(measurement: Measurement, stride: int) -> dict[str, float]:
+    """The values of the model whose features have just been written, at one level.
+
+    ``distance`` and ``r2`` are absent where the channels differ, ``fitted`` where rows are too few.
+    """
+    source, target = (measurement.rows(name, stride) for name in (STUDENT, TARGET))
+    counts = measurement.counts(stride)
+    values = distances(source, target) if source.shape == target.shape else {}
+    if counts[: training_images(len(counts))].sum() >= ROWS_PER_CHANNEL * source.shape[1]:
+        cost = adaptation_cost({"": (source, target, counts)}, resamples=1)
+        values["fitted"] = 1 - cost.value
+    return values
 
 
 def measure(cfg, models, names, args, folder):
-    """Level name to the target's mean absolute value and each model's distances.
+    """What is written as JSON.
 
     Args:
         cfg: the student's.
         models: name to checkpoint.
         names: of the data sets.
-        args: the command line, for ``images``, ``cells`` and ``seed``.
-        folder: for the features.
+        args: the command line.
+        folder: for the features, those of two models at a time.
 
     Raises:
-        InputError: if weights, a data set or a common level are absent.
+        InputError: as ``Measurement``, ``build_teacher`` and ``build_student``.
     """
     measurement = Measurement(cfg, names, images=args.images, seed=args.seed, folder=folder)
-    target = teacher_levels(cfg)
     teacher = build_teacher(cfg)
-    cfg.KD.LOSSES = []  # so that the student's net is built without parts of losses
-    for name, weights in models.items():
-        model = build_student(cfg, args.config_file, weights)
-        if name == next(iter(models)):
+    net = cfg.clone()
+    net.KD.LOSSES = []  # so that the student's model has no parts of losses
+    levels, found = {}, {}
+    for name, weights in [*models.items(), (START, None)]:
+        if weights is not None:
+            model = build_student(net, args.config_file, weights)
+        elif isinstance(teacher.model, MultiResolutionMixin) and measurement.one_width():
+            model = Teacher(teacher.model, branch="lr", scale=cfg.KD.SCALE)
+        else:
+            break
+        if not levels:
             divisibility = max(1, model.model.backbone.size_divisibility)
-            levels = in_high_resolution(model.model.backbone.output_shape(), cfg.KD.SCALE)
-            measurement.plan({TARGET: target} | dict.fromkeys(models, levels), args.cells)
+            levels = {shape.stride: level for level, shape in model.levels().items()}
+            measurement.plan({STUDENT: model.levels(), TARGET: teacher.levels()}, args.cells)
             measurement.add(TARGET, teacher, divisibility)
-        measurement.add(name, model, divisibility)
+        measurement.add(STUDENT, model, divisibility)
+        for stride in measurement.strides:
+            found.setdefault(levels[stride], {})[name] = compare(measurement, stride)
+        shutil.rmtree(folder / STUDENT)
         del model
         gc.collect()  # models hold themselves in circles
-    own = {shape.stride: (level, shape.channels) for level, shape in levels.items()}
-    channels = measurement.channels[TARGET]
-    found = {}
-    for stride in measurement.strides:
-        values = read_features(folder / TARGET, stride, channels)
-        level, width = own[stride]
-        found[level] = {TARGET: {"magnitude": float(values.abs().mean())}}
-        for name in models:
-            source = read_features(folder / name, stride, width)
-            found[level][name] = distances(source, values) if width == channels else {}
-    costs = measurement.costs(list(models), [TARGET])
-    for name in models:
-        for stride in measurement.strides:  # those that have rows enough
-            cost = costs[name][TARGET].levels[f"stride {stride}"]
-            found[own[stride][0]][name]["fitted"] = 1 - cost
-    return found, len(measurement.dicts)
+    keys = cfg.KD.TEACHER
+    return {
+        "target": {key.lower(): keys[key] for key in ("CONFIG_FILE", "WEIGHTS", "BRANCH")},
+        "models": models,
+        "data": list(names),
+        "images": len(measurement.dicts),
+        "cells": measurement.cells,
+        "seed": args.seed,
+        "magnitude": {
+            levels[stride]: magnitude(measurement.rows(TARGET, stride))
+            for stride in measurement.strides
+        },
+        "levels": found,
+    }
 
 
-def markdown(found):
-    """The table of ``measure``'s levels."""
-    headings = ["level", "|T|", "model", "|S - T|", "R2", "fitted"]
+def markdown(result):
+    """The table of ``measure``'s result, and of what it is."""
     rows = []
-    for level, entries in found.items():
+    for level, entries in result["levels"].items():
         for name, values in entries.items():
-            if name == TARGET:
-                magnitude = f"{values['magnitude']:.3f}"
-                continue
-            told = [f"{values[key]:.3f}" if key in values else "-" for key in FIELDS]
-            rows.append([level, magnitude, name, *told])
+            told = [f"{values[key]:.3f}" if key in values else "-" for key in VALUES]
+            rows.append([level, f"{result['magnitude'][level]:.3f}", name, *told])
+    headings = ["level", "|T|", "model", *VALUES.values()]
     align = ["left", "right", "left", "right", "right", "right"]
-    return tabulate(rows, headings, "pipe", colalign=align, disable_numparse=True)
+    table = tabulate(rows, headings, "pipe", colalign=align, disable_numparse=True)
+    return (
+        f"{table}\n\n'-': other channels than the target's, or too few cells to fit to. "
+        f"{result['images']} images of {', '.join(result['data'])}, up to {result['cells']} cells "
+        f"of each at a level, seed {result['seed']}; target: {result['target']['weights']}, branch "
+        f"{result['target']['branch']}.\n"
+    )
+
+
+def read_models(given):
+    """Name to checkpoint.
+
+    Raises:
+        InputError: if a name is used twice or would break the table, or a checkpoint is absent.
+    """
+    models = {}
+    for name, weights in given:
+        if not re.fullmatch(r"[^|\n]+", name) or name in models or name == START:
+            raise InputError(f"--model {name}: names differ, from '{START}' too, and have no '|'")
+        check_exists(weights, f"--model {name}")
+        models[name] = weights
+    return models
 
 
 def build_parser():
@@ -131,10 +193,16 @@ def build_parser():
         help="a checkpoint of the student's net; give several",
     )
     add("--split", choices=("test", "train"), default="test", help="DATASETS.TEST or TRAIN")
-    add("--images", type=int, default=200, help="how many of its images (default: 200)")
-    add("--cells", type=int, default=1024, help="of each image and level (default: 1024)")
+    add("--images", type=positive, default=200, help="how many of its images (default: 200)")
+    add(
+        "--cells",
+        type=positive,
+        default=1024,
+        help="of each image and level, as far as a gigabyte a model takes, of which two are in the "
+        "system's temporary folder at a time (default: 1024)",
+    )
     add("--seed", type=int, default=0, help="of images and cells")
-    add("--json", help="write the numbers to this file, too")
+    add("--json", type=Path, help="write the numbers to this file, too")
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     return parser
 
@@ -143,22 +211,22 @@ def main(args):
     """Runs the command line.
 
     Raises:
-        InputError: as ``measure``, and if two models have one name.
+        InputError: as ``read_models`` and ``measure``, and if the split is of no data set.
     """
     cfg = build_config(args.config_file, args.opts)
-    models = dict(args.model)
-    if len(models) < len(args.model) or TARGET in models:
-        raise InputError(f"--model: names are to differ, and none is '{TARGET}'")
-    names = cfg.DATASETS.TEST if args.split == "test" else cfg.DATASETS.TRAIN
-    with tempfile.TemporaryDirectory() as folder:
-        found, images = measure(cfg, models, names, args, Path(folder))
-    print(f"\n{markdown(found)}\n\n{images} images of {', '.join(names)}, seed {args.seed}.")
+    models = read_models(args.model)
+    names = cfg.DATASETS[args.split.upper()]
+    if not names:
+        raise InputError(f"no data set is named; set DATASETS.{args.split.upper()}")
     if args.json:
-        result = {"images": images, "data": list(names), "seed": args.seed, "levels": found}
-        part = f"{args.json}.part"
-        with open(part, "w") as file:
-            json.dump(result, file, indent=2)
-        os.replace(part, args.json)  # the file is complete or it isn't there
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(cfg, models, names, args, Path(folder))
+    print(f"\n{markdown(result)}")
+    if args.json:
+        part = args.json.with_name(f"{args.json.name}.part")
+        part.write_text(json.dumps(result, indent=2))
+        part.replace(args.json)  # the file is complete or it isn't there
 
 
 if __name__ == "__main__":

@@ -71,14 +71,25 @@ class Measurement:
             folder=self.folder / name,
         )
 
-    def costs(self, sources: list[str], targets: list[str]) -> dict[str, dict[str, Cost]]:
-        """``costs[a][b]``: C(a->b), of every source to every target.
+    def one_width(self) -> bool:
+        """Whether all models have as many channels."""
+        return len(set(self.channels.values())) == 1
+
+    def rows(self, name: str, stride: int) -> torch.Tensor:
+        """(r, C): one model's features at a level."""
+        return read_features(self.folder / name, stride, self.channels[name])
+
+    def counts(self, stride: int) -> torch.Tensor:
+        """(I,): how many of the rows are of each image."""
+        return cell_counts(self.sizes, stride, self.cells)
+
+    def costs(self) -> dict[str, dict[str, Cost]]:
+        """``costs[a][b]``: C(a->b), of every model to every model; to itself it has to be 0.
 
         Raises:
-            InputError: if no level has rows enough; ``strides`` is then as it was, else the strides
-                of those that have.
+            InputError: if no level has rows enough.
         """
-        counts = {stride: cell_counts(self.sizes, stride, self.cells) for stride in self.strides}
+        counts = {stride: self.counts(stride) for stride in self.strides}
         widest = max(self.channels.values())
         used = [stride for stride in self.strides if enough_rows(counts[stride], widest)]
         for stride in self.strides:
@@ -93,12 +104,13 @@ class Measurement:
                 "channels at every level; raise --images or --cells"
             )
         self.strides = used
-        pairs = [(a, b) for a in sources for b in targets]
-        costs = {name: {} for name in sources}
+        pairs = [(a, b) for a in self.channels for b in self.channels]
+        costs = {name: {} for name in self.channels}
         for a, b in tqdm(pairs, desc="costs", unit="pair"):
             levels = {
                 f"stride {stride}": (
-                    *(read_features(self.folder / m, stride, self.channels[m]) for m in (a, b)),
+                    self.rows(a, stride),
+                    self.rows(b, stride),
                     counts[stride],
                 )
                 for stride in used

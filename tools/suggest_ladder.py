@@ -128,8 +128,7 @@ def main(args):
             if entry.name not in aps and len(entries) > 1:
                 aps[entry.name] = evaluate(entry, teacher, folder)
             del teacher
-        names = list(measurement.channels)  # to itself it has to be 0
-        costs = measurement.costs(names, names)
+        costs = measurement.costs()
     strongest = max((entry.name for entry in entries), key=lambda name: aps.get(name, 0.0))
     values = {a: {b: cost.value for b, cost in row.items()} for a, row in costs.items()}
     order, excluded = greedy_order(values, STUDENT, strongest)
