@@ -2,10 +2,12 @@
 
 import json
 import re
+from statistics import fmean
 
 import pytest
 from helpers import ROOT
 
+from msad_kd import build_config
 from projects.Shapes import study_report
 from projects.Shapes.cells import make_cells
 from projects.Shapes.grid import read_grid
@@ -31,6 +33,21 @@ def test_every_result_is_of_a_cell_that_the_study_still_means(study):
 def test_the_tables_are_made_of_the_results(study, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert (RESULTS / "tables.md").read_text() == study_report.markdown(*study)
+
+
+def test_the_demos_student_is_the_best_row(study, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    grid, cells, results = study
+    aps = {}
+    for name in grid.tables[0]["rows"]:
+        keys = [f"{name}/{seed}" for seed in grid.rows[name].seeds]
+        if name.startswith("student") and all(key in results["cells"] for key in keys):
+            aps[name] = fmean(results["cells"][key]["bbox"]["AP"] for key in keys)
+    assert aps, "no student has been measured with every seed"
+    best = max(aps, key=aps.get)
+    cell = cells[f"{best}/{grid.rows[best].seeds[0]}"]
+    student = build_config(cell.row.config, list(map(str, cell.options)))
+    assert student.KD.LOSSES == build_config("configs/Shapes/student.yaml").KD.LOSSES
 
 
 def tables_of(readme):

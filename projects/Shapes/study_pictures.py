@@ -27,13 +27,16 @@ def draw_bars(grid, results, definition):
             values = values_of(results, row, kind, seeds)
             if values:
                 color = "tab:blue" if row.config != row.test_config else "lightsteelblue"
-                axes.barh(place, statistics.fmean(values.values()), color=color, zorder=1)
+                bar = axes.barh(place, statistics.fmean(values.values()), color=color, zorder=1)
+                clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axes.bar_label(bar, fmt="%.1f", padding=6, fontsize="small", bbox=clear)
                 axes.scatter(values.values(), [place] * len(values), s=9, color="black", zorder=3)
         if "control" in definition:
             control = values_of(results, grid.rows[definition["control"]], kind, seeds)
             if control:
                 axes.axvline(statistics.fmean(control.values()), color="tab:red", lw=1, zorder=2)
         axes.set_yticks(range(len(rows)), [row.title for row in rows])
+        axes.margins(x=0.12)  # for the numbers
         axes.set_xlabel(f"{KINDS[kind]} AP")
     figure.suptitle(f"{definition['title']} (red: the control; dots: seeds)", fontsize="medium")
     return figure
@@ -47,6 +50,12 @@ def draw_curves(grid, cells, results, curve):
     """
     seeds = curve.get("seeds")
     figure = Figure(figsize=(10, 4), layout="constrained")
+    lengths = {
+        cells[f"{name}/{grid.rows[name].seeds[0]}"].iterations
+        for names in curve["lines"].values()
+        for name in names
+        if values_of(results, grid.rows[name], "bbox", seeds)
+    }
     for kind, axes in zip(KINDS, figure.subplots(1, 2)):
         for title, names in curve["lines"].items():
             points = []
@@ -67,6 +76,8 @@ def draw_curves(grid, cells, results, curve):
                 level = statistics.fmean(values.values())
                 axes.axhline(level, ls=style, color="gray", label=title)
         axes.set_xscale("log")
+        axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)])
+        axes.minorticks_off()
         axes.set_xlabel("iterations")
         axes.set_ylabel(f"{KINDS[kind]} AP")
         if axes.get_legend_handles_labels()[0]:
