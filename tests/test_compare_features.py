@@ -41,6 +41,7 @@ def weights(config, tmp_path):
 def test_distances(tool):
     target = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]])
     assert tool.distances(target, target) == {"distance": 0.0, "r2": 1.0}
+    assert tool.distances(target, target[:1].expand(3, 2)) == {"distance": 1.5}
     means = target.mean(0).expand(3, 2)
     assert tool.distances(means, target) == {"distance": pytest.approx(4 / 3), "r2": 0.0}
     # Squared error 6, squared deviation 8 + 6.

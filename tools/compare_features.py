@@ -62,8 +62,8 @@ def distances(source: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
         source, target: (r, C), the same cells.
 
     Returns:
-        ``distance``, the mean absolute difference, and ``r2``, 1 - squared error / squared
-        deviation of the target from its channels' means.
+        ``distance``, the mean absolute difference, and, if the target varies, ``r2``: 1 - squared
+        error / squared deviation of the target from its channels' means.
     """
     mean = sum(t.double().sum(0) for t in target.split(ROWS_AT_ONCE)) / len(target)
     absolute = squared = deviation = 0.0
@@ -72,7 +72,8 @@ def distances(source: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
         absolute += float(error.abs().sum())
         squared += float(error.square().sum())
         deviation += float((t.double() - mean).square().sum())
-    return {"distance": absolute / target.numel(), "r2": 1 - squared / deviation}
+    values = {"distance": absolute / target.numel()}
+    return values | {"r2": 1 - squared / deviation} if deviation else values
 
 
 def magnitude(target: torch.Tensor) -> float:
@@ -83,7 +84,7 @@ def magnitude(target: torch.Tensor) -> float:
 def compare(measurement: Measurement, stride: int) -> dict[str, float]:
     """The values of the model whose features have just been written, at one level.
 
-    ``distance`` and ``r2`` are absent where the channels differ, ``fitted`` where rows are too few.
+    ``distance`` and ``r2`` are absent where the numbers of channels differ, ``fitted`` where rows are too few.
     """
     source, target = (measurement.rows(name, stride) for name in (STUDENT, TARGET))
     counts = measurement.counts(stride)
