@@ -84,7 +84,8 @@ def magnitude(target: torch.Tensor) -> float:
 def compare(measurement: Measurement, stride: int) -> dict[str, float]:
     """The values of the model whose features have just been written, at one level.
 
-    ``distance`` and ``r2`` are absent where the numbers of channels differ, ``fitted`` where rows are too few.
+    ``distance`` and ``r2`` are absent where the numbers of channels differ, ``fitted`` where rows
+    are too few.
     """
     source, target = (measurement.rows(name, stride) for name in (STUDENT, TARGET))
     counts = measurement.counts(stride)
