@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cv2
 import numpy as np
 import torch
+from arguments import positive
 from detectron2.data import get_detection_dataset_dicts
 from tabulate import tabulate
 
@@ -31,14 +32,6 @@ from msad_kd.cost import cost_by_part, input_sides
 from msad_kd.loader import clear_absence, clear_errors
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.trainer import build_mapper
-
-
-def positive(text):
-    """A command-line argument that is an integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 def read_inputs(cfg, count, size):

@@ -32,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from arguments import positive
 from feature_files import Measurement
 from ladder_pool import STUDENT, build_student
 from tabulate import tabulate
@@ -45,14 +46,6 @@ from msad_kd.teacher import Teacher, build_teacher
 TARGET, START = "target", "teacher, LR branch"
 ROWS_PER_CHANNEL = 10  # of those that are fitted to; with 2, a tenth of the variance is lost
 VALUES = {"distance": "|S - T|", "r2": "R2", "fitted": "fitted"}
-
-
-def positive(text):
-    """A command-line argument that is an integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 def distances(source: torch.Tensor, target: torch.Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The student and the pool of teachers of suggest_ladder.py: read, checked, built, evaluated."""
+"""A student whose features are read, and suggest_ladder.py's pool of teachers: checked, built."""
 
 import re
 from dataclasses import dataclass, field

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from arguments import positive
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
@@ -176,14 +177,6 @@ def sweep(args):
                 row["box_ap"], row["mask_ap"] = average_precision(candidate, bar)
                 write_files(args.output, rows[:done], note)
     return rows, note
-
-
-def positive(text):
-    """A command-line argument that is an integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 def main(arguments=None):
