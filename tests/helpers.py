@@ -1,8 +1,10 @@
 """What several test files need, and is no fixture."""
 
-import importlib.util
+import importlib
 import os
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from detectron2.modeling import build_model
@@ -124,8 +126,6 @@ def same_instances(one, other):
 
 
 def load_tool(name):
-    """The module of a command in tools/, whose ``main`` takes a list of arguments."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A module of tools/, which finds those beside it as it does when it is run as a command."""
+    with patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]):
+        return importlib.import_module(name)

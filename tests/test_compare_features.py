@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import ROOT
+from helpers import ROOT, load_tool
 
 from msad_kd.checkpoint import init_from_teacher
 from msad_kd.errors import InputError
@@ -16,12 +16,9 @@ from msad_kd.teacher import build_teacher
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool():
     """The tool as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import compare_features
-
-    return compare_features
+    return load_tool("compare_features")
 
 
 @pytest.fixture

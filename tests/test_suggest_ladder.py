@@ -8,19 +8,18 @@ import pytest
 import torch
 import yaml
 from detectron2.modeling import build_model
-from helpers import ROOT
+from helpers import ROOT, load_tool
 
 from msad_kd.errors import InputError
+from msad_kd.stages import read_stages
 
 FIELDS = "name config_file weights kind image losses iterations base_lr start".split()
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool():
     """tool(ARGUMENT, ...): run it in this process."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import suggest_ladder
-
+    suggest_ladder = load_tool("suggest_ladder")
     return lambda *given: suggest_ladder.main(suggest_ladder.build_parser().parse_args(given))
 
 
@@ -101,11 +100,8 @@ def test_one_teacher_and_an_untrained_student(tool, pool, capsys, tmp_path):
     assert (stage["kind"], stage["image"], stage["iterations"]) == ("plain", "hr", 4)
 
 
-def test_train_net_reads_the_stages(tool, config):
-    stages = pytest.importorskip("msad_kd.stages", reason="ladders cannot be run yet")
-    import ladder_pool
-    import suggest_ladder
-
+def test_train_net_reads_the_stages(config):
+    suggest_ladder, ladder_pool = load_tool("suggest_ladder"), load_tool("ladder_pool")
     own = {"config_file": "x.yaml", "weights": "x.pth", "opts": ["KEY", "1"]}
     pool = [
         ladder_pool.Entry("plain", None, {}, {"name": "plain", **own, "kind": "plain"}),
@@ -113,15 +109,13 @@ def test_train_net_reads_the_stages(tool, config):
     ]
     settings = {"losses": config("student").KD.LOSSES, "iterations": 9, "base_lr": 0.1}
     suggested = suggest_ladder.ladder_stages(["fused", "plain"], pool, settings)
-    read = stages.read_stages(suggested)
+    read = read_stages(suggested)
     assert [stage.name for stage in read] == ["fused", "plain"]
     assert [stage.start for stage in read] == ["teacher", "previous"]
 
 
-def test_the_ap_of_a_config(monkeypatch, config, config_files):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import ladder_pool
-
+def test_the_ap_of_a_config(config, config_files):
+    ladder_pool = load_tool("ladder_pool")
     cfg = config("student")
     expected = ["TEST.EXPECTED_RESULTS", "[['segm', 'AP', 30.0, 0.1], ['bbox', 'AP', 33.0, 0.1]]"]
     weights = config_files["hr"]  # any file that is there

@@ -8,7 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
-from helpers import ROOT, differing, tensors_of, train
+from helpers import differing, load_tool, tensors_of, train
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -158,10 +158,9 @@ def random_classifier(name):
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
+def convert(capsys):
     """convert(source, target): runs the tool, and returns the KEY VALUE pairs it prints."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import convert_torchvision
+    convert_torchvision = load_tool("convert_torchvision")
 
     def run(source, target, keep_names=False):
         capsys.readouterr()
