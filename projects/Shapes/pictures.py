@@ -144,7 +144,8 @@ def draw_scenes(path, dicts, columns, metadata):
 def _colour(key):
     if key.startswith("teacher"):
         return "#8a63d2"
-    return {"hr": "#444444", "lr": "#e07a1f", "student": "#1a9850"}.get(key, "#444444")
+    colours = {"hr": "#444444", "lr": "#e07a1f", "student": "#1a9850"}
+    return colours.get(key, "#2b7bba")
 
 
 def _place_labels(figure, axis, points, labels, colours):

@@ -27,9 +27,11 @@ NOTES = (
     "AP: mean ± standard deviation over the seeds. Against the control: mean of the differences of "
     "equal seeds ± their standard deviation, and how many of them are positive; the difference of "
     "the means, alone, for a checkpoint, the reference and what other rows start or learn from. "
-    "GMACs: multiply-adds of a test image, heads included. Training: its cost in steps of the "
-    "table's baseline, by the measured time of a step; in parentheses together with what made the "
-    "checkpoints it starts or learns from.\n"
+    "GMACs: multiply-adds of a test image, heads included.\n"
+)
+TRAINING = (
+    "Training: its cost in steps of the table's baseline, by the measured time of a step; in "
+    "parentheses together with what made the checkpoints it starts or learns from.\n"
 )
 
 
@@ -105,6 +107,8 @@ def markdown(grid, cells, results):
                 titles = {k: grid.rows[definition[k]].title for k in ("baseline", "reference")}
                 parts.append(GAP.format(**titles))
     parts += [NOTES] if parts else []
+    if any(baseline_step(grid, cells, results, definition) for definition in grid.tables):
+        parts.append(TRAINING)
     machines = dict.fromkeys(cell["machine"] for cell in results["cells"].values())
     data = ", ".join(f"{name} {value}" for name, value in grid.data.items())
     parts.append(f"Data: {data}.\nMachine: {'; '.join(machines)}.\n")
