@@ -22,10 +22,10 @@ study: .venv/.ready ## every method against every control on several seeds, in h
 	$(RUN) projects/Shapes/study.py $(ARGS)
 
 # More threads than that only get in each other's way in models as small as those of the tests.
-test: .venv/.ready ## run the tests that take seconds
+test: .venv/.ready ## run the tests, in minutes
 	OMP_NUM_THREADS=2 $(RUN) -m pytest -m "not long" tests
 
-test-long: .venv/.ready ## run the tests that train for minutes
+test-long: .venv/.ready ## run those that take minutes each
 	OMP_NUM_THREADS=2 $(RUN) -m pytest -m long tests
 
 lint: .venv/.ready ## check the style of the code

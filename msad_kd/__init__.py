@@ -1,4 +1,4 @@
-"""Low-resolution detectors as good as high-resolution ones, by distillation, on Detectron2."""
+"""Low-resolution detectors that learn from high- and multi-resolution teachers, on Detectron2."""
 
 from msad_kd import backbone, swin, torchvision_backbone  # noqa: F401  they register backbones
 from msad_kd.checkpoint import init_from_teacher

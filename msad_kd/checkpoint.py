@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -20,10 +21,16 @@ __all__ = [
     "export_weights",
     "init_from_teacher",
     "load_strictly",
+    "read_file",
+    "read_model",
+    "save_model",
 ]
 
 # What distillation adds to a student's parameters, and no exported model has.
 TRAINING_PREFIX = "distiller."
+
+# What torch.load raises, depending on how a file is broken or what it is instead of a checkpoint.
+UNREADABLE = (EOFError, KeyError, RuntimeError, pickle.UnpicklingError)
 
 
 class _StrictCheckpointer(DetectionCheckpointer):
@@ -41,7 +48,7 @@ class _StrictCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename):
         try:
             return super()._load_file(filename)
-        except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"the checkpoint '{self.file}' for {self.config} cannot be read ({error})"
             ) from error
@@ -73,7 +80,9 @@ def check_exists(path: str, purpose: str) -> None:
         InputError: if the path is empty or there is no such file.
     """
     if not path:
-        raise InputError(f"no checkpoint is named for {purpose}; set MODEL.WEIGHTS")
+        raise InputError(
+            f"no checkpoint is named for {purpose}; give its path (in a config, MODEL.WEIGHTS)"
+        )
     # Addresses of other kinds (https://, detectron2://) are fetched when they are read.
     if "://" not in path and not PathManager.isfile(path):
         raise InputError(
@@ -126,28 +135,57 @@ def init_from_teacher(
     return kept
 
 
+def read_file(path: str) -> Any:
+    """What a file of ``torch.save``'s holds, on the CPU.
+
+    Raises:
+        InputError: if there is no such file, or it holds more than tensors, or nothing readable.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"the file '{path}' does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise InputError(f"the file '{path}' cannot be read as a checkpoint ({error})") from error
+
+
+def read_model(path: str) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint of Detectron2's, on the CPU.
+
+    Raises:
+        InputError: as ``read_file``, and if the file holds no model.
+    """
+    contents = read_file(path)
+    if not isinstance(contents, dict) or "model" not in contents:
+        raise InputError(f"'{path}' is no checkpoint of Detectron2's: it has no 'model'")
+    return contents["model"]
+
+
+def save_model(state: dict[str, torch.Tensor], path: str) -> None:
+    """Write a state dict as Detectron2 reads it; the file is complete or it isn't there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = f"{path}.part"
+    torch.save({"model": state}, part)
+    os.replace(part, path)
+
+
 def export_weights(source: str, target: str, *, half: bool = False) -> None:
     """Write a model alone, without optimizer, iteration and ``distiller``, for stock Detectron2.
 
     Args:
         source: a training checkpoint.
-        target: the file to write; it is complete or it isn't there.
+        target: the file to write.
         half: store floating-point weights in fp16 (loading converts them back), but for those
             beyond its range.
 
     Raises:
-        InputError: if the file holds no model.
+        InputError: as ``read_model``.
     """
-    contents = torch.load(source, map_location="cpu", weights_only=True)
-    if not isinstance(contents, dict) or "model" not in contents:
-        raise InputError(f"'{source}' is no checkpoint of Detectron2's: it has no 'model'")
-    state = contents["model"]
+    state = read_model(source)
     state = {k: v for k, v in state.items() if not k.startswith(TRAINING_PREFIX)}
     if half:
         state = {k: _halved(v) for k, v in state.items()}
-    part = f"{target}.part"
-    torch.save({"model": state}, part)
-    os.replace(part, target)
+    save_model(state, target)
 
 
 def _halved(value: torch.Tensor) -> torch.Tensor:

@@ -139,6 +139,7 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.FCOS = CN()
     # Without the background.
     cfg.MODEL.FCOS.NUM_CLASSES = 80
+    # The levels that its head reads, from fine to coarse.
     cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     # Convolutions in each tower, those that predict aside, and their normalisation.
     cfg.MODEL.FCOS.NUM_CONVS = 4
@@ -148,6 +149,7 @@ def _add_model_keys(cfg: CN) -> None:
     # A location is positive when it is nearer to a box's centre than this, in strides, along both
     # axes.
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    # The weight of positive locations, and the exponent by which easy ones count less.
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
     # A detection's score is sqrt(class score x centerness), on which this threshold acts: 0.2 is

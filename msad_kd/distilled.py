@@ -103,6 +103,7 @@ class DistilledMixin:
 
     @property
     def teacher(self) -> Teacher | None:
+        """What ``attach_teacher`` has given it; None before."""
         return self._teacher[0] if self._teacher else None
 
     def forward(self, batched_inputs: list[dict]):

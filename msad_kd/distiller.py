@@ -135,7 +135,7 @@ class Distiller(nn.Module):
             ``loss_kd_<name>``, weighted, for each loss.
 
         Raises:
-            InputError: if the maps of a pair differ in shape.
+            InputError: if the maps of a pair differ in shape, or a loss refuses its fields or maps.
         """
         losses: dict[str, torch.Tensor] = {}
         adapted = {level: adapter(student[level]) for level, adapter in self.adapters.items()}
@@ -153,7 +153,7 @@ class Distiller(nn.Module):
                         "(images, channels, height, width) and cannot be compared"
                     )
                 parts = [self.parts[term.name][level]] if term.name in self.parts else []
-                value = term.function(s, t, *parts, **term.arguments)
+                value = self._evaluate(term, level, (s, t, *parts))
                 self._values[f"{term.name}_{level}"] = value.detach()
                 total = total + value
                 if due:
@@ -161,6 +161,13 @@ class Distiller(nn.Module):
             key = f"loss_kd_{term.name}"
             losses[key] = losses.get(key, 0.0) + term.weight_at(iteration) * total
         return losses
+
+    @staticmethod
+    def _evaluate(term: LossTerm, level: str, maps: tuple) -> torch.Tensor:
+        try:
+            return term.function(*maps, **term.arguments)
+        except ValueError as error:  # of a field's value, or of maps too small for it
+            raise InputError(f"KD.LOSSES: '{term.name}' on level {level}: {error}") from error
 
     @torch.no_grad()
     def _log(self, term: LossTerm, level: str, maps: tuple) -> None:

@@ -41,6 +41,7 @@ class LossTerm:
 
     @property
     def function(self) -> Callable:
+        """The loss itself, from the registry."""
         return DISTILL_LOSS_REGISTRY.get(self.name)
 
 

@@ -61,8 +61,8 @@ def ssim(
         k1, k2: the constants that keep both quotients away from 0 / 0.
         padding: "reflect" (mirror without repeating the border), "zero" or "valid" (windows inside
             the map alone: smaller result). They differ in value.
-        exponents: of l, c and s, not negative; 0 leaves a component out. A negative component
-            counts as 0 under a fractional exponent.
+        exponents: of l, c and s, not negative; 0 leaves a component out. Under a
+            fractional exponent a component below 1e-6 counts as 1e-6.
         reduction: "mean" over everything, or "none".
 
     Returns:

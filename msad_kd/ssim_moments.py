@@ -49,6 +49,7 @@ class Window:
 
     @classmethod
     def of(cls, x: torch.Tensor, window_size, sigma, data_range, k1, k2, padding) -> Window:
+        """The window for maps (..., H, W); it shrinks where they are too small for its size."""
         size = fitting_window(window_size, *x.shape[-2:], padding)
         return cls(size, sigma, (k1 * data_range) ** 2, (k2 * data_range) ** 2, padding)
 
@@ -64,6 +65,7 @@ class Window:
 
 
 def compute_dtype(x: torch.Tensor, y: torch.Tensor) -> torch.dtype:
+    """What both are computed in: fp32, or fp64 where one of them is."""
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 

@@ -6,7 +6,7 @@ Both kernels work on tiles. A tile is blurred by two matrix products with the pa
 matrices (``msad_kd.blur.blur_matrix``) that it needs, so the border, whatever its padding, and the
 adjoint, which takes the transpose, are in the matrices and not in the kernels. In between, the
 first kernel stores three maps for the second (four where both inputs want a gradient). The names
-and formulas are those of ``msad_kd.ssim``, where they are explained.
+and formulas are those of ``msad_kd.ssim_moments``, where they are explained.
 
 With the environment variable TRITON_INTERPRET=1, set before this is imported, the kernels run on a
 CPU, for tests.

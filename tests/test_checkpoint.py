@@ -1,12 +1,14 @@
 """Starting from a teacher, and weights for other programs."""
 
 import logging
+import runpy
+import sys
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from helpers import differing
+from helpers import ROOT, differing
 from torch import nn
 
 from msad_kd.checkpoint import check_exists, export_weights, init_from_teacher, load_strictly
@@ -123,8 +125,33 @@ def test_export_of_something_else(tmp_path):
         export_weights(str(tmp_path / "list.pth"), str(tmp_path / "model.pth"))
 
 
+def test_files_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="'nowhere.pth' does not exist"):
+        export_weights("nowhere.pth", str(tmp_path / "model.pth"))
+    (tmp_path / "short.pth").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(InputError, match="short.pth' cannot be read as a checkpoint"):
+        export_weights(str(tmp_path / "short.pth"), str(tmp_path / "model.pth"))
+    assert [path.name for path in tmp_path.iterdir()] == ["short.pth"]
+
+
+def test_the_export_tool(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export_model.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        runpy.run_path(str(ROOT / "tools" / "export_model.py"), run_name="__main__")
+
+    source, target = save(Net(extra=True), tmp_path / "train.pth"), tmp_path / "new" / "model.pth"
+    run(source, target, "--half")
+    state = torch.load(target, weights_only=True)["model"]
+    assert state.keys() == Net().state_dict().keys() and state["head.weight"].dtype == torch.half
+    assert f"{target}: 0.0 MiB" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        run("nowhere.pth", target)
+    assert "the file 'nowhere.pth' does not exist" in capsys.readouterr().err
+
+
 def test_no_checkpoint_named_or_there():
-    with pytest.raises(InputError, match="no checkpoint is named for the model; set MODEL.WEIGHTS"):
+    with pytest.raises(InputError, match="no checkpoint is named for the model; give"):
         check_exists("", "the model")
     with pytest.raises(InputError, match="'nowhere.pth' for the model does not exist"):
         check_exists("nowhere.pth", "the model")

@@ -3,10 +3,12 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances, polygons_to_bitmask
 from helpers import ROOT, coco_format
@@ -67,10 +69,10 @@ def stock(predictions):
     return evaluate(predictions, COCOEvaluator("evaluated_val", use_fast_impl=False))
 
 
-def perfect():
+def perfect(name="evaluated_val"):
     """The ground truth of each image as its prediction."""
     pairs = []
-    for entry in DatasetCatalog.get("evaluated_val"):
+    for entry in DatasetCatalog.get(name):
         size = entry["height"], entry["width"]
         objects = [each for each in entry["annotations"] if not each["iscrowd"]]
         x, y, width, height = torch.tensor([each["bbox"] for each in objects]).T
@@ -190,3 +192,18 @@ def test_an_absent_compiled_detectron2_is_noticed(monkeypatch):
 def test_an_unknown_implementation():
     with pytest.raises(InputError, match="'coco'; use auto or one of faster-coco-eval, detectron2"):
         build_config("", ["TEST.COCO_EVALUATOR", "coco"])
+
+
+def test_image_ids_that_are_no_integers(scenes, tmp_path):
+    folder = Path(scenes.OUTPUT_DIR) / "data"
+    content = json.loads((folder / "annotations/instances_val.json").read_text())
+    for entry in (*content["images"], *content["annotations"]):
+        key = "image_id" if "image_id" in entry else "id"
+        entry[key] = f"scene {entry[key]}"
+    (tmp_path / "named.json").write_text(json.dumps(content))
+    register_coco_instances("named", {}, str(tmp_path / "named.json"), str(folder / "val"))
+    if "faster-coco-eval" in INSTALLED:
+        with pytest.raises(InputError, match="'named': faster-coco-eval needs integers as image"):
+            MetricsEvaluator("named", implementation="faster-coco-eval")
+    found = evaluate(perfect("named"), MetricsEvaluator("named"))
+    assert found["bbox"]["AP"] == pytest.approx(100.0)

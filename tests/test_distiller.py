@@ -167,6 +167,20 @@ def test_unequal_shapes_name_both_levels():
         distiller({"name": "l1", "weight": 1.0})(student, teacher, 0)
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"padding": "mirror"}, "padding is 'mirror'; it must be one of"),
+        ({"rescale": "level"}, "scope is 'level'; it must be one of"),
+        ({"window_size": 4}, "window_size is 4; it must be odd"),
+        ({"exponents": [1, 1]}, r"exponents are \(1, 1\); give three"),
+    ],
+)
+def test_a_field_that_the_loss_refuses(field, words):
+    with pytest.raises(InputError, match=f"KD.LOSSES: 'ssim' on level p2: {words}"):
+        distiller({"name": "ssim", "weight": 1.0, **field})(*pyramids(1.0, 1.0, 1.0), 0)
+
+
 def keys(module):
     return sorted(module.state_dict())
 

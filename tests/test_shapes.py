@@ -327,6 +327,7 @@ def test_lock_is_given_back(tmp_path):
     "argument",
     [
         {"difficulty": 1.5},
+        {"hue_spread": 0.0},
         {"classes": 9},
         {"classes": 0},
         {"min_radius": 9.0, "max_radius": 8.0},

@@ -2,18 +2,19 @@
 
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
-from helpers import train
+from helpers import ROOT, load_tool, train
 from torch import nn
 
 from msad_kd import KDTrainer, build_config
 from msad_kd.checkpoint import init_from_teacher
+from msad_kd.errors import InputError
 from msad_kd.statistics import add_low_resolution_statistics, low_resolution_statistics
 
 SEPARATE = ("MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS", True)
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_each_resolution_updates_and_uses_its_own():
@@ -84,10 +85,22 @@ def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["precise.pth", "shared.pth"]
 
 
-def test_the_tool_without_a_checkpoint(config_files, tmp_path):
-    command = [sys.executable, str(ROOT / "tools/precise_statistics.py"), "--config-file"]
-    command += [str(config_files["teacher"]), "absent.pth", str(tmp_path / "target.pth")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "the checkpoint 'absent.pth' for SOURCE does not exist" in done.stderr
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("role", "keys", "words"),
+    [
+        ("teacher", None, "the file '.*source.pth' does not exist"),
+        ("lr", [], "lr.yaml' is no multi-resolution teacher"),
+        ("teacher", [], "does not fit the config .*keys of the model are absent"),
+    ],
+)
+def test_what_the_tool_cannot_do(role, keys, words, config_files, tmp_path):
+    source = tmp_path / "source.pth"
+    if keys is not None:
+        torch.save({"model": dict.fromkeys(keys, torch.zeros(1))}, source)
+    arguments = SimpleNamespace(
+        config_file=str(config_files[role]), batches=1, opts=[*map(str, SEPARATE)]
+    )
+    arguments.source, arguments.target = str(source), str(tmp_path / "target.pth")
+    with pytest.raises(InputError, match=words):
+        load_tool("precise_statistics").main(arguments)
+    assert not (tmp_path / "target.pth").exists()

@@ -8,12 +8,20 @@ from msad_kd.errors import InputError
 from msad_kd.setup import build_config
 from projects.Shapes.cells import changed_keys, make_cells
 from projects.Shapes.grid import read_grid
-from projects.Shapes.study import choose, parse_arguments
+from projects.Shapes.jobs import DemoError, Screen
+from projects.Shapes.study import choose, make_data, parse_arguments
 
 
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+def test_other_data_in_the_folder_is_not_replaced_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    make_data({"train": 2, "val": 1}, False, Screen())
+    with pytest.raises(DemoError, match=r"other arguments.*--overwrite.*DETECTRON2_DATASETS"):
+        make_data({"train": 1, "val": 1}, False, Screen())
 
 
 def content():

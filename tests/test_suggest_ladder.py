@@ -153,6 +153,13 @@ def test_arguments_that_do_not_do(tool, pool, arguments, words):
         tool(*pool["student"], *pool["fused"], *pool["output"], *arguments)
 
 
+@pytest.mark.parametrize("option", ["--images", "--cells", "--iterations"])
+def test_numbers_that_are_none(tool, pool, option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tool(*pool["student"], *pool["fused"], *pool["output"], option, "0")
+    assert f"{option}: 0 is below 1" in capsys.readouterr().err
+
+
 def test_files_that_do_not_do(tool, pool):
     def run(*teacher, student=None):
         tool(*(student or pool["student"]), *teacher, *pool["output"])

@@ -293,7 +293,7 @@ def test_weights_that_cannot_be_converted(tmp_path):
         second = torchvision.models.swin_v2_t(weights=None).state_dict()
     with pytest.raises(InputError, match="Swin V2"):
         convert_torchvision(second, "BGR")
-    assert "'gone.pth' do not exist" in convert("gone.pth", tmp_path / "x.pth").stderr
+    assert "'gone.pth' does not exist" in convert("gone.pth", tmp_path / "x.pth").stderr
     (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 cut short")
     assert "cannot be read" in convert(tmp_path / "broken.pth", tmp_path / "x.pth").stderr
 

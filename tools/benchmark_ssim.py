@@ -221,6 +221,8 @@ def summary(rows):
 def markdown(content):
     facts = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
     lines = [
+        "# SSIM: forward and backward against four other implementations",
+        "",
         f"Machine: {facts}.",
         "",
         "Time of the fastest peer of the same padding over ours, and the least memory of a peer "

@@ -10,32 +10,22 @@ What it writes is MODEL.WEIGHTS of configs/COCO/*_Swin_T_*.yaml. What it reads i
 
 import argparse
 import os
-import pickle
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import torch
-
+from msad_kd.checkpoint import read_file, save_model
 from msad_kd.errors import InputError
 from msad_kd.swin import convert_torchvision
 
 
 def main(args):
-    if not os.path.isfile(args.source):
-        raise InputError(f"the weights '{args.source}' do not exist")
-    try:
-        state = torch.load(args.source, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"the weights '{args.source}' cannot be read ({error})") from error
+    state = read_file(args.source)
     try:
         converted = convert_torchvision(state, args.format)
     except InputError as error:
         raise InputError(f"'{args.source}': {error}") from error
-    os.makedirs(os.path.dirname(args.target) or ".", exist_ok=True)
-    part = f"{args.target}.part"
-    torch.save({"model": converted}, part)
-    os.replace(part, args.target)  # the file is complete or it isn't there
+    save_model(converted, args.target)
     print(f"{args.target}: {len(converted)} weights and buffers, for {args.format} images")
 
 

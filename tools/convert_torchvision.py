@@ -18,7 +18,6 @@ left out.
 
 import argparse
 import os
-import pickle
 import re
 import sys
 
@@ -26,6 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
+from msad_kd.checkpoint import read_file, save_model
 from msad_kd.errors import InputError
 
 BACKBONE = "backbone.bottom_up."
@@ -89,19 +89,12 @@ def convert(state: dict, keep_names: bool) -> tuple[dict, list[str]]:
 
 
 def main(args):
-    if not os.path.isfile(args.source):
-        raise InputError(f"the checkpoint '{args.source}' does not exist")
-    try:
-        state = torch.load(args.source, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"'{args.source}' cannot be read ({error})") from error
+    state = read_file(args.source)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise InputError(f"'{args.source}' is no state_dict of torchvision's")
     renamed, settings = convert(state, args.keep_names)
-    part = f"{args.target}.part"
-    torch.save({"model": renamed}, part)
-    os.replace(part, args.target)  # the file is complete or it isn't there
+    save_model(renamed, args.target)
     print(f"{args.target}: {len(renamed)} tensors. The config needs", *settings, sep="\n    ")
     print(f"    MODEL.WEIGHTS {args.target}")
 

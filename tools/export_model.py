@@ -21,8 +21,6 @@ if __name__ == "__main__":
     parser.add_argument("target", help="the file to write")
     parser.add_argument("--half", action="store_true", help="store the weights in fp16")
     arguments = parser.parse_args()
-    if not os.path.isfile(arguments.source):
-        parser.error(f"the checkpoint '{arguments.source}' does not exist")
     try:
         export_weights(arguments.source, arguments.target, half=arguments.half)
     except InputError as error:

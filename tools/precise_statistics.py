@@ -18,25 +18,26 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from arguments import positive
 from fvcore.nn.precise_bn import update_bn_stats
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
-from msad_kd.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint import load_strictly, read_model, save_model
 from msad_kd.multi_resolution import MultiResolutionMixin
 from msad_kd.statistics import LOW_SUFFIX, low_resolution_statistics
 
 
 def main(args):
-    check_exists(args.source, "SOURCE")
+    state = read_model(args.source)
     cfg = build_config(args.config_file, args.opts)
     model = KDTrainer.build_model(cfg)
     if not isinstance(model, MultiResolutionMixin):
         raise InputError(f"'{args.config_file}' is no multi-resolution teacher")
-    state = torch.load(args.source, map_location="cpu", weights_only=True)["model"]
     for key in model.state_dict():
-        if key.endswith(LOW_SUFFIX):
-            state.setdefault(key, state[key.removesuffix(LOW_SUFFIX)])
+        # What lacks the other key, too, is told by load_strictly.
+        if key.endswith(LOW_SUFFIX) and (shared := key.removesuffix(LOW_SUFFIX)) in state:
+            state.setdefault(key, state[shared])
     with tempfile.TemporaryDirectory() as folder:
         completed = os.path.join(folder, os.path.basename(args.source))
         torch.save({"model": state}, completed)
@@ -51,15 +52,15 @@ def main(args):
         low = (model.low_resolution_batch(x, model.preprocess_image(x).tensor) for x in batches)
         with low_resolution_statistics(model.backbone):
             update_bn_stats(model.backbone, tqdm(low, total=args.batches), args.batches)
-    part = f"{args.target}.part"
-    torch.save({"model": model.state_dict()}, part)
-    os.replace(part, args.target)  # the file is complete or it isn't there
+    save_model(model.state_dict(), args.target)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config-file", required=True, help="the teacher's config")
-    parser.add_argument("--batches", type=int, default=200, help="training batches to average over")
+    parser.add_argument(
+        "--batches", type=positive, default=200, help="training batches to average over"
+    )
     parser.add_argument("source", help="a teacher's checkpoint")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from arguments import positive
 from feature_files import Measurement
 from ladder_pool import STUDENT, Entry, build_student, evaluate, known_aps, read_teachers
 from ladder_report import report
@@ -76,14 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=AP",
         help="a teacher's box AP; else TEST.EXPECTED_RESULTS of its config, else it is evaluated",
     )
-    parser.add_argument("--images", type=int, default=2000, help="training images (default: 2000)")
+    parser.add_argument(
+        "--images", type=positive, default=2000, help="training images (default: 2000)"
+    )
     parser.add_argument(
         "--cells",
-        type=int,
+        type=positive,
         default=64,
         help="cells of each image and level, as far as a gigabyte a model takes (default: 64)",
     )
-    parser.add_argument("--iterations", type=int, help="of each stage; else SOLVER.MAX_ITER")
+    parser.add_argument("--iterations", type=positive, help="of each stage; else SOLVER.MAX_ITER")
     parser.add_argument("--seed", type=int, default=0, help="of images, cells and the interval")
     parser.add_argument("--output", default="output/suggest_ladder", help="the folder to write")
     parser.add_argument(
