@@ -42,6 +42,7 @@ def setup(args):
 
 
 def main(args):
+    """What each process does: train, resume or evaluate, as the command line and the config say."""
     cfg = setup(args)
     if args.eval_only:
         check_augmentation(cfg)

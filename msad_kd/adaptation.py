@@ -45,6 +45,7 @@ class AffineMap(NamedTuple):
     offset: torch.Tensor  # (D,), the target's mean on the training split
 
     def __call__(self, source: torch.Tensor) -> torch.Tensor:
+        """What the map makes of cells (cells, channels), in double precision."""
         return (source.double() - self.mean) @ self.weight + self.offset
 
 

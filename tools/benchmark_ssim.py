@@ -44,6 +44,7 @@ PACKAGES = ["torch", "kornia", "torchmetrics", "pytorch-msssim", "piqa"]
 
 
 def piqa(x, y, padding):
+    """PIQA's mean similarity of each channel by itself."""
     kernel = gaussian_kernel(11, 1.5).to(x).repeat(x.shape[1], 1, 1)
     return piqa_ssim(x, y, kernel, padding=padding)[0].mean()
 
@@ -63,6 +64,7 @@ PEERS = {
 
 
 def synchronise(x):
+    """Waits until what was begun on the device of x is done."""
     if x.is_cuda:
         torch.cuda.synchronize()
 
@@ -113,6 +115,7 @@ def spread(values):
 
 
 def maps(args, device, dtype, shape):
+    """Two random maps (N, C, H, W) in [0, 1), the first of which wants a gradient."""
     generator = torch.Generator().manual_seed(0)
     size = args.batch, args.channels, *map(int, shape.split("x"))
     x, y = (torch.rand(size, generator=generator).to(device, dtype) for _ in range(2))
@@ -182,6 +185,7 @@ def measure_blurs(args, shape, padding):
 
 
 def machine():
+    """What the numbers depend on: processor or GPU, threads, versions."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         name = next(line.split(":")[1] for line in text.splitlines() if "model name" in line)
@@ -219,6 +223,7 @@ def summary(rows):
 
 
 def markdown(content):
+    """The report on what `main` has measured."""
     facts = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
     lines = [
         "# SSIM: forward and backward against four other implementations",
@@ -275,6 +280,7 @@ def markdown(content):
 
 
 def same_place(row, other):
+    """Whether two rows are of one cell of the tables, so that the later replaces the other."""
     keys = ("device", "dtype", "maps", "shape", "padding", "peer")
     return all(row.get(key) == other.get(key) for key in keys)
 
@@ -285,6 +291,7 @@ def merged(old, new):
 
 
 def main(args):
+    """Measures every case in turn, and writes or prints the report."""
     if args.quick:
         args.shapes, args.dtypes = ["7x11", "13x21"], ["float32"]
         args.rounds, args.channels, args.devices = 2, 16, ["cpu"]

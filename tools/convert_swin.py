@@ -20,6 +20,7 @@ from msad_kd.swin import convert_torchvision
 
 
 def main(args):
+    """Converts the file; an InputError says what it is not."""
     state = read_file(args.source)
     try:
         converted = convert_torchvision(state, args.format)

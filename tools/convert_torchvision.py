@@ -39,6 +39,7 @@ DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34, (3, 4, 23, 3): 101, (3, 8, 36, 3):
 
 
 def is_resnet(state: dict) -> bool:
+    """Whether these are the weights of a ResNet of torchvision's."""
     return {"conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"} <= state.keys()
 
 
@@ -89,6 +90,7 @@ def convert(state: dict, keep_names: bool) -> tuple[dict, list[str]]:
 
 
 def main(args):
+    """Converts the file, and prints what a config needs for it."""
     state = read_file(args.source)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):

@@ -313,6 +313,7 @@ def install(sdist: Path | None = None, wheel_dir: Path | None = None) -> str:
 
 
 def main() -> int:
+    """Installs Detectron2, or only writes its wheel; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sdist", type=Path, help=f"{PROJECT}-{VERSION}.tar.gz, if at hand")
     parser.add_argument("--wheel-dir", type=Path, help="only write the wheel into this folder")

@@ -29,6 +29,7 @@ from msad_kd.statistics import LOW_SUFFIX, low_resolution_statistics
 
 
 def main(args):
+    """Averages over training batches, first at high and then at low resolution."""
     state = read_model(args.source)
     cfg = build_config(args.config_file, args.opts)
     model = KDTrainer.build_model(cfg)

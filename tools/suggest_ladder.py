@@ -47,6 +47,7 @@ def ladder_stages(order: list[str], entries: list[Entry], settings: dict) -> lis
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--student",
@@ -96,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args):
+    """Measures the costs between all models, and writes the report and the stages."""
     config_file, weights, *rest = args.student + [""] * (2 - len(args.student))
     if rest:
         raise InputError("--student: give CONFIG and, if there are any, WEIGHTS")

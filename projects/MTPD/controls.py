@@ -33,6 +33,7 @@ def stock_name(name: str) -> str:
 
 
 def main(args):
+    """Writes the controls' configs beside one another; an InputError says what the ladder lacks."""
     # As it stands in the file: each run scales its schedule to its processes.
     cfg = build_config(args.ladder, ["SOLVER.REFERENCE_WORLD_SIZE", 0])
     stages, solver = cfg.KD.LADDER.STAGES, cfg.SOLVER

@@ -52,6 +52,7 @@ class Cell:
 
     @property
     def title(self):
+        """The row and, where there are several, the seed, as people read them."""
         return f"{self.row.name}, seed {self.seed}" if self.row.seeds else self.row.name
 
 

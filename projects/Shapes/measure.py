@@ -178,6 +178,7 @@ def steps(rows, folder):
 
 
 def main():
+    """Does the task that the first argument describes, as JSON; see `plan.measuring_job`."""
     task = json.loads(sys.argv[1])
     folder = Path(task.pop("folder"))
     folder.mkdir(parents=True, exist_ok=True)
