@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, load_tool
+
+from msad_kd.errors import InputError
 
 
 def test_quick_run(tmp_path):
@@ -41,6 +43,26 @@ def test_quick_run(tmp_path):
         assert min(ratios) - slack <= row["geometric_mean"] <= max(ratios) + slack
     text = (tmp_path / "ssim.md").read_text()
     assert text.count("| cannot |") == 3 and "| cuda | | | not measured |" in text
+
+
+def test_rows_are_replaced_and_added_on_one_machine_only(tmp_path):
+    tool, path = load_tool("ssim_benchmark_report"), tmp_path / "ssim.md"
+
+    def content(shape, ratio, cpu="this"):
+        row = {"device": "cpu", "dtype": "float32", "maps": 4, "padding": "zero", "peer": "piqa"}
+        row |= {"shape": shape, "ratio": [ratio] * 3, "ours_ms": [1.0] * 3, "peer_ms": [ratio] * 3}
+        row |= {"ours_kept": 1.0, "peer_kept": 5.0}
+        return {"machine": {"cpu": cpu}, "rows": [row], "blurs": []}
+
+    tool.write(path, content("13x21", 2.0))
+    tool.write(path, content("7x11", 4.0), add=True)
+    text = tool.write(path, content("13x21", 1.0), add=True)
+    assert text == path.read_text() and "| 1.00x, 13x21 | 2.00x | 5.0x |" in text
+    rows = json.loads(path.with_suffix(".json").read_text())["rows"]
+    assert [(row["shape"], row["ratio"][0]) for row in rows] == [("7x11", 4.0), ("13x21", 1.0)]
+    with pytest.raises(InputError, match="ssim.json' was measured elsewhere: {'cpu': 'this'}"):
+        tool.write(path, content("7x11", 9.0, cpu="other"), add=True)
+    assert path.read_text() == text
 
 
 def same(row, group, shape):

@@ -13,7 +13,6 @@ too where it holds them, in units of one fp32 input. Writes Markdown, and JSON o
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -31,10 +30,12 @@ from kornia.losses import ssim_loss as kornia_loss
 from piqa.ssim import ssim as piqa_ssim
 from piqa.utils.functional import gaussian_kernel
 from pytorch_msssim import ssim as msssim_ssim
+from ssim_benchmark_report import markdown, write
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from msad_kd import blur
+from msad_kd.errors import InputError
 from msad_kd.ssim import ssim_loss
 
 # H and W of P2 to P6 at strides 4 to 64.
@@ -197,99 +198,6 @@ def machine():
     return {**result, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
 
 
-def summary(rows):
-    """Per device, dtype and padding: what ours gains over the fastest peer, and in memory."""
-    groups = {}
-    for row in rows:
-        if "ratio" in row:
-            groups.setdefault((row["device"], row["dtype"], row["padding"]), []).append(row)
-    result = []
-    for key, group in sorted(groups.items()):
-        fastest = {}
-        for row in group:
-            best = fastest.setdefault(row["shape"], row["ratio"][0])
-            fastest[row["shape"]] = min(best, row["ratio"][0])
-        least = min(fastest, key=fastest.get)
-        result.append(
-            {
-                **dict(zip(("device", "dtype", "padding"), key)),
-                "least": fastest[least],
-                "least_shape": least,
-                "geometric_mean": statistics.geometric_mean(fastest.values()),
-                "least_memory": min(row["peer_kept"] / row["ours_kept"] for row in group),
-            }
-        )
-    return result
-
-
-def markdown(content):
-    """The report on what `main` has measured."""
-    facts = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
-    lines = [
-        "# SSIM: forward and backward against four other implementations",
-        "",
-        f"Machine: {facts}.",
-        "",
-        "Time of the fastest peer of the same padding over ours, and the least memory of a peer "
-        "over ours:",
-        "",
-        "| device | dtype | padding | least, at | geometric mean | memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in summary(content["rows"]):
-        lines.append(
-            "| {device} | {dtype} | {padding} | {least:.2f}x, {least_shape} | "
-            "{geometric_mean:.2f}x | {least_memory:.1f}x |".format(**row)
-        )
-    if not any(row["device"] == "cuda" for row in content["rows"]):
-        lines.append("| cuda | | | not measured | not measured | not measured |")
-    lines += [
-        "",
-        "Forward and backward, median of the rounds; ratio peer / ours with quartiles; memory kept "
-        "in units of one fp32 input:",
-        "",
-        "| device | dtype | maps | padding | peer | ours ms | peer ms | ratio | ours kept | kept |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in content["rows"]:
-        start = "| {device} | {dtype} | {maps} x {shape} | {padding} | {peer} | ".format(**row)
-        if "cannot" in row:
-            lines.append(f"{start}| cannot | | | |")
-            continue
-        middle, low, high = row["ratio"]
-        lines.append(
-            f"{start}{row['ours_ms'][0]:.2f} | {row['peer_ms'][0]:.2f} | "
-            f"{middle:.2f} ({low:.2f} to {high:.2f}) | {row['ours_kept']:.2f} | "
-            f"{row['peer_kept']:.1f} |"
-        )
-    if content["blurs"]:
-        lines += [
-            "",
-            "Ours with either blur on a CPU, fp32:",
-            "",
-            "| maps | padding | matrix ms | conv ms | conv / matrix |",
-            "|---|---|---|---|---|",
-        ]
-    for row in content["blurs"]:
-        middle, low, high = row["conv_over_matrix"]
-        lines.append(
-            "| {maps} x {shape} | {padding} | {matrix_ms:.2f} | {conv_ms:.2f} | ".format(**row)
-            + f"{middle:.2f} ({low:.2f} to {high:.2f}) |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def same_place(row, other):
-    """Whether two rows are of one cell of the tables, so that the later replaces the other."""
-    keys = ("device", "dtype", "maps", "shape", "padding", "peer")
-    return all(row.get(key) == other.get(key) for key in keys)
-
-
-def merged(old, new):
-    """The old rows, those that were measured again replaced."""
-    return [row for row in old if not any(same_place(row, other) for other in new)] + new
-
-
 def main(args):
     """Measures every case in turn, and writes or prints the report."""
     if args.quick:
@@ -317,28 +225,8 @@ def main(args):
             content["blurs"] += [measure_blurs(args, shape, padding) for padding in PEERS]
     if args.output is None:
         print(markdown(content))
-        return
-    path = Path(args.output)
-    data = path.with_suffix(".json")
-    if args.add and data.exists():
-        old = json.loads(data.read_text())
-        if old["machine"] != content["machine"]:
-            raise SystemExit(f"'{data}' was measured elsewhere: {old['machine']}")
-        content["rows"] = merged(old["rows"], content["rows"])
-        content["blurs"] = merged(old["blurs"], content["blurs"])
-    order = {name: i for i, name in enumerate(SHAPES)}
-    for key in ("rows", "blurs"):
-        content[key].sort(
-            key=lambda row: (
-                *(row.get("device", ""), row.get("dtype", ""), order.get(row["shape"], -1)),
-                *(row["padding"], row.get("peer", "")),
-            )
-        )
-    content["summary"] = summary(content["rows"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(content))
-    print(path.with_suffix(".md").read_text())
+    else:
+        print(write(Path(args.output), content, add=args.add))
 
 
 if __name__ == "__main__":
@@ -354,4 +242,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", metavar="FILE.md", help="write there, and FILE.json")
     parser.add_argument("--add", action="store_true", help="keep FILE.json's other rows")
     parser.add_argument("--quick", action="store_true", help="two small maps on the CPU, 2 rounds")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except InputError as error:
+        parser.error(str(error))
