@@ -21,12 +21,15 @@ demo-full: .venv/.ready ## the same at full length
 study: .venv/.ready ## every method against every control on several seeds, in hours; resumable
 	$(RUN) projects/Shapes/study.py $(ARGS)
 
-# More threads than that only get in each other's way in models as small as those of the tests.
+# A process a core, up to four, each with the tests of whole files, as these share what they train.
+# More than one thread only gets in the others' way in models as small as those of the tests.
+TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: .venv/.ready ## run the tests, in minutes
-	OMP_NUM_THREADS=2 $(RUN) -m pytest -m "not long" tests
+	$(TEST) -m "not long" tests
 
 test-long: .venv/.ready ## run those that take minutes each
-	OMP_NUM_THREADS=2 $(RUN) -m pytest -m long tests
+	$(TEST) -m long tests
 
 lint: .venv/.ready ## check the style of the code
 	$(RUN) -m ruff check .
