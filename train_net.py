@@ -8,15 +8,15 @@ import sys
 # For --import: Python looks beside this file by itself, but not where it was started.
 sys.path.insert(0, os.getcwd())
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from msad_kd import KDTrainer
-from msad_kd.checkpoint import load_strictly
 from msad_kd.errors import InputError, input_error_of
 from msad_kd.ladder import run_ladder
 from msad_kd.launch import launch
@@ -29,8 +29,6 @@ def setup(args):
     for module in args.imports:
         import_module(module)
     cfg = build_config(args.config_file, args.opts)
-    if args.eval_only:
-        cfg.KD.LOSSES = []  # so that a student is evaluated without its teacher's config at hand
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="msad_kd")
@@ -46,15 +44,14 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         check_augmentation(cfg)
-        model = KDTrainer.build_model(cfg)
-        if args.resume:
-            checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=True)
-        else:
-            load_strictly(model, cfg.MODEL.WEIGHTS, f"the config '{args.config_file}'")
+        weights = cfg.MODEL.WEIGHTS
+        if args.resume:  # the last checkpoint, where there is one
+            weights = Checkpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file() or weights
+        model = KDTrainer.load_model(cfg, weights, f"the config '{args.config_file}'")
         results = KDTrainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
-            results.update(KDTrainer.test_with_TTA(cfg, model))
+            for name, found in KDTrainer.test_with_TTA(cfg, model).items():
+                results[name] = {**results.get(name, {}), **found}  # tasks, or data sets of tasks
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

@@ -17,7 +17,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
-from msad_kd.checkpoint import check_exists, init_from_teacher
+from msad_kd.checkpoint import check_exists, init_from_teacher, load_strictly
 from msad_kd.classes import check_classes, is_a, number_of_classes
 from msad_kd.data import TwoResolutionMapper, jitter_arguments
 from msad_kd.distilled import DistilledMixin, attach_teacher
@@ -104,6 +104,20 @@ def check_augmentation(cfg: CfgNode) -> None:
         )
 
 
+def check_precise_bn(cfg: CfgNode) -> None:
+    """Check that TEST.PRECISE_BN, when it is enabled, can be done with the config's model.
+
+    Raises:
+        InputError: if the model normalises two resolutions in one pass, which fvcore refuses.
+    """
+    if cfg.TEST.PRECISE_BN.ENABLED and is_a(cfg, MultiResolutionMixin):
+        raise InputError(
+            f"TEST.PRECISE_BN.ENABLED is True, but the statistics of a "
+            f"{cfg.MODEL.META_ARCHITECTURE} are of two resolutions; set it to False, and recompute "
+            "them after the training with tools/precise_statistics.py"
+        )
+
+
 class KDTrainer(DefaultTrainer):
     """Trains students, multi-resolution teachers and stock detectors alike.
 
@@ -113,8 +127,15 @@ class KDTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         check_augmentation(cfg)
+        check_precise_bn(cfg)
         if _is_student(cfg):
             teacher_config(cfg)  # its mistakes are told before the data are read
+        elif cfg.KD.TEACHER.CONFIG_FILE:
+            logging.getLogger(__name__).warning(
+                "KD.TEACHER is not used: a %s is trained without distillation (DistilledRCNN and "
+                "the like are the students)",
+                cfg.MODEL.META_ARCHITECTURE,
+            )
         with ddp_on_cpu() if cfg.MODEL.DEVICE == "cpu" else contextlib.nullcontext():
             super().__init__(cfg)
         self.teacher = attach_teacher(self._trainer.model, cfg) if _is_student(cfg) else None
@@ -228,7 +249,7 @@ class KDTrainer(DefaultTrainer):
         """Evaluate with the test-time augmentation of TEST.AUG.
 
         Returns:
-            as ``test``, with "_TTA" after each task's name.
+            as ``test``, so by data set where there are several, with "_TTA" after each task's name.
 
         Raises:
             InputError: as ``check_augmentation``.
@@ -238,4 +259,32 @@ class KDTrainer(DefaultTrainer):
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
-        return {f"{task}_TTA": metrics for task, metrics in results.items()}
+        if len(cfg.DATASETS.TEST) > 1:
+            return {name: _renamed(tasks) for name, tasks in results.items()}
+        return _renamed(results)
+
+    @classmethod
+    def load_model(cls, cfg: CfgNode, weights: str | None, told: str) -> nn.Module:
+        """The model of a config as it is evaluated, with a checkpoint that fits to the last key.
+
+        Nothing is needed, built or loaded of what a student has for its training alone.
+
+        Args:
+            cfg: of the model.
+            weights: of the checkpoint; None leaves the model as it is initialised.
+            told: what the config is, for the message.
+
+        Raises:
+            InputError: as ``load_strictly``.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.KD.LOSSES = []
+        model = cls.build_model(cfg)
+        if weights is not None:
+            load_strictly(model, weights, told)
+        return model.eval()
+
+
+def _renamed(results: dict) -> dict:
+    return {f"{task}_TTA": metrics for task, metrics in results.items()}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT, load_tool
 
 from msad_kd import KDTrainer
@@ -49,6 +50,15 @@ def test_a_student_sees_noise_without_weights(config_files, tmp_path, capsys):
     assert costs["side"] == "32" and costs["gmacs"]["RoI heads"] > 0
     assert "weights random: the model sees 32 px" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json"]
+
+
+def test_an_exported_student_lacks_the_parts_of_its_losses(config, config_files, tmp_path, capsys):
+    weights = tmp_path / "exported.pth"
+    torch.save({"model": KDTrainer.build_model(config("lr")).state_dict()}, weights)
+    arguments = ["--config-file", str(config_files["student"]), "--weights", str(weights)]
+    losses = ["KD.LOSSES", "[{'name': 'mgd', 'weight': 1.0}]", "KD.TEACHER.CONFIG_FILE", "no.yaml"]
+    load_tool("analyze_model").main([*arguments, "--image-size", "64", "128", *losses])
+    assert f"weights of '{weights}'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,15 @@ def test_eval_only(trained, config_files, tmp_path):
         assert both[task] == pytest.approx(plain[task], nan_ok=True)
 
 
+def test_of_several_data_sets(trained, config_files, tmp_path):
+    options = ["MODEL.WEIGHTS", trained / "model_final.pth", *AUGMENTED]
+    sets = ["DATASETS.TEST", "('tiny_val', 'tiny_train')"]
+    results = evaluate(config_files["lr"], tmp_path, *options, *sets)
+    assert results.keys() == {"tiny_val", "tiny_train"}
+    for tasks in results.values():
+        assert tasks.keys() == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+
+
 @pytest.mark.parametrize(
     ("role", "options", "named"),
     [

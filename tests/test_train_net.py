@@ -166,14 +166,14 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(
     assert differing(state, whole.model.state_dict()) == []
 
 
-def evaluate(config_file, folder, weights):
+def evaluate(config_file, folder, weights, *flags):
     """The results of --eval-only, in this process, with a teacher that does not exist."""
     arguments = [
         *("--eval-only", "--config-file", str(config_file), "MODEL.WEIGHTS", str(weights)),
         *("KD.TEACHER.WEIGHTS", "nowhere.pth", "KD.TEACHER.CONFIG_FILE", "nowhere.yaml"),
         *("OUTPUT_DIR", str(folder)),
     ]
-    args = default_argument_parser().parse_args(arguments)
+    args = default_argument_parser().parse_args([*flags, *arguments])
     args.imports = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("a teacher was built"))
@@ -206,6 +206,20 @@ def test_eval_only_finds_what_the_training_run_found(evaluated, student, folder)
 def test_eval_only_without_weights(config_files, tmp_path, weights, words):
     with pytest.raises(InputError, match=words):
         evaluate(config_files["student"], tmp_path, weights)
+
+
+def test_eval_only_keeps_the_record_of_the_training(evaluated, folder):
+    assert "name: l1" in (folder / "evaluated" / "config.yaml").read_text()
+
+
+def test_eval_only_of_what_was_trained_last(student, config_files, folder, evaluated):
+    again = evaluate(config_files["student"], student, "", "--resume")
+    assert again["bbox"] == pytest.approx(evaluated["bbox"], nan_ok=True)
+
+
+def test_eval_only_of_a_folder_without_checkpoint(config_files, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint is named"):
+        evaluate(config_files["student"], tmp_path, "", "--resume")
 
 
 def test_eval_only_with_weights_of_another_model(config_files, tmp_path, teacher_weights):

@@ -38,6 +38,18 @@ def test_weight_0_is_bitwise_the_stock_run_and_another_is_not(stock_run, student
     assert any(name.startswith("roi_heads") for name in changed)
 
 
+def test_a_teacher_that_nobody_learns_from_is_told_of(config, caplog):
+    KDTrainer(config("lr", *NO_TEST))
+    assert "KD.TEACHER is not used" not in caplog.text
+    KDTrainer(config("lr", "KD.TEACHER.CONFIG_FILE", "teacher.yaml", *NO_TEST))
+    assert "KD.TEACHER is not used: a GeneralizedRCNN is trained without" in caplog.text
+
+
+def test_precise_statistics_of_two_resolutions_are_the_tools(config):
+    with pytest.raises(InputError, match="TEST.PRECISE_BN.ENABLED .* tools/precise_statistics.py"):
+        KDTrainer(config("teacher", "TEST.PRECISE_BN.ENABLED", True, *NO_TEST))
+
+
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path):
     keys = ["SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2]
     whole = train(student_config(*keys, *NO_TEST))

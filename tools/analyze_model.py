@@ -27,7 +27,6 @@ from detectron2.data import get_detection_dataset_dicts
 from tabulate import tabulate
 
 from msad_kd import InputError, KDTrainer, build_config
-from msad_kd.checkpoint import load_strictly
 from msad_kd.cost import cost_by_part, input_sides
 from msad_kd.loader import clear_absence, clear_errors
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
@@ -68,10 +67,7 @@ def analyze(args):
         InputError: as ``build_config``, ``load_strictly`` and ``read_inputs``.
     """
     cfg = build_config(args.config_file, args.opts)
-    model = KDTrainer.build_model(cfg)
-    if args.weights:
-        load_strictly(model, args.weights, f"the config '{args.config_file}'")
-    model.eval()
+    model = KDTrainer.load_model(cfg, args.weights or None, f"the config '{args.config_file}'")
     inputs = read_inputs(cfg, args.test_images, args.image_size)
     found = {}
     for branch in BRANCHES if isinstance(model, MultiResolutionMixin) else ("",):

@@ -104,12 +104,10 @@ def measure(cfg, models, names, args, folder):
     """
     measurement = Measurement(cfg, names, images=args.images, seed=args.seed, folder=folder)
     teacher = build_teacher(cfg)
-    net = cfg.clone()
-    net.KD.LOSSES = []  # so that the student's model has no parts of losses
     levels, found = {}, {}
     for name, weights in [*models.items(), (START, None)]:
         if weights is not None:
-            model = build_student(net, args.config_file, weights)
+            model = build_student(cfg, args.config_file, weights)
         elif isinstance(teacher.model, MultiResolutionMixin) and measurement.one_width():
             model = Teacher(teacher.model, branch="lr", scale=cfg.KD.SCALE)
         else:

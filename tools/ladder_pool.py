@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import InputError, KDTrainer
-from msad_kd.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint import check_exists
 from msad_kd.loader import clear_absence
 from msad_kd.multi_resolution import MultiResolutionMixin
 from msad_kd.teacher import Teacher, teacher_config, teacher_levels
@@ -89,10 +89,8 @@ def read_teachers(teachers: list[list[str]], images: list[str], cfg: CfgNode) ->
 
 def build_student(cfg: CfgNode, config_file: str, weights: str) -> Teacher:
     """The student as what its features are read from: a frozen detector, at low resolution."""
-    model = KDTrainer.build_model(cfg)
-    if weights:
-        load_strictly(model, weights, f"the student's config '{config_file}'")
-    else:
+    model = KDTrainer.load_model(cfg, weights or None, f"the student's config '{config_file}'")
+    if not weights:
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return Teacher(model, branch="lr", scale=cfg.KD.SCALE)
 

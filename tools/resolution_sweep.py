@@ -29,7 +29,6 @@ from detectron2.evaluation import inference_on_dataset
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
-from msad_kd.checkpoint import load_strictly
 from msad_kd.cost import count_gmacs, device_name, input_sides, time_models
 from msad_kd.loader import clear_absence, clear_errors
 from msad_kd.sweep_report import markdown, write_files
@@ -67,15 +66,14 @@ def read_candidates(models, sizes, folder):
             raise InputError(f"--model {name}: the name is given twice; tell the models apart")
         cfg = build_config(config, options)
         data_sets[name] = cfg.DATASETS.TEST
-        model = KDTrainer.build_model(cfg)
-        load_strictly(model, weights, f"the config '{config}'")
+        model = KDTrainer.load_model(cfg, weights, f"the config '{config}'")
         for size in sizes:
             own = cfg.clone()
             own.defrost()
             ratio = cfg.INPUT.MAX_SIZE_TEST / max(cfg.INPUT.MIN_SIZE_TEST, 1)
             own.INPUT.MIN_SIZE_TEST, own.INPUT.MAX_SIZE_TEST = size, round(size * ratio)
             own.OUTPUT_DIR = folder
-            candidates.append(Candidate(name, size, own, model.eval()))
+            candidates.append(Candidate(name, size, own, model))
     first, *others = data_sets
     for name in data_sets:
         if len(data_sets[name]) != 1 or data_sets[name] != data_sets[first]:

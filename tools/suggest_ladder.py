@@ -104,7 +104,6 @@ def main(args):
     # Without scaling to the processes here: the stages are for a run of as many as the config's.
     cfg = build_config(config_file, ["SOLVER.REFERENCE_WORLD_SIZE", 0, *args.opts])
     entries = read_teachers(args.teacher, args.image, cfg)
-    losses, cfg.KD.LOSSES = cfg.KD.LOSSES, []  # so that the student's model needs no teacher
     aps = known_aps(args.ap, entries)
     os.makedirs(args.output, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
@@ -138,7 +137,7 @@ def main(args):
     values = {a: {b: cost.value for b, cost in row.items()} for a, row in costs.items()}
     order, excluded = greedy_order(values, STUDENT, strongest)
     settings = {
-        "losses": losses,
+        "losses": cfg.KD.LOSSES,
         "iterations": args.iterations or cfg.SOLVER.MAX_ITER,
         "base_lr": cfg.SOLVER.BASE_LR,
     }

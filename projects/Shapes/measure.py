@@ -23,7 +23,6 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from msad_kd import KDTrainer
-from msad_kd.checkpoint import load_strictly
 from msad_kd.cost import count_gmacs, device_name, input_sides, time_models
 from msad_kd.errors import InputError
 from msad_kd.setup import build_config
@@ -46,9 +45,7 @@ def load_model(row, folder):
     cfg.defrost()
     cfg.OUTPUT_DIR = str(folder)
     cfg.freeze()
-    model = KDTrainer.build_model(cfg)
-    load_strictly(model, row["weights"], f"the config '{row['config']}'")
-    return cfg, model.eval()
+    return cfg, KDTrainer.load_model(cfg, row["weights"], f"the config '{row['config']}'")
 
 
 def sizes_present(areas):
