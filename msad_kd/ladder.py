@@ -17,6 +17,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from msad_kd.checkpoint import check_exists, export_weights
+from msad_kd.classes import is_a
+from msad_kd.distilled import DistilledMixin
 from msad_kd.errors import InputError
 from msad_kd.seed import derive_seed, seed_all
 from msad_kd.stages import STUDENT, Stage, read_stages, stage_config
@@ -29,7 +31,8 @@ STATE, DONE = "ladder_state.json", "DONE"
 RESUMABLE = "last_checkpoint"  # Detectron2's: the name of the checkpoint that a run resumes from
 # Keys that change neither weights nor results, and a value to compare configs with.
 UNHEEDED = ["OUTPUT_DIR", "", "SOLVER.CHECKPOINT_PERIOD", 0, "DATALOADER.NUM_WORKERS", 0]
-UNHEEDED += ["KD.TEACHER.EVAL_BEFORE_TRAIN", False]
+UNHEEDED += ["KD.TEACHER.EVAL_BEFORE_TRAIN", False, "KD.DIAGNOSTICS_PERIOD", 0]
+UNHEEDED += ["KD.GRADIENT_RATIO_PERIOD", 0, "VIS_PERIOD", 0, "TEST.COCO_EVALUATOR", "auto"]
 
 
 def _hash_file(path: str | Path) -> str:
@@ -74,10 +77,16 @@ def _check_sources(stages: list[Stage], configs: list[CfgNode]) -> None:
     """See that there is what the stages are made from, but for students that are to come.
 
     Raises:
-        InputError: if a config of a teacher cannot be read, or if a checkpoint is absent.
+        InputError: if the model is no student, if a config of a teacher cannot be read, or if a
+            checkpoint is absent.
     """
     students: list[Path] = []
     for stage, own in zip(stages, configs):
+        if not is_a(own, DistilledMixin):
+            raise InputError(
+                f"KD.LADDER.STAGES: a {own.MODEL.META_ARCHITECTURE} learns from no teacher; set "
+                "MODEL.META_ARCHITECTURE to a student, such as DistilledRCNN"
+            )
         check_exists(stage.weights, f"the teacher of stage '{stage.name}'")
         start = own.MODEL.WEIGHTS
         if start and Path(start) not in students:

@@ -9,7 +9,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from msad_kd.errors import InputError
-from msad_kd.loss_terms import read_losses
+from msad_kd.loss_terms import read_losses, yaml_number
 
 __all__ = ["STUDENT", "Stage", "read_stages", "stage_config"]
 
@@ -44,9 +44,11 @@ def read_stages(entries: list[dict]) -> list[Stage]:
     """Check and read KD.LADDER.STAGES.
 
     Raises:
-        InputError: if an entry is not a dict, has an unknown field, lacks one, has one of the wrong
-            kind, or has the name of another.
+        InputError: if they are no list, or if an entry is not a dict, has an unknown field, lacks
+            one, has one of the wrong kind, or has the name of another.
     """
+    if not isinstance(entries, (list, tuple)):
+        raise InputError(f"KD.LADDER.STAGES: {entries} should be a list of dicts")
     stages: list[Stage] = []
     for number, entry in enumerate(entries, start=1):
         stage = _read(entry, f"KD.LADDER.STAGES, stage {number}")
@@ -69,11 +71,12 @@ def _read(entry: Any, place: str) -> Stage:
     for key in ("name", "config_file", "weights"):
         if not isinstance(entry.get(key), str) or not entry[key]:
             raise InputError(f"{place} needs '{key}', a text")
-    stage = Stage(**entry)
+    stage = Stage(**{**entry, "base_lr": yaml_number(entry.get("base_lr"))})
     whole = isinstance(stage.iterations, int) and stage.iterations > 0
     number = isinstance(stage.base_lr, (int, float)) and stage.base_lr > 0
     for fits, key, kind in (
         (stage.name.replace("-", "").replace("_", "").isalnum(), "name", "letters, digits, - or _"),
+        (isinstance(stage.opts, (list, tuple)), "opts", "a list of KEY, VALUE, ..."),
         (stage.kind in ("fused", "plain"), "kind", "fused or plain"),
         (stage.image in ("hr", "lr"), "image", "hr or lr"),
         (stage.iterations is None or whole, "iterations", "a whole number above 0"),

@@ -139,7 +139,7 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     teacher = get_cfg()
     add_msad_kd_config(teacher)
     try:
-        merge_config(teacher, keys.CONFIG_FILE, list(keys.OPTS))
+        merge_config(teacher, keys.CONFIG_FILE, list(keys.OPTS or ()))
         check_name("MODEL.META_ARCHITECTURE", teacher.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     except InputError as error:
         raise InputError(f"KD.TEACHER: {error}") from error

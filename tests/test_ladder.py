@@ -287,6 +287,7 @@ def test_a_stages_config(config_files, tmp_path):
         ([{**FEW, "image": "mr"}], "image should be hr or lr, not 'mr'"),
         ([{**FEW, "iterations": 0}], "iterations should be a whole number above 0, not 0"),
         ([{**FEW, "base_lr": "much"}], "base_lr should be a number above 0, not 'much'"),
+        ([{**FEW, "opts": None}], "opts should be a list of KEY, VALUE, ..., not None"),
         ([{**FEW, "start": ""}], "start should be .* or a checkpoint, not ''"),
         ([{**FEW, "losses": [{"name": "l3", "weight": 1}]}], "stage 1: KD.LOSSES: there is no"),
     ],
@@ -319,6 +320,13 @@ def test_what_a_stage_lacks_is_told_before_the_first_one(
     assert not (tmp_path / "ladder").exists()  # nothing was trained
 
 
+def test_a_stock_detector_climbs_no_ladder(ladder_config, tmp_path):
+    cfg = ladder_config("ladder", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+    with pytest.raises(InputError, match="a GeneralizedRCNN learns from no teacher; set MODEL.MET"):
+        run_ladder(cfg, resume=False)
+    assert not (tmp_path / "ladder").exists()
+
+
 def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp_path, caplog):
     first = f"{tmp_path}/ladder/stage_01_first/student.pth"
     stages[2]["start"] = first
@@ -345,6 +353,8 @@ def test_the_hash_leaves_out_what_changes_no_result(ladder_config, stages):
     del stages[1:]
     tested = ["DATASETS.TEST", ["tiny_val"]]
     others = ["SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", 1, "TEST.EVAL_PERIOD", 1]
+    others += ["KD.DIAGNOSTICS_PERIOD", 1, "KD.GRADIENT_RATIO_PERIOD", 1, "VIS_PERIOD", 2]
+    others += ["TEST.COCO_EVALUATOR", "pycocotools"]
     one = ladder_config("one", *tested)
     other = ladder_config("other", *tested, *others, "KD.TEACHER.EVAL_BEFORE_TRAIN", True)
     found = [(run_ladder(cfg, resume=False), *students(cfg, 1)) for cfg in (one, other)]
