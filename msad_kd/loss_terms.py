@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from msad_kd.errors import InputError
 from msad_kd.losses import DISTILL_LOSS_REGISTRY
 
-__all__ = ["LossTerm", "read_losses"]
+__all__ = ["LossTerm", "read_losses", "yaml_number"]
 
 # The fields of an entry that are not arguments of its loss.
 FIELDS = ("name", "weight", "levels", "warmup_iters", "adapter")
@@ -45,6 +46,16 @@ class LossTerm:
         return DISTILL_LOSS_REGISTRY.get(self.name)
 
 
+def yaml_number(value: Any) -> Any:
+    """A number that YAML 1.1 reads as text, such as 5e-7, as that number; any other value as it is.
+
+    Detectron2's reader takes only 5.0e-7 for a number.
+    """
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+        return float(value)
+    return value
+
+
 def read_losses(entries: list[dict]) -> list[LossTerm]:
     """Check and read KD.LOSSES.
 
@@ -58,6 +69,8 @@ def read_losses(entries: list[dict]) -> list[LossTerm]:
 
 
 def _read(entry: Any) -> LossTerm:
+    if isinstance(entry, dict):
+        entry = {key: yaml_number(value) for key, value in entry.items()}
     weighted = isinstance(entry, dict) and isinstance(entry.get("weight"), (int, float))
     if not weighted or "name" not in entry:
         raise InputError(f"KD.LOSSES: {entry} should be a dict with a name and a weight")

@@ -20,7 +20,7 @@ from msad_kd.coco_evaluation import choose_implementation
 from msad_kd.config import add_msad_kd_config
 from msad_kd.datasets import register_coco_format
 from msad_kd.errors import InputError
-from msad_kd.loss_terms import read_losses
+from msad_kd.loss_terms import read_losses, yaml_number
 from msad_kd.pyramid import level_shift
 from msad_kd.stages import read_stages
 
@@ -101,11 +101,12 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     register_coco_format(cfg)
     check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     for key in ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
+        for name in cfg.DATASETS[key] or ():
             check_name(f"DATASETS.{key}", name, DatasetCatalog)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU is at hand: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
+        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's is for GPUs alone
     return _scale_to_world(cfg)
 
 
@@ -139,12 +140,17 @@ def _scale_to_world(cfg: CfgNode) -> CfgNode:
         )
         scaled.defrost()
         stages = scaled.KD.LADDER.STAGES
-        for losses in [scaled.KD.LOSSES, *(stage.get("losses") or [] for stage in stages)]:
-            for entry in losses:
-                entry["warmup_iters"] = round(entry.get("warmup_iters", 0) * reference / world_size)
+
+        def rescaled(losses):  # copies: by a YAML alias, one entry may stand in several places
+            factor = reference / world_size
+            return [{**x, "warmup_iters": round(x.get("warmup_iters", 0) * factor)} for x in losses]
+
+        scaled.KD.LOSSES = rescaled(scaled.KD.LOSSES)
         for stage in stages:
+            if stage.get("losses"):
+                stage["losses"] = rescaled(stage["losses"])
             if stage.get("iterations"):
                 stage["iterations"] = max(1, round(stage["iterations"] * reference / world_size))
             if stage.get("base_lr"):
-                stage["base_lr"] *= world_size / reference
+                stage["base_lr"] = yaml_number(stage["base_lr"]) * world_size / reference
     return scaled

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
@@ -13,7 +14,9 @@ from helpers import ROOT, flattened
 
 from msad_kd import add_msad_kd_config
 from msad_kd.errors import InputError
+from msad_kd.loss_terms import read_losses, yaml_number
 from msad_kd.setup import build_config, import_module
+from msad_kd.stages import read_stages
 
 
 def own_keys():
@@ -103,6 +106,7 @@ def test_a_missing_file():
         ("KD:\n  TEECHER:\n    WEIGHTS: x\n", "KD.TEECHER; did you mean KD.TEACHER"),
         ("MODEL:\n  FPNN: 3\n", "MODEL.FPNN; did you mean MODEL.FPN"),
         ("_BASE_: gone.yaml\n", "gone.yaml"),
+        ("KD:\n  LADDER:\n    STAGES:\n", "KD.LADDER.STAGES: None should be a list of dicts"),
     ],
 )
 def test_files_that_do_not_do(tmp_path, text, words):
@@ -123,7 +127,8 @@ def test_a_config_cannot_run_code(tmp_path):
 def test_without_gpu_one_warning_and_the_cpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.WARNING):
-        assert build_config("", ["MODEL.DEVICE", "cuda"]).MODEL.DEVICE == "cpu"
+        cfg = build_config("", ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True])
+        assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
     assert len(caplog.records) == 1 and "cpu" in caplog.text
     caplog.clear()
     build_config("", ["MODEL.DEVICE", "cpu"])
@@ -152,6 +157,36 @@ def test_the_world_size_scales_schedule_and_distillation_once(monkeypatch):
     assert [entry.get("warmup_iters", 0) for entry in cfg.KD.LOSSES] == [2000, 0]
     again = cfg.clone()  # a run's own config.yaml, used once more
     assert DefaultTrainer.auto_scale_workers(again, 2) is again
+
+
+def test_what_an_alias_repeats_is_scaled_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    (tmp_path / "ladder.yaml").write_text(
+        "KD:\n"
+        "  LOSSES: &kd [{name: l1, weight: 5e-1, warmup_iters: 500}]\n"
+        "  LADDER:\n"
+        "    STAGES:\n"
+        "      - {name: a, config_file: t.yaml, weights: t.pth, losses: *kd, base_lr: 8e-2}\n"
+        "      - {name: b, config_file: t.yaml, weights: t.pth, losses: *kd}\n"
+    )
+    keys = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.IMS_PER_BATCH", 16]
+    cfg = build_config(str(tmp_path / "ladder.yaml"), keys)
+    stages = read_stages(cfg.KD.LADDER.STAGES)
+    for losses in (cfg.KD.LOSSES, stages[0].losses, stages[1].losses):
+        # YAML 1.1 has no point in 5e-1 and takes it for a text.
+        assert [(term.warmup_iters, term.weight) for term in read_losses(losses)] == [(2000, 0.5)]
+    assert stages[0].base_lr == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("number", ["1e-3", "-2E5", "3e+2"])
+def test_numbers_that_yaml_reads_as_text(number):
+    assert yaml_number(yaml.safe_load(number)) == float(number)
+    assert yaml_number("p2") == "p2" and yaml_number(2) == 2 and yaml_number("1e") == "1e"
+
+
+def test_empty_keys(tmp_path):
+    (tmp_path / "my.yaml").write_text("DATASETS:\n  TEST:\nKD:\n  TEACHER:\n    OPTS:\n")
+    assert not build_config(str(tmp_path / "my.yaml"), []).DATASETS.TEST
 
 
 def test_the_reference_world_size_scales_nothing(monkeypatch):
