@@ -11,6 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from msad_kd.distiller import Distiller
+from msad_kd.errors import InputError
 from msad_kd.fcos import FCOS
 from msad_kd.hooking import recording
 from msad_kd.loss_terms import read_losses
@@ -29,9 +30,16 @@ __all__ = [
 
 
 def last_layer(backbone: nn.Module) -> nn.Parameter:
-    """The last trained weight of a backbone, that of its bottom-up path if it is an FPN."""
-    bottom_up = getattr(backbone, "bottom_up", backbone)
-    return [p for p in bottom_up.parameters() if p.requires_grad and p.dim() > 1][-1]
+    """The last trained weight of a backbone, if it is an FPN that of its bottom-up path or, where
+    that is frozen, its own."""
+    for part in (getattr(backbone, "bottom_up", backbone), backbone):
+        trained = [p for p in part.parameters() if p.requires_grad and p.dim() > 1]
+        if trained:
+            return trained[-1]
+    raise InputError(
+        "KD.GRADIENT_RATIO_PERIOD compares gradients at the backbone's last trained weight, and "
+        "all of them are frozen; set it to 0"
+    )
 
 
 def gradient_ratio(
@@ -42,7 +50,8 @@ def gradient_ratio(
     The graph stays, and no ``.grad`` is touched, so the step is not changed by it.
     """
     norms = [
-        torch.autograd.grad(sum(losses), layer, retain_graph=True)[0].norm()
+        # The factor, a power of 2, changes nothing in fp32; in fp16 it keeps what is small from 0.
+        torch.autograd.grad(sum(losses) * 2.0**12, layer, retain_graph=True)[0].float().norm()
         for losses in (distillation, detection)
     ]
     return norms[0] / norms[1]
@@ -120,7 +129,7 @@ class DistilledMixin:
         storage = get_event_storage()
         distillation = self.distiller(call.output, pyramid, storage.iter)
         period = self.gradient_ratio_period
-        if period and (storage.iter + 1) % period == 0:
+        if period and distillation and (storage.iter + 1) % period == 0:
             layer = last_layer(self.backbone)
             ratio = gradient_ratio(distillation.values(), losses.values(), layer)
             storage.put_scalar("kd/gradient_ratio", ratio)

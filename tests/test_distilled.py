@@ -6,7 +6,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
 from helpers import WARMUP, build, differing, losses_of, same_instances, tensors_of
 
-from msad_kd import DistilledMixin, DistilledRCNN, attach_teacher
+from msad_kd import DistilledMixin, DistilledRCNN, KDTrainer, attach_teacher
 from msad_kd.checkpoint import export_weights
 from msad_kd.distilled import last_layer
 from msad_kd.errors import InputError
@@ -185,6 +185,23 @@ def test_the_gradients_of_both_kinds_are_compared(student_config, batch):
         sum(mine).backward(retain_graph=True)
         norms[kind] = layer.grad.norm().item()
     assert ratio == pytest.approx(norms[True] / norms[False], rel=1e-5)
+
+
+def test_where_gradients_are_compared_if_the_bottom_up_path_is_frozen(config):
+    backbone = KDTrainer.build_model(config("lr")).backbone
+    backbone.bottom_up.requires_grad_(False)
+    layer = last_layer(backbone)
+    assert layer.requires_grad and any(layer is p for p in backbone.parameters())
+    backbone.requires_grad_(False)
+    with pytest.raises(InputError, match="all of them are frozen; set it to 0"):
+        last_layer(backbone)
+
+
+def test_without_a_loss_no_gradients_are_compared(student_config, batch):
+    cfg = student_config("KD.LOSSES", [], "KD.GRADIENT_RATIO_PERIOD", 1)
+    model = build(cfg)
+    attach_teacher(model, cfg)
+    assert not any(name.startswith("loss_kd") for name in losses_of(model, batch(cfg, "lr"), 1))
 
 
 def test_comparing_the_gradients_does_not_change_them(student_config, batch):
