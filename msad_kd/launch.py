@@ -36,7 +36,7 @@ def launch(
         num_machines, machine_rank, dist_url: as ``launch`` of Detectron2 has them.
     """
     world_size = num_gpus_per_machine * num_machines
-    if world_size == 1 or torch.cuda.is_available():
+    if world_size <= 1 or torch.cuda.is_available():
         launch_on_gpus(main, num_gpus_per_machine, num_machines, machine_rank, dist_url, args)
         return
     logging.getLogger(__name__).warning(

@@ -149,8 +149,10 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
     if name == "TrainingSampler":
         return TrainingSampler(len(dicts), seed=seed)
     if name == "RepeatFactorTrainingSampler":
+        # Detectron2 0.6 knows the square root alone, and has no key for it.
+        choice = {"sqrt": cfg.DATALOADER.REPEAT_SQRT} if "REPEAT_SQRT" in cfg.DATALOADER else {}
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **choice
         )
         return RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
@@ -175,6 +177,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()

@@ -10,11 +10,19 @@ import pytest
 import torch
 from helpers import ROOT, TEST_SCENES, differing
 
+from msad_kd.launch import launch
+
 TERMS = [
     {"name": "l1", "weight": 0.6, "adapter": True, "warmup_iters": 2},
     {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
 ]
 STAGES = {"first": "stage_01_first", "second": "stage_02_second"}
+
+
+def test_no_gpu_is_one_process_on_the_cpu():
+    calls = []
+    launch(calls.append, 0, args=("called",))  # Detectron2's --num-gpus 0
+    assert calls == ["called"]
 
 
 @pytest.fixture(scope="module")

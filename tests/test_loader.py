@@ -155,6 +155,21 @@ def test_unknown_sampler(config):
         build_train_loader(config("lr", "DATALOADER.SAMPLER_TRAIN", "Fancy"), light)
 
 
+def test_images_with_too_few_keypoints_are_left_out(config):
+    seen = {"keypoints": [1.0, 1.0, 2] * 3, "iscrowd": 0}
+    dicts = [
+        {"file_name": name, "height": 4, "width": 4, "annotations": [{**seen, **change}]}
+        for name, change in (("with", {}), ("without", {"keypoints": [0.0, 0.0, 0] * 3}))
+    ]
+    DatasetCatalog.register("people", lambda: dicts)
+    keys = ["DATASETS.TRAIN", ("people",), "MODEL.KEYPOINT_ON", True]
+    try:
+        found = batches(config("lr", *keys), 2)
+    finally:
+        DatasetCatalog.remove("people")
+    assert {name for batch in found for name, *_ in batch} == {"with"}
+
+
 def test_batch_that_processes_cannot_share(config, monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 4)
     with pytest.raises(InputError, match="IMS_PER_BATCH is 2, which 4 processes"):
