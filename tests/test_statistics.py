@@ -91,15 +91,16 @@ def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
         ("teacher", None, "the file '.*source.pth' does not exist"),
         ("lr", [], "lr.yaml' is no multi-resolution teacher"),
         ("teacher", [], "does not fit the config .*keys of the model are absent"),
+        ("shared", [], "share their statistics; add MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS"),
     ],
 )
 def test_what_the_tool_cannot_do(role, keys, words, config_files, tmp_path):
     source = tmp_path / "source.pth"
     if keys is not None:
         torch.save({"model": dict.fromkeys(keys, torch.zeros(1))}, source)
-    arguments = SimpleNamespace(
-        config_file=str(config_files[role]), batches=1, opts=[*map(str, SEPARATE)]
-    )
+    opts = [] if role == "shared" else [*map(str, SEPARATE)]
+    file = config_files["teacher" if role == "shared" else role]
+    arguments = SimpleNamespace(config_file=str(file), batches=1, opts=opts)
     arguments.source, arguments.target = str(source), str(tmp_path / "target.pth")
     with pytest.raises(InputError, match=words):
         load_tool("precise_statistics").main(arguments)

@@ -35,6 +35,11 @@ def main(args):
     model = KDTrainer.build_model(cfg)
     if not isinstance(model, MultiResolutionMixin):
         raise InputError(f"'{args.config_file}' is no multi-resolution teacher")
+    if not any(key.endswith(LOW_SUFFIX) for key in model.state_dict()):
+        raise InputError(
+            f"the resolutions of '{args.config_file}' share their statistics; add "
+            "MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS True (frozen ones are never recomputed)"
+        )
     for key in model.state_dict():
         # What lacks the other key, too, is told by load_strictly.
         if key.endswith(LOW_SUFFIX) and (shared := key.removesuffix(LOW_SUFFIX)) in state:
