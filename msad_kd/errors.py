@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "input_error_of"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["InputError", "input_error_of", "nearest"]
 
 
 class InputError(ValueError):
@@ -23,3 +26,9 @@ def input_error_of(error: Exception) -> str | None:
     if mark:
         return sentence
     return text if isinstance(error, InputError) else None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a message about an unknown name ends with: "; did you mean x?", or "" for none near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import re
@@ -19,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 from msad_kd.coco_evaluation import choose_implementation
 from msad_kd.config import add_msad_kd_config
 from msad_kd.datasets import register_coco_format
-from msad_kd.errors import InputError
+from msad_kd.errors import InputError, nearest
 from msad_kd.loss_terms import read_losses, yaml_number
 from msad_kd.pyramid import level_shift
 from msad_kd.stages import read_stages
@@ -65,10 +64,8 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
             raise InputError(f"the config{source} cannot be read: {error}") from error
         key = unknown[1]
         known = _keys(cfg)
-        close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1
-        )
-        hint = f"; did you mean {close[0]}?" if close else ""
+        last, last_known = key.rsplit(".", 1)[-1], (name.rsplit(".", 1)[-1] for name in known)
+        hint = nearest(key, known) or nearest(last, last_known)
         raise InputError(f"unknown config key{source}: {key}{hint}") from error
 
 
@@ -118,9 +115,7 @@ def check_name(key: str, name: str, registry) -> None:
     """
     if name not in registry:
         known = list(registry.list()) if hasattr(registry, "list") else [n for n, _ in registry]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"{key}: '{name}' is not registered{hint}")
+        raise InputError(f"{key}: '{name}' is not registered{nearest(name, known)}")
 
 
 def _scale_to_world(cfg: CfgNode) -> CfgNode:

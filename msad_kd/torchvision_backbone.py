@@ -6,8 +6,6 @@ Its feature maps are found by tracing it: the last one of each stride. Weights c
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
@@ -18,7 +16,7 @@ from torchvision.models import get_model, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from msad_kd.backbone import AlignedFPN, build_aligned_fpn, build_five_level_fpn
-from msad_kd.errors import InputError
+from msad_kd.errors import InputError, nearest
 from msad_kd.seed import preserved_rng
 
 __all__ = [
@@ -54,9 +52,9 @@ class TorchvisionBackbone(Backbone):
         super().__init__()
         known = list_models(module=models)
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"MODEL.TORCHVISION.NAME: torchvision has no model '{name}'{hint}")
+            raise InputError(
+                f"MODEL.TORCHVISION.NAME: torchvision has no model '{name}'{nearest(name, known)}"
+            )
         if norm not in _NORMS:
             raise InputError(f"MODEL.TORCHVISION.NORM is '{norm}'; use one of {_NORMS}")
         try:
