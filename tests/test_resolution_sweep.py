@@ -14,8 +14,9 @@ from helpers import ROOT, coco_format, load_tool
 from msad_kd import KDTrainer
 from msad_kd.checkpoint import load_strictly
 from msad_kd.setup import build_config
-from msad_kd.sweep_report import HEADINGS, markdown, write_files
 from projects.Shapes.generate import generate
+
+report = load_tool("sweep_report")
 
 SIZES = ["--sizes", "64", "128"]
 CHECKPOINTS = ROOT / "projects/Shapes/checkpoints"
@@ -82,7 +83,7 @@ def test_all_files_tell_the_same(swept):
         table = list(csv.DictReader(file))
     assert table == [{name: str(value) for name, value in row.items()} for row in content["rows"]]
     text = (folder / "sweep.md").read_text()
-    assert text == markdown(content["rows"], content["note"]) and text in process.stdout
+    assert text == report.markdown(content["rows"], content["note"]) and text in process.stdout
     assert cv2.imread(str(folder / "sweep.png")).std() > 10
 
 
@@ -92,14 +93,14 @@ def test_progress_is_told(swept):
 
 
 def test_a_model_without_masks(tmp_path):
-    row = dict.fromkeys(HEADINGS, 1.0) | {"model": "boxes", "side": "32", "mask_ap": None}
-    write_files(str(tmp_path), [row], "a note")
+    row = dict.fromkeys(report.HEADINGS, 1.0) | {"model": "boxes", "side": "32", "mask_ap": None}
+    report.write_files(str(tmp_path), [row], "a note")
     header, _, line = (tmp_path / "sweep.md").read_text().splitlines()[:3]
     cells = [[cell.strip() for cell in each.strip("|").split("|")] for each in (header, line)]
     told = dict(zip(*cells))
     assert (told["model"], told["box AP"], told["mask AP"]) == ("boxes", "1.00", "-")
     alone = cv2.imread(str(tmp_path / "sweep.png")).shape[1]
-    write_files(str(tmp_path), [row, {**row, "model": "masks", "mask_ap": 2.0}], "a note")
+    report.write_files(str(tmp_path), [row, {**row, "model": "masks", "mask_ap": 2.0}], "a note")
     assert cv2.imread(str(tmp_path / "sweep.png")).shape[1] == 2 * alone
 
 

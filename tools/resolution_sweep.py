@@ -26,12 +26,12 @@ from arguments import positive
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
+from sweep_report import markdown, write_files
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.cost import count_gmacs, device_name, input_sides, time_models
 from msad_kd.loader import clear_absence, clear_errors
-from msad_kd.sweep_report import markdown, write_files
 from msad_kd.trainer import build_mapper
 
 
