@@ -19,7 +19,12 @@ from projects.Shapes.jobs import (
     run_jobs,
     typed,
 )
-from projects.Shapes.progress import evaluation_progress, iterations_done, training_progress
+from projects.Shapes.progress import (
+    evaluation_progress,
+    gradient_ratio,
+    iterations_done,
+    training_progress,
+)
 
 
 def python(code, *arguments):
@@ -190,6 +195,14 @@ def test_progress_of_a_training(tmp_path):
     (tmp_path / "metrics.json").write_text(f'{line}\n{{"iteration": 79, "total_lo')
     assert training_progress(tmp_path) == "60/1200, loss 2.37, 13:04 left"
     assert iterations_done(tmp_path, since=0) == 60
+
+
+def test_last_gradient_ratio(tmp_path):
+    assert gradient_ratio(tmp_path) is None
+    lines = [{"total_loss": 1.0, "kd/gradient_ratio": ratio} for ratio in (0.2, 0.3)]
+    lines.append({"total_loss": 1.0})  # not every line has it
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    assert gradient_ratio(tmp_path) == 0.3
 
 
 def test_progress_of_a_ladder(tmp_path):

@@ -45,6 +45,7 @@ def place(tmp_path_factory):
                 "options": {
                     **few,
                     "KD.TEACHER.WEIGHTS": "{teacher}",
+                    "KD.GRADIENT_RATIO_PERIOD": 20,
                     "SOLVER.MAX_ITER": LONG,
                 },
             },
@@ -114,6 +115,8 @@ def test_stopped_and_resumed(place, stopped):
     assert "KD.TEACHER.WEIGHTS" in results["cells"]["student/1"]["command"]
     assert all(len(each) > 1 for each in results["steps"]["seconds"].values())
     assert len(results["steps"]["seconds"]) == 2
+    assert results["cells"]["student/1"]["gradient_ratio"] > 0
+    assert results["cells"]["lr/1"]["gradient_ratio"] is None
     text = (place / "runs" / "tables.md").read_text()
     for title in ("the teacher", "the baseline", "the student"):
         assert title in text

@@ -67,7 +67,7 @@ def results():
             "bbox": {**metrics, "AP": box},
             "segm": {**metrics, "AP": mask},
             **{"gmacs": 0.2, "params_m": 1.5, "iterations": 100},
-            **{"command": "python train_net.py", "machine": "this one"},
+            **{"command": "python train_net.py", "machine": "this one", "gradient_ratio": None},
         }
 
     seconds = {"lr": [0.1, 0.2, 0.3], "student": [0.5, 0.3, 0.4], "control": [0.2, 0.2, 0.2]}
@@ -121,6 +121,17 @@ def test_table(grid, cells, results, in_repository):
     assert lines["the hr"][:3] == ["-", "50.0", "+9.0"]
     assert lines["the hr"][-1] == "5,000 (5,000)"
     assert lines["the later"][:3] == ["0", "not run", ""]
+
+
+def test_gradient_ratios(grid, cells, results, in_repository):
+    assert "KD gradient" not in study_report.markdown(grid, cells, results)
+    results["cells"]["student/1"]["gradient_ratio"] = 0.1
+    results["cells"]["student/3"]["gradient_ratio"] = 0.4
+    text = study_report.markdown(grid, cells, results)
+    assert lines_of(text)["the student"][-2] == "0.25" and lines_of(text)["the lr"][-2] == "-"
+    assert "KD gradient: the norm" in text
+    grid.tables[0]["seeds"] = [1]
+    assert lines_of(table_of(grid, cells, results))["the student"][-2] == "0.10"
 
 
 def test_seeds_that_count(grid, cells, results, in_repository):

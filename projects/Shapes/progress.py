@@ -16,8 +16,9 @@ def read_settings(folder):
         return {}
 
 
-def _last_metrics(folder):
-    """The last line of metrics.json that tells of a training step; {} if there is none yet."""
+def _last_metrics(folder, name="total_loss"):
+    """The last line of metrics.json that has a metric, by default the loss, so a training step's;
+    {} if there is none yet."""
     try:
         lines = (folder / "metrics.json").read_text().splitlines()
     except OSError:
@@ -27,7 +28,7 @@ def _last_metrics(folder):
             metrics = json.loads(line)
         except ValueError:  # being written
             continue
-        if "total_loss" in metrics:
+        if name in metrics:
             return metrics
     return {}
 
@@ -45,6 +46,13 @@ def training_progress(folder):
     stage = f"stage {len(stages)}, " if stages else ""
     done = metrics["iteration"] + 1
     return f"{stage}{done}/{total}, loss {metrics['total_loss']:.2f}, {left} left"
+
+
+def gradient_ratio(folder):
+    """What a run told last of its distillation's gradient as a share of the detection losses', by
+    Detectron2's smoothing the median of the last 20 times that it was measured; None if it did not.
+    """
+    return _last_metrics(folder, "kd/gradient_ratio").get("kd/gradient_ratio")
 
 
 def iterations_done(folder, since):

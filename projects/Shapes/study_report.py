@@ -11,6 +11,7 @@ from projects.Shapes.measure import METRICS
 from projects.Shapes.report import KINDS, gap_closed
 from projects.Shapes.study_pictures import draw_bars, draw_curves
 from projects.Shapes.study_values import (
+    cells_of,
     difference,
     mean_and_deviation,
     unpaired_rows,
@@ -28,6 +29,10 @@ NOTES = (
     "equal seeds ± their standard deviation, and how many of them are positive; the difference of "
     "the means, alone, for a checkpoint, the reference and what other rows start or learn from. "
     "GMACs: multiply-adds of a test image, heads included.\n"
+)
+GRADIENT = (
+    "KD gradient: the norm of the distillation losses' gradient as a share of the detection "
+    "losses', at the last layer of the backbone's bottom-up path; mean over the seeds.\n"
 )
 TRAINING = (
     "Training: its cost in steps of the table's baseline, by the measured time of a step; in "
@@ -53,18 +58,26 @@ def table(grid, cells, results, definition, costs):
         for kind in kinds:
             line |= _ap_columns(grid, results, row, definition, kind)
         line["seeds"] = len(values_of(results, row, kinds[0], seeds)) if row.seeds else "-"
-        done = [results["cells"].get(f"{row.name}/{seed}") for seed in row.seeds or (0,)]
-        gmacs = [cell["gmacs"] for cell in done if cell]
-        line["GMACs"] = f"{statistics.fmean(gmacs):.2f}" if gmacs else "-"
+        done = cells_of(results, row, seeds).values()
+        line["GMACs"] = _mean(cell["gmacs"] for cell in done)
+        line["KD gradient"] = _mean(filter(None, (cell.get("gradient_ratio") for cell in done)))
         if step:
             own, whole = (cost / step for cost in costs.get(row.name, (0, 0)))
             line["training"] = f"{own:,.0f} ({whole:,.0f})" if row.name in costs else "-"
         lines.append(line)
+    if all(line["KD gradient"] == "-" for line in lines):
+        for line in lines:
+            del line["KD gradient"]
     text = tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)
     head = f"## {definition['title']}\n\n"
     if "control" in definition:
         head += f"Control: {grid.rows[definition['control']].title}.\n\n"
     return head + text + "\n"
+
+
+def _mean(values):
+    values = list(values)
+    return f"{statistics.fmean(values):.2f}" if values else "-"
 
 
 def baseline_step(grid, cells, results, definition):
@@ -107,6 +120,8 @@ def markdown(grid, cells, results):
                 titles = {k: grid.rows[definition[k]].title for k in ("baseline", "reference")}
                 parts.append(GAP.format(**titles))
     parts += [NOTES] if parts else []
+    if any("KD gradient" in text for text in parts):
+        parts.append(GRADIENT)
     if any(baseline_step(grid, cells, results, definition) for definition in grid.tables):
         parts.append(TRAINING)
     machines = dict.fromkeys(cell["machine"] for cell in results["cells"].values())
@@ -120,13 +135,15 @@ def write_cells(path, cells, results):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         names = [f"{KINDS[kind]} {metric}" for kind in KINDS for metric in METRICS]
-        writer.writerow(["row", "seed", *names, "GMACs", "params (M)", "iterations", "command"])
+        head = ["GMACs", "params (M)", "iterations", "KD gradient", "command"]
+        writer.writerow(["row", "seed", *names, *head])
         for key, cell in cells.items():
             found = results["cells"].get(key)
             if found:
                 aps = [found.get(kind, {}).get(metric) for kind in KINDS for metric in METRICS]
-                cost = [found[name] for name in ("gmacs", "params_m", "iterations", "command")]
-                writer.writerow([cell.row.name, cell.seed or "", *aps, *cost])
+                cost = [found[name] for name in ("gmacs", "params_m", "iterations")]
+                told = [found.get("gradient_ratio"), found["command"]]
+                writer.writerow([cell.row.name, cell.seed or "", *aps, *cost, *told])
 
 
 def write(grid, cells, results, folder):

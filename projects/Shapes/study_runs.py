@@ -14,7 +14,7 @@ from projects.Shapes.costs import training_recipes
 from projects.Shapes.jobs import DemoError, Job, clock, run_jobs, typed
 from projects.Shapes.measure import write_json
 from projects.Shapes.plan import measuring_job, read_results
-from projects.Shapes.progress import iterations_done, training_progress
+from projects.Shapes.progress import gradient_ratio, iterations_done, training_progress
 
 CELL = "cell.json"
 
@@ -148,6 +148,7 @@ class Study:
             "command": "" if cell.row.checkpoint else typed(command),
             "iterations": cell.iterations,
             "machine": report.machine(measured["device"]),
+            "gradient_ratio": None if cell.row.checkpoint else gradient_ratio(cell.folder),
             **found,
         }
         for old in cell.folder.glob("**/model_0*.pth"):

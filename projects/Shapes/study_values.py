@@ -5,15 +5,20 @@ import statistics
 from projects.Shapes.grid import references
 
 
-def values_of(results, row, kind, seeds=None):
-    """Seed to AP of a row's cells that are done.
+def cells_of(results, row, seeds=None):
+    """Seed to what a row's cells gave that are done.
 
     Args:
-        kind: "bbox" or "segm".
         seeds: those that count; None for all. What is not trained has none and always counts.
     """
     counting = [seed for seed in row.seeds if not seeds or seed in seeds] if row.seeds else [0]
-    found = {seed: results["cells"].get(f"{row.name}/{seed}", {}) for seed in counting}
+    found = {seed: results["cells"].get(f"{row.name}/{seed}") for seed in counting}
+    return {seed: cell for seed, cell in found.items() if cell}
+
+
+def values_of(results, row, kind, seeds=None):
+    """Seed to AP of a row's cells that are done; `kind` is "bbox" or "segm", `seeds` as above."""
+    found = cells_of(results, row, seeds)
     return {seed: cell[kind]["AP"] for seed, cell in found.items() if kind in cell}
 
 
