@@ -13,6 +13,7 @@ from projects.Shapes.cells import make_cells
 from projects.Shapes.grid import read_grid
 
 RESULTS = ROOT / "projects" / "Shapes" / "results"
+READMES = [ROOT / "projects" / name / "README.md" for name in ("Shapes", "MTPD")]
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +55,16 @@ def tables_of(readme):
     return re.findall(r"(?:^\|.*\n)+", readme.read_text(), re.MULTILINE)
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_tables(study):
+def test_the_numbers_of_the_readmes_are_those_of_the_tables(study):
     written = (RESULTS / "tables.md").read_text()
-    shown = [table for table in tables_of(RESULTS.parent / "README.md") if "box AP" in table]
-    assert shown and all(table in written for table in shown)
+    for readme in READMES:
+        shown = [table for table in tables_of(readme) if "box AP" in table]
+        assert shown and all(table in written for table in shown)
 
 
 def test_every_row_of_a_table_has_its_sentence(study):
     grid, _, results = study
-    text = (RESULTS.parent / "README.md").read_text()
+    text = "".join(readme.read_text() for readme in READMES)
     prose = "".join(line for line in text.splitlines(True) if not line.startswith("|"))
     named = set(re.findall(r"`([a-z0-9.-]+)`", prose))
     done = {key.partition("/")[0] for key in results["cells"]}
