@@ -16,6 +16,7 @@ from msad_kd.errors import InputError
 
 __all__ = [
     "aligned_levels",
+    "cells_in_boxes",
     "check_sizes",
     "in_high_resolution",
     "level_shift",
@@ -149,3 +150,20 @@ def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: 
             slot[:, : -(-height * rows // padded[0]), : -(-width * columns // padded[1])] = 1
         masks[name] = mask
     return masks
+
+
+def cells_in_boxes(boxes: torch.Tensor, stride: float, height: int, width: int) -> torch.Tensor:
+    """The cells of a map that boxes touch.
+
+    Args:
+        boxes: (n, 4), left, top, right and bottom in pixels.
+        stride: pixels of a cell's side.
+        height, width: of the map, in cells.
+
+    Returns:
+        (height, width) of bool, on the CPU.
+    """
+    cells = torch.zeros(height, width, dtype=torch.bool)
+    for left, top, right, bottom in (boxes / stride).tolist():
+        cells[int(top) : -int(-bottom // 1), int(left) : -int(-right // 1)] = True
+    return cells

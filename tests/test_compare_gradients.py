@@ -21,13 +21,6 @@ def tool():
     return load_tool("compare_gradients")
 
 
-def test_cells_that_boxes_touch(tool):
-    boxes = torch.tensor([[0.0, 0.0, 4.0, 3.0], [7.0, 5.0, 13.0, 6.0]])
-    found = tool.cells_in_boxes(boxes, 4, 2, 4).int().tolist()
-    assert found == [[1, 0, 0, 0], [0, 1, 1, 1]]
-    assert not tool.cells_in_boxes(boxes[:0], 4, 2, 4).any()
-
-
 def test_summary(tool):
     # Ten images of two batches: one has 11 of 20, and of these one in boxes, as each of the others.
     few, many = torch.ones(4, 2), torch.ones(6, 2)

@@ -7,6 +7,7 @@ import torch
 
 from msad_kd.errors import InputError
 from msad_kd.pyramid import (
+    cells_in_boxes,
     check_sizes,
     level_shift,
     normalize,
@@ -110,3 +111,9 @@ def test_check_sizes():
     check_sizes(images, [(64, 96), (62, 80)])
     with pytest.raises(InputError, match=r"\(62, 80\) stands beside .* \(62, 82\).*KD.SCALE"):
         check_sizes(images, [(64, 96), (62, 82)])
+
+
+def test_cells_that_boxes_touch():
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 3.0], [7.0, 5.0, 13.0, 6.0]])
+    assert cells_in_boxes(boxes, 4, 2, 4).int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 1]]
+    assert not cells_in_boxes(boxes[:0], 4, 2, 4).any()

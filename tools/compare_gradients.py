@@ -38,26 +38,10 @@ from msad_kd.checkpoint import init_from_teacher, load_strictly
 from msad_kd.distilled import DistilledMixin
 from msad_kd.hooking import recording
 from msad_kd.loss_terms import read_losses
+from msad_kd.pyramid import cells_in_boxes
 from msad_kd.seed import seed_all
 
 DETECTION, PREFIX = "detection", "loss_kd_"
-
-
-def cells_in_boxes(boxes, stride, height, width):
-    """The cells of a map that boxes touch.
-
-    Args:
-        boxes: (n, 4), corners in pixels.
-        stride: pixels of a cell's side.
-        height, width: of the map, in cells.
-
-    Returns:
-        (height, width) of bool.
-    """
-    cells = torch.zeros(height, width, dtype=torch.bool)
-    for left, top, right, bottom in (boxes / stride).tolist():
-        cells[int(top) : -int(-bottom // 1), int(left) : -int(-right // 1)] = True
-    return cells
 
 
 def measure_batch(model, batch):

@@ -1,0 +1,59 @@
+"""Losses of the cells inside or outside of objects' boxes alone, to see where a loss gains.
+
+    python train_net.py --import projects.Shapes.box_losses \
+        --config-file configs/Shapes/student.yaml MODEL.META_ARCHITECTURE BoxAwareRCNN SEED 1 \
+        KD.TEACHER.WEIGHTS projects/Shapes/checkpoints/teacher.pth \
+        KD.LOSSES "[{'name': 'mse_inside', 'weight': 20.0, 'levels': ['p2'], 'warmup_iters': 100}]"
+"""
+
+import math
+
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from msad_kd import DistilledRCNN
+from msad_kd.losses import DISTILL_LOSS_REGISTRY
+from msad_kd.pyramid import cells_in_boxes
+from msad_kd.ssim import rescale, ssim_loss
+
+# Losses are functions of two maps, so the boxes come to them by this.
+_batch = []
+
+
+@META_ARCH_REGISTRY.register()
+class BoxAwareRCNN(DistilledRCNN):
+    """A student that tells the losses of this file which images it sees."""
+
+    def forward(self, batched_inputs):
+        _batch[:] = batched_inputs
+        return super().forward(batched_inputs)
+
+
+def _mean(values, *, outside=False):
+    """Mean over the cells of (N, C, H, W) inside boxes, or outside of them; 0 if there are none."""
+    height, width = values.shape[-2:]
+    found = [each["instances"] for each in _batch]
+    # Images are padded, so a map has cells for more than they have.
+    seen = max(side / cells for x in found for side, cells in zip(x.image_size, (height, width)))
+    stride = 2 ** math.ceil(math.log2(seen))
+    masks = [cells_in_boxes(x.gt_boxes.tensor, stride, height, width) for x in found]
+    mask = (torch.stack(masks).unsqueeze(1) != outside).to(values)
+    return (values * mask).sum() / (mask.sum() * values.shape[1]).clamp(min=1)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+def mse_inside(student, teacher):
+    """Mean of (S - T)^2 inside boxes."""
+    return _mean((student - teacher).float().square())
+
+
+@DISTILL_LOSS_REGISTRY.register()
+def mse_outside(student, teacher):
+    """Mean of (S - T)^2 outside of boxes."""
+    return _mean((student - teacher).float().square(), outside=True)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+def ssim_inside(student, teacher):
+    """Mean of (1 - SSIM) / 2 of the rescaled maps inside boxes."""
+    return _mean(ssim_loss(rescale(student), rescale(teacher), reduction="none"))
