@@ -30,8 +30,12 @@ __all__ = [
 
 
 def last_layer(backbone: nn.Module) -> nn.Parameter:
-    """The last trained weight of a backbone, if it is an FPN that of its bottom-up path or, where
-    that is frozen, its own."""
+    """The last trained weight of a backbone: of an FPN's bottom-up path or, where that is frozen,
+    of the FPN itself.
+
+    Raises:
+        InputError: if all weights are frozen.
+    """
     for part in (getattr(backbone, "bottom_up", backbone), backbone):
         trained = [p for p in part.parameters() if p.requires_grad and p.dim() > 1]
         if trained:

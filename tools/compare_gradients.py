@@ -54,23 +54,27 @@ def measure_batch(model, batch):
     names = [DETECTION, *(name for name in losses if name.startswith(PREFIX))]
     totals = {name: losses[name] for name in names[1:]}
     totals[DETECTION] = sum(value for name, value in losses.items() if name not in totals)
-    levels = list(call.output)
-    found = {level: {} for level in levels}
+    boxes = [each["instances"].gt_boxes.tensor for each in batch]
+    inside, found = {}, {}
+    for level, features in call.output.items():
+        height, width = features.shape[-2:]
+        stride = call.input.shape[-1] / width
+        masks = [cells_in_boxes(each, stride, height, width) for each in boxes]
+        inside[level] = torch.stack(masks)
+        found[level] = {"cells": _sums(torch.ones(inside[level].shape), inside[level])}
+    maps = list(call.output.values())
     for name in names:
-        maps = [call.output[level] for level in levels]
         gradients = torch.autograd.grad(totals[name], maps, retain_graph=True, allow_unused=True)
-        for level, gradient in zip(levels, gradients):
-            if gradient is None:  # a level that the loss does not see
-                continue
-            height, width = gradient.shape[-2:]
-            stride = call.input.shape[-1] / width
-            boxes = (each["instances"].gt_boxes.tensor for each in batch)
-            inside = torch.stack([cells_in_boxes(b, stride, height, width) for b in boxes])
-            square = gradient.double().square().sum(1).cpu()
-            for key, each in ((name, square), ("cells", torch.ones_like(square))):
-                sums = [(each * part).sum(dim=(1, 2)) for part in (1, inside)]
-                found[level][key] = torch.stack(sums, dim=1)
+        for level, gradient in zip(call.output, gradients):
+            if gradient is not None:  # as it is of a level that the loss does not see
+                square = gradient.double().square().sum(1).cpu()
+                found[level][name] = _sums(square, inside[level])
     return found
+
+
+def _sums(cells, inside):
+    """Of (N, H, W): (N, 2), each image's sum in all and over the cells inside."""
+    return torch.stack([cells.sum(dim=(1, 2)), (cells * inside).sum(dim=(1, 2))], dim=1)
 
 
 def summary(batches, detection=None):

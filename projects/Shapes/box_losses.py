@@ -4,6 +4,9 @@
         --config-file configs/Shapes/student.yaml MODEL.META_ARCHITECTURE BoxAwareRCNN SEED 1 \
         KD.TEACHER.WEIGHTS projects/Shapes/checkpoints/teacher.pth \
         KD.LOSSES "[{'name': 'mse_inside', 'weight': 20.0, 'levels': ['p2'], 'warmup_iters': 100}]"
+
+The maps are (N, C, H, W), the student's and the teacher's at a level; boxes are in pixels of the
+low-resolution image. A box has the cells that it touches.
 """
 
 import math
