@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from msad_kd.errors import InputError
+from msad_kd.files import replacing
 from msad_kd.statistics import LOW_SUFFIX
 
 __all__ = [
@@ -163,10 +164,8 @@ def read_model(path: str) -> dict[str, torch.Tensor]:
 
 def save_model(state: dict[str, torch.Tensor], path: str) -> None:
     """Write a state dict as Detectron2 reads it; the file is complete or it isn't there."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = f"{path}.part"
-    torch.save({"model": state}, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save({"model": state}, part)
 
 
 def export_weights(source: str, target: str, *, half: bool = False) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import glob
-import json
 import logging
 import os
 import types
@@ -25,6 +24,7 @@ from pycocotools import mask as mask_util
 
 from msad_kd.coco_evaluation import MetricsEvaluator, within_classes
 from msad_kd.errors import InputError
+from msad_kd.files import write_json
 
 __all__ = ["CityscapesEvaluator", "CityscapesMetricsEvaluator", "cityscapes_as_coco"]
 
@@ -169,10 +169,7 @@ class CityscapesMetricsEvaluator(MetricsEvaluator):
             json_file=path, thing_classes=MetadataCatalog.get(dataset_name).thing_classes
         )
         if comm.is_main_process():
-            os.makedirs(output_dir, exist_ok=True)
-            with open(f"{path}.part", "w") as file:
-                json.dump(cityscapes_as_coco(dataset_name), file)
-            os.replace(f"{path}.part", path)
+            write_json(path, cityscapes_as_coco(dataset_name), indent=None)
         comm.synchronize()
         super().__init__(name, output_dir=output_dir, **kwargs)
         images = self._coco_api.imgs.items()

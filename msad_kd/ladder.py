@@ -20,6 +20,7 @@ from msad_kd.checkpoint import check_exists, export_weights
 from msad_kd.classes import is_a
 from msad_kd.distilled import DistilledMixin
 from msad_kd.errors import InputError
+from msad_kd.files import write_json
 from msad_kd.seed import derive_seed, seed_all
 from msad_kd.stages import STUDENT, Stage, read_stages, stage_config
 from msad_kd.teacher import teacher_config
@@ -173,9 +174,7 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
                 "student_sha256": _hash_file(folder / STUDENT),
                 "results": results,
             }
-            part = state_file.with_suffix(".part")
-            part.write_text(json.dumps(state, indent=2, default=float))  # a metric of NumPy's
-            os.replace(part, state_file)
+            write_json(state_file, state)
             (folder / DONE).touch()
         comm.synchronize()
     return results

@@ -99,7 +99,9 @@ def stopped(place):
     wait_for_checkpoint(run, process)
     process.send_signal(signal.SIGTERM)
     status, printed = finish(process)
-    assert status == 1 and printed.endswith("study.py: terminated; it can be resumed\n")
+    assert status == 1 and printed.endswith(
+        "study.py: terminated; started again, it goes on where it was\n"
+    )
     assert not (run / "model_final.pth").exists()
     status, printed = finish(start(place))
     assert status == 0, printed

@@ -12,7 +12,6 @@ give --weights and --test-images where their cost counts.
 
 import argparse
 import copy
-import json
 import os
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from tabulate import tabulate
 
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.cost import cost_by_part, input_sides
+from msad_kd.files import write_json
 from msad_kd.loader import clear_absence, clear_errors
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.trainer import build_mapper
@@ -128,10 +128,7 @@ def main(arguments=None):
         parser.error(str(error))
     print(markdown(result))
     if args.json:
-        part = f"{args.json}.part"
-        with open(part, "w") as file:
-            json.dump(result, file, indent=2)
-        os.replace(part, args.json)  # the file is complete or it isn't there
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

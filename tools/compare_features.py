@@ -21,7 +21,6 @@ A high "fitted" beside a low "R2" is a student that has what the teacher has, in
 
 import argparse
 import gc
-import json
 import os
 import re
 import shutil
@@ -40,6 +39,7 @@ from tabulate import tabulate
 from msad_kd import InputError, build_config
 from msad_kd.adaptation import ROWS_AT_ONCE, adaptation_cost, training_images
 from msad_kd.checkpoint import check_exists
+from msad_kd.files import write_json
 from msad_kd.multi_resolution import MultiResolutionMixin
 from msad_kd.teacher import Teacher, build_teacher
 
@@ -217,9 +217,7 @@ def main(args):
         result = measure(cfg, models, names, args, Path(folder))
     print(f"\n{markdown(result)}")
     if args.json:
-        part = args.json.with_name(f"{args.json.name}.part")
-        part.write_text(json.dumps(result, indent=2))
-        part.replace(args.json)  # the file is complete or it isn't there
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

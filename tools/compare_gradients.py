@@ -16,7 +16,6 @@ A loss that pulls mostly outside the boxes, or at few images, teaches little of 
 """
 
 import argparse
-import json
 import os
 import sys
 from collections import defaultdict
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from msad_kd import InputError, KDTrainer, attach_teacher, build_config
 from msad_kd.checkpoint import init_from_teacher, load_strictly
 from msad_kd.distilled import DistilledMixin
+from msad_kd.files import write_json
 from msad_kd.hooking import recording
 from msad_kd.loss_terms import read_losses
 from msad_kd.pyramid import cells_in_boxes
@@ -163,7 +163,7 @@ def main(args):
     print(f"\n{markdown(result)}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ A row has the keys of HEADINGS; an AP is in percent, or None where there is none
 from __future__ import annotations
 
 import csv
-import json
 import os
 
 from matplotlib.figure import Figure
 from tabulate import tabulate
+
+from msad_kd.files import replacing, write_json
 
 __all__ = ["HEADINGS", "draw", "markdown", "write_files"]
 
@@ -73,18 +74,12 @@ def write_files(folder: str, rows: list[dict], note: str) -> None:
             table.writeheader()
             table.writerows(rows)
 
-    def write_text(path, text):
-        with open(path, "w") as file:
-            file.write(text)
-
-    content = json.dumps({"note": note, "rows": rows}, indent=2) + "\n"
     writers = {
-        "sweep.md": lambda path: write_text(path, markdown(rows, note)),
-        "sweep.json": lambda path: write_text(path, content),
+        "sweep.md": lambda path: path.write_text(markdown(rows, note)),
         "sweep.csv": write_csv,
         "sweep.png": lambda path: draw(path, rows, note),
     }
-    for name, writer in writers.items():
-        target = os.path.join(folder, name)
-        writer(f"{target}.part")
-        os.replace(f"{target}.part", target)
+    for name, write in writers.items():
+        with replacing(os.path.join(folder, name)) as part:
+            write(part)
+    write_json(os.path.join(folder, "sweep.json"), {"note": note, "rows": rows})

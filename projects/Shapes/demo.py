@@ -11,7 +11,6 @@ pictures and each run's log in the output folder. Paths are relative to the repo
 import argparse
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -19,9 +18,9 @@ if not __package__:  # run as a script, which does not put the repository on the
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from projects.Shapes import records, report
-from projects.Shapes.generate import generate
-from projects.Shapes.jobs import DemoError, Screen, count_cores, run_jobs, typed
+from projects.Shapes.jobs import count_cores, run_jobs, typed
 from projects.Shapes.plan import TRAINED, measuring_job, model_rows, plan_jobs, read_results
+from projects.Shapes.program import add_common, make_data, run_program
 from projects.Shapes.progress import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,33 +45,11 @@ def parse_arguments(arguments=None):
     add = parser.add_argument
     add("--full", action="store_true", help="train the HR model and the teacher, too: hours")
     add("--output", default="output/shapes", help="results go to demo or demo-full in this folder")
-    add("--overwrite", action="store_true", help="replace a data set made with other arguments")
     add("--checkpoints", default="projects/Shapes/checkpoints", help="folder of hr and teacher")
     add("--train", type=int, default=DATA["train"], help="number of training scenes")
     add("--val", type=int, default=DATA["val"], help="number of validation scenes")
-    add(
-        "--set",
-        nargs=2,
-        action="extend",
-        default=[],
-        metavar=("KEY", "VALUE"),
-        dest="settings",
-        help="a config key for all models, for a trial run; may be given several times",
-    )
+    add_common(parser)
     return parser.parse_args(arguments)
-
-
-def make_data(args, screen):
-    """Generates the data set, or keeps the one that is there; returns its arguments."""
-    data = {**DATA, "train": args.train, "val": args.val}
-    folder = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "shapes"
-    screen.say(f"Data: {data['train']} + {data['val']} scenes in '{folder}'")
-    try:
-        written = generate(folder, **data, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        raise DemoError(f"{error} (DETECTRON2_DATASETS says where the folder is)") from None
-    screen.say("Data: complete" if written else "Data: there already, kept")
-    return data
 
 
 def summarise(args, folder, rows, data, screen):
@@ -117,7 +94,8 @@ def run(args, screen):
         + ("hours on a CPU" if args.full else "at most 15 minutes on two")
     )
     recorded = None if args.full else records.read(checkpoints)
-    data = make_data(args, screen)
+    data = {**DATA, "train": args.train, "val": args.val}
+    make_data("shapes", data, args.overwrite, screen)
     for name in RESULTS:  # if this run fails, those of an earlier one shall not pass for its own
         (folder / name).unlink(missing_ok=True)
     rows = model_rows(folder, checkpoints, args.settings)
@@ -149,17 +127,7 @@ def main(arguments=None):
     """Runs the command line; an expected error ends it with one sentence."""
     args = parse_arguments(arguments)
     os.chdir(ROOT)
-    # So that the trainings are stopped when the demo is, whoever ends it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("demo.py: terminated, with all it started"))
-    screen = Screen()
-    try:
-        run(args, screen)
-    except DemoError as error:
-        screen.say("Stopped")
-        sys.exit(f"demo.py: {error}")
-    except KeyboardInterrupt:
-        screen.say("Interrupted")
-        sys.exit("demo.py: interrupted; what it had started is stopped")
+    run_program("demo.py", run, args, "what it had started is stopped")
 
 
 if __name__ == "__main__":

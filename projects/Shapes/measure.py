@@ -9,7 +9,6 @@ of it) and `weights` (a checkpoint). The results go to `results.json` in the fol
 import copy
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from detectron2.utils.logger import setup_logger
 from msad_kd import KDTrainer
 from msad_kd.cost import count_gmacs, device_name, input_sides, time_models
 from msad_kd.errors import InputError
+from msad_kd.files import write_json
 from msad_kd.setup import build_config
 from msad_kd.stages import read_stages, stage_config
 from msad_kd.trainer import build_mapper
@@ -66,13 +66,6 @@ def tidy_metrics(metrics, present):
         name: None if name in absent else value if math.isfinite(value) else 0.0
         for name, value in ((name, float(metrics[name])) for name in METRICS)
     }
-
-
-def write_json(path, content):
-    """Writes a file that is never seen half written."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def cost_inputs(cfg):

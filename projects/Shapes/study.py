@@ -16,7 +16,6 @@ after each cell. Paths are relative to the repository.
 import argparse
 import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -26,9 +25,9 @@ if not __package__:  # run as a script, which does not put the repository on the
 from msad_kd.errors import InputError
 from projects.Shapes import study_report
 from projects.Shapes.cells import make_cells
-from projects.Shapes.generate import generate
 from projects.Shapes.grid import REFERENCES, read_grid
-from projects.Shapes.jobs import DemoError, Screen, count_cores, run_jobs
+from projects.Shapes.jobs import count_cores, run_jobs
+from projects.Shapes.program import add_common, make_data, run_program
 from projects.Shapes.study_runs import Study, locked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,16 +53,7 @@ def parse_arguments(arguments=None):
     add("--checkpoint-period", type=count, default=500, help="iterations that a stop costs at most")
     add("--reuse", metavar="FILE", help="the results.json of another run, to take done cells from")
     add("--report", action="store_true", help="run nothing, only tabulate what is there")
-    add("--overwrite", action="store_true", help="replace a data set made with other arguments")
-    add(
-        "--set",
-        nargs=2,
-        action="extend",
-        default=[],
-        metavar=("KEY", "VALUE"),
-        dest="settings",
-        help="a config key for all cells, for a trial run; may be given several times",
-    )
+    add_common(parser)
     return parser.parse_args(arguments)
 
 
@@ -120,7 +110,8 @@ def run(args, screen):
             folder.mkdir(parents=True, exist_ok=True)
             study.tabulate()
         else:
-            make_data(dict(grid.data), args.overwrite, screen)
+            data = dict(grid.data)
+            make_data(data.pop("folder", "shapes"), data, args.overwrite, screen)
             jobs = study.plan(keys)
             done = sum(key in study.results["cells"] for key in keys)
             screen.say(f"{len(keys)} cells, {done} of them done; {args.slots} runs at a time")
@@ -131,36 +122,11 @@ def run(args, screen):
     screen.say(f"Written to '{folder}': {', '.join(files)}")
 
 
-def make_data(options, overwrite, screen):
-    """The grid's data, unless they are there.
-
-    Raises:
-        DemoError: they cannot be made, or others are in their place.
-    """
-    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets"))
-    data = root / options.pop("folder", "shapes")
-    screen.say(f"Data: {', '.join(f'{k} {v}' for k, v in options.items())} in '{data}'")
-    try:
-        generate(data, **options, overwrite=overwrite)
-    except (ValueError, OSError) as error:
-        raise DemoError(f"{error} (DETECTRON2_DATASETS says where the folder is)") from None
-
-
 def main(arguments=None):
     """Runs the command line; an expected error ends it with one sentence."""
     args = parse_arguments(arguments)
     os.chdir(ROOT)
-    # So that the trainings are stopped when the study is, whoever ends it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("study.py: terminated; it can be resumed"))
-    screen = Screen()
-    try:
-        run(args, screen)
-    except (DemoError, InputError) as error:
-        screen.say("Stopped")
-        sys.exit(f"study.py: {error}")
-    except KeyboardInterrupt:
-        screen.say("Interrupted")
-        sys.exit("study.py: interrupted; started again, it goes on where it was")
+    run_program("study.py", run, args, "started again, it goes on where it was")
 
 
 if __name__ == "__main__":

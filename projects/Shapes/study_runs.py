@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from msad_kd.errors import InputError
+from msad_kd.files import write_json
 from projects.Shapes import report, study_report
 from projects.Shapes.costs import training_recipes
 from projects.Shapes.jobs import DemoError, Job, clock, run_jobs, typed
-from projects.Shapes.measure import write_json
 from projects.Shapes.plan import measuring_job, read_results
 from projects.Shapes.progress import gradient_ratio, iterations_done, training_progress
 
