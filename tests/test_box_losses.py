@@ -6,7 +6,7 @@ from detectron2.structures import Boxes, Instances
 from helpers import WARMUP, build, losses_of
 
 from msad_kd import attach_teacher
-from msad_kd.losses import DISTILL_LOSS_REGISTRY
+from msad_kd.losses import DISTILL_LOSS_REGISTRY, mse
 from msad_kd.ssim import rescale, ssim_loss
 
 NAMES = ("mse_inside", "mse_outside", "ssim_inside")
@@ -35,14 +35,15 @@ def maps(box_losses, monkeypatch):
 def test_mse_of_the_cells_that_are_meant(box_losses, maps):
     square = (maps[0] - maps[1]).square()
     inside = square[0, :, :, :2]
-    torch.testing.assert_close(box_losses.mse_inside(*maps), inside.mean())
-    outside = (square.sum() - inside.sum()) / (square.numel() - inside.numel())
-    torch.testing.assert_close(box_losses.mse_outside(*maps), outside)
+    torch.testing.assert_close(box_losses.mse_inside(*maps), inside.sum() / square.numel())
+    both = box_losses.mse_inside(*maps) + box_losses.mse_outside(*maps)
+    torch.testing.assert_close(both, mse(*maps))
 
 
 def test_ssim_of_the_cells_that_are_meant(box_losses, maps):
     whole = ssim_loss(*map(rescale, maps), reduction="none")
-    torch.testing.assert_close(box_losses.ssim_inside(*maps), whole[0, :, :, :2].mean())
+    inside = whole[0, :, :, :2].sum() / whole.numel()
+    torch.testing.assert_close(box_losses.ssim_inside(*maps), inside)
 
 
 def test_no_box_is_no_loss(box_losses, maps):
@@ -57,4 +58,5 @@ def test_a_student_learns_by_them(box_losses, student_config, batch):
     attach_teacher(model, cfg)
     found = losses_of(model, batch(cfg, "lr"), WARMUP)
     inside, outside, whole = (found[f"loss_kd_{each['name']}"] for each in losses)
-    assert 0 < inside != outside > 0 and whole > 0
+    assert inside > 0 and outside > 0
+    torch.testing.assert_close(inside + outside, whole)

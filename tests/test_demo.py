@@ -1,5 +1,6 @@
 """The demo end to end, with a few scenes and steps."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -40,10 +41,10 @@ def check_results(folder, printed, iterations):
     assert [each["key"] for each in summary["rows"]] == KEYS
     assert summary["run"]["iterations"] == iterations
     by_key = {each["key"]: each for each in summary["rows"]}
-    for kind in ("box", "mask"):
-        student, baseline, high = (by_key[key][kind]["AP"] for key in ("student", "lr", "hr"))
+    for start, kind in itertools.product(("lr", "lr-from-teacher"), ("box", "mask")):
+        student, baseline, high = (by_key[key][kind]["AP"] for key in ("student", start, "hr"))
         expected = None if high <= baseline else (student - baseline) / (high - baseline)
-        assert summary["gap_closed"][kind] == pytest.approx(expected)
+        assert summary["gap_closed"][start][kind] == pytest.approx(expected)
     assert by_key["student"]["params_m"] == by_key["lr"]["params_m"] == by_key["hr"]["params_m"]
     assert by_key["teacher-fused"]["side"] == "128 + 64" and by_key["student"]["side"] == "64"
     text = (folder / "table.md").read_text()

@@ -7,6 +7,9 @@ from demo_rows import ap, row
 from projects.Shapes import report
 from projects.Shapes.jobs import DemoError, clock
 
+ROWS = [row(*each) for each in (("hr", 44, 40), ("lr", 34, 30), ("student", 36, 35))]
+ROWS.append(row("lr-from-teacher", 35, 36))
+
 
 def test_gap_closed_is_the_share_of_the_distance_to_the_hr_model():
     assert report.gap_closed(student=36.0, baseline=34.0, high=44.0) == pytest.approx(0.2)
@@ -15,11 +18,13 @@ def test_gap_closed_is_the_share_of_the_distance_to_the_hr_model():
 
 
 def test_gaps_of_a_table():
-    rows = [row("hr", 44, 40), row("lr", 34, 30), row("teacher-hr", 50, 50), row("student", 36, 35)]
-    closed = report.gaps(rows)
-    assert closed == pytest.approx({"box": 0.2, "mask": 0.5})
-    assert "box AP 20 %, mask AP 50 %" in report.gap_sentence(closed)
-    assert "cannot be told" in report.gap_sentence({"box": None, "mask": 0.5})
+    closed = report.close_gaps([*ROWS, row("teacher-hr", 50, 50)])
+    assert closed["lr"] == pytest.approx({"box": 0.2, "mask": 0.5})
+    assert closed["lr-from-teacher"] == pytest.approx({"box": 1 / 9, "mask": -1 / 4})
+    assert report.gap_sentence("LR", closed["lr"]) == (
+        "Gap closed, (student - LR) / (stock HR - LR): box AP 20 %, mask AP 50 %."
+    )
+    assert "cannot be told" in report.gap_sentence("LR", {"box": None, "mask": 0.5})
 
 
 def test_table_has_a_dash_for_sizes_that_do_not_occur():
@@ -41,12 +46,12 @@ def test_table_has_a_dash_for_sizes_that_do_not_occur():
 
 
 def test_markdown_tells_what_a_reader_needs_to_repeat_it():
-    rows = [row("hr", 44, 40), row("lr", 34, 30), row("student", 36, 35)]
     run = {"iterations": 1200, "batch_size": 8, "seed": 1, "full": False, "data": {"train": 300}}
     run |= {"device": "no GPU", "machine": "some CPU, 2 cores", "seconds": 725}
-    text = report.markdown({"rows": rows, "gap_closed": report.gaps(rows), "run": run})
+    text = report.markdown({"rows": ROWS, "gap_closed": report.close_gaps(ROWS), "run": run})
     for part in ("1200 iterations of 8 images, seed 1", "train 300", "some CPU, 2 cores", "12:05"):
         assert part in text
+    assert "(student - model lr-from-teacher)" in text
     assert "one CPU thread" in text and "model student" in text
 
 

@@ -32,31 +32,30 @@ class BoxAwareRCNN(DistilledRCNN):
         return super().forward(batched_inputs)
 
 
-def _mean(values, *, outside=False):
-    """Mean over the cells of (N, C, H, W) inside boxes, or outside of them; 0 if there are none."""
+def _share(values, *, outside=False):
+    """What the cells inside boxes, or outside of them, add to the mean of (N, C, H, W)."""
     height, width = values.shape[-2:]
     found = [each["instances"] for each in _batch]
     # Images are padded, so a map has cells for more than they have.
     seen = max(side / cells for x in found for side, cells in zip(x.image_size, (height, width)))
     stride = 2 ** math.ceil(math.log2(seen))
     masks = [cells_in_boxes(x.gt_boxes.tensor, stride, height, width) for x in found]
-    mask = (torch.stack(masks).unsqueeze(1) != outside).to(values)
-    return (values * mask).sum() / (mask.sum() * values.shape[1]).clamp(min=1)
+    return (values * (torch.stack(masks).unsqueeze(1) != outside)).mean()
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def mse_inside(student, teacher):
-    """Mean of (S - T)^2 inside boxes."""
-    return _mean((student - teacher).float().square())
+    """The share of mean (S - T)^2 that is inside boxes; with `mse_outside` it is `mse`."""
+    return _share((student - teacher).float().square())
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def mse_outside(student, teacher):
-    """Mean of (S - T)^2 outside of boxes."""
-    return _mean((student - teacher).float().square(), outside=True)
+    """The share of mean (S - T)^2 that is outside of boxes."""
+    return _share((student - teacher).float().square(), outside=True)
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def ssim_inside(student, teacher):
-    """Mean of (1 - SSIM) / 2 of the rescaled maps inside boxes."""
-    return _mean(ssim_loss(rescale(student), rescale(teacher), reduction="none"))
+    """The share of mean (1 - SSIM) / 2, of the rescaled maps, that is inside boxes."""
+    return _share(ssim_loss(rescale(student), rescale(teacher), reduction="none"))

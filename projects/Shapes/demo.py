@@ -65,7 +65,7 @@ def summarise(args, folder, rows, data, screen):
     settings = read_settings(folder / "student")
     return {
         "rows": rows,
-        "gap_closed": report.gaps(rows),
+        "gap_closed": report.close_gaps(rows),
         "run": {
             "iterations": settings["SOLVER"]["MAX_ITER"],
             "batch_size": settings["SOLVER"]["IMS_PER_BATCH"],

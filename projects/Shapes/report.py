@@ -10,6 +10,7 @@ from projects.Shapes.jobs import DemoError, clock, count_cores
 
 TOLERANCE = 0.2
 KINDS = {"bbox": "box", "segm": "mask"}
+STARTS = ("lr", "lr-from-teacher")  # both without distillation; the second starts as the student
 HEADINGS = (
     "model",
     "test side (px)",
@@ -64,12 +65,15 @@ def gap_closed(student, baseline, high):
     return (student - baseline) / (high - baseline)
 
 
-def gaps(rows):
-    """The gap closed in box and mask AP, from the table's rows."""
+def close_gaps(rows):
+    """The gap closed in box and mask AP, from the table's rows, by the row where it begins."""
     by_key = {row["key"]: row for row in rows}
     return {
-        kind: gap_closed(*(by_key[key][kind]["AP"] for key in ("student", "lr", "hr")))
-        for kind in KINDS.values()
+        start: {
+            kind: gap_closed(*(by_key[key][kind]["AP"] for key in ("student", start, "hr")))
+            for kind in KINDS.values()
+        }
+        for start in STARTS
     }
 
 
@@ -107,27 +111,30 @@ def table(rows):
     )
 
 
-def gap_sentence(closed):
-    """What share of the gap the student has closed, in words.
+def gap_sentence(start, closed):
+    """What share of a gap the student has closed, in words.
 
     Args:
+        start: the name of the model where the gap begins.
         closed: "box" and "mask" to a fraction or None.
     """
+    told = f"Gap closed, (student - {start}) / (stock HR - {start}): "
     if None in closed.values():
-        return "Gap closed: cannot be told, for the stock HR model is not above the LR baseline."
+        return f"{told}cannot be told, for stock HR is not above {start}."
     shares = ", ".join(f"{kind} AP {100 * share:.0f} %" for kind, share in closed.items())
-    return f"Gap closed, (student - LR baseline) / (stock HR - LR baseline): {shares}."
+    return f"{told}{shares}."
 
 
 def markdown(summary):
     """The content of `table.md`, from that of `table.json`."""
-    run = summary["run"]
+    run, gaps = summary["run"], summary["gap_closed"]
+    names = {row["key"]: row["model"] for row in summary["rows"]}
     gpu = run["device"] != "no GPU"
     threads = f"on {run['device']}" if gpu else "one CPU thread"
     lines = [
         table(summary["rows"]),
         "",
-        gap_sentence(summary["gap_closed"]),
+        "  \n".join(gap_sentence(names[key], closed) for key, closed in gaps.items()),
         "",
         NOTES.format(threads=threads),
         "",
