@@ -4,6 +4,7 @@
 import logging
 import os
 import sys
+from logging.handlers import MemoryHandler
 
 # For --import: Python looks beside this file by itself, but not where it was started.
 sys.path.insert(0, os.getcwd())
@@ -28,10 +29,15 @@ def setup(args):
     """Import the user's modules, read the config and prepare logs and seeds."""
     for module in args.imports:
         import_module(module)
+    logger, early = logging.getLogger("msad_kd"), MemoryHandler(1000, logging.CRITICAL + 1)
+    logger.addHandler(early)  # where the log is written is told by the config
     cfg = build_config(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="msad_kd")
+    logger.removeHandler(early)
+    for record in early.buffer:
+        logger.handle(record)
     # An InputError says enough by itself.
     logging.getLogger("detectron2.engine.train_loop").addFilter(
         lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError))

@@ -113,9 +113,9 @@ class AlignedFPN(FPN):
         return self.scale * super().size_divisibility
 
 
-def _fpn_arguments(cfg: CfgNode, bottom_up: Backbone, levels: int, kind: str = "") -> dict:
+def _fpn_arguments(cfg: CfgNode, bottom_up: Backbone, levels: int) -> dict:
     keys = cfg.MODEL.FPN
-    kind, top_levels = kind or keys.TOP_BLOCK, levels - len(keys.IN_FEATURES)
+    kind, top_levels = keys.TOP_BLOCK, levels - len(keys.IN_FEATURES)
     if kind == "maxpool":
         top_block = LastLevelsMaxPool(top_levels)
     elif kind in ("conv_p5", "conv_res5"):
@@ -136,16 +136,13 @@ def _fpn_arguments(cfg: CfgNode, bottom_up: Backbone, levels: int, kind: str = "
     }
 
 
-def build_five_level_fpn(cfg: CfgNode, bottom_up: Backbone, kind: str = "") -> FPN:
+def build_five_level_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     """An FPN of ``MODEL.FPN`` on any backbone: p2..p6, or p3..p7 without res2.
-
-    Args:
-        kind: of the levels above p5, instead of what ``MODEL.FPN.TOP_BLOCK`` says.
 
     Raises:
         InputError: if there is no such ``MODEL.FPN.TOP_BLOCK``.
     """
-    return FPN(**_fpn_arguments(cfg, bottom_up, LEVELS, kind))
+    return FPN(**_fpn_arguments(cfg, bottom_up, LEVELS))
 
 
 def build_aligned_fpn(cfg: CfgNode, bottom_up: Backbone) -> AlignedFPN:

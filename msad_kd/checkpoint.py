@@ -30,6 +30,9 @@ __all__ = [
 # What distillation adds to a student's parameters, and no exported model has.
 TRAINING_PREFIX = "distiller."
 
+# Buffers that Detectron2 stored until 2020, and takes from the config since.
+FORMERLY_STORED = ("pixel_mean", "pixel_std")
+
 # What torch.load raises, depending on how a file is broken or what it is instead of a checkpoint.
 UNREADABLE = (EOFError, KeyError, RuntimeError, pickle.UnpicklingError)
 
@@ -55,7 +58,11 @@ class _StrictCheckpointer(DetectionCheckpointer):
             ) from error
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        extra = [key for key in incompatible.unexpected_keys if not key.startswith(TRAINING_PREFIX)]
+        extra = [
+            key
+            for key in incompatible.unexpected_keys
+            if not key.startswith(TRAINING_PREFIX) and key not in FORMERLY_STORED
+        ]
         misshapen = [key for key, _, _ in incompatible.incorrect_shapes]  # "missing", too
         missing = [key for key in incompatible.missing_keys if key not in misshapen]
         faults = [
@@ -102,7 +109,8 @@ def load_strictly(model: nn.Module, path: str, config: str) -> None:
 
     Raises:
         InputError: if there is no such file, or if keys are missing, unexpected or of another
-            shape; those of a student's ``distiller`` may stand in the file.
+            shape; those of a student's ``distiller`` may stand in the file, and, as they once did,
+            the pixels' mean and deviation.
     """
     check_exists(path, config)
     _StrictCheckpointer(model, config).load(path)
@@ -117,18 +125,31 @@ def init_from_teacher(
         backbone: whether those of the backbone's bottom-up path are copied, too.
 
     Returns:
-        the student's keys that kept their values, those of its ``distiller`` aside; they are also
-        named in one warning.
+        the student's keys that kept their values, those of its ``distiller`` and of what was not to
+        be copied aside; they are also named in one warning.
+
+    Raises:
+        InputError: if the bottom-up paths, which were to be copied, are not of the same net.
     """
     source, target = teacher.state_dict(), student.state_dict()
     # The student is a low-resolution net, so it takes that resolution's statistics.
     for key in [key for key in source if key.endswith(LOW_SUFFIX)]:
         source[key.removesuffix(LOW_SUFFIX)] = source.pop(key)
     fitting = {k: v for k, v in source.items() if k in target and target[k].shape == v.shape}
+    path = "backbone.bottom_up."
+    # A frozen normalisation counts no batches.
+    nets = [{k for k in x if k.startswith(path) and "batches" not in k} for x in (source, target)]
     if not backbone:
-        fitting = {k: v for k, v in fitting.items() if not k.startswith("backbone.bottom_up.")}
+        fitting = {k: v for k, v in fitting.items() if not k.startswith(path)}
+    elif differing := sorted(nets[0].symmetric_difference(nets[1]) | (nets[1] - fitting.keys())):
+        raise InputError(
+            f"the student is to start from its teacher, but their backbones differ (in "
+            f"{len(differing)} weights, e.g. {differing[0]}); set KD.TEACHER.INIT_BACKBONE False "
+            "to take neck and heads alone, and MODEL.WEIGHTS to where the backbone starts"
+        )
     student.load_state_dict(fitting, strict=False)
-    kept = [k for k in target if k not in fitting and not k.startswith(TRAINING_PREFIX)]
+    left = (TRAINING_PREFIX,) if backbone else (TRAINING_PREFIX, path)
+    kept = [k for k in target if k not in fitting and not k.startswith(left)]
     logger = logging.getLogger(__name__)
     logger.info("The student starts from %d of the teacher's weights and buffers", len(fitting))
     if kept:

@@ -64,8 +64,6 @@ def add_msad_kd_config(cfg: CN) -> None:
     # Probability that training skips the last block; it rises linearly from 0 at the first one.
     # Larger nets and longer schedules take more: 0.1 to 0.3.
     cfg.MODEL.SWIN.STOCHASTIC_DEPTH_PROB = 0.2
-    # The stages to read out, each of which has a normalisation of its own.
-    cfg.MODEL.SWIN.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
 
     # ---- Distillation (MODEL.META_ARCHITECTURE: Distilled*) ----
     cfg.KD = CN()
@@ -108,16 +106,18 @@ def add_msad_kd_config(cfg: CN) -> None:
     # A list of {name, config_file, weights, opts, kind, image, losses, iterations, base_lr, start}:
     # the teacher's config, weights and options; "fused" or "plain"; the image a plain one reads,
     # "hr" or "lr"; KD.LOSSES, SOLVER.MAX_ITER and SOLVER.BASE_LR of the stage; where the student
-    # starts: "previous", "teacher", "teacher_heads" or a checkpoint. Name, config_file and weights
-    # are needed, the rest is as in the config around.
+    # starts: "previous" (in the first stage: MODEL.WEIGHTS), "teacher", "teacher_heads" or a
+    # checkpoint. Name, config_file and weights are needed. Without the others there are no opts, a
+    # "fused" teacher or one of the "hr" image, the config's own losses, iterations and base_lr, and
+    # the student starts from the "previous" one.
     cfg.KD.LADDER.STAGES = []
 
 
 def _add_model_keys(cfg: CN) -> None:
-    # How this project's FPNs (but build_retinanet_swin_*) make the levels above p5: "maxpool"
-    # (subsampling p5, as Detectron2's R-CNNs do), or strided convolutions "conv_p5" (its FCOS) or
-    # "conv_res5" (its RetinaNet), which have FPN.NORM; without one their scale is far from the
-    # other levels'.
+    # How this project's FPNs make the levels above p5: "maxpool" (subsampling p5, as Detectron2's
+    # R-CNNs do), or strided convolutions "conv_p5" (its FCOS) or "conv_res5" (its RetinaNet), which
+    # have FPN.NORM; without one their scale is far from the other levels'. The FPNs that Detectron2
+    # itself builds have one way each, and do not read this.
     cfg.MODEL.FPN.TOP_BLOCK = "maxpool"
 
     # ---- A torchvision network under an FPN (MODEL.BACKBONE.NAME: build_torchvision_fpn_backbone,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet, build_backbone
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
@@ -16,7 +16,8 @@ from msad_kd.fcos import FCOS
 from msad_kd.hooking import recording
 from msad_kd.loss_terms import read_losses
 from msad_kd.pyramid import in_high_resolution
-from msad_kd.teacher import Teacher, build_teacher, teacher_levels
+from msad_kd.seed import preserved_rng
+from msad_kd.teacher import Teacher, build_teacher, teacher_config, teacher_levels
 
 __all__ = [
     "DistilledFCOS",
@@ -24,19 +25,21 @@ __all__ = [
     "DistilledRCNN",
     "DistilledRetinaNet",
     "attach_teacher",
+    "check_levels",
     "gradient_ratio",
     "last_layer",
 ]
 
 
 def last_layer(backbone: nn.Module) -> nn.Parameter:
-    """The last trained weight of a backbone: of an FPN's bottom-up path or, where that is frozen,
-    of the FPN itself.
+    """The last trained weight of a backbone that all levels depend on: of an FPN's bottom-up path
+    or, where that is frozen, of its coarsest lateral convolution.
 
     Raises:
         InputError: if all weights are frozen.
     """
-    for part in (getattr(backbone, "bottom_up", backbone), backbone):
+    laterals = getattr(backbone, "lateral_convs", [])  # from coarse to fine
+    for part in (getattr(backbone, "bottom_up", backbone), *laterals[:1], backbone):
         trained = [p for p in part.parameters() if p.requires_grad and p.dim() > 1]
         if trained:
             return trained[-1]
@@ -51,14 +54,27 @@ def gradient_ratio(
 ) -> torch.Tensor:
     """Norm of the gradient of one sum of losses over that of another, at one layer's weight.
 
-    The graph stays, and no ``.grad`` is touched, so the step is not changed by it.
+    One that does not depend on the layer has the norm 0. The graph stays, and no ``.grad`` is
+    touched, so the step is not changed by it.
     """
-    norms = [
+
+    def norm(losses):
         # The factor, a power of 2, changes nothing in fp32; in fp16 it keeps what is small from 0.
-        torch.autograd.grad(sum(losses) * 2.0**12, layer, retain_graph=True)[0].float().norm()
-        for losses in (distillation, detection)
-    ]
-    return norms[0] / norms[1]
+        total = sum(losses) * 2.0**12
+        (found,) = torch.autograd.grad(total, layer, retain_graph=True, allow_unused=True)
+        return layer.new_zeros(()) if found is None else found.float().norm()
+
+    return norm(distillation) / norm(detection)
+
+
+def _build_distiller(cfg: CfgNode, backbone: nn.Module) -> Distiller:
+    told = cfg.KD.LOSSES and cfg.KD.TEACHER.CONFIG_FILE
+    return Distiller(
+        terms=read_losses(cfg.KD.LOSSES),
+        student=in_high_resolution(backbone.output_shape(), cfg.KD.SCALE),
+        teacher=teacher_levels(cfg) if told else None,
+        diagnostics_period=cfg.KD.DIAGNOSTICS_PERIOD,
+    )
 
 
 class DistilledMixin:
@@ -92,16 +108,9 @@ class DistilledMixin:
     @classmethod
     def from_config(cls, cfg):
         stock = super().from_config(cfg)
-        told = cfg.KD.LOSSES and cfg.KD.TEACHER.CONFIG_FILE
-        distiller = Distiller(
-            terms=read_losses(cfg.KD.LOSSES),
-            student=in_high_resolution(stock["backbone"].output_shape(), cfg.KD.SCALE),
-            teacher=teacher_levels(cfg) if told else None,
-            diagnostics_period=cfg.KD.DIAGNOSTICS_PERIOD,
-        )
         return {
             **stock,
-            "distiller": distiller,
+            "distiller": _build_distiller(cfg, stock["backbone"]),
             "gradient_ratio_period": cfg.KD.GRADIENT_RATIO_PERIOD,
         }
 
@@ -112,6 +121,7 @@ class DistilledMixin:
             InputError: if the levels cannot be paired.
         """
         self.distiller.connect(teacher.levels())
+        teacher.needed = self.distiller.levels_read()
         self._teacher = (teacher,)
 
     @property
@@ -153,6 +163,17 @@ class DistilledRetinaNet(DistilledMixin, RetinaNet):
 @META_ARCH_REGISTRY.register()
 class DistilledFCOS(DistilledMixin, FCOS):
     """FCOS as a student."""
+
+
+def check_levels(cfg: CfgNode) -> None:
+    """See that a student's losses find their levels in its teacher, which is not loaded for it.
+
+    Raises:
+        InputError: as ``teacher_config`` and ``Distiller``.
+    """
+    teacher_config(cfg)
+    with preserved_rng():
+        _build_distiller(cfg, build_backbone(cfg)).connect(teacher_levels(cfg))
 
 
 def attach_teacher(model: nn.Module, cfg: CfgNode) -> Teacher:

@@ -97,8 +97,8 @@ class Distiller(nn.Module):
         """Pair the levels with those of the teacher that is there, before the first step.
 
         Raises:
-            InputError: if no level has a partner, if a loss asks for one that has none, or if
-                the channels of a pair differ and there is no adapter.
+            InputError: if no level has a partner, if a loss asks for one that has none, if it
+                lacks its module, or if the channels of a pair differ and there is no adapter.
         """
         unpaired = self._pair(teacher)
         for term in self.terms:
@@ -106,6 +106,11 @@ class Distiller(nn.Module):
                 partner = self.pairs[level]
                 own, other = self.student[level].channels, teacher[partner].channels
                 adapter = self.adapters[level] if self._adapts(term, level) else None
+                if hasattr(term.function, "parts") and term.name not in self.parts:
+                    raise InputError(
+                        f"KD.LOSSES: '{term.name}' trains a module of its own; it needs "
+                        "KD.TEACHER.CONFIG_FILE to build it by"
+                    )
                 if (adapter.out_channels if adapter else own) != other:
                     raise InputError(
                         f"KD.LOSSES: '{term.name}' compares level {level} of the student, with "
@@ -117,6 +122,10 @@ class Distiller(nn.Module):
                 "The student's levels %s have no partner in the teacher and are not distilled",
                 ", ".join(unpaired),
             )
+
+    def levels_read(self) -> set[str]:
+        """The teacher's levels that the losses compare with."""
+        return {self.pairs[level] for term in self.terms for level in term.levels or self.pairs}
 
     def _adapts(self, term: LossTerm, level: str) -> bool:
         if level not in self.adapters:
@@ -154,7 +163,9 @@ class Distiller(nn.Module):
                     )
                 parts = [self.parts[term.name][level]] if term.name in self.parts else []
                 value = self._evaluate(term, level, (s, t, *parts))
-                self._values[f"{term.name}_{level}"] = value.detach()
+                # Two entries of one name are told as their sum.
+                key = f"{term.name}_{level}"
+                self._values[key] = self._values.get(key, 0.0) + value.detach()
                 total = total + value
                 if due:
                     self._log(term, level, (s.detach(), t, *parts))

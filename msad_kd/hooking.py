@@ -1,14 +1,15 @@
-"""Two context managers that let a stock detector's ``forward`` be used whole, from outside."""
+"""Context managers that let a stock detector's ``forward`` be used whole, from outside."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
-__all__ = ["answering", "recording"]
+__all__ = ["answering", "computing", "recording"]
 
 
 @contextmanager
@@ -34,3 +35,21 @@ def answering(module: nn.Module, output: Any):
         yield
     finally:
         del module.forward  # the class's own is visible again
+
+
+@contextmanager
+def computing(backbone: nn.Module, levels: Iterable[str]):
+    """Within the context, an FPN computes these levels and what they are made of; others are None.
+
+    p2's output convolution alone is a quarter of the multiply-adds of an R-50 FPN.
+    """
+    top_block = getattr(backbone, "top_block", None)
+    source = getattr(top_block, "in_feature", None)  # of all levels above p5
+    with ExitStack() as skipped:
+        for name in backbone.output_shape().keys() - {source, *levels}:
+            output = getattr(backbone, f"fpn_output{name[1:]}", None)
+            if output is None:
+                output = getattr(top_block, name, None)
+            if output is not None:  # else it costs nothing, as a maximum does
+                skipped.enter_context(answering(output, None))
+        yield

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 
 from msad_kd.checkpoint import check_exists, export_weights
 from msad_kd.classes import is_a
-from msad_kd.distilled import DistilledMixin
+from msad_kd.distilled import DistilledMixin, check_levels
 from msad_kd.errors import InputError
 from msad_kd.files import write_json
 from msad_kd.seed import derive_seed, seed_all
@@ -78,8 +78,8 @@ def _check_sources(stages: list[Stage], configs: list[CfgNode]) -> None:
     """See that there is what the stages are made from, but for students that are to come.
 
     Raises:
-        InputError: if the model is no student, if a config of a teacher cannot be read, or if a
-            checkpoint is absent.
+        InputError: if the model is no student, if a config of a teacher cannot be read, if a
+            checkpoint is absent, or if a loss has no levels to compare.
     """
     students: list[Path] = []
     for stage, own in zip(stages, configs):
@@ -90,10 +90,16 @@ def _check_sources(stages: list[Stage], configs: list[CfgNode]) -> None:
             )
         check_exists(stage.weights, f"the teacher of stage '{stage.name}'")
         start = own.MODEL.WEIGHTS
+        if not start and stage.start == "previous":
+            logging.getLogger(__name__).warning(
+                "Stage '%s' starts from random weights, for MODEL.WEIGHTS is empty and its 'start' "
+                "is 'previous'; 'start: teacher' takes the teacher's",
+                stage.name,
+            )
         if start and Path(start) not in students:
             check_exists(start, f"the start of stage '{stage.name}'")
         try:
-            teacher_config(own)
+            check_levels(own)
         except InputError as error:
             raise InputError(f"stage '{stage.name}': {error}") from error
         students.append(Path(own.OUTPUT_DIR) / STUDENT)

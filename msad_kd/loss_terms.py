@@ -49,9 +49,9 @@ class LossTerm:
 def yaml_number(value: Any) -> Any:
     """A number that YAML 1.1 reads as text, such as 5e-7, as that number; any other value as it is.
 
-    Detectron2's reader takes only 5.0e-7 for a number.
+    Detectron2's reader takes only 5.0e-7 and 5.0e+7 for numbers.
     """
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value, re.IGNORECASE):
         return float(value)
     return value
 

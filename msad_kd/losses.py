@@ -152,8 +152,13 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0) -> torch
     It compares where a channel is strong: an offset of a channel does not matter.
 
     Args:
-        tau: the temperature; the maps are divided by it first.
+        tau: the temperature, above 0; the maps are divided by it first.
+
+    Raises:
+        ValueError: of tau.
     """
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}; it has to be above 0")
     log_s, log_t = ((x.float().flatten(2) / tau).log_softmax(-1) for x in (student, teacher))
     return tau**2 * F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1).mean()
 
@@ -179,8 +184,14 @@ def mgd(
 
     Args:
         parts: G, which makes the teacher's map from what is left of the student's.
-        mask_ratio: lambda, the share of cells that are set to 0 (in all channels alike), 0..1.
+        mask_ratio: lambda, the share of cells that are set to 0 (in all channels alike), from 0 to
+            below 1.
+
+    Raises:
+        ValueError: of mask_ratio.
     """
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio is {mask_ratio}; it has to be from 0 to below 1")
     kept = torch.rand_like(student[:, :1]) >= mask_ratio
     return F.mse_loss(parts(student * kept).float(), teacher.float(), reduction="sum") / len(
         student

@@ -7,9 +7,6 @@ the low-resolution pyramid P'2..P'6 is renamed to p3..p7, and both are fused lev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
-
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
@@ -17,7 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from msad_kd.errors import InputError
 from msad_kd.fcos import FCOS
 from msad_kd.fusion import CrossingFeatureFusion
-from msad_kd.hooking import answering
+from msad_kd.hooking import answering, computing
 from msad_kd.normalizer import get_normalizer, set_normalizer
 from msad_kd.pyramid import (
     Pyramid,
@@ -79,7 +76,8 @@ class MultiResolutionMixin:
 
         Raises:
             InputError: if there is no such branch, if the backbone pads images for one resolution
-                only, or if a head reads a level that only one resolution has.
+                only or has no statistics to keep apart, or if a head reads a level that only one
+                resolution has.
         """
         super().__init__(**kwargs)
         if test_branch not in BRANCHES:
@@ -89,8 +87,12 @@ class MultiResolutionMixin:
         self.fusion = fusion
         self.fused_weight = fused_weight
         self.mask_padding = mask_padding
-        if separate_statistics:
-            add_low_resolution_statistics(self.backbone)
+        if separate_statistics and not add_low_resolution_statistics(self.backbone):
+            raise InputError(
+                "MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS is True, but no normalisation of the "
+                "backbone keeps statistics (FrozenBN does not); set it to False, or "
+                "MODEL.RESNETS.NORM to BN or SyncBN"
+            )
         self.test_branch = test_branch
         self.scale = scale
         if getattr(self.backbone, "scale", 1) != scale:
@@ -148,9 +150,7 @@ class MultiResolutionMixin:
         """
         levels, shift, found = self.strides(), level_shift(self.scale), {}
         if high is not None:
-            # The finest levels have no partner at low resolution. p2's output convolution alone is
-            # a quarter of the multiply-adds of an R-50 FPN, so they are left out.
-            with self._computing(levels):
+            with computing(self.backbone, levels):  # the finest have no partner at low resolution
                 features = self.backbone(high)
             found["hr"] = {name: features[name] for name in levels}
         if low is not None:
@@ -158,7 +158,7 @@ class MultiResolutionMixin:
             # statistics, if it has any.
             with (
                 low_resolution_statistics(self.backbone),
-                self._computing(shift_levels(levels, -shift)),
+                computing(self.backbone, shift_levels(levels, -shift)),
             ):
                 features = shift_levels(self.backbone(low), shift)
             found["lr"] = {name: features[name] for name in levels}
@@ -168,18 +168,6 @@ class MultiResolutionMixin:
                 masks = valid_masks(sizes, tuple(high.shape[-2:]), found["hr"])
             found["fused"] = self.fusion(found["hr"], found["lr"], masks)
         return {branch: found[branch] for branch in branches}
-
-    @contextmanager
-    def _computing(self, levels: Iterable[str]):
-        """Within the context, the backbone computes these levels only; the others are None."""
-        with ExitStack() as skipped:
-            for name in self.backbone.output_shape().keys() - set(levels):
-                output = getattr(self.backbone, f"fpn_output{name[1:]}", None)
-                if output is None:
-                    output = getattr(getattr(self.backbone, "top_block", None), name, None)
-                if output is not None:  # else it costs nothing, as a maximum does
-                    skipped.enter_context(answering(output, None))
-            yield
 
     def low_resolution_batch(self, batched_inputs: list[dict], high: torch.Tensor) -> torch.Tensor:
         """The ``image_lr`` of the inputs, normalised and padded to 1/k of ``high``: (N, 3, H, W).

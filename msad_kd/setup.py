@@ -11,7 +11,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -86,7 +86,8 @@ def build_config(config_file: str, opts: list) -> CfgNode:
 
     Raises:
         InputError: as ``merge_config``, ``register_coco_format``, ``level_shift``, ``read_losses``,
-            ``read_stages`` and ``choose_implementation``.
+            ``read_stages``, ``choose_implementation`` and ``check_name``, and if the backbone does
+            not read a MODEL.FPN.TOP_BLOCK that is set.
     """
     cfg = get_cfg()
     add_msad_kd_config(cfg)
@@ -97,12 +98,21 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     choose_implementation(cfg.TEST.COCO_EVALUATOR)
     register_coco_format(cfg)
     check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+    builder = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    if cfg.MODEL.FPN.TOP_BLOCK != "maxpool" and builder.__module__.startswith("detectron2."):
+        raise InputError(
+            f"MODEL.FPN.TOP_BLOCK is {cfg.MODEL.FPN.TOP_BLOCK}, which Detectron2's "
+            f"{cfg.MODEL.BACKBONE.NAME} does not read; set MODEL.BACKBONE.NAME to "
+            "build_five_level_resnet_fpn_backbone"
+        )
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key] or ():
             check_name(f"DATASETS.{key}", name, DatasetCatalog)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU is at hand: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu":
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's is for GPUs alone
     return _scale_to_world(cfg)
 

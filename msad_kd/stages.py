@@ -20,7 +20,7 @@ STARTS = ("previous", "teacher", "teacher_heads")
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of KD.LADDER.STAGES; what it leaves out is as in the config around it."""
+    """One entry of KD.LADDER.STAGES; None is as in the config around it."""
 
     name: str
     config_file: str  # the teacher's

@@ -23,11 +23,17 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [m for m in norms if m.track_running_stats]
 
 
-def add_low_resolution_statistics(module: nn.Module) -> None:
-    """Give each batch normalisation in a module a second set of running statistics (in place)."""
-    for norm in _batch_norms(module):
+def add_low_resolution_statistics(module: nn.Module) -> int:
+    """Give each batch normalisation in a module a second set of running statistics (in place).
+
+    Returns:
+        how many there are.
+    """
+    norms = _batch_norms(module)
+    for norm in norms:
         for name in _STATISTICS:
             norm.register_buffer(name + LOW_SUFFIX, getattr(norm, name).clone())
+    return len(norms)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from torch import nn
@@ -22,7 +22,6 @@ from msad_kd.errors import InputError
 __all__ = [
     "SwinBackbone",
     "build_aligned_swin_fpn_backbone",
-    "build_retinanet_swin_fpn_backbone",
     "build_swin_fpn_backbone",
     "convert_torchvision",
 ]
@@ -82,7 +81,7 @@ class SwinBackbone(Backbone):
         unknown = [stage for stage in out_features if stage not in STAGES]
         if unknown or not out_features:
             raise InputError(
-                f"MODEL.SWIN.OUT_FEATURES is {list(out_features)}; use one or more of "
+                f"MODEL.FPN.IN_FEATURES is {list(out_features)}; use one or more of "
                 f"{', '.join(STAGES)}"
             )
         swin = SwinTransformer(
@@ -123,7 +122,7 @@ class SwinBackbone(Backbone):
             "num_heads": keys.NUM_HEADS,
             "window_size": keys.WINDOW_SIZE,
             "stochastic_depth_prob": keys.STOCHASTIC_DEPTH_PROB,
-            "out_features": keys.OUT_FEATURES,
+            "out_features": cfg.MODEL.FPN.IN_FEATURES,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         }
 
@@ -151,33 +150,16 @@ class SwinBackbone(Backbone):
         return features
 
 
-def _bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> SwinBackbone:
-    bottom_up = SwinBackbone(cfg, input_shape)
-    absent = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in bottom_up.output_shape()]
-    if absent:
-        raise InputError(
-            f"MODEL.FPN.IN_FEATURES: {', '.join(absent)} is not in MODEL.SWIN.OUT_FEATURES, which "
-            f"is {cfg.MODEL.SWIN.OUT_FEATURES}"
-        )
-    return bottom_up
-
-
 @BACKBONE_REGISTRY.register()
 def build_swin_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """A Swin FPN: p2..p6, or p3..p7 when FPN.IN_FEATURES lacks res2."""
-    return build_five_level_fpn(cfg, _bottom_up(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_swin_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """A Swin FPN whose levels above p5 are convolutions on res5, as RetinaNet has them."""
-    return build_five_level_fpn(cfg, _bottom_up(cfg, input_shape), kind="conv_res5")
+    return build_five_level_fpn(cfg, SwinBackbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_aligned_swin_fpn_backbone(cfg, input_shape: ShapeSpec) -> AlignedFPN:
     """A Swin FPN for a multi-resolution teacher: m = log2 k levels more."""
-    return build_aligned_fpn(cfg, _bottom_up(cfg, input_shape))
+    return build_aligned_fpn(cfg, SwinBackbone(cfg, input_shape))
 
 
 def convert_torchvision(state: dict[str, torch.Tensor], image_format: str) -> dict:

@@ -13,9 +13,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
 from torch import nn
 
-from msad_kd.checkpoint import load_strictly
+from msad_kd.checkpoint import check_exists, load_strictly
 from msad_kd.config import add_msad_kd_config
 from msad_kd.errors import InputError
+from msad_kd.hooking import computing
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.pyramid import (
     Pyramid,
@@ -49,17 +50,13 @@ class Teacher:
         Raises:
             InputError: if the model has no such branch.
         """
-        offered = BRANCHES if isinstance(model, MultiResolutionMixin) else ("hr", "lr")
-        if branch not in offered:
-            raise InputError(
-                f"KD.TEACHER.BRANCH is '{branch}', but a {type(model).__name__} teacher has "
-                f"{', '.join(offered)}"
-            )
+        _check_branch(type(model), branch)
         if isinstance(model, MultiResolutionMixin):
             model.test_branch = branch  # what is evaluated is what is learned from
         self.model = model.eval().requires_grad_(False)
         self.branch = branch
         self.scale = scale
+        self.needed: set[str] | None = None  # the levels that a student reads; None: all
 
     def levels(self) -> dict[str, ShapeSpec]:
         """Level name to channels and stride, in pixels of the high-resolution image."""
@@ -77,7 +74,8 @@ class Teacher:
                 padded to exactly k times that.
 
         Returns:
-            level name to (N, C, cells, cells), without a graph.
+            level name to (N, C, cells, cells), without a graph; a plain teacher's that no loss
+            reads may be None.
 
         Raises:
             InputError: if the inputs lack ``image_hr``, or if one isn't exactly k times its image.
@@ -96,8 +94,20 @@ class Teacher:
         if self.branch != "hr":
             low = pad_batch(normalize(self.model, [x["image"] for x in batched_inputs]), *padded)
         if not isinstance(self.model, MultiResolutionMixin):
-            return self.model.backbone(low if high is None else high)
+            backbone = self.model.backbone
+            needed = backbone.output_shape() if self.needed is None else self.needed
+            with computing(backbone, needed):
+                return backbone(low if high is None else high)
         return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
+
+
+def _check_branch(meta: type, branch: str) -> None:
+    offered = BRANCHES if issubclass(meta, MultiResolutionMixin) else ("hr", "lr")
+    if branch not in offered:
+        raise InputError(
+            f"KD.TEACHER.BRANCH is '{branch}', but a {meta.__name__} teacher has "
+            f"{', '.join(offered)}"
+        )
 
 
 def _levels(meta: type, shapes: dict, branch: str, scale: int) -> dict[str, ShapeSpec]:
@@ -126,8 +136,9 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
         trained: whether its weights will be needed.
 
     Raises:
-        InputError: if the file or the weights needed are not named, if the file cannot be read, or
-            if the teacher sees images of another format or scale than the student.
+        InputError: if the file or the weights needed are not named or not there, if the file cannot
+            be read, if the teacher has no such branch, or if it sees images of another format or
+            scale than the student, or of other means and deviations than one that starts from it.
     """
     keys = cfg.KD.TEACHER
     for key in ("CONFIG_FILE", "WEIGHTS") if trained else ("CONFIG_FILE",):
@@ -143,16 +154,25 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
         check_name("MODEL.META_ARCHITECTURE", teacher.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     except InputError as error:
         raise InputError(f"KD.TEACHER: {error}") from error
-    if getattr(META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE), "frame", None) != "hr":
+    if trained:
+        check_exists(keys.WEIGHTS, f"KD.TEACHER.CONFIG_FILE '{keys.CONFIG_FILE}'")
+    meta = META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE)
+    _check_branch(meta, keys.BRANCH)
+    if getattr(meta, "frame", None) != "hr":
         teacher.KD.SCALE = cfg.KD.SCALE  # a single-resolution detector has none of its own
     teacher.MODEL.WEIGHTS = keys.WEIGHTS
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher.KD.LOSSES = []  # a student that teaches needs nothing of its own training
     teacher.DATASETS = cfg.DATASETS.clone()
     teacher.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
-    for name, own, students in (
+    same = [
         ("INPUT.FORMAT", teacher.INPUT.FORMAT, cfg.INPUT.FORMAT),
         ("KD.SCALE", teacher.KD.SCALE, cfg.KD.SCALE),
-    ):
+    ]
+    if keys.INIT_STUDENT and keys.INIT_BACKBONE:
+        for key in ("PIXEL_MEAN", "PIXEL_STD"):
+            same.append((f"MODEL.{key}", list(teacher.MODEL[key]), list(cfg.MODEL[key])))
+    for name, own, students in same:
         if own != students:
             raise InputError(
                 f"{name} is {own} in the teacher's config '{keys.CONFIG_FILE}' and {students} in "

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models import get_model, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.ops import StochasticDepth
 
 from msad_kd.backbone import AlignedFPN, build_aligned_fpn, build_five_level_fpn
 from msad_kd.errors import InputError, nearest
@@ -149,13 +150,15 @@ def _feature_maps(body: nn.Module, name: str) -> tuple[list[str], dict[int, tupl
 
 
 def _freeze(body: nn.Module, nodes: list[str]) -> None:
-    """Freeze the parameters and the normalisation of the modules that nodes stand for."""
+    """Freeze parameters and normalisation of the modules that nodes stand for; none is skipped."""
     modules, parameters = dict(body.named_modules()), dict(body.named_parameters())
     for node in nodes:
         if node in parameters:
             parameters[node].requires_grad_(False)
         elif node in modules:
             modules[node].requires_grad_(False)
+            if isinstance(modules[node], StochasticDepth):
+                modules[node].p = 0.0
             frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(modules[node])
             if frozen is not modules[node]:
                 parent, _, child = node.rpartition(".")

@@ -9,7 +9,7 @@ import os
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.solver import build_optimizer, get_default_optimizer_params
@@ -181,11 +181,23 @@ class KDTrainer(DefaultTrainer):
             init_from_teacher(self.checkpointer.model, self.teacher.model, backbone=backbone)
 
     def state_dict(self) -> dict:
-        # The inner trainer has the optimizer, which Detectron2 0.6 leaves out of checkpoints.
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        # The inner trainer has the optimizer, which Detectron2 0.6 leaves out of checkpoints; its
+        # git main does not, but takes a checkpoint without it for a broken one.
+        return {
+            **TrainerBase.state_dict(self),
+            "_trainer": self._trainer.state_dict(),
+            "images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
+        images, own = state_dict.get("images_per_batch"), self.cfg.SOLVER.IMS_PER_BATCH
+        if images not in (None, own):
+            raise InputError(
+                f"the run in '{self.cfg.OUTPUT_DIR}' had {images} images a batch and is resumed "
+                f"with {own}, which is another schedule; resume it on as many processes, with the "
+                "same SOLVER.IMS_PER_BATCH"
+            )
+        TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:

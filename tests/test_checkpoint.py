@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from helpers import ROOT, differing
 from torch import nn
@@ -49,6 +50,25 @@ def test_a_student_inherits_all_of_an_aligned_teacher(config):
     assert init_from_teacher(student, teacher) == []
 
 
+class Detector(nn.Module):
+    def __init__(self, stages=1, frozen=False):
+        super().__init__()
+        self.backbone = nn.Module()
+        norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
+        self.backbone.bottom_up = nn.Sequential(*(norm(3) for _ in range(stages)))
+        self.backbone.neck, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+
+def test_a_backbone_of_another_net_is_refused_unless_it_stays_behind(caplog):
+    for teacher, student in ((Detector(2), Detector()), (Detector(), Detector(2))):
+        with pytest.raises(InputError, match="(in 4|5) weights, e.g. .*bottom_up.1.*INIT_BACKBONE"):
+            init_from_teacher(student, teacher)
+        with caplog.at_level(logging.WARNING):
+            assert init_from_teacher(student, teacher, backbone=False) == []
+        assert not caplog.records and torch.equal(student.head.weight, teacher.head.weight)
+    init_from_teacher(Detector(frozen=True), Detector())  # the same net
+
+
 def save(net, path, **more):
     torch.save({"model": net.state_dict(), **more}, path)
     return str(path)
@@ -63,6 +83,17 @@ def test_strict_loading_takes_what_fits(tmp_path):
 def test_strict_loading_allows_a_students_distiller(tmp_path):
     net = Net()
     load_strictly(net, save(Net(extra=True), tmp_path / "a.pth"), "x")
+
+
+def test_strict_loading_allows_what_old_checkpoints_hold(tmp_path):
+    net = Net()
+    state = {
+        **net.state_dict(),
+        "pixel_mean": torch.zeros(3, 1, 1),
+        "pixel_std": torch.ones(3, 1, 1),
+    }
+    torch.save({"model": state}, tmp_path / "a.pth")
+    load_strictly(net, str(tmp_path / "a.pth"), "x")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def test_losses_can_be_typed_on_the_command_line(config_files):
         (["KD.LOSSES", "{'name': 'l1', 'weight': 1.0}"], "KD.LOSSES"),
         (["DATASETS.COCO_FORMAT", "['shapes']"], "COCO_FORMAT: shapes should have the fields"),
         (["DATASETS.TEST", "('coco_2017_vla',)"], "TEST: 'coco_2017_vla' .* mean coco_2017_val"),
+        (["MODEL.BACKBONE.NAME", "build_resnet"], "'build_resnet' .* mean build_resnet_backbone"),
+        (["MODEL.FPN.TOP_BLOCK", "conv_p5"], "conv_p5, which .*build_resnet.* does not read; set"),
         (["MODEL.META_ARCHITECTURE", "DistiledRCNN"], "'DistiledRCNN' .* mean DistilledRCNN"),
         (["SOLVER.REFERENCE_WORLD_SIZE", 3], "IMS_PER_BATCH is 16, which the 3 processes"),
     ],
@@ -131,8 +133,8 @@ def test_without_gpu_one_warning_and_the_cpu(monkeypatch, caplog):
         assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
     assert len(caplog.records) == 1 and "cpu" in caplog.text
     caplog.clear()
-    build_config("", ["MODEL.DEVICE", "cpu"])
-    assert not caplog.records
+    cfg = build_config("", ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True])
+    assert not caplog.records and not cfg.SOLVER.AMP.ENABLED
 
 
 def test_with_gpu_it_is_used(monkeypatch):
@@ -178,7 +180,7 @@ def test_what_an_alias_repeats_is_scaled_once(monkeypatch, tmp_path):
     assert stages[0].base_lr == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("number", ["1e-3", "-2E5", "3e+2"])
+@pytest.mark.parametrize("number", ["1e-3", "-2E5", "3e+2", "1.5e7"])
 def test_numbers_that_yaml_reads_as_text(number):
     assert yaml_number(yaml.safe_load(number)) == float(number)
     assert yaml_number("p2") == "p2" and yaml_number(2) == 2 and yaml_number("1e") == "1e"

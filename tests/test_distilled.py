@@ -162,6 +162,18 @@ def test_a_narrower_student_has_adapters_and_exports_without(student_config, bat
     assert set(exported) == set(stock.state_dict())
 
 
+def test_the_gradients_are_compared_where_the_bottom_up_path_is_frozen(student_config, batch):
+    finest = [{"name": "l1", "weight": 1.0, "levels": ["p2"]}]
+    frozen = ["MODEL.BACKBONE.FREEZE_AT", 5, "KD.LOSSES", finest]
+    cfg = student_config("KD.GRADIENT_RATIO_PERIOD", 1, *frozen)
+    model = build(cfg)
+    attach_teacher(model, cfg)
+    assert last_layer(model.backbone) is model.backbone.fpn_lateral5.weight
+    with EventStorage(WARMUP) as storage:
+        model.train()(batch(cfg, "lr"))
+    assert storage.latest()["kd/gradient_ratio"][0] > 0
+
+
 def test_the_gradients_of_both_kinds_are_compared(student_config, batch):
     cfg = student_config("KD.GRADIENT_RATIO_PERIOD", 2, "KD.DIAGNOSTICS_PERIOD", 0)
     model = build(cfg)

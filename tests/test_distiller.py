@@ -232,6 +232,23 @@ def test_unequal_channels_without_adapter():
         module.connect(TEACHER)
 
 
+def test_what_a_loss_trains_is_built_by_the_teacher():
+    terms = read_losses([{"name": "mgd", "weight": 1}])
+    module = Distiller(terms=terms, student=levels(2, 4, 2, factor=2))
+    with pytest.raises(InputError, match="'mgd' trains a module .* KD.TEACHER.CONFIG_FILE"):
+        module.connect(TEACHER)
+
+
+def test_two_entries_of_one_name_are_told_as_their_sum():
+    entry = {"name": "ssim", "weight": 1.0, "levels": ["p2"]}
+    module = distiller(entry, {**entry, "exponents": [1, 0, 0]})
+    with torch.no_grad():
+        student, teacher = pyramids(1.0, 2.0, 3.0)
+        student["p2"][:] = float("nan")
+    total = module(student, teacher, 0)["loss_kd_ssim"]
+    assert torch.isnan(total) and module.not_finite() == ["ssim_p2"]
+
+
 def test_a_loss_with_parts_trains_them_level_by_level():
     module = distiller({"name": "mgd", "weight": 1e-3, "levels": ["p2", "p4"]})
     assert {key.rsplit(".", 2)[0] for key in keys(module)} == {"parts.mgd.p2", "parts.mgd.p4"}

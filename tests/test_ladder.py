@@ -304,6 +304,14 @@ def test_stages_that_cannot_be_read(entries, words):
         ({"start": "gone.pth"}, "'gone.pth' for the start of stage 'third' does not exist"),
         ({"config_file": "gone.yaml"}, "stage 'third': .* file 'gone.yaml' does not exist"),
         ({"opts": ["KD.SCAEL", 2]}, "stage 'third': .* unknown config key: KD.SCAEL; did you"),
+        (
+            {"opts": ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]},
+            "stage 'third': KD.TEACHER.BRANCH is 'fused', but a GeneralizedRCNN teacher has hr, lr",
+        ),
+        (
+            {"losses": [{"name": "l1", "weight": 1.0, "levels": ["p9"]}]},
+            "stage 'third': .*'p9' of 'l1' has no partner",
+        ),
         ({"opts": ["KD.SCALE", 4]}, "stage 'third': KD.SCALE is 4 in the teacher's config"),
         (
             {"opts": ["MODEL.META_ARCHITECTURE", "MultiResolutionRNN"]},
@@ -318,6 +326,15 @@ def test_what_a_stage_lacks_is_told_before_the_first_one(
     with pytest.raises(InputError, match=words):
         run_ladder(ladder_config(), resume=False)
     assert not (tmp_path / "ladder").exists()  # nothing was trained
+
+
+def test_a_random_start_is_told(ladder_config, stages, caplog):
+    stages[0]["start"] = "previous"
+    stages[2]["weights"] = "gone.pth"  # so that nothing is trained
+    with pytest.raises(InputError, match="gone.pth"):
+        run_ladder(ladder_config(), resume=False)
+    assert "Stage 'first' starts from random weights" in caplog.text
+    assert "'second'" not in caplog.text
 
 
 def test_a_stock_detector_climbs_no_ladder(ladder_config, tmp_path):

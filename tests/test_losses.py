@@ -198,3 +198,11 @@ def test_half_precision(name, maps):
         found = call(name, student.bfloat16(), teacher.bfloat16())
     assert found.dtype == torch.float32
     assert_close(found, expected, rtol=0.03, atol=0.01)
+
+
+@pytest.mark.parametrize(("name", "field"), [("mgd", "mask_ratio"), ("cwd", "tau")])
+def test_fields_out_of_range(name, field, maps):
+    parts = [nn.Identity()] if name == "mgd" else []
+    for value in (-1, {"mask_ratio": 65, "tau": 0}[field]):
+        with pytest.raises(ValueError, match=f"{field} is {value}; it has to be"):
+            DISTILL_LOSS_REGISTRY.get(name)(*maps, *parts, **{field: value})

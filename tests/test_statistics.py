@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from helpers import ROOT, load_tool, train
 from torch import nn
 
@@ -105,3 +106,8 @@ def test_what_the_tool_cannot_do(role, keys, words, config_files, tmp_path):
     with pytest.raises(InputError, match=words):
         load_tool("precise_statistics").main(arguments)
     assert not (tmp_path / "target.pth").exists()
+
+
+def test_there_have_to_be_statistics_to_keep(config):
+    with pytest.raises(InputError, match="SEPARATE_STATISTICS is True, but no normalisation"):
+        build_model(config("teacher", *SEPARATE, "MODEL.RESNETS.NORM", "FrozenBN"))

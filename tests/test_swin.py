@@ -16,7 +16,8 @@ from msad_kd.swin import SwinBackbone, convert_torchvision
 from msad_kd.teacher import Teacher
 
 TINY = {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
-BUILDERS = {kind: f"build_{kind}swin_fpn_backbone" for kind in ("", "aligned_", "retinanet_")}
+BUILDERS = {kind: f"build_{kind}swin_fpn_backbone" for kind in ("", "aligned_")}
+BUILDERS["retinanet_"] = BUILDERS[""]
 
 
 def options(builder=""):
@@ -27,7 +28,7 @@ def options(builder=""):
     ]
     if builder == "retinanet_":
         stages = ["res3", "res4", "res5"]
-        keys += ["MODEL.SWIN.OUT_FEATURES", stages, "MODEL.FPN.IN_FEATURES", stages]
+        keys += ["MODEL.FPN.TOP_BLOCK", "conv_res5", "MODEL.FPN.IN_FEATURES", stages]
         keys += ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 8]
         keys += ["MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"]]
     return keys
@@ -208,7 +209,8 @@ def test_a_student_learns_from_a_swin(config, config_files, tmp_path):
         "student",
         *("KD.TEACHER.CONFIG_FILE", str(config_files["hr"]), "KD.TEACHER.OPTS", options()),
         *("KD.TEACHER.WEIGHTS", str(tmp_path / "swin.pth")),
-        *("KD.TEACHER.BRANCH", "hr", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()),
+        *("KD.TEACHER.BRANCH", "hr", "KD.TEACHER.INIT_BACKBONE", False),
+        *("SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()),
     )
     before = tensors_of(teacher)
     trainer = train(cfg)
@@ -304,8 +306,8 @@ def test_weights_that_cannot_be_converted(tmp_path):
         ({"depths": [2, 2, 6]}, r"MODEL.SWIN.DEPTHS is \[2, 2, 6\]; give one number"),
         ({"num_heads": [1, 2]}, r"MODEL.SWIN.NUM_HEADS is \[1, 2\]"),
         ({"num_heads": [1, 5, 4, 8]}, "5 heads cannot share out the 48 channels of res3"),
-        ({"out_features": ["stage2"]}, "MODEL.SWIN.OUT_FEATURES is .*use one or more of res2"),
-        ({"out_features": []}, "MODEL.SWIN.OUT_FEATURES is"),
+        ({"out_features": ["stage2"]}, "MODEL.FPN.IN_FEATURES is .*use one or more of res2"),
+        ({"out_features": []}, "MODEL.FPN.IN_FEATURES is"),
     ],
 )
 def test_what_cannot_be_built(changes, words):
@@ -314,9 +316,6 @@ def test_what_cannot_be_built(changes, words):
 
 
 def test_configs_that_cannot_be_built(config):
-    keys = ["MODEL.SWIN.OUT_FEATURES", ["res3", "res4", "res5"]]
-    with pytest.raises(InputError, match="FPN.IN_FEATURES: res2 is not in MODEL.SWIN.OUT_FEATURES"):
-        build_backbone(config("hr", *options(), *keys))
     grey = ["MODEL.PIXEL_MEAN", [120.0], "MODEL.PIXEL_STD", [64.0]]
     with pytest.raises(InputError, match="PIXEL_MEAN has 1 values"):
         build_backbone(config("hr", *options(), *grey))

@@ -164,7 +164,7 @@ def test_an_unknown_key_on_top_of_its_file(student_config):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "not in the model, e.g. fusion."),
+        (["MODEL.FPN.NORM", "BN"], "absent from it, e.g. backbone.fpn_lateral2.norm"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", 3], r"another shape.*roi_heads.*\(9, 16\).*\(4, 16\)"),
         (["MODEL.RESNETS.DEPTH", 101], "absent from it, e.g. backbone.bottom_up.res4"),
         (["MODEL.MASK_ON", False], "not in the model, e.g. roi_heads.mask_head"),
@@ -180,6 +180,7 @@ def test_weights_of_another_model_name_file_config_and_key(student_config, optio
     [
         ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is BGR in the teacher's config .* and RGB"),
         ("KD.SCALE", 4, "KD.SCALE is 4 in the teacher's config .* and 2"),
+        ("MODEL.PIXEL_STD", [1.0, 1.0, 9.0], r"MODEL.PIXEL_STD is \[1.0, 1.0, 9.0\] in the teach"),
     ],
 )
 def test_images_of_another_kind(student_config, key, value, words):
@@ -189,7 +190,7 @@ def test_images_of_another_kind(student_config, key, value, words):
 
 def test_an_unknown_branch(student_config, config):
     with pytest.raises(InputError, match="BRANCH is 'both', but a MultiRes.* hr, lr, fused"):
-        build_teacher(student_config("KD.TEACHER.BRANCH", "both"))
+        teacher_config(student_config("KD.TEACHER.BRANCH", "both"))
     with pytest.raises(InputError, match="BRANCH is 'fused', but a GeneralizedRCNN .* hr, lr$"):
         Teacher(build_model(config("hr")), branch="fused", scale=2)
 
@@ -216,5 +217,25 @@ def test_what_is_learned_from_is_what_is_evaluated(student_config):
 
 def test_a_single_resolution_teacher_has_the_students_scale(student_config):
     stock = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
-    cfg = student_config("KD.SCALE", 4, "KD.TEACHER.OPTS", stock)
+    cfg = student_config("KD.SCALE", 4, "KD.TEACHER.OPTS", stock, "KD.TEACHER.BRANCH", "hr")
     assert teacher_config(cfg).KD.SCALE == 4
+
+
+def test_a_plain_teacher_computes_what_the_losses_read(student_config, config, batch):
+    cfg = student_config("KD.LOSSES", [{"name": "l1", "weight": 1.0, "levels": ["p2", "p4"]}])
+    student, teacher = build_model(cfg), Teacher(build_model(config("hr")), branch="hr", scale=2)
+    inputs = batch(cfg, "lr")
+    whole = teacher.pyramid(inputs, (32, 64))
+    student.set_teacher(teacher)
+    needed = teacher.pyramid(inputs, (32, 64))
+    # p5 is what p6 is made of.
+    assert [name for name, level in needed.items() if level is None] == ["p2", "p4"]
+    for name in ("p3", "p5"):
+        assert torch.equal(needed[name], whole[name])
+
+
+def test_a_student_teaches_without_its_own_losses(student_config):
+    own = student_config("KD.LOSSES", [{"name": "mgd", "weight": 1.0}])
+    opts = ["MODEL.META_ARCHITECTURE", "DistilledRCNN", "KD.LOSSES", list(own.KD.LOSSES)]
+    cfg = student_config("KD.TEACHER.BRANCH", "lr", "KD.TEACHER.OPTS", opts)
+    assert teacher_config(cfg).KD.LOSSES == []

@@ -77,6 +77,14 @@ def test_looking_for_the_maps_draws_no_random_number_and_moves_no_statistics():
     assert differing(mine.state_dict(), kept) == []
 
 
+def test_a_frozen_block_is_never_skipped():
+    frozen, images = backbone("efficientnet_b0", freeze_at=5).train(), torch.rand(2, 3, 64, 64)
+    kept = frozen(images)
+    for _ in range(3):
+        for name, value in frozen(images).items():
+            assert torch.equal(value, kept[name])
+
+
 @pytest.mark.parametrize("stages", [0, 1, 2, 3, 5])
 def test_freezing_is_that_of_detectron2s_resnet(stages):
     found = backbone(freeze_at=stages)
