@@ -203,6 +203,12 @@ def test_last_gradient_ratio(tmp_path):
     lines.append({"total_loss": 1.0})  # not every line has it
     (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
     assert gradient_ratio(tmp_path) == 0.3
+    ladder = tmp_path / "ladder"
+    for stage, ratio in (("stage_01_a", 0.5), ("stage_02_b", 0.0)):
+        (ladder / stage).mkdir(parents=True)
+        told = {"total_loss": 1.0, "kd/gradient_ratio": ratio}
+        (ladder / stage / "metrics.json").write_text(json.dumps(told))
+    assert gradient_ratio(ladder) == 0.0
 
 
 def test_progress_of_a_ladder(tmp_path):

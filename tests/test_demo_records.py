@@ -6,8 +6,6 @@ import pytest
 from demo_rows import KEYS, ap
 
 from projects.Shapes import plan, records
-from projects.Shapes.demo import make_data, parse_arguments
-from projects.Shapes.generate import generate
 from projects.Shapes.jobs import DemoError, Screen
 
 
@@ -54,10 +52,3 @@ def test_announcer_tells_each_model_once_and_checks_it(tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(DemoError, match="teacher, LR branch has mask AP 40.0 here"):
         announce()
-
-
-def test_other_data_in_the_folder_is_not_replaced_unasked(tmp_path, monkeypatch, screen):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    generate(tmp_path / "shapes", train=1, val=1, progress=False)
-    with pytest.raises(DemoError, match=r"other arguments.*--overwrite.*DETECTRON2_DATASETS"):
-        make_data(parse_arguments(["--train", "1", "--val", "1"]), screen)

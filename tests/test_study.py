@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import ROOT, differing
 
 from projects.Shapes import study
+from projects.Shapes.program import locked
 
 LONG = 40  # iterations of the cell that is stopped
 
@@ -183,8 +184,8 @@ def test_done_cells_are_taken_over(place, stopped, call):
 
 
 def test_one_study_at_a_time(place, stopped, call, report):
-    with study.locked(place / "runs"):
-        assert call().startswith("study.py: another study is running in '")
+    with locked(place / "runs"):
+        assert call().startswith("study.py: another run is at work in '")
         assert "Written to" in report()
 
 

@@ -8,20 +8,12 @@ from msad_kd.errors import InputError
 from msad_kd.setup import build_config
 from projects.Shapes.cells import changed_keys, make_cells
 from projects.Shapes.grid import read_grid
-from projects.Shapes.jobs import DemoError, Screen
-from projects.Shapes.study import choose, make_data, parse_arguments
+from projects.Shapes.study import choose, parse_arguments
 
 
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-
-
-def test_other_data_in_the_folder_is_not_replaced_unasked(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    make_data({"train": 2, "val": 1}, False, Screen())
-    with pytest.raises(DemoError, match=r"other arguments.*--overwrite.*DETECTRON2_DATASETS"):
-        make_data({"train": 1, "val": 1}, False, Screen())
 
 
 def content():
@@ -127,6 +119,33 @@ def test_a_checkpoint_is_not_of_what_its_config_starts_from(cells_of, tmp_path):
     assert all(before[key].fingerprint == after[key].fingerprint for key in before)
 
 
+LADDER = [
+    {"name": name, "config_file": "configs/Shapes/hr.yaml", "weights": f"{{{row}}}", **more}
+    for name, row, more in (("a", "teacher", {"start": "teacher"}), ("b", "lr", {"kind": "plain"}))
+]
+
+
+@pytest.mark.parametrize(
+    ("control", "needed"),
+    [("", ["teacher/0", "lr/2"]), ("first_restarted", ["teacher/0"])]
+    + [("strongest", ["lr/2", "teacher/0"]), ("reversed", ["lr/2", "teacher/0"])],
+)
+def test_a_control_needs_the_teachers_that_it_keeps(cells_of, control, needed):
+    grid = content()
+    grid["rows"]["again"] |= {"options": {"KD.LADDER.STAGES": LADDER}, "ladder_control": control}
+    assert sorted(cells_of(grid)["again/2"].needs) == sorted(needed)
+
+
+def test_controls_that_are_none(cells_of):
+    grid = content()
+    grid["rows"]["again"] |= {"options": {"KD.LADDER.STAGES": LADDER}, "ladder_control": "best"}
+    with pytest.raises(InputError, match="row 'again': .* no ladder_control 'best'; known: no_kd"):
+        cells_of(grid)
+    grid["rows"]["again"] |= {"options": {}, "ladder_control": "strongest"}
+    with pytest.raises(InputError, match="row 'again': '.*yaml' has no ladder to be a control of"):
+        cells_of(grid)
+
+
 def test_changed_keys_know_no_folder_no_logging_and_no_default():
     options = ["OUTPUT_DIR", "x", "KD.GRADIENT_RATIO_PERIOD", "7", "MODEL.DEVICE", "cpu"]
     changed = changed_keys(build_config("configs/Shapes/lr.yaml", options))
@@ -160,6 +179,10 @@ def broken(path, value):
         (("tables", 0, "colour"), "red", "table 't' has the unknown field 'colour'"),
         (("curves",), [{**CURVE, "lines": {"a": ["l"]}}], "curve 'c' refers to the row 'l'"),
         (("rows", "lr"), None, "row 'lr' is no mapping"),
+        (("rows", "lr", "options"), None, "row 'lr': options is no mapping"),
+        (("rows", "lr", "trained_by"), "a.yaml", "row 'lr': trained_by is no list"),
+        (("rows", "an lr"), {"title": "x", "config": "x"}, "row 'an lr': a name has letters"),
+        (("curves",), [{"name": "t", "title": "C", "lines": {}}], "the name 't'"),
         (("rows",), ["lr"], "the file: rows is no mapping"),
         (("tables", 0), {"title": "T", "rows": []}, "table 1 has no name"),
         (("tables", 0), {"name": "t", "rows": []}, "table 't' has no title"),

@@ -157,6 +157,26 @@ def test_seeds_of_a_teacher_are_not_those_of_its_students(grid, cells, results, 
     assert lines_of(table_of(grid, cells, results))["the hr"][2] == "+9.0"  # it is a teacher
 
 
+def test_a_row_of_several_seeds_is_compared_seed_by_seed_whoever_learns_from_it(
+    grid, cells, results, in_repository
+):
+    grid.rows["later"].options["MODEL.WEIGHTS"] = "{student}"
+    assert lines_of(table_of(grid, cells, results))["the student"][2] == "+2.0 ± 1.4 (2/2)"
+
+
+def test_the_gap_is_of_equal_seeds(grid, cells, results, in_repository):
+    results["cells"]["lr/2"] = {**results["cells"]["lr/1"], "bbox": {"AP": 36.0}}
+    lines = lines_of(table_of(grid, cells, results))
+    assert lines["the student"][3] == "62 %"  # it has no seed 2: 12.5 of 20
+    assert lines["the control"][3] == "47 %"  # 8 of 17
+
+
+def test_a_checkpoint_of_unknown_making_has_no_cost(grid, cells, results, in_repository):
+    grid.rows["hr"] = row("hr", (), checkpoint="hr.pth")
+    lines = lines_of(table_of(grid, cells, results))
+    assert [lines[f"the {name}"][-1] for name in ("hr", "student", "lr")] == ["-", "-", "100 (100)"]
+
+
 def test_a_checkpoint_as_control(grid, cells, results, in_repository):
     grid.tables[0]["control"] = "hr"
     assert lines_of(table_of(grid, cells, results))["the student"][2] == "-7.5"
@@ -200,6 +220,9 @@ def test_files(grid, cells, results, tmp_path, in_repository):
     assert lines[1].startswith("hr,,50.0,") and lines[2].startswith("control,1,40.0,")
     for name in ("bars_all.png", "curves_c.png"):
         assert cv2.imread(str(tmp_path / name)).std() > 10
+    results["cells"].clear()
+    study_report.write(grid, cells, results, tmp_path)
+    assert not list(tmp_path.glob("*.png*"))  # no picture of what is no longer told
 
 
 def bars_of(figure):

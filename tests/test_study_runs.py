@@ -9,7 +9,7 @@ import pytest
 from projects.Shapes import study_report
 from projects.Shapes.jobs import DemoError
 from projects.Shapes.progress import iterations_done
-from projects.Shapes.study_runs import Study, locked
+from projects.Shapes.study_runs import Study
 
 HOUR = 3600
 
@@ -168,13 +168,7 @@ def test_what_stands_on_a_rows_checkpoint_waits_for_its_training(tmp_path):
     }
     # What is trained is not trained again.
     teacher.weights.touch()
+    teacher.folder.joinpath("last_checkpoint").write_text("model_0000009.pth")  # it was killed
+    assert [job.name for job in study.plan(["branch/0"])] == ["start", "teacher", "branch: AP"]
+    teacher.folder.joinpath("last_checkpoint").write_text("model_final.pth")
     assert [job.name for job in study.plan(["branch/0"])] == ["branch: AP"]
-
-
-def test_one_study_in_a_folder(tmp_path):
-    with locked(tmp_path / "runs"):
-        with pytest.raises(DemoError, match="another study is running in '.*runs': wait for it"):
-            with locked(tmp_path / "runs"):
-                pass
-    with locked(tmp_path / "runs"):
-        pass

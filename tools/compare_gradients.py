@@ -33,7 +33,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, attach_teacher, build_config
-from msad_kd.checkpoint import init_from_teacher, load_strictly
+from msad_kd.checkpoint import check_exists, init_from_teacher, load_strictly
 from msad_kd.distilled import DistilledMixin
 from msad_kd.files import write_json
 from msad_kd.hooking import recording
@@ -107,6 +107,8 @@ def measure(args):
             ``load_strictly``.
     """
     cfg = build_config(args.config_file, args.opts)
+    cfg.SEED = max(cfg.SEED, 0)  # the same scenes in the same order, and the same new modules
+    seed_all(cfg.SEED)
     terms = read_losses(cfg.KD.LOSSES)
     model = KDTrainer.build_model(cfg)
     if not isinstance(model, DistilledMixin) or not terms:
@@ -115,12 +117,14 @@ def measure(args):
     if args.weights:
         load_strictly(model, args.weights, f"the config '{args.config_file}'")
     else:
+        if cfg.MODEL.WEIGHTS:
+            check_exists(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         if cfg.KD.TEACHER.INIT_STUDENT:
             init_from_teacher(model, teacher.model, backbone=cfg.KD.TEACHER.INIT_BACKBONE)
     batches = KDTrainer.build_train_loader(cfg)
     values = defaultdict(lambda: defaultdict(list))
-    seed_all(max(cfg.SEED, 0))
+    seed_all(cfg.SEED)
     model.train()
     # As late in a training as it takes for the weights to have risen.
     with EventStorage(max(term.warmup_iters for term in terms)):

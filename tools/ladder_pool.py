@@ -1,5 +1,6 @@
 """A student whose features are read, and suggest_ladder.py's pool of teachers: checked, built."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -91,6 +92,8 @@ def build_student(cfg: CfgNode, config_file: str, weights: str) -> Teacher:
     """The student as what its features are read from: a frozen detector, at low resolution."""
     model = KDTrainer.load_model(cfg, weights or None, f"the student's config '{config_file}'")
     if not weights:
+        if cfg.MODEL.WEIGHTS:
+            check_exists(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return Teacher(model, branch="lr", scale=cfg.KD.SCALE)
 
@@ -128,4 +131,5 @@ def evaluate(entry: Entry, teacher: Teacher, folder: str) -> float:
             f"--teacher {entry.name} predicts {predicted} classes and the data have {len(known)}, "
             f"so its AP cannot be measured; {advice}"
         )
-    return KDTrainer.test(cfg, model)["bbox"]["AP"]
+    ap = KDTrainer.test(cfg, model)["bbox"]["AP"]
+    return ap if math.isfinite(ap) else 0.0  # where nothing was found

@@ -1,6 +1,5 @@
 """What suggest_ladder.py found: printed, and as JSON, heat map and YAML."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import yaml
 from tabulate import tabulate
 
 from msad_kd.adaptation import Cost
+from msad_kd.files import write_json
 
 METHOD = "MTPD-style: backward greedy selection on 1 - R^2 of an affine map of features, held out"
 
@@ -56,7 +56,7 @@ def report(
         "excluded": excluded,
         "stages": stages,
     }
-    (output / "ladder.json").write_text(json.dumps(contents, indent=2))
+    write_json(output / "ladder.json", contents)
     heat_map(costs, output / "ladder.png")
 
 

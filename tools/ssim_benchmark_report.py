@@ -4,6 +4,7 @@ import json
 import statistics
 
 from msad_kd.errors import InputError
+from msad_kd.files import write_json
 
 
 def summary(rows):
@@ -16,14 +17,14 @@ def summary(rows):
     for key, group in sorted(groups.items()):
         fastest = {}
         for row in group:
-            best = fastest.setdefault(row["shape"], row["ratio"][0])
-            fastest[row["shape"]] = min(best, row["ratio"][0])
+            place = row["shape"], row["maps"]
+            fastest[place] = min(fastest.get(place, row["ratio"][0]), row["ratio"][0])
         least = min(fastest, key=fastest.get)
         result.append(
             {
                 **dict(zip(("device", "dtype", "padding"), key)),
                 "least": fastest[least],
-                "least_shape": least,
+                "least_shape": least[0],
                 "geometric_mean": statistics.geometric_mean(fastest.values()),
                 "least_memory": min(row["peer_kept"] / row["ours_kept"] for row in group),
             }
@@ -134,6 +135,6 @@ def write(path, content, add=False):
         )
     content["summary"] = summary(content["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(data, content, indent=1)
     path.with_suffix(".md").write_text(markdown(content))
     return markdown(content)

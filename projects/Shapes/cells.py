@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
@@ -110,7 +110,7 @@ class _Maker:
             return self.cells[key]
         if row.name in pending:
             raise InputError(f"row '{row.name}' needs its own checkpoint")
-        others = {name: self.grid.rows[name] for name in references(row)}
+        others = {name: self.grid.rows[name] for name in _needed(row)}
         needs = {
             name: self.add(other, _seed_of(other, seed), (*pending, row.name))
             for name, other in others.items()
@@ -130,9 +130,11 @@ class _Maker:
         # On the CPU, so that a cell means the same wherever it is read.
         meant = build_config(row.config, [*map(str, options), "MODEL.DEVICE", "cpu"])
         stages, iterations = meant.KD.LADDER.STAGES, meant.SOLVER.MAX_ITER
+        if row.ladder_control and not stages:
+            raise InputError(f"row '{row.name}': '{row.config}' has no ladder to be a control of")
         if stages:
             if row.ladder_control:
-                stages = control_stages(stages, iterations)[row.ladder_control]
+                stages = _control(row, stages, iterations)
                 options += ["KD.LADDER.STAGES", stages]
             iterations = sum(stage.get("iterations") or iterations for stage in stages)
             last = f"stage_{len(stages):02}_{stages[-1]['name']}"
@@ -160,6 +162,26 @@ class _Maker:
             ),
             recipe=recipe_of(meant, stages),
         )
+
+
+def _control(row, stages, iterations):
+    controls = control_stages(stages, iterations)
+    if row.ladder_control not in controls:
+        raise InputError(
+            f"row '{row.name}': there is no ladder_control '{row.ladder_control}'; "
+            f"known: {', '.join(controls)}"
+        )
+    return controls[row.ladder_control]
+
+
+def _needed(row):
+    """The rows whose checkpoints a row takes: all that its options name, but for the teachers that
+    a control of a ladder does without."""
+    stages = row.options.get("KD.LADDER.STAGES")
+    if not row.ladder_control or not stages:
+        return references(row)
+    kept = _control(row, stages, 1)
+    return references(replace(row, options={**row.options, "KD.LADDER.STAGES": kept}))
 
 
 def changed_keys(cfg):

@@ -62,6 +62,8 @@ def training_costs(grid, cells, results):
             own = find(other[1])[0]
         elif row.checkpoint:
             configs = {config: config_recipe(config) for config in row.trained_by}
+            if not configs:
+                raise KeyError(f"nobody knows what made '{row.checkpoint}'")
             own = {each: seconds[recipe] * count for each, (recipe, count) in configs.items()}
         else:
             own = {name: seconds[cell.recipe] * cell.iterations}

@@ -9,7 +9,6 @@ pictures and each run's log in the output folder. Paths are relative to the repo
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -111,10 +110,11 @@ def run(args, screen):
 
     summary = summarise(args, folder, rows, data, screen)
     text = report.markdown(summary)
-    (folder / "table.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "table.md").write_text(text)
-    from projects.Shapes import pictures  # matplotlib takes a second to import
+    from msad_kd.files import write_json  # this and matplotlib take seconds to import
+    from projects.Shapes import pictures
 
+    write_json(folder / "table.json", summary)
+    (folder / "table.md").write_text(text)
     pictures.draw_ap_cost(folder / "ap_cost.png", rows)
     (folder / "latency" / "scenes.png").replace(folder / "scenes.png")
     screen.say("Done\n")

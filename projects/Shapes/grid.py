@@ -9,17 +9,10 @@ import yaml
 
 from msad_kd.errors import InputError
 
-ROW_FIELDS = {
-    "title",
-    "like",
-    "config",
-    "test_config",
-    "options",
-    "ladder_control",
-    "checkpoint",
-    "trained_by",
-    "seeds",
-}
+# Name to kind; what `seeds` have to be is told by _check_seeds.
+ROW_FIELDS = dict.fromkeys(("title", "like", "config", "test_config"), str)
+ROW_FIELDS |= dict.fromkeys(("ladder_control", "checkpoint"), str)
+ROW_FIELDS |= {"options": dict, "trained_by": list, "seeds": object}
 # What has to be there, and its kind.
 FILE_NEEDS = {"data": dict, "seeds": list, "rows": dict, "tables": list}
 TABLE_NEEDS = {"name": str, "title": str, "rows": list}
@@ -83,8 +76,14 @@ def read_grid(path):
         rows[name] = _read_row(path, name, content["rows"], content["seeds"])
     grid = Grid(content["data"], rows, content["tables"], content.get("curves", []))
     for row in rows.values():
+        if not re.fullmatch(r"[\w.-]+", row.name):
+            raise InputError(f"'{path}': row '{row.name}': a name has letters, digits, ., _ and -")
         for other in references(row):
             _check_row(path, f"row '{row.name}'", other, rows)
+    names = [each.get("name") for each in (*grid.tables, *grid.curves) if isinstance(each, dict)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"'{path}': two tables or curves have the name '{name}'")
     for number, table in enumerate(grid.tables, start=1):
         what = _called("table", number, table)
         _check_fields(path, what, table, {*TABLE_NEEDS, *REFERENCES, "seeds"}, TABLE_NEEDS)
@@ -149,7 +148,10 @@ def _read_row(path, name, contents, seeds):
         if following in chain:
             raise InputError(f"'{path}': row '{name}' is like itself")
         chain.append(following)
-        _check_fields(path, f"row '{following}'", contents[following], ROW_FIELDS, {})
+        what = f"row '{following}'"
+        _check_fields(path, what, contents[following], set(ROW_FIELDS), {})
+        present = {name: ROW_FIELDS[name] for name in contents[following]}
+        _check_fields(path, what, contents[following], set(ROW_FIELDS), present)
         following = contents[following].get("like")
     for each in reversed(chain):
         content = dict(contents[each])

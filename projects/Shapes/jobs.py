@@ -134,6 +134,7 @@ def _start(job):
             stdout=console,
             stderr=subprocess.STDOUT,
             env={**os.environ, **ONE_THREAD},
+            close_fds=False,  # it inherits what is meant to be inherited: the lock of `locked`
         )
 
 

@@ -1,11 +1,12 @@
 """What the demo and the study share as programs: options, the data, and an end in one sentence."""
 
+import contextlib
+import fcntl
 import os
 import signal
 import sys
 from pathlib import Path
 
-from msad_kd.errors import InputError
 from projects.Shapes.generate import generate
 from projects.Shapes.jobs import DemoError, Screen
 
@@ -40,19 +41,42 @@ def make_data(name, options, overwrite, screen):
     screen.say("Data: complete" if written else "Data: there already, kept")
 
 
-def run_program(name, run, args, stopped):
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps other runs of the program out of a folder.
+
+    Raises:
+        DemoError: one is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            # The lock goes with the process and all that it starts, so it tells of trainings that
+            # outlived a killed one, too.
+            os.set_inheritable(lock.fileno(), True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DemoError(
+                f"another run is at work in '{folder}', or what it had started: wait for it, or "
+                "choose another --output"
+            ) from None
+        yield
+
+
+def run_program(name, run, args, stopped, errors=(DemoError,)):
     """Calls `run(args, screen)`; an error that the person can mend, a SIGTERM or Ctrl-C ends the
     program with a sentence, and the trainings that it started with it.
 
     Args:
         name: of the program.
         stopped: what the person should know where it was stopped from outside.
+        errors: those that are a sentence for the person.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"{name}: terminated; {stopped}"))
     screen = Screen()
     try:
         run(args, screen)
-    except (DemoError, InputError) as error:
+    except errors as error:
         screen.say("Stopped")
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:

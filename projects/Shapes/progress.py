@@ -49,10 +49,12 @@ def training_progress(folder):
 
 
 def gradient_ratio(folder):
-    """What a run told last of its distillation's gradient as a share of the detection losses', by
-    Detectron2's smoothing the median of the last 20 times that it was measured; None if it did not.
+    """What a run, or the last stage of a ladder, told last of its distillation's gradient as a
+    share of the detection losses', by Detectron2's smoothing the median of the last 20 times that
+    it was measured; None if it did not.
     """
-    return _last_metrics(folder, "kd/gradient_ratio").get("kd/gradient_ratio")
+    run = [folder, *sorted(folder.glob("stage_*"))][-1]
+    return _last_metrics(run, "kd/gradient_ratio").get("kd/gradient_ratio")
 
 
 def iterations_done(folder, since):

@@ -40,16 +40,19 @@ def read(folder):
 def write_checkpoint(name, job, folder):
     """Exports what a training job made, in half precision, as the committed checkpoints are."""
     from msad_kd.checkpoint import export_weights  # Detectron2 takes seconds to import
+    from msad_kd.files import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
     export_weights(str(job.folder / "model_final.pth"), str(folder / f"{name}.pth"), half=True)
     seed = read_settings(job.folder)["SEED"]
     record = {"command": typed(["python", *job.command[1:]]), "seed": seed}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / f"{name}.json", record)
 
 
 def complete(folder, results):
     """Adds machine and results to what `write_checkpoint` wrote."""
+    from msad_kd.files import write_json
+
     for name in BRANCHES:
         path = folder / f"{name}.json"
         record = json.loads(path.read_text())
@@ -59,4 +62,4 @@ def complete(folder, results):
             for key, found in results["rows"].items()
             if key.startswith(name)
         }
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(path, record)

@@ -51,8 +51,8 @@ def verify(name, weights, measured, recorded):
         if not abs(here - there) <= TOLERANCE:
             raise DemoError(
                 f"{name} has {KINDS[kind]} AP {here:.1f} here, but {there:.1f} was recorded beside "
-                f"'{weights}', so the file, the data or the installation is not what it was: "
-                "restore the file, or train all with `make demo-full`"
+                f"'{weights}', so the file, the data (--val), a setting (--set) or the installation"
+                " is not what it was: restore it, or train all with `make demo-full`"
             )
     values = ", ".join(f"{KINDS[kind]} AP {here:.1f}" for kind, (here, _) in both.items())
     return f"{name}: {values}, as recorded (within {TOLERANCE})"

@@ -26,9 +26,9 @@ from msad_kd.errors import InputError
 from projects.Shapes import study_report
 from projects.Shapes.cells import make_cells
 from projects.Shapes.grid import REFERENCES, read_grid
-from projects.Shapes.jobs import count_cores, run_jobs
-from projects.Shapes.program import add_common, make_data, run_program
-from projects.Shapes.study_runs import Study, locked
+from projects.Shapes.jobs import DemoError, count_cores, run_jobs
+from projects.Shapes.program import add_common, locked, make_data, run_program
+from projects.Shapes.study_runs import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +126,8 @@ def main(arguments=None):
     """Runs the command line; an expected error ends it with one sentence."""
     args = parse_arguments(arguments)
     os.chdir(ROOT)
-    run_program("study.py", run, args, "started again, it goes on where it was")
+    stopped = "started again, it goes on where it was"
+    run_program("study.py", run, args, stopped, (DemoError, InputError))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from msad_kd.files import replacing
 from projects.Shapes.costs import median_seconds, training_costs
 from projects.Shapes.measure import METRICS
 from projects.Shapes.report import KINDS, gap_closed
@@ -21,13 +22,13 @@ from projects.Shapes.study_values import (
 
 FILES = ("tables.md", "cells.csv", "bars_*.png", "curves_*.png")
 GAP = (
-    "Gap: (row - {baseline}) / ({reference} - {baseline}), of the means; '-' where {reference} is "
-    "not above {baseline}.\n"
+    "Gap: (row - {baseline}) / ({reference} - {baseline}), of the means over the row's seeds; '-' "
+    "where {reference} is not above {baseline}.\n"
 )
 NOTES = (
     "AP: mean ± standard deviation over the seeds. Against the control: mean of the differences of "
     "equal seeds ± their standard deviation, and how many of them are positive; the difference of "
-    "the means, alone, for a checkpoint, the reference and what other rows start or learn from. "
+    "the means, alone, for a checkpoint, the reference and what was trained once for other rows. "
     "GMACs: multiply-adds of a test image, heads included.\n"
 )
 GRADIENT = (
@@ -60,7 +61,8 @@ def table(grid, cells, results, definition, costs):
         line["seeds"] = len(values_of(results, row, kinds[0], seeds)) if row.seeds else "-"
         done = cells_of(results, row, seeds).values()
         line["GMACs"] = _mean(cell["gmacs"] for cell in done)
-        line["KD gradient"] = _mean(filter(None, (cell.get("gradient_ratio") for cell in done)))
+        ratios = [cell.get("gradient_ratio") for cell in done]
+        line["KD gradient"] = _mean(ratio for ratio in ratios if ratio is not None)
         if step:
             own, whole = (cost / step for cost in costs.get(row.name, (0, 0)))
             line["training"] = f"{own:,.0f} ({whole:,.0f})" if row.name in costs else "-"
@@ -103,10 +105,15 @@ def _ap_columns(grid, results, row, definition, kind):
         against = difference(own, values(control), paired) if row.name != control else "-"
         columns[f"{name}, against the control"] = against
     if "baseline" in definition and "reference" in definition:
-        ends = [values(definition[key]).values() for key in ("baseline", "reference")]
+        ends = [_of_seeds(values(definition[key]), own) for key in ("baseline", "reference")]
         closed = gap_closed(mean, *map(statistics.fmean, ends)) if all(ends) else None
         columns[f"{name} gap"] = "-" if closed is None else f"{100 * closed:.0f} %"
     return columns
+
+
+def _of_seeds(values, own):
+    """Values of the seeds that a row has, or all of them where it has none of these."""
+    return [values[seed] for seed in values if seed in own] or list(values.values())
 
 
 def markdown(grid, cells, results):
@@ -157,4 +164,7 @@ def write(grid, cells, results, folder):
     }
     for name, figure in pictures.items():
         if figure:
-            figure.savefig(folder / f"{name}.png", dpi=110)
+            with replacing(folder / f"{name}.png") as part:
+                figure.savefig(part, dpi=110, format="png")
+        else:  # an earlier one is of other rows
+            (folder / f"{name}.png").unlink(missing_ok=True)

@@ -1,7 +1,5 @@
 """What is done of a study, the runs that the rest of it takes, and its results.json."""
 
-import contextlib
-import fcntl
 import json
 import sys
 import time
@@ -19,31 +17,22 @@ from projects.Shapes.progress import gradient_ratio, iterations_done, training_p
 CELL = "cell.json"
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Keeps other studies out of a folder.
-
-    Raises:
-        DemoError: one is at it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            # The lock goes with the process, so it tells a running one from one that was killed.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DemoError(
-                f"another study is running in '{folder}': wait for it, or choose another --output"
-            ) from None
-        yield
-
-
 def _trained_in(folder):
     """The fingerprint of the cell that a folder's run is of; None if none is recorded."""
     try:
         return json.loads((folder / CELL).read_text())["fingerprint"]
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _is_whole(weights):
+    """Whether a training's last checkpoint was written to its end; then Detectron2 notes it."""
+    if weights.name != "model_final.pth":
+        return True  # a ladder's student, which is whole or not there
+    try:
+        return (weights.parent / "last_checkpoint").read_text().strip() == weights.name
+    except OSError:
+        return False
 
 
 def _aside(cell, fingerprint):
@@ -120,7 +109,7 @@ class Study:
         if not cell.folder.exists():
             cell.folder.mkdir(parents=True)
             write_json(cell.folder / CELL, {"fingerprint": cell.fingerprint})
-        return cell.weights.is_file()
+        return cell.weights.is_file() and _is_whole(cell.weights)
 
     def _training(self, cell, after):
         command = [sys.executable, "train_net.py", "--resume", "--config-file", cell.row.config]
