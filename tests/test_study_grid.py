@@ -136,6 +136,17 @@ def test_a_control_needs_the_teachers_that_it_keeps(cells_of, control, needed):
     assert sorted(cells_of(grid)["again/2"].needs) == sorted(needed)
 
 
+def test_what_is_set_for_all_is_set_for_teachers_too(written, tmp_path):
+    grid, extra = content(), ["MODEL.FPN.OUT_CHANNELS", "128"]
+    grid["rows"]["again"]["options"] = {"KD.LADDER.STAGES": LADDER}
+    cells = make_cells(read_grid(written(grid)), tmp_path, extra)
+    for key in ("student/1", "again/2"):
+        cfg = build_config(cells[key].row.config, cells[key].options)
+        assert cfg.MODEL.FPN.OUT_CHANNELS == 128
+        opts = [cfg.KD.TEACHER.OPTS, *(stage["opts"] for stage in cfg.KD.LADDER.STAGES)]
+        assert opts == [extra] * (1 if key == "student/1" else 3)
+
+
 def test_controls_that_are_none(cells_of):
     grid = content()
     grid["rows"]["again"] |= {"options": {"KD.LADDER.STAGES": LADDER}, "ladder_control": "best"}

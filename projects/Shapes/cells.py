@@ -76,7 +76,7 @@ def make_cells(grid, folder, extra: Sequence = ()):
     Args:
         grid: from `read_grid`.
         folder: the runs go to ROW/seed_SEED in it.
-        extra: KEY VALUE pairs on top of all trainings and measurements, for a trial.
+        extra: KEY VALUE pairs on top of all trainings, teachers and measurements, for a trial.
 
     Returns:
         dict, key to `Cell`.
@@ -127,6 +127,8 @@ class _Maker:
             if not needs and not weights.is_file():
                 raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
         options = [*_flat(row.options), *self.extra, *(["SEED", seed] if row.seeds else [])]
+        if self.extra:  # what holds for a teacher's training holds for its students' view of it
+            options += ["KD.TEACHER.OPTS", self.extra]
         # On the CPU, so that a cell means the same wherever it is read.
         meant = build_config(row.config, [*map(str, options), "MODEL.DEVICE", "cpu"])
         stages, iterations = meant.KD.LADDER.STAGES, meant.SOLVER.MAX_ITER
@@ -135,6 +137,10 @@ class _Maker:
         if stages:
             if row.ladder_control:
                 stages = _control(row, stages, iterations)
+            if self.extra:
+                opts = [[*stage.get("opts", ()), *self.extra] for stage in stages]
+                stages = [{**stage, "opts": own} for stage, own in zip(stages, opts)]
+            if row.ladder_control or self.extra:
                 options += ["KD.LADDER.STAGES", stages]
             iterations = sum(stage.get("iterations") or iterations for stage in stages)
             last = f"stage_{len(stages):02}_{stages[-1]['name']}"
