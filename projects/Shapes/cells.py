@@ -126,9 +126,10 @@ class _Maker:
             weights = Path(_filled([row.checkpoint], paths)[0])
             if not needs and not weights.is_file():
                 raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
-        options = [*_flat(row.options), *self.extra, *(["SEED", seed] if row.seeds else [])]
+        common = [*self.extra, *(["SEED", seed] if row.seeds else [])]
         if self.extra:  # what holds for a teacher's training holds for its students' view of it
-            options += ["KD.TEACHER.OPTS", self.extra]
+            common += ["KD.TEACHER.OPTS", self.extra]
+        options = [*_flat(row.options), *common]
         # On the CPU, so that a cell means the same wherever it is read.
         meant = build_config(row.config, [*map(str, options), "MODEL.DEVICE", "cpu"])
         stages, iterations = meant.KD.LADDER.STAGES, meant.SOLVER.MAX_ITER
@@ -141,7 +142,7 @@ class _Maker:
                 opts = [[*stage.get("opts", ()), *self.extra] for stage in stages]
                 stages = [{**stage, "opts": own} for stage, own in zip(stages, opts)]
             if row.ladder_control or self.extra:
-                options += ["KD.LADDER.STAGES", stages]
+                options = [*_flat({**row.options, "KD.LADDER.STAGES": stages}), *common]
             iterations = sum(stage.get("iterations") or iterations for stage in stages)
             last = f"stage_{len(stages):02}_{stages[-1]['name']}"
             weights = folder / last / "student.pth"
