@@ -13,7 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
 from torch import nn
 
-from msad_kd.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint import load_strictly
 from msad_kd.config import add_msad_kd_config
 from msad_kd.errors import InputError
 from msad_kd.hooking import computing
@@ -136,9 +136,9 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
         trained: whether its weights will be needed.
 
     Raises:
-        InputError: if the file or the weights needed are not named or not there, if the file cannot
-            be read, if the teacher has no such branch, or if it sees images of another format or
-            scale than the student, or of other means and deviations than one that starts from it.
+        InputError: if the file or the weights needed are not named, if the file cannot be read, if
+            the teacher has no such branch, or if it sees images of another format or scale than the
+            student, or of other means and deviations than one that starts from it.
     """
     keys = cfg.KD.TEACHER
     for key in ("CONFIG_FILE", "WEIGHTS") if trained else ("CONFIG_FILE",):
@@ -154,8 +154,6 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
         check_name("MODEL.META_ARCHITECTURE", teacher.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     except InputError as error:
         raise InputError(f"KD.TEACHER: {error}") from error
-    if trained:
-        check_exists(keys.WEIGHTS, f"KD.TEACHER.CONFIG_FILE '{keys.CONFIG_FILE}'")
     meta = META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE)
     _check_branch(meta, keys.BRANCH)
     if getattr(meta, "frame", None) != "hr":

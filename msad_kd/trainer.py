@@ -130,6 +130,8 @@ class KDTrainer(DefaultTrainer):
         check_precise_bn(cfg)
         if _is_student(cfg):
             teacher_config(cfg)  # its mistakes are told before the data are read
+            keys = cfg.KD.TEACHER
+            check_exists(keys.WEIGHTS, f"KD.TEACHER.CONFIG_FILE '{keys.CONFIG_FILE}'")
         elif cfg.KD.TEACHER.CONFIG_FILE:
             logging.getLogger(__name__).warning(
                 "KD.TEACHER is not used: a %s is trained without distillation (DistilledRCNN and "

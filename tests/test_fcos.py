@@ -7,6 +7,7 @@ from detectron2.modeling import build_backbone
 from detectron2.modeling.meta_arch import fcos
 from helpers import NO_TEST, build, losses_of, same_instances, train
 
+from msad_kd.errors import InputError
 from msad_kd.fcos import group_norm
 
 on_fcos = pytest.mark.parametrize("detector", ["fcos"], indirect=True)
@@ -58,7 +59,10 @@ def test_fcos_is_detectron2s(config, batch):
 @on_fcos
 def test_a_student_of_another_depth_and_width(student_config, caplog):
     other = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
-    trainer = train(student_config(*other, "SOLVER.MAX_ITER", 2, *NO_TEST))
+    other += ["SOLVER.MAX_ITER", 2, *NO_TEST]
+    with pytest.raises(InputError, match="their backbones differ .*KD.TEACHER.INIT_BACKBONE False"):
+        train(student_config(*other))
+    trainer = train(student_config(*other, "KD.TEACHER.INIT_BACKBONE", False))
     assert trainer.storage.latest()["loss_kd_l1"][0] > 0
     (told,) = [r.getMessage() for r in caplog.records if "Not in the teacher" in r.getMessage()]
-    assert "bottom_up.res2.0.conv1.weight" in told and "head." not in told
+    assert "fpn_lateral2.weight" in told and "bottom_up" not in told and "head." not in told

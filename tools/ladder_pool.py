@@ -65,7 +65,7 @@ def read_teachers(teachers: list[list[str]], images: list[str], cfg: CfgNode) ->
         name, config_file, weights, *options = given
         own = cfg.clone()
         own.KD.TEACHER.CONFIG_FILE, own.KD.TEACHER.WEIGHTS = config_file, weights
-        own.KD.TEACHER.OPTS = options
+        own.KD.TEACHER.OPTS, own.KD.TEACHER.BRANCH = options, "hr"  # any teacher has it
         image = chosen.get(name, "hr")
         try:
             meta = META_ARCH_REGISTRY.get(teacher_config(own).MODEL.META_ARCHITECTURE)

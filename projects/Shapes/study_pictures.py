@@ -46,16 +46,18 @@ def draw_curves(grid, cells, results, curve):
     """AP against iterations: each point is a training of that length, with its whole schedule.
 
     Returns:
-        a Figure.
+        a Figure; None as long as none of its points is done.
     """
     seeds = curve.get("seeds")
-    figure = Figure(figsize=(10, 4), layout="constrained")
     lengths = {
         cells[f"{name}/{grid.rows[name].seeds[0]}"].iterations
         for names in curve["lines"].values()
         for name in names
         if values_of(results, grid.rows[name], "bbox", seeds)
     }
+    if not lengths:
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained")
     for kind, axes in zip(KINDS, figure.subplots(1, 2)):
         for title, names in curve["lines"].items():
             points = []
