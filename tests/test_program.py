@@ -9,12 +9,14 @@ import pytest
 from helpers import ROOT
 
 from msad_kd.errors import InputError
+from projects.Shapes import demo
 from projects.Shapes.jobs import DemoError, Screen
 from projects.Shapes.program import locked, make_data, run_program
 
 STARTER = """
 import sys, time
 from pathlib import Path
+from projects.Shapes import demo
 from projects.Shapes.jobs import Job, _start
 from projects.Shapes.program import locked
 
@@ -51,6 +53,12 @@ def test_one_run_at_a_time_in_a_folder(tmp_path):
                 pass
     with locked(tmp_path / "runs"):
         pass
+
+
+def test_one_demo_at_a_time(tmp_path):
+    args = demo.parse_arguments(["--output", str(tmp_path)])
+    with locked(tmp_path / "demo"), pytest.raises(DemoError, match="another run is at work"):
+        demo.run(args, Screen())
 
 
 def test_what_outlives_a_killed_run_keeps_others_out(tmp_path):

@@ -19,7 +19,7 @@ if not __package__:  # run as a script, which does not put the repository on the
 from projects.Shapes import records, report
 from projects.Shapes.jobs import count_cores, run_jobs, typed
 from projects.Shapes.plan import TRAINED, measuring_job, model_rows, plan_jobs, read_results
-from projects.Shapes.program import add_common, make_data, run_program
+from projects.Shapes.program import add_common, locked, make_data, run_program
 from projects.Shapes.progress import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +79,18 @@ def summarise(args, folder, rows, data, screen):
 
 
 def run(args, screen):
-    """The demo from data to table.
+    """The demo from data to table, alone in its folder.
 
     Raises:
         DemoError: something went wrong that the person can be told in a sentence.
     """
     folder = Path(args.output) / ("demo-full" if args.full else "demo")
+    with locked(folder):
+        run_in(folder, args, screen)
+
+
+def run_in(folder, args, screen):
+    """The same, in a folder that is this run's."""
     checkpoints = folder / "checkpoints" if args.full else Path(args.checkpoints)
     cores = count_cores()
     screen.say(
