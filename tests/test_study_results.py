@@ -2,6 +2,7 @@
 
 import json
 import re
+from statistics import fmean
 
 import pytest
 from helpers import ROOT
@@ -36,10 +37,28 @@ def test_the_tables_are_made_of_the_results(study, monkeypatch):
     assert (RESULTS / "tables.md").read_text() == study_report.markdown(*study)
 
 
+# Not met: student-ssim-multiscale leads by 0.15 in the mean, at 1.8 times the training. Strict, so
+# that the mark goes as soon as another default, or a measurement, makes it true.
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a dearer row has a better mean")
+def test_the_demos_student_is_the_best_row(study, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    grid, cells, results = study
+    aps = {}
+    for name in grid.tables[0]["rows"]:
+        keys = [f"{name}/{seed}" for seed in grid.rows[name].seeds]
+        if name.startswith("student") and all(key in results["cells"] for key in keys):
+            aps[name] = fmean(results["cells"][key]["bbox"]["AP"] for key in keys)
+    assert aps, "no student has been measured with every seed"
+    best = max(aps, key=aps.get)
+    cell = cells[f"{best}/{grid.rows[best].seeds[0]}"]
+    student = build_config(cell.row.config, list(map(str, cell.options)))
+    assert student.KD.LOSSES == build_config("configs/Shapes/student.yaml", []).KD.LOSSES
+
+
 def test_no_row_beats_the_demos_student(study, monkeypatch):
     """Beating is what the study calls it: a gain on every seed, in the mean above its deviation.
 
-    Of the rows that cost as much, those that see the images it sees, none has a better mean either.
+    Of the rows that see the images it sees, none has a better mean either.
     """
     monkeypatch.chdir(ROOT)
     grid, cells, results = study
