@@ -27,6 +27,7 @@ def place(tmp_path_factory):
     few = {"SOLVER.IMS_PER_BATCH": 1, "SOLVER.WARMUP_ITERS": 2}
     grid = {
         "data": {"train": 4, "val": 3, "classes": 5},
+        "fresh": {"seed": 1, "train": 1},
         "seeds": [1],
         "rows": {
             "teacher": {
@@ -50,10 +51,11 @@ def place(tmp_path_factory):
                     "SOLVER.MAX_ITER": LONG,
                 },
             },
+            "fresh": {"title": "the teacher elsewhere", "fresh": "teacher"},
         },
         "tables": [
             {
-                **{"name": "all", "title": "All", "rows": ["teacher", "lr", "student"]},
+                **{"name": "all", "title": "All", "rows": ["teacher", "lr", "student", "fresh"]},
                 **{"control": "lr", "baseline": "lr", "reference": "teacher"},
             }
         ],
@@ -114,7 +116,7 @@ def test_stopped_and_resumed(place, stopped):
     assert len(begun) == 2 and begun[0] == "0" and int(begun[1]) % 5 == 0 < int(begun[1])
     assert not list(stopped.glob("model_00*.pth"))
     results = json.loads((place / "runs" / "results.json").read_text())
-    assert results["cells"].keys() == {"teacher/0", "lr/1", "student/1"}
+    assert results["cells"].keys() == {"teacher/0", "lr/1", "student/1", "fresh/0"}
     assert "KD.TEACHER.WEIGHTS" in results["cells"]["student/1"]["command"]
     assert all(len(each) > 1 for each in results["steps"]["seconds"].values())
     assert len(results["steps"]["seconds"]) == 2
@@ -124,6 +126,20 @@ def test_stopped_and_resumed(place, stopped):
     for title in ("the teacher", "the baseline", "the student"):
         assert title in text
     assert "not run" not in text
+    assert "Fresh scenes: the same, but for seed 1, train 1." in text
+
+
+def test_fresh_scenes_are_others(place, stopped):
+    cells = json.loads((place / "runs" / "results.json").read_text())["cells"]
+    teacher, elsewhere = cells["teacher/0"], cells["fresh/0"]
+    assert 0 < teacher["bbox"]["AP"] != elsewhere["bbox"]["AP"] > 0
+    assert teacher["params_m"] == elsewhere["params_m"]
+    annotations = "annotations/instances_val.json"
+    one, other = (
+        json.loads((place / "datasets" / name / annotations).read_text())
+        for name in ("shapes", "shapes_fresh")
+    )
+    assert len(one["images"]) == len(other["images"]) and one != other
 
 
 @pytest.mark.long
@@ -144,7 +160,7 @@ def call(place, capsys, monkeypatch):
     # Other tests have data of the same names in another place.
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", dict(catalog))
-        for name in ("shapes_train", "shapes_val"):
+        for name in ("shapes_train", "shapes_val", "shapes_fresh_val"):
             catalog.data.pop(name, None)
 
     def call(*arguments, output="runs"):
@@ -175,7 +191,7 @@ def test_a_report_changes_no_result(place, stopped, report):
 
 def test_done_cells_are_taken_over(place, stopped, call):
     reuse = ["--reuse", str(place / "runs" / "results.json")]
-    assert "3 cells, 3 of them done" in call(*reuse, output="taken")
+    assert "4 cells, 4 of them done" in call(*reuse, output="taken")
     results = (
         json.loads((place / each / "results.json").read_text()) for each in ("runs", "taken")
     )

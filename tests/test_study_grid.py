@@ -79,6 +79,31 @@ def test_cells_of_a_grid(cells_of, tmp_path):
     assert again.row.test_config == "configs/Shapes/lr.yaml" and again.test_options == []
 
 
+def test_fresh_scenes(cells_of):
+    """Rows measured on scenes of their own: the trained nets of other rows, seed by seed."""
+    grid = content()
+    grid["fresh"] = {"seed": 1, "train": 1}
+    grid["rows"]["fresh"] = {"title": "S, fresh", "fresh": "student"}
+    grid["rows"]["fresh-teacher"] = {"title": "T, fresh", "fresh": "teacher"}
+    cells = cells_of(grid)
+    assert [key for key in cells if "fresh" in key] == ["fresh/1", "fresh/2", "fresh-teacher/0"]
+    for seed in (1, 2):
+        cell, trained = cells[f"fresh/{seed}"], cells[f"student/{seed}"]
+        assert cell.weights == trained.weights and cell.iterations == 0
+        assert trained.key in cell.needs and cell.row.test_config == trained.row.test_config
+    assert cells["fresh-teacher/0"].weights == cells["teacher/0"].weights
+    for key, cell in cells.items():
+        (data_set,) = build_config(cell.row.test_config, cell.test_options).DATASETS.TEST
+        assert data_set == ("shapes_fresh_val" if "fresh" in key else "shapes_val")
+
+    grid["fresh"]["seed"] = 2
+    after = cells_of(grid)
+    changed = {key for key in cells if cells[key].fingerprint != after[key].fingerprint}
+    assert changed == {"fresh/1", "fresh/2", "fresh-teacher/0"}
+    grid["rows"]["student"]["options"]["SOLVER.BASE_LR"] = 0.5
+    assert cells_of(grid)["fresh/1"].fingerprint != after["fresh/1"].fingerprint
+
+
 def test_a_fingerprint_is_of_what_is_meant(cells_of, tmp_path):
     before = cells_of(content())
     assert len({cell.fingerprint for cell in before.values()}) == len(before)
@@ -185,6 +210,9 @@ def broken(path, value):
         (("rows", "student", "like"), "again", "row 'student' is like itself"),
         (("rows", "again"), {"like": "lr"}, "row 'again' has no title"),
         (("rows", "again"), {"title": "x"}, "row 'again' has no config"),
+        (("rows", "again", "fresh"), "lr", "row 'again' is both like another and fresh"),
+        (("rows", "again"), {"title": "x", "fresh": "lr"}, "row 'again' is fresh, but the file"),
+        (("fresh",), 1, "the file: fresh is no mapping"),
         (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{nothing}"}, "refers to the row 'nothing'"),
         (("tables", 0, "control"), "base", "table 't' refers to the row 'base'"),
         (("tables", 0, "colour"), "red", "table 't' has the unknown field 'colour'"),
@@ -237,6 +265,7 @@ def test_what_a_grid_has_to_say(written, name):
         (("rows", "lr", "options"), {"SOLVER.MAXITER": 3}, "SOLVER.MAXITER; did you mean"),
         (("data",), {"trian": 3}, "data of the grid: .*'trian'"),
         (("data",), {"train": 0}, "data of the grid: train, val >= 1"),
+        (("fresh",), {"val": 0}, "fresh scenes of the grid: train, val >= 1"),
     ],
 )
 def test_what_cells_cannot_be_made_of(cells_of, path, value, message):

@@ -65,6 +65,30 @@ def _digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def data_of(grid, *, fresh=False):
+    """The folder of a grid's data and their arguments, or those of its fresh scenes."""
+    data = {"folder": "shapes", **grid.data}
+    if fresh:
+        data |= {"folder": f"{data['folder']}_fresh", **grid.fresh}
+    return data.pop("folder"), data
+
+
+def _complete(what, data):
+    try:
+        return complete_arguments(**data)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} of the grid: {error}") from error
+
+
+def _fresh_options(grid, cfg):
+    """KEY to value of a config's model when it is measured on the fresh scenes."""
+    name, _ = data_of(grid, fresh=True)
+    json_file = f"{name}/annotations/instances_val.json"
+    entry = {"name": f"{name}_val", "json": json_file, "images": f"{name}/val"}
+    entries = [*cfg.DATASETS.COCO_FORMAT, entry]
+    return {"DATASETS.COCO_FORMAT": entries, "DATASETS.TEST": (entry["name"],)}
+
+
 def _hash_file(path):
     """Of a checkpoint that no row makes; None of one that is to be made."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
@@ -98,11 +122,8 @@ class _Maker:
     def __init__(self, grid, folder, extra):
         self.grid, self.folder, self.extra = grid, folder, extra
         self.cells: dict[str, Cell] = {}
-        data = {key: value for key, value in grid.data.items() if key != "folder"}
-        try:
-            self.data = complete_arguments(**data)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"data of the grid: {error}") from error
+        self.data = _complete("data", data_of(grid)[1])
+        self.fresh = _complete("fresh scenes", data_of(grid, fresh=True)[1])
 
     def add(self, row, seed, pending=()):
         key = f"{row.name}/{seed}"
@@ -149,9 +170,13 @@ class _Maker:
         tested = {key: value for key, value in row.options.items() if not _trains(key)}
         test_options = _filled([*_flat(tested), *self.extra], paths)
         measured = build_config(row.test_config, [*test_options, "MODEL.DEVICE", "cpu"])
+        if row.fresh:
+            test_options += _filled(_flat(_fresh_options(self.grid, measured)), {})
+            measured = build_config(row.test_config, [*test_options, "MODEL.DEVICE", "cpu"])
         # Of a checkpoint it does not matter what its config would start from.
         files = [row.checkpoint, "" if row.checkpoint else meant.MODEL.WEIGHTS]
         files += [each["weights"] for each in stages] or [meant.KD.TEACHER.WEIGHTS]
+        data = self.fresh if row.fresh else self.data
         origin = {name: cell.fingerprint for name, cell in needs.items()}
         return Cell(
             key=f"{row.name}/{seed}",
@@ -164,7 +189,7 @@ class _Maker:
             needs=tuple(cell.key for cell in needs.values()),
             iterations=0 if row.checkpoint else iterations,
             fingerprint=_digest(
-                [self.data, changed_keys(meant), stages, changed_keys(measured)]
+                [data, changed_keys(meant), stages, changed_keys(measured)]
                 + [origin, [_hash_file(file) for file in files]]
             ),
             recipe=recipe_of(meant, stages),

@@ -11,7 +11,7 @@ from msad_kd.errors import InputError
 
 # Name to kind; what `seeds` have to be is told by _check_seeds.
 ROW_FIELDS = dict.fromkeys(("title", "like", "config", "test_config"), str)
-ROW_FIELDS |= dict.fromkeys(("ladder_control", "checkpoint"), str)
+ROW_FIELDS |= dict.fromkeys(("ladder_control", "checkpoint", "fresh"), str)
 ROW_FIELDS |= {"options": dict, "trained_by": list, "seeds": object}
 # What has to be there, and its kind.
 FILE_NEEDS = {"data": dict, "seeds": list, "rows": dict, "tables": list}
@@ -34,6 +34,8 @@ class Row:
         options: KEY to value on top of both; `{name}` in a value stands for that row's checkpoint.
         ladder_control: which of the controls of the config's ladder this is; "" for none.
         checkpoint: one that need not be trained, a file or `{name}`; "" for none.
+        fresh: the row whose checkpoints these are, measured on scenes that nothing was chosen by;
+            "" for a row of its own, measured on the validation scenes.
         trained_by: the configs that made the checkpoint, one after another; their cost is its cost.
         seeds: of the trainings.
     """
@@ -45,18 +47,21 @@ class Row:
     options: dict = field(default_factory=dict)
     ladder_control: str = ""
     checkpoint: str = ""
+    fresh: str = ""
     trained_by: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What `study.yaml` says: the data's arguments, the rows by name, the tables and the curves."""
+    """What `study.yaml` says: the data's arguments, the rows by name, the tables and the curves,
+    and the arguments of the fresh scenes."""
 
     data: dict
     rows: dict[str, Row]
     tables: list[dict]
     curves: list[dict]
+    fresh: dict = field(default_factory=dict)
 
 
 def read_grid(path):
@@ -69,17 +74,21 @@ def read_grid(path):
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"'{path}' cannot be read: {error}") from error
-    _check_fields(path, "the file", content, {*FILE_NEEDS, "curves"}, FILE_NEEDS)
+    _check_fields(path, "the file", content, {*FILE_NEEDS, "curves", "fresh"}, FILE_NEEDS)
     _check_seeds(path, "the file", content["seeds"])
     rows = {}
     for name in content["rows"]:
         rows[name] = _read_row(path, name, content["rows"], content["seeds"])
-    grid = Grid(content["data"], rows, content["tables"], content.get("curves", []))
+    fresh = content.get("fresh", {})
+    _check_fields(path, "the file", content, set(content), {"fresh": dict} if fresh else {})
+    grid = Grid(content["data"], rows, content["tables"], content.get("curves", []), fresh)
     for row in rows.values():
         if not re.fullmatch(r"[\w.-]+", row.name):
             raise InputError(f"'{path}': row '{row.name}': a name has letters, digits, ., _ and -")
         for other in references(row):
             _check_row(path, f"row '{row.name}'", other, rows)
+        if row.fresh and not fresh:
+            raise InputError(f"'{path}': row '{row.name}' is fresh, but the file has no fresh")
     names = [each.get("name") for each in (*grid.tables, *grid.curves) if isinstance(each, dict)]
     for name in names:
         if names.count(name) > 1:
@@ -152,7 +161,9 @@ def _read_row(path, name, contents, seeds):
         _check_fields(path, what, contents[following], set(ROW_FIELDS), {})
         present = {name: ROW_FIELDS[name] for name in contents[following]}
         _check_fields(path, what, contents[following], set(ROW_FIELDS), present)
-        following = contents[following].get("like")
+        if {"fresh", "like"} <= present.keys():
+            raise InputError(f"'{path}': {what} is both like another and fresh: it is one of them")
+        following = contents[following].get("fresh") or contents[following].get("like")
     for each in reversed(chain):
         content = dict(contents[each])
         content["options"] = {**merged.get("options", {}), **content.get("options", {})}
@@ -163,6 +174,8 @@ def _read_row(path, name, contents, seeds):
     merged.pop("like", None)
     _check_seeds(path, f"row '{name}'", merged.get("seeds", seeds))
     own = () if "checkpoint" in merged else tuple(merged.get("seeds", seeds))
+    if "fresh" in merged:
+        merged["checkpoint"] = f"{{{merged['fresh']}}}"
     merged |= {"seeds": own, "trained_by": tuple(merged.get("trained_by", ()))}
     return Row(**{"name": name, "test_config": merged["config"], **merged})
 

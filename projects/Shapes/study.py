@@ -24,7 +24,7 @@ if not __package__:  # run as a script, which does not put the repository on the
 
 from msad_kd.errors import InputError
 from projects.Shapes import study_report
-from projects.Shapes.cells import make_cells
+from projects.Shapes.cells import data_of, make_cells
 from projects.Shapes.grid import REFERENCES, read_grid
 from projects.Shapes.jobs import DemoError, count_cores, run_jobs
 from projects.Shapes.program import add_common, locked, make_data, run_program
@@ -110,8 +110,9 @@ def run(args, screen):
             folder.mkdir(parents=True, exist_ok=True)
             study.tabulate()
         else:
-            data = dict(grid.data)
-            make_data(data.pop("folder", "shapes"), data, args.overwrite, screen)
+            make_data(*data_of(grid), args.overwrite, screen)
+            if any(cells[key].row.fresh for key in keys):
+                make_data(*data_of(grid, fresh=True), args.overwrite, screen)
             jobs = study.plan(keys)
             done = sum(key in study.results["cells"] for key in keys)
             screen.say(f"{len(keys)} cells, {done} of them done; {args.slots} runs at a time")

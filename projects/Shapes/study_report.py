@@ -101,7 +101,7 @@ def _ap_columns(grid, results, row, definition, kind):
     columns = {f"{name} AP": with_deviation(mean, deviation)}
     if control:
         paired = row.name not in unpaired_rows(grid, definition)
-        paired = paired and not grid.rows[control].checkpoint
+        paired = paired and bool(grid.rows[control].seeds)
         against = difference(own, values(control), paired) if row.name != control else "-"
         columns[f"{name}, against the control"] = against
     if "baseline" in definition and "reference" in definition:
@@ -132,9 +132,15 @@ def markdown(grid, cells, results):
     if any(baseline_step(grid, cells, results, definition) for definition in grid.tables):
         parts.append(TRAINING)
     machines = dict.fromkeys(cell["machine"] for cell in results["cells"].values())
-    data = ", ".join(f"{name} {value}" for name, value in grid.data.items())
-    parts.append(f"Data: {data}.\nMachine: {'; '.join(machines)}.\n")
+    data = f"Data: {_told(grid.data)}.\n"
+    if any(cells[key].row.fresh for key in results["cells"]):
+        data += f"Fresh scenes: the same, but for {_told(grid.fresh)}.\n"
+    parts.append(f"{data}Machine: {'; '.join(machines)}.\n")
     return "\n".join(parts)
+
+
+def _told(arguments):
+    return ", ".join(f"{name} {value}" for name, value in arguments.items())
 
 
 def write_cells(path, cells, results):

@@ -38,7 +38,7 @@ def unpaired_rows(grid, definition):
     reference, and what was trained once for others to start or learn from."""
     sources = {name for row in grid.rows.values() for name in references(row)}
     sources = {name for name in sources if len(grid.rows[name].seeds) < 2}
-    checkpoints = {row.name for row in grid.rows.values() if row.checkpoint}
+    checkpoints = {row.name for row in grid.rows.values() if not row.seeds}
     return sources | checkpoints | {definition.get("reference")}
 
 
