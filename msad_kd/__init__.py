@@ -21,12 +21,14 @@ from msad_kd.multi_resolution import (
     MultiResolutionRCNN,
     MultiResolutionRetinaNet,
 )
+from msad_kd.roi_losses import ROI_LOSS_REGISTRY
 from msad_kd.setup import build_config
 from msad_kd.trainer import KDTrainer
 
 __all__ = [
     "DISTILL_LOSS_REGISTRY",
     "FCOS",
+    "ROI_LOSS_REGISTRY",
     "CrossingFeatureFusion",
     "DistilledFCOS",
     "DistilledMixin",

@@ -73,7 +73,9 @@ def add_msad_kd_config(cfg: CN) -> None:
     # weight in the total loss (summed over levels), the student's levels, and the iterations over
     # which the weight rises from 0. Without `levels`: all that have a partner. `adapter` puts a 1x1
     # convolution on the student's map: true, false or "auto" (the default: where channels differ).
-    # Further entries are arguments of the loss.
+    # A name in ROI_LOSS_REGISTRY compares what the RoI heads of an R-CNN and of its teacher predict
+    # for the student's proposals; it has no levels and no adapter. Further entries are arguments
+    # of the loss.
     cfg.KD.LOSSES = [{"name": "l1", "weight": 0.6, "warmup_iters": 500}]
     # Every so many iterations each loss is logged level by level, without its weight, as kd/*, and
     # what else the losses tell of themselves; 0: never. Detectron2 writes every 20.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -16,6 +17,12 @@ from msad_kd.fcos import FCOS
 from msad_kd.hooking import recording
 from msad_kd.loss_terms import read_losses
 from msad_kd.pyramid import in_high_resolution
+from msad_kd.roi_distiller import (
+    RoIDistiller,
+    check_roi_heads,
+    predict_regions,
+    recording_regions,
+)
 from msad_kd.seed import preserved_rng
 from msad_kd.teacher import Teacher, build_teacher, teacher_config, teacher_levels
 
@@ -70,11 +77,20 @@ def gradient_ratio(
 def _build_distiller(cfg: CfgNode, backbone: nn.Module) -> Distiller:
     told = cfg.KD.LOSSES and cfg.KD.TEACHER.CONFIG_FILE
     return Distiller(
-        terms=read_losses(cfg.KD.LOSSES),
+        terms=[term for term in read_losses(cfg.KD.LOSSES) if not term.of_regions],
         student=in_high_resolution(backbone.output_shape(), cfg.KD.SCALE),
         teacher=teacher_levels(cfg) if told else None,
         diagnostics_period=cfg.KD.DIAGNOSTICS_PERIOD,
     )
+
+
+def _build_roi_distiller(cfg: CfgNode) -> RoIDistiller | None:
+    terms = [term for term in read_losses(cfg.KD.LOSSES) if term.of_regions]
+    if not terms:
+        return None
+    teacher = teacher_config(cfg, trained=False) if cfg.KD.TEACHER.CONFIG_FILE else None
+    check_roi_heads(cfg, teacher, [term.name for term in terms])
+    return RoIDistiller(terms, cfg.KD.DIAGNOSTICS_PERIOD)
 
 
 class DistilledMixin:
@@ -93,16 +109,25 @@ class DistilledMixin:
     _teacher: tuple[Teacher, ...] = ()
 
     @configurable
-    def __init__(self, *, distiller: Distiller, gradient_ratio_period: int = 0, **kwargs):
+    def __init__(
+        self,
+        *,
+        distiller: Distiller,
+        roi_distiller: RoIDistiller | None = None,
+        gradient_ratio_period: int = 0,
+        **kwargs,
+    ):
         """
         Args:
-            distiller: the losses.
+            distiller: the losses between feature maps.
+            roi_distiller: those between what RoI heads predict; None for none.
             gradient_ratio_period: the iterations from one logging of the ratio of the distillation
                 gradient's norm to the detection gradient's to the next; 0 for none.
             kwargs: arguments of the stock detector.
         """
         super().__init__(**kwargs)
         self.distiller = distiller
+        self.roi_distiller = roi_distiller
         self.gradient_ratio_period = gradient_ratio_period
 
     @classmethod
@@ -111,6 +136,7 @@ class DistilledMixin:
         return {
             **stock,
             "distiller": _build_distiller(cfg, stock["backbone"]),
+            "roi_distiller": _build_roi_distiller(cfg),
             "gradient_ratio_period": cfg.KD.GRADIENT_RATIO_PERIOD,
         }
 
@@ -122,6 +148,10 @@ class DistilledMixin:
         """
         self.distiller.connect(teacher.levels())
         teacher.needed = self.distiller.levels_read()
+        if self.roi_distiller:
+            heads = teacher.model.roi_heads
+            teacher.needed |= {*heads.box_in_features}
+            teacher.needed |= {*heads.mask_in_features} if heads.mask_on else set()
         self._teacher = (teacher,)
 
     @property
@@ -137,17 +167,30 @@ class DistilledMixin:
                 "the student has no teacher; call msad_kd.attach_teacher(model, cfg) before "
                 "training (KDTrainer does)"
             )
-        with recording(self.backbone) as call:
+        rois = self.roi_distiller
+        with (
+            recording(self.backbone) as call,
+            recording_regions(self.roi_heads) if rois else nullcontext() as seen,
+        ):
             losses = super().forward(batched_inputs)
-        pyramid = self.teacher.pyramid(batched_inputs, tuple(call.input.shape[-2:]))
+        pyramid = self.teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
         storage = get_event_storage()
         distillation = self.distiller(call.output, pyramid, storage.iter)
+        if rois:
+            heads, scale = self.teacher.model.roi_heads, self.teacher.image_scale
+            predicted = predict_regions(heads, pyramid, seen, scale)
+            distillation |= rois(seen, predicted, storage.iter)
         period = self.gradient_ratio_period
         if period and distillation and (storage.iter + 1) % period == 0:
             layer = last_layer(self.backbone)
             ratio = gradient_ratio(distillation.values(), losses.values(), layer)
             storage.put_scalar("kd/gradient_ratio", ratio)
         return {**losses, **distillation}
+
+    def not_finite(self) -> list[str]:
+        """What ``Distiller.not_finite`` tells, of all losses."""
+        own = self.roi_distiller.not_finite() if self.roi_distiller else []
+        return self.distiller.not_finite() + own
 
 
 @META_ARCH_REGISTRY.register()
@@ -169,9 +212,10 @@ def check_levels(cfg: CfgNode) -> None:
     """See that a student's losses find their levels in its teacher, which is not loaded for it.
 
     Raises:
-        InputError: as ``teacher_config`` and ``Distiller``.
+        InputError: as ``teacher_config``, ``Distiller`` and ``check_roi_heads``.
     """
     teacher_config(cfg)
+    _build_roi_distiller(cfg)
     with preserved_rng():
         _build_distiller(cfg, build_backbone(cfg)).connect(teacher_levels(cfg))
 

@@ -14,11 +14,12 @@ __all__ = ["answering", "computing", "recording"]
 
 @contextmanager
 def recording(module: nn.Module):
-    """Yields an object whose ``input`` and ``output`` are those of the module's last call."""
-    call = SimpleNamespace(input=None, output=None)
+    """Yields an object whose ``inputs``, a tuple, and ``output`` are those of the module's last
+    call."""
+    call = SimpleNamespace(inputs=(), output=None)
 
     def keep(_, inputs, output):
-        call.input, call.output = inputs[0], output
+        call.inputs, call.output = inputs, output
 
     handle = module.register_forward_hook(keep)
     try:

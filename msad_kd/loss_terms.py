@@ -10,18 +10,20 @@ from typing import Any
 
 from msad_kd.errors import InputError
 from msad_kd.losses import DISTILL_LOSS_REGISTRY
+from msad_kd.roi_losses import ROI_LOSS_REGISTRY
 
 __all__ = ["LossTerm", "read_losses", "yaml_number"]
 
 # The fields of an entry that are not arguments of its loss.
 FIELDS = ("name", "weight", "levels", "warmup_iters", "adapter")
+LEVEL_FIELDS = ("levels", "adapter")  # of losses between feature maps alone
 
 
 @dataclass(frozen=True)
 class LossTerm:
     """One entry of KD.LOSSES."""
 
-    name: str  # in DISTILL_LOSS_REGISTRY
+    name: str  # in DISTILL_LOSS_REGISTRY or ROI_LOSS_REGISTRY
     weight: float  # of the sum over levels
     levels: tuple[str, ...] = ()  # the student's; empty: all that have a partner
     warmup_iters: int = 0  # iterations over which the weight rises linearly from 0
@@ -41,9 +43,14 @@ class LossTerm:
         return self.adapter
 
     @property
+    def of_regions(self) -> bool:
+        """Whether it compares what RoI heads predict, and not feature maps."""
+        return self.name in ROI_LOSS_REGISTRY
+
+    @property
     def function(self) -> Callable:
-        """The loss itself, from the registry."""
-        return DISTILL_LOSS_REGISTRY.get(self.name)
+        """The loss itself, from its registry."""
+        return (ROI_LOSS_REGISTRY if self.of_regions else DISTILL_LOSS_REGISTRY).get(self.name)
 
 
 def yaml_number(value: Any) -> Any:
@@ -75,9 +82,10 @@ def _read(entry: Any) -> LossTerm:
     if not weighted or "name" not in entry:
         raise InputError(f"KD.LOSSES: {entry} should be a dict with a name and a weight")
     name = entry["name"]
-    if name not in DISTILL_LOSS_REGISTRY:
-        known = ", ".join(sorted(name for name, _ in DISTILL_LOSS_REGISTRY))
-        raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {known}")
+    names = sorted(name for name, _ in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY))
+    if name not in names:
+        raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(names)}")
+    fields = [each for each in FIELDS if name not in ROI_LOSS_REGISTRY or each not in LEVEL_FIELDS]
 
     def checked(key: str, default: Any, fits: Callable[[Any], bool], kind: str) -> Any:
         value = entry.get(key, default)
@@ -92,14 +100,15 @@ def _read(entry: Any) -> LossTerm:
     adapter = checked(
         "adapter", "auto", lambda x: x == "auto" or isinstance(x, bool), "auto, true or false"
     )
-    arguments = {key: value for key, value in entry.items() if key not in FIELDS}
-    parameters = inspect.signature(DISTILL_LOSS_REGISTRY.get(name)).parameters.values()
+    arguments = {key: value for key, value in entry.items() if key not in fields}
+    term = LossTerm(name, float(entry["weight"]), tuple(levels), warmup, adapter, arguments)
+    parameters = inspect.signature(term.function).parameters.values()
     accepted = [p.name for p in parameters if p.default is not p.empty]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for argument in arguments:
         if argument not in accepted and not takes_any:
             raise InputError(
                 f"KD.LOSSES: '{name}' has no field '{argument}'; known: "
-                f"{', '.join([*FIELDS, *accepted])}"
+                f"{', '.join([*fields, *accepted])}"
             )
-    return LossTerm(name, float(entry["weight"]), tuple(levels), warmup, adapter, arguments)
+    return term

@@ -58,6 +58,12 @@ class Teacher:
         self.scale = scale
         self.needed: set[str] | None = None  # the levels that a student reads; None: all
 
+    @property
+    def image_scale(self) -> int:
+        """The side of an image as its heads count it over one of the student's: 1 or k."""
+        plain = not isinstance(self.model, MultiResolutionMixin)
+        return 1 if plain and self.branch == "lr" else self.scale
+
     def levels(self) -> dict[str, ShapeSpec]:
         """Level name to channels and stride, in pixels of the high-resolution image."""
         shapes = self.model.backbone.output_shape()

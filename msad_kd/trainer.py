@@ -156,7 +156,7 @@ class KDTrainer(DefaultTrainer):
                 super().train()
         except FloatingPointError as error:  # Detectron2's, which names the totals
             model = getattr(self._trainer.model, "module", self._trainer.model)
-            bad = model.distiller.not_finite() if self.teacher is not None else []
+            bad = model.not_finite() if self.teacher is not None else []
             if not bad:
                 raise
             raise FloatingPointError(

@@ -136,6 +136,11 @@ def test_a_registered_loss_can_be_named():
         ),
         ({"name": "l1", "weight": 1, "adapter": "maybe"}, "adapter of 'l1' should be auto, true"),
         ({"name": "mgd", "weight": 1, "parts": 3}, "'mgd' has no field 'parts'; known: .*mask_rat"),
+        ({"name": "roi_box", "weight": 1, "levels": ["p2"]}, "'roi_box' has no field 'levels'"),
+        (
+            {"name": "roi_class", "weight": 1, "adapter": True},
+            "'roi_class' has no field 'adapter'; known: name, weight, warmup_iters, temperature",
+        ),
     ],
 )
 def test_entries_that_cannot_be_read(entry, words):

@@ -16,9 +16,9 @@ def test_recording_keeps_input_and_output():
     module, x = AddOne(), torch.zeros(2)
     with recording(module) as call:
         y = module(x)
-    assert call.input is x and call.output is y
+    assert call.inputs == (x,) and call.output is y
     module(torch.ones(2))
-    assert call.input is x  # it listens no longer
+    assert call.inputs == (x,)  # it listens no longer
 
 
 def test_answering_does_not_compute_and_ends():

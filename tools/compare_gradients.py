@@ -58,7 +58,7 @@ def measure_batch(model, batch):
     inside, found = {}, {}
     for level, features in call.output.items():
         height, width = features.shape[-2:]
-        stride = call.input.shape[-1] / width
+        stride = call.inputs[0].shape[-1] / width
         masks = [cells_in_boxes(each, stride, height, width) for each in boxes]
         inside[level] = torch.stack(masks)
         found[level] = {"cells": _sums(torch.ones(inside[level].shape), inside[level])}
