@@ -177,6 +177,7 @@ class _Maker:
         files = [row.checkpoint, "" if row.checkpoint else meant.MODEL.WEIGHTS]
         files += [each["weights"] for each in stages] or [meant.KD.TEACHER.WEIGHTS]
         data = self.fresh if row.fresh else self.data
+        tells = {key: value for key, value in changed_keys(measured).items() if not _trains(key)}
         origin = {name: cell.fingerprint for name, cell in needs.items()}
         return Cell(
             key=f"{row.name}/{seed}",
@@ -189,7 +190,7 @@ class _Maker:
             needs=tuple(cell.key for cell in needs.values()),
             iterations=0 if row.checkpoint else iterations,
             fingerprint=_digest(
-                [data, changed_keys(meant), stages, changed_keys(measured)]
+                [data, changed_keys(meant), stages, tells]
                 + [origin, [_hash_file(file) for file in files]]
             ),
             recipe=recipe_of(meant, stages),
