@@ -64,7 +64,8 @@ def roi_box(student: RoIPredictions, teacher: RoIPredictions) -> torch.Tensor:
 
     def own(deltas):  # (R, 4)
         each = deltas.float().view(regions, -1, 4)
-        return each[:, 0] if each.shape[1] == 1 else each[torch.arange(regions), likely]
+        rows = torch.arange(regions, device=each.device)
+        return each[:, 0] if each.shape[1] == 1 else each[rows, likely]
 
     difference = (own(student.deltas) - own(teacher.deltas)).abs().sum(dim=1)
     return (sure * difference).mean()

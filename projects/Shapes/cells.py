@@ -177,6 +177,7 @@ class _Maker:
         files = [row.checkpoint, "" if row.checkpoint else meant.MODEL.WEIGHTS]
         files += [each["weights"] for each in stages] or [meant.KD.TEACHER.WEIGHTS]
         data = self.fresh if row.fresh else self.data
+        # What it says of a training is not of the model that is measured.
         tells = {key: value for key, value in changed_keys(measured).items() if not _trains(key)}
         origin = {name: cell.fingerprint for name, cell in needs.items()}
         return Cell(
