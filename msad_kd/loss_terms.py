@@ -85,6 +85,11 @@ def _read(entry: Any) -> LossTerm:
     names = sorted(name for name, _ in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY))
     if name not in names:
         raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(names)}")
+    if names.count(name) > 1:
+        raise InputError(
+            f"KD.LOSSES: '{name}' is registered as a loss of feature maps and as one of regions; "
+            "rename one of the two"
+        )
     fields = [each for each in FIELDS if name not in ROI_LOSS_REGISTRY or each not in LEVEL_FIELDS]
 
     def checked(key: str, default: Any, fits: Callable[[Any], bool], kind: str) -> Any:

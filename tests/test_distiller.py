@@ -119,6 +119,18 @@ def test_a_registered_loss_can_be_named():
         DISTILL_LOSS_REGISTRY._obj_map.pop("largest")
 
 
+def test_a_name_that_two_losses_have_is_refused():
+    def roi_box(student, teacher):
+        return (student - teacher).sum()
+
+    DISTILL_LOSS_REGISTRY.register(roi_box)
+    try:
+        with pytest.raises(InputError, match="'roi_box' is registered as a loss of feature maps"):
+            read_losses([{"name": "roi_box", "weight": 1.0}])
+    finally:
+        DISTILL_LOSS_REGISTRY._obj_map.pop("roi_box")
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
