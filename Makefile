@@ -35,9 +35,9 @@ lint: .venv/.ready ## check the style of the code
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-clean: ## remove .venv, caches, output and datasets/shapes
-	@echo "Removing .venv, caches, output and datasets/shapes"
-	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info output datasets/shapes
+clean: ## remove .venv, caches, output, datasets/shapes and datasets/shapes_fresh
+	@echo "Removing .venv, caches, output, datasets/shapes and datasets/shapes_fresh"
+	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info output datasets/shapes datasets/shapes_fresh
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.ready: requirements.txt tools/install_detectron2.py

@@ -1,6 +1,7 @@
 """Rows as the demo makes them, for the tests of its parts."""
 
-KEYS = ["hr", "teacher-hr", "teacher-lr", "teacher-fused", "lr", "lr-from-teacher", "student"]
+TEACHER = [f"teacher_jitter-{branch}" for branch in ("hr", "lr", "fused")]
+KEYS = ["hr", *TEACHER, "lr", "lr-from-teacher", "student"]
 
 
 def ap(box, mask):

@@ -46,7 +46,9 @@ def check_results(folder, printed, iterations):
         expected = None if high <= baseline else (student - baseline) / (high - baseline)
         assert summary["gap_closed"][start][kind] == pytest.approx(expected)
     assert by_key["student"]["params_m"] == by_key["lr"]["params_m"] == by_key["hr"]["params_m"]
-    assert by_key["teacher-fused"]["side"] == "128 + 64" and by_key["student"]["side"] == "64"
+    assert (
+        by_key["teacher_jitter-fused"]["side"] == "128 + 64" and by_key["student"]["side"] == "64"
+    )
     text = (folder / "table.md").read_text()
     assert text in printed and all(each["model"] in text for each in summary["rows"])
     for name in ("scenes.png", "ap_cost.png"):
@@ -58,7 +60,7 @@ def test_full_demo(full_demo):
     output, printed = full_demo
     check_results(output / "demo-full", printed, iterations=2)
     found = records.read(output / "demo-full" / "checkpoints")
-    assert "configs/Shapes/teacher.yaml" in found["teacher"]["command"]
+    assert "configs/Shapes/teacher_jitter.yaml" in found["teacher_jitter"]["command"]
     size = sum(path.stat().st_size for path in (output / "demo-full" / "checkpoints").iterdir())
     assert size < 10e6
 

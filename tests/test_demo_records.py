@@ -22,25 +22,26 @@ def test_absent_checkpoint_is_told_with_the_way_out(tmp_path):
 
 
 def test_record_without_all_branches_is_refused(tmp_path):
-    write_records(tmp_path, hr={"hr": ap(44, 43)}, teacher={"hr": ap(1, 1), "lr": ap(1, 1)})
-    with pytest.raises(DemoError, match="'.*teacher.json' lacks the AP"):
+    write_records(tmp_path, hr={"hr": ap(44, 43)}, teacher_jitter={"hr": ap(1, 1), "lr": ap(1, 1)})
+    with pytest.raises(DemoError, match="'.*teacher_jitter.json' lacks the AP"):
         records.read(tmp_path)
 
 
 def test_record_is_completed_by_what_is_measured(tmp_path):
-    write_records(tmp_path, hr={}, teacher={})
+    write_records(tmp_path, hr={}, teacher_jitter={})
     rows = {key: ap(index, index) for index, key in enumerate(KEYS[:4])}
     records.complete(tmp_path, {"device": "no GPU", "rows": rows})
     found = records.read(tmp_path)
     assert found["hr"]["results"] == {"hr": ap(0, 0)}
-    assert found["teacher"]["results"] == {"hr": ap(1, 1), "lr": ap(2, 2), "fused": ap(3, 3)}
-    assert found["teacher"]["command"] == "c" and "no GPU" in found["hr"]["machine"]
+    teacher = found["teacher_jitter"]
+    assert teacher["results"] == {"hr": ap(1, 1), "lr": ap(2, 2), "fused": ap(3, 3)}
+    assert teacher["command"] == "c" and "no GPU" in found["hr"]["machine"]
 
 
 def test_announcer_tells_each_model_once_and_checks_it(tmp_path, capsys):
     rows = plan.model_rows(tmp_path, tmp_path, [])[:4]
     recorded = {"hr": {"results": {"hr": ap(44, 43)}}}
-    recorded["teacher"] = {"results": {name: ap(45, 44) for name in ("hr", "lr", "fused")}}
+    recorded[plan.TEACHER] = {"results": {name: ap(45, 44) for name in ("hr", "lr", "fused")}}
     announce = plan.Announcer(tmp_path, rows, Screen(), recorded)
     announce()
     results = {"rows": {"hr": ap(44.1, 43)}}
@@ -48,7 +49,7 @@ def test_announcer_tells_each_model_once_and_checks_it(tmp_path, capsys):
     announce()
     announce()
     assert capsys.readouterr().out.count("stock HR, p2-p6: box AP 44.1") == 1
-    results["rows"]["teacher-lr"] = ap(45, 40)
+    results["rows"]["teacher_jitter-lr"] = ap(45, 40)
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(DemoError, match="teacher, LR branch has mask AP 40.0 here"):
         announce()

@@ -8,17 +8,24 @@ from projects.Shapes import records, report
 from projects.Shapes.jobs import Job, count_cores
 from projects.Shapes.progress import evaluation_progress, training_progress
 
+TEACHER = "teacher_jitter"
 NAMES = {
     "hr_start": "stock HR, first part",
     "hr": "stock HR",
-    "teacher": "teacher",
+    "teacher": "teacher, first part",
+    TEACHER: "teacher",
     "lr": "LR baseline",
     "lr-from-teacher": "LR from the teacher",  # from its weights; the student's strictest control
     "student": "student",
 }
 CONFIGS = {name: f"configs/Shapes/{name}.yaml" for name in NAMES}
-CONFIGS["lr-from-teacher"] = CONFIGS["lr"]
-ORIGINS = {"hr": "hr_start", "teacher": "hr_start"}  # what each goes on from
+# The students' and LR models' images have the sizes that this teacher's have had.
+CONFIGS |= {
+    "lr": "configs/Shapes/lr_jitter.yaml",
+    "lr-from-teacher": "configs/Shapes/lr_from_teacher.yaml",
+    "student": "configs/Shapes/student_jitter.yaml",
+}
+ORIGINS = {"hr": "hr_start", "teacher": "hr_start", TEACHER: "teacher"}  # what each goes on from
 # By the demo, whether or not the others come from checkpoints.
 TRAINED = ("lr", "lr-from-teacher", "student")
 
@@ -30,7 +37,7 @@ def model_rows(folder, checkpoints, settings):
 
     Args:
         folder: where the demo trains.
-        checkpoints: the folder of `hr.pth` and `teacher.pth`.
+        checkpoints: the folder of `hr.pth` and the teacher's.
         settings: KEY VALUE pairs on top of each config.
     """
 
@@ -43,13 +50,13 @@ def model_rows(folder, checkpoints, settings):
             "options": [*settings, *options],
         }
 
-    hr, teacher = checkpoints / "hr.pth", checkpoints / "teacher.pth"
+    hr, teacher = checkpoints / "hr.pth", checkpoints / f"{TEACHER}.pth"
     branch = "MODEL.MULTI_RESOLUTION.TEST_BRANCH"
     return [
         row("hr", "stock HR, p2-p6", "hr", hr),
-        row("teacher-hr", "teacher, HR branch", "teacher", teacher, branch, "hr"),
-        row("teacher-lr", "teacher, LR branch", "teacher", teacher, branch, "lr"),
-        row("teacher-fused", "teacher, fused", "teacher", teacher, branch, "fused"),
+        row(f"{TEACHER}-hr", "teacher, HR branch", TEACHER, teacher, branch, "hr"),
+        row(f"{TEACHER}-lr", "teacher, LR branch", TEACHER, teacher, branch, "lr"),
+        row(f"{TEACHER}-fused", "teacher, fused", TEACHER, teacher, branch, "fused"),
         *(row(key, NAMES[key], "lr", folder / key / "model_final.pth") for key in TRAINED),
     ]
 
@@ -115,15 +122,15 @@ def plan_jobs(folder, checkpoints, rows, settings, recorded, screen):
         screen: to tell of results.
     """
     known = rows[: -len(TRAINED)]
-    kd = ["KD.TEACHER.WEIGHTS", str(checkpoints / "teacher.pth")]
+    teacher = str(checkpoints / f"{TEACHER}.pth")
+    kd = ["KD.TEACHER.WEIGHTS", teacher]
     # The demo evaluates the teacher itself; once is enough.
     kd += ["KD.TEACHER.EVAL_BEFORE_TRAIN", "False"]
     if settings:
         kd += ["KD.TEACHER.OPTS", repr(settings)]
     student = training_job("student", folder, settings, kd)
     baseline = training_job("lr", folder, settings)
-    start = ["MODEL.WEIGHTS", str(checkpoints / "teacher.pth")]
-    control = training_job("lr-from-teacher", folder, settings, start)
+    control = training_job("lr-from-teacher", folder, settings, ["MODEL.WEIGHTS", teacher])
     evaluations = [
         evaluation_job(
             f"{row['model']}, evaluation",
@@ -143,9 +150,9 @@ def plan_jobs(folder, checkpoints, rows, settings, recorded, screen):
     for name, origin in ORIGINS.items():
         start = ["MODEL.WEIGHTS", str(folder / origin / "model_final.pth")]
         parts[name] = training_job(name, folder, settings, start, after=(NAMES[origin],))
-    for name in ("hr", "teacher"):
+    for name in ("hr", TEACHER):
         parts[name].done = partial(records.write_checkpoint, name, parts[name], checkpoints)
-    student.after = control.after = (NAMES["teacher"],)
-    check.after = (NAMES["teacher"], NAMES["hr"])
+    student.after = control.after = (NAMES[TEACHER],)
+    check.after = (NAMES[TEACHER], NAMES["hr"])
     check.done = lambda: records.complete(checkpoints, read_results(check.folder))
     return [*parts.values(), student, baseline, control, check, *evaluations]

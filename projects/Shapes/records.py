@@ -7,11 +7,11 @@ from projects.Shapes import report
 from projects.Shapes.jobs import DemoError, typed
 from projects.Shapes.progress import read_settings
 
-BRANCHES = {"hr": ("hr",), "teacher": ("hr", "lr", "fused")}
+BRANCHES = {"hr": ("hr",), "teacher_jitter": ("hr", "lr", "fused")}
 
 
 def read(folder):
-    """What was recorded of the checkpoints in a folder: {"hr": ..., "teacher": ...}.
+    """What was recorded of the checkpoints in a folder: {"hr": ..., "teacher_jitter": ...}.
 
     Raises:
         DemoError: a checkpoint, or what was recorded of it, is absent or cannot be read.
