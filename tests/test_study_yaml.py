@@ -20,8 +20,10 @@ def test_the_study_stands_on_the_data_and_models_of_the_demo(tmp_path):
     assert grid.data == DATA
     cells = make_cells(grid, tmp_path)
     by_name = {cell.row.name: cell for cell in cells.values()}
-    for name, demo in (("lr", "lr"), ("student-l1", "student")):
+    models = {"lr-from-second-teacher": "lr-from-teacher", "student-of-second-teacher": "student"}
+    for name, demo in models.items():
         assert by_name[name].row.config == plan.CONFIGS[demo]
+        assert by_name[name].row.test_config in (plan.CONFIGS[demo], plan.CONFIGS["lr"])
     # Every student of a table trains as long as its control, in all its stages together.
     for table in grid.tables:
         for name in table["rows"]:
@@ -31,13 +33,18 @@ def test_the_study_stands_on_the_data_and_models_of_the_demo(tmp_path):
     # What is of one seed says so, and is of one seed in all that it shows.
     shown = [*grid.tables, *grid.curves]
     of_one = [each["name"] for each in shown if each.get("seeds") == [1]]
-    assert of_one == ["multiscale", "rates", "weights", "levels", "iterations", "start"]
+    assert of_one == ["second-longer", "multiscale", "rates", "weights", "levels"] + [
+        *("second-start", "iterations", "start")
+    ]
     assert all(("one seed" in each["title"]) == ("seeds" in each) for each in shown)
     # The longer baselines have the iterations of all that made the teacher.
-    made = grid.rows["teacher"].trained_by
-    own = sum(build_config(config, []).SOLVER.MAX_ITER for config in made)
-    longer = by_name["lr"].iterations + own
-    assert by_name["lr-long"].iterations == by_name["lr-multiscale-long"].iterations == longer
+    for teacher, baselines in (
+        ("teacher", ("lr-long", "lr-multiscale-long")),
+        ("teacher-jitter", ("lr-jitter-long",)),
+    ):
+        made = grid.rows[teacher].trained_by
+        own = sum(build_config(config, []).SOLVER.MAX_ITER for config in made)
+        assert {by_name[name].iterations - own for name in baselines} == {by_name["lr"].iterations}
     parts = ("fcos-hr-start", "fcos-teacher")
     own = sum(by_name[name].iterations for name in parts)
     assert by_name["fcos-lr-long"].iterations == by_name["fcos-lr"].iterations + own
