@@ -19,12 +19,9 @@ NAMES = {
     "student": "student",
 }
 CONFIGS = {name: f"configs/Shapes/{name}.yaml" for name in NAMES}
-# The students' and LR models' images have the sizes that this teacher's have had.
-CONFIGS |= {
-    "lr": "configs/Shapes/lr_jitter.yaml",
-    "lr-from-teacher": "configs/Shapes/lr_from_teacher.yaml",
-    "student": "configs/Shapes/student_jitter.yaml",
-}
+# With images of several sizes, as this teacher has had.
+CONFIGS["lr-from-teacher"] = "configs/Shapes/lr_from_teacher.yaml"
+CONFIGS["student"] = "configs/Shapes/student_jitter.yaml"
 ORIGINS = {"hr": "hr_start", "teacher": "hr_start", TEACHER: "teacher"}  # what each goes on from
 # By the demo, whether or not the others come from checkpoints.
 TRAINED = ("lr", "lr-from-teacher", "student")
