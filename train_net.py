@@ -19,10 +19,10 @@ from torch.multiprocessing import ProcessRaisedException
 
 from msad_kd import KDTrainer
 from msad_kd.errors import InputError, input_error_of
+from msad_kd.evaluation import check_augmentation
 from msad_kd.ladder import run_ladder
 from msad_kd.launch import launch
 from msad_kd.setup import build_config, import_module
-from msad_kd.trainer import check_augmentation
 
 
 def setup(args):

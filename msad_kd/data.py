@@ -13,12 +13,19 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.transforms import transform as base
 
 from msad_kd.errors import InputError
 from msad_kd.pyramid import level_shift
 
-__all__ = ["TwoResolutionMapper", "jitter_arguments", "scale_transform", "scale_transforms"]
+__all__ = [
+    "TwoResolutionMapper",
+    "build_mapper",
+    "jitter_arguments",
+    "scale_transform",
+    "scale_transforms",
+]
 
 
 @singledispatch
@@ -224,3 +231,15 @@ class TwoResolutionMapper(DatasetMapper):
         )
         self.augmentations.other = None
         return mapped
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
+    """The mapper a config's meta-architecture needs.
+
+    A student is trained in the "lr" frame and evaluated as the stock detector it is; a
+    multi-resolution teacher is in the "hr" frame always; anything else gets the stock mapper.
+    """
+    frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
+    if frame is None or (frame == "lr" and not is_train):
+        return DatasetMapper(cfg, is_train, **jitter_arguments(cfg, is_train))
+    return TwoResolutionMapper(cfg, is_train, frame=frame)

@@ -1,4 +1,4 @@
-"""Evaluators, chosen by what a data set's metadata say."""
+"""Evaluators, chosen by what a data set's metadata say; what of TEST a model cannot do."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.modeling import GeneralizedRCNN
 
 from msad_kd.cityscapes import CityscapesEvaluator, CityscapesMetricsEvaluator
-from msad_kd.classes import has_masks
+from msad_kd.classes import has_masks, is_a
 from msad_kd.coco_evaluation import MetricsEvaluator
 from msad_kd.errors import InputError
+from msad_kd.multi_resolution import MultiResolutionMixin
 
-__all__ = ["build_evaluator"]
+__all__ = ["build_evaluator", "check_augmentation", "check_precise_bn"]
 
 
 def build_evaluator(
@@ -44,3 +46,33 @@ def build_evaluator(
     if cfg.TEST.CITYSCAPES_COCO or not evaluators:  # cityscapesScripts has no AP of boxes
         evaluators.append(CityscapesMetricsEvaluator(dataset_name, **options))
     return DatasetEvaluators(evaluators)
+
+
+def check_augmentation(cfg: CfgNode) -> None:
+    """Check that TEST.AUG, when it is enabled, can be done with the config's model.
+
+    Raises:
+        InputError: if Detectron2 has no test-time augmentation for it. A multi-resolution teacher
+            would be run at one resolution only.
+    """
+    possible = is_a(cfg, GeneralizedRCNN) and not is_a(cfg, MultiResolutionMixin)
+    if cfg.TEST.AUG.ENABLED and (not possible or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS):
+        raise InputError(
+            f"TEST.AUG.ENABLED is True, but a {cfg.MODEL.META_ARCHITECTURE} cannot be evaluated "
+            "with test-time augmentation (Faster and Mask R-CNN of one resolution can, without "
+            "keypoints and given proposals); set it to False"
+        )
+
+
+def check_precise_bn(cfg: CfgNode) -> None:
+    """Check that TEST.PRECISE_BN, when it is enabled, can be done with the config's model.
+
+    Raises:
+        InputError: if the model normalises two resolutions in one pass, which fvcore refuses.
+    """
+    if cfg.TEST.PRECISE_BN.ENABLED and is_a(cfg, MultiResolutionMixin):
+        raise InputError(
+            f"TEST.PRECISE_BN.ENABLED is True, but the statistics of a "
+            f"{cfg.MODEL.META_ARCHITECTURE} are of two resolutions; set it to False, and recompute "
+            "them after the training with tools/precise_statistics.py"
+        )

@@ -8,114 +8,31 @@ import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, GeneralizedRCNNWithTTA
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
-from detectron2.utils import comm
 from torch import nn
 
 from msad_kd.checkpoint import check_exists, init_from_teacher, load_strictly
-from msad_kd.classes import check_classes, is_a, number_of_classes
-from msad_kd.data import TwoResolutionMapper, jitter_arguments
+from msad_kd.classes import check_classes, is_a
+from msad_kd.data import build_mapper
 from msad_kd.distilled import DistilledMixin, attach_teacher
 from msad_kd.errors import InputError
-from msad_kd.evaluation import build_evaluator
+from msad_kd.evaluation import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.launch import ddp_on_cpu
 from msad_kd.loader import build_train_loader, clear_absence, clear_errors
-from msad_kd.multi_resolution import MultiResolutionMixin
 from msad_kd.normalizer import KeepNormalizer
-from msad_kd.seed import derive_seed, preserved_rng, seed_all
 from msad_kd.teacher import teacher_config
+from msad_kd.training_hooks import EvaluateTeacher, SeedEachStep
 
-__all__ = ["KDTrainer", "build_mapper", "check_augmentation"]
-
-
-def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
-    """The mapper a config's meta-architecture needs.
-
-    A student is trained in the "lr" frame and evaluated as the stock detector it is; a
-    multi-resolution teacher is in the "hr" frame always; anything else gets the stock mapper.
-    """
-    frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
-    if frame is None or (frame == "lr" and not is_train):
-        return DatasetMapper(cfg, is_train, **jitter_arguments(cfg, is_train))
-    return TwoResolutionMapper(cfg, is_train, frame=frame)
-
-
-class SeedEachStep(HookBase):
-    """Seeds every generator before each step by (seed, rank, iteration).
-
-    A step is then the same after a resume, and whatever an evaluation in between has drawn.
-    """
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def before_step(self):
-        seed_all(derive_seed(self.seed, comm.get_rank(), self.trainer.iter))
-
-
-class EvaluateTeacher(HookBase):
-    """Evaluates the teacher before the first iteration, so that a bad one is seen at once."""
-
-    def before_train(self):
-        trainer = self.trainer
-        if trainer.start_iter > 0:
-            return
-        cfg = teacher_config(trainer.cfg).clone()
-        logger = logging.getLogger(__name__)
-        own, students = (number_of_classes(each) for each in (cfg, trainer.cfg))
-        if own != students:
-            logger.warning(
-                "The teacher predicts %s classes, the student %s: the teacher is not evaluated",
-                own,
-                students,
-            )
-            return
-        cfg.defrost()
-        cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")
-        for key in ("COCO_EVALUATOR", "CITYSCAPES_COCO"):  # its AP is to be compared
-            cfg.TEST[key] = trainer.cfg.TEST[key]
-        logger.info("Evaluating the teacher before the first iteration")
-        with preserved_rng():
-            trainer.test(cfg, trainer.teacher.model)
+__all__ = ["KDTrainer"]
 
 
 def _is_student(cfg: CfgNode) -> bool:
     return is_a(cfg, DistilledMixin)
-
-
-def check_augmentation(cfg: CfgNode) -> None:
-    """Check that TEST.AUG, when it is enabled, can be done with the config's model.
-
-    Raises:
-        InputError: if Detectron2 has no test-time augmentation for it. A multi-resolution teacher
-            would be run at one resolution only.
-    """
-    possible = is_a(cfg, GeneralizedRCNN) and not is_a(cfg, MultiResolutionMixin)
-    if cfg.TEST.AUG.ENABLED and (not possible or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS):
-        raise InputError(
-            f"TEST.AUG.ENABLED is True, but a {cfg.MODEL.META_ARCHITECTURE} cannot be evaluated "
-            "with test-time augmentation (Faster and Mask R-CNN of one resolution can, without "
-            "keypoints and given proposals); set it to False"
-        )
-
-
-def check_precise_bn(cfg: CfgNode) -> None:
-    """Check that TEST.PRECISE_BN, when it is enabled, can be done with the config's model.
-
-    Raises:
-        InputError: if the model normalises two resolutions in one pass, which fvcore refuses.
-    """
-    if cfg.TEST.PRECISE_BN.ENABLED and is_a(cfg, MultiResolutionMixin):
-        raise InputError(
-            f"TEST.PRECISE_BN.ENABLED is True, but the statistics of a "
-            f"{cfg.MODEL.META_ARCHITECTURE} are of two resolutions; set it to False, and recompute "
-            "them after the training with tools/precise_statistics.py"
-        )
 
 
 class KDTrainer(DefaultTrainer):

@@ -17,9 +17,8 @@ from helpers import same_instances
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
-from msad_kd.data import jitter_arguments, scale_transform, scale_transforms
+from msad_kd.data import build_mapper, jitter_arguments, scale_transform, scale_transforms
 from msad_kd.errors import InputError
-from msad_kd.trainer import build_mapper
 
 # Flips, crops before the resize, several odd sizes: all that Detectron2's own keys switch on.
 LIVELY = [

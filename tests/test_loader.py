@@ -12,9 +12,10 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
+from msad_kd.data import build_mapper
 from msad_kd.errors import InputError
 from msad_kd.loader import build_train_loader, clear_errors
-from msad_kd.trainer import KDTrainer, build_mapper
+from msad_kd.trainer import KDTrainer
 
 SAMPLERS = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
 

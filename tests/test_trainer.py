@@ -8,11 +8,11 @@ from detectron2.data import DatasetMapper
 from helpers import NO_TEST, differing, tensors_of, train
 
 from msad_kd import KDTrainer, TwoResolutionMapper
+from msad_kd.data import build_mapper
 from msad_kd.errors import InputError
 from msad_kd.losses import DISTILL_LOSS_REGISTRY
 from msad_kd.seed import derive_seed
 from msad_kd.teacher import Teacher
-from msad_kd.trainer import build_mapper
 
 
 def loss(weight):

@@ -27,10 +27,10 @@ from tabulate import tabulate
 
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.cost import cost_by_part, input_sides
+from msad_kd.data import build_mapper
 from msad_kd.files import write_json
 from msad_kd.loader import clear_absence, clear_errors
 from msad_kd.multi_resolution import BRANCHES, MultiResolutionMixin
-from msad_kd.trainer import build_mapper
 
 
 def read_inputs(cfg, count, size):

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.cost import count_gmacs, device_name, input_sides, time_models
+from msad_kd.data import build_mapper
 from msad_kd.loader import clear_absence, clear_errors
-from msad_kd.trainer import build_mapper
 
 
 @dataclass
