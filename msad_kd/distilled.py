@@ -1,4 +1,4 @@
-"""Students: stock detectors at low resolution that are trained with feature losses, too."""
+"""Students: stock detectors at low resolution that are trained with a teacher's losses, too."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from msad_kd.fcos import FCOS
 from msad_kd.hooking import recording
 from msad_kd.loss_terms import read_losses
 from msad_kd.pyramid import in_high_resolution
-from msad_kd.roi_distiller import (
-    RoIDistiller,
+from msad_kd.roi_distiller import RoIDistiller
+from msad_kd.roi_heads import (
+    RoIHeadsSpec,
     check_roi_heads,
     predict_regions,
     recording_regions,
@@ -32,7 +33,7 @@ __all__ = [
     "DistilledRCNN",
     "DistilledRetinaNet",
     "attach_teacher",
-    "check_levels",
+    "check_losses",
     "gradient_ratio",
     "last_layer",
 ]
@@ -75,9 +76,10 @@ def gradient_ratio(
 
 
 def _build_distiller(cfg: CfgNode, backbone: nn.Module) -> Distiller:
-    told = cfg.KD.LOSSES and cfg.KD.TEACHER.CONFIG_FILE
+    terms = [term for term in read_losses(cfg.KD.LOSSES) if not term.of_regions]
+    told = terms and cfg.KD.TEACHER.CONFIG_FILE
     return Distiller(
-        terms=[term for term in read_losses(cfg.KD.LOSSES) if not term.of_regions],
+        terms=terms,
         student=in_high_resolution(backbone.output_shape(), cfg.KD.SCALE),
         teacher=teacher_levels(cfg) if told else None,
         diagnostics_period=cfg.KD.DIAGNOSTICS_PERIOD,
@@ -88,8 +90,10 @@ def _build_roi_distiller(cfg: CfgNode) -> RoIDistiller | None:
     terms = [term for term in read_losses(cfg.KD.LOSSES) if term.of_regions]
     if not terms:
         return None
-    teacher = teacher_config(cfg, trained=False) if cfg.KD.TEACHER.CONFIG_FILE else None
-    check_roi_heads(cfg, teacher, [term.name for term in terms])
+    own, teacher = RoIHeadsSpec.of_config(cfg), None
+    if cfg.KD.TEACHER.CONFIG_FILE:
+        teacher = RoIHeadsSpec.of_config(teacher_config(cfg, trained=False))
+    check_roi_heads(own, teacher, [term.name for term in terms])
     return RoIDistiller(terms, cfg.KD.DIAGNOSTICS_PERIOD)
 
 
@@ -141,17 +145,19 @@ class DistilledMixin:
         }
 
     def set_teacher(self, teacher: Teacher) -> None:
-        """Learn from this teacher, whose levels are checked against the student's.
+        """Learn from this teacher, whose levels and RoI heads are checked against the student's.
 
         Raises:
-            InputError: if the levels cannot be paired.
+            InputError: as ``Distiller.connect`` and ``RoIDistiller.connect``.
         """
         self.distiller.connect(teacher.levels())
         teacher.needed = self.distiller.levels_read()
         if self.roi_distiller:
+            self.roi_distiller.connect(self, teacher.model)
             heads = teacher.model.roi_heads
             teacher.needed |= {*heads.box_in_features}
-            teacher.needed |= {*heads.mask_in_features} if heads.mask_on else set()
+            if heads.mask_on and self.roi_distiller.reads_masks:
+                teacher.needed |= {*heads.mask_in_features}
         self._teacher = (teacher,)
 
     @property
@@ -170,7 +176,7 @@ class DistilledMixin:
         rois = self.roi_distiller
         with (
             recording(self.backbone) as call,
-            recording_regions(self.roi_heads) if rois else nullcontext() as seen,
+            recording_regions(self.roi_heads, rois.reads_masks) if rois else nullcontext() as seen,
         ):
             losses = super().forward(batched_inputs)
         pyramid = self.teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
@@ -208,8 +214,8 @@ class DistilledFCOS(DistilledMixin, FCOS):
     """FCOS as a student."""
 
 
-def check_levels(cfg: CfgNode) -> None:
-    """See that a student's losses find their levels in its teacher, which is not loaded for it.
+def check_losses(cfg: CfgNode) -> None:
+    """See that a student's losses find levels and RoI heads in its teacher, without loading it.
 
     Raises:
         InputError: as ``teacher_config``, ``Distiller`` and ``check_roi_heads``.

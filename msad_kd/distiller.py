@@ -100,7 +100,7 @@ class Distiller(nn.Module):
             InputError: if no level has a partner, if a loss asks for one that has none, if it
                 lacks its module, or if the channels of a pair differ and there is no adapter.
         """
-        unpaired = self._pair(teacher)
+        unpaired = self._pair(teacher) if self.terms else []
         for term in self.terms:
             for level in term.levels or self.pairs:
                 partner = self.pairs[level]

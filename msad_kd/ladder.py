@@ -18,7 +18,7 @@ from detectron2.utils import comm
 
 from msad_kd.checkpoint import check_exists, export_weights
 from msad_kd.classes import is_a
-from msad_kd.distilled import DistilledMixin, check_levels
+from msad_kd.distilled import DistilledMixin, check_losses
 from msad_kd.errors import InputError
 from msad_kd.files import write_json
 from msad_kd.seed import derive_seed, seed_all
@@ -99,7 +99,7 @@ def _check_sources(stages: list[Stage], configs: list[CfgNode]) -> None:
         if start and Path(start) not in students:
             check_exists(start, f"the start of stage '{stage.name}'")
         try:
-            check_levels(own)
+            check_losses(own)
         except InputError as error:
             raise InputError(f"stage '{stage.name}': {error}") from error
         students.append(Path(own.OUTPUT_DIR) / STUDENT)

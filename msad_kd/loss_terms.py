@@ -24,7 +24,7 @@ class LossTerm:
     """One entry of KD.LOSSES."""
 
     name: str  # in DISTILL_LOSS_REGISTRY or ROI_LOSS_REGISTRY
-    weight: float  # of the sum over levels
+    weight: float  # of the sum over levels, or of the loss between regions
     levels: tuple[str, ...] = ()  # the student's; empty: all that have a partner
     warmup_iters: int = 0  # iterations over which the weight rises linearly from 0
     adapter: bool | str = "auto"  # a 1x1 convolution on the student's map; "auto": if C differs
@@ -108,12 +108,14 @@ def _read(entry: Any) -> LossTerm:
     arguments = {key: value for key, value in entry.items() if key not in fields}
     term = LossTerm(name, float(entry["weight"]), tuple(levels), warmup, adapter, arguments)
     parameters = inspect.signature(term.function).parameters.values()
-    accepted = [p.name for p in parameters if p.default is not p.empty]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for argument in arguments:
-        if argument not in accepted and not takes_any:
+        if argument not in defaults and not takes_any:
             raise InputError(
                 f"KD.LOSSES: '{name}' has no field '{argument}'; known: "
-                f"{', '.join([*fields, *accepted])}"
+                f"{', '.join([*fields, *defaults])}"
             )
+        if type(defaults.get(argument)) in (int, float):
+            checked(argument, None, lambda x: isinstance(x, (int, float)), "a number")
     return term

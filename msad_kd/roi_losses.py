@@ -7,13 +7,21 @@ the gradient goes to the student's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from detectron2.utils.registry import Registry
 
-__all__ = ["ROI_LOSS_REGISTRY", "RoIPredictions", "roi_box", "roi_class", "roi_mask"]
+__all__ = [
+    "ROI_LOSS_REGISTRY",
+    "RoIPredictions",
+    "roi_box",
+    "roi_class",
+    "roi_mask",
+    "without_masks",
+]
 
 ROI_LOSS_REGISTRY = Registry("ROI_LOSS")
 ROI_LOSS_REGISTRY.__doc__ = """
@@ -29,10 +37,17 @@ class RoIPredictions:
 
     classes: torch.Tensor  # (R, K + 1) logits, the background last
     deltas: torch.Tensor  # (R, 4K) or, of all classes alike, (R, 4): from region to box
-    masks: torch.Tensor | None  # (M, S, S) logits, of each region's own class; None without masks
+    masks: torch.Tensor | None  # (M, S, S) logits, of each region's own class; None: not predicted
+
+
+def without_masks(loss: Callable) -> Callable:
+    """Decorates a loss that reads no masks: where all are so, the teacher is not asked for any."""
+    loss.reads_masks = False
+    return loss
 
 
 @ROI_LOSS_REGISTRY.register()
+@without_masks
 def roi_class(
     student: RoIPredictions, teacher: RoIPredictions, temperature: float = 1.0
 ) -> torch.Tensor:
@@ -51,11 +66,12 @@ def roi_class(
 
 
 @ROI_LOSS_REGISTRY.register()
+@without_masks
 def roi_box(student: RoIPredictions, teacher: RoIPredictions) -> torch.Tensor:
     """Sum over a region's four deltas of |S - T|, of the object class that the teacher thinks most
     likely and times its probability; mean over the regions, as Detectron2's own box loss is.
 
-    Where the teacher sees background nothing is compared; 0 without regions.
+    So background, as the teacher sees it, hardly counts; 0 without regions.
     """
     regions = len(student.deltas)
     if regions == 0:

@@ -11,7 +11,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -23,7 +23,7 @@ from msad_kd.loss_terms import read_losses, yaml_number
 from msad_kd.pyramid import level_shift
 from msad_kd.stages import read_stages
 
-__all__ = ["build_config", "check_name", "import_module", "merge_config"]
+__all__ = ["build_config", "check_name", "check_parts", "import_module", "merge_config"]
 
 
 def import_module(name: str) -> None:
@@ -86,8 +86,8 @@ def build_config(config_file: str, opts: list) -> CfgNode:
 
     Raises:
         InputError: as ``merge_config``, ``register_coco_format``, ``level_shift``, ``read_losses``,
-            ``read_stages``, ``choose_implementation`` and ``check_name``, and if the backbone does
-            not read a MODEL.FPN.TOP_BLOCK that is set.
+            ``read_stages``, ``choose_implementation``, ``check_parts`` and ``check_name``, and if
+            the backbone does not read a MODEL.FPN.TOP_BLOCK that is set.
     """
     cfg = get_cfg()
     add_msad_kd_config(cfg)
@@ -97,8 +97,7 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     read_stages(cfg.KD.LADDER.STAGES)
     choose_implementation(cfg.TEST.COCO_EVALUATOR)
     register_coco_format(cfg)
-    check_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
-    check_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+    check_parts(cfg)
     builder = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
     if cfg.MODEL.FPN.TOP_BLOCK != "maxpool" and builder.__module__.startswith("detectron2."):
         raise InputError(
@@ -126,6 +125,18 @@ def check_name(key: str, name: str, registry) -> None:
     if name not in registry:
         known = list(registry.list()) if hasattr(registry, "list") else [n for n, _ in registry]
         raise InputError(f"{key}: '{name}' is not registered{nearest(name, known)}")
+
+
+def check_parts(cfg: CfgNode) -> None:
+    """See that what a config's model is built of is registered.
+
+    Raises:
+        InputError: as ``check_name``.
+    """
+    model = cfg.MODEL
+    check_name("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    check_name("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY)
+    check_name("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY)
 
 
 def _scale_to_world(cfg: CfgNode) -> CfgNode:

@@ -27,7 +27,7 @@ from msad_kd.pyramid import (
     pad_batch,
 )
 from msad_kd.seed import preserved_rng
-from msad_kd.setup import check_name, merge_config
+from msad_kd.setup import check_parts, merge_config
 
 __all__ = ["Teacher", "build_teacher", "teacher_config", "teacher_levels"]
 
@@ -157,7 +157,7 @@ def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
     add_msad_kd_config(teacher)
     try:
         merge_config(teacher, keys.CONFIG_FILE, list(keys.OPTS or ()))
-        check_name("MODEL.META_ARCHITECTURE", teacher.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+        check_parts(teacher)
     except InputError as error:
         raise InputError(f"KD.TEACHER: {error}") from error
     meta = META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE)

@@ -77,6 +77,7 @@ def test_losses_can_be_typed_on_the_command_line(config_files):
         (["MODEL.BACKBONE.NAME", "build_resnet"], "'build_resnet' .* mean build_resnet_backbone"),
         (["MODEL.FPN.TOP_BLOCK", "conv_p5"], "conv_p5, which .*build_resnet.* does not read; set"),
         (["MODEL.META_ARCHITECTURE", "DistiledRCNN"], "'DistiledRCNN' .* mean DistilledRCNN"),
+        (["MODEL.ROI_HEADS.NAME", "StandardHeads"], "'StandardHeads' .* mean StandardROIHeads"),
         (["SOLVER.REFERENCE_WORLD_SIZE", 3], "IMS_PER_BATCH is 16, which the 3 processes"),
     ],
 )

@@ -147,6 +147,10 @@ def test_a_name_that_two_losses_have_is_refused():
             "warmup_iters of 'l1' should be a whole",
         ),
         ({"name": "l1", "weight": 1, "adapter": "maybe"}, "adapter of 'l1' should be auto, true"),
+        (
+            {"name": "roi_class", "weight": 1, "temperature": "high"},
+            "temperature of 'roi_class' should be a number, not 'high'",
+        ),
         ({"name": "mgd", "weight": 1, "parts": 3}, "'mgd' has no field 'parts'; known: .*mask_rat"),
         ({"name": "roi_box", "weight": 1, "levels": ["p2"]}, "'roi_box' has no field 'levels'"),
         (

@@ -2,17 +2,20 @@
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from helpers import WARMUP, build, differing, losses_of, tensors_of
 from torch.testing import assert_close
 
 from msad_kd import attach_teacher
-from msad_kd.distilled import check_levels
+from msad_kd.distilled import check_losses
 from msad_kd.errors import InputError
 from msad_kd.hooking import recording
 from msad_kd.loss_terms import read_losses
-from msad_kd.roi_distiller import RoIDistiller, predict_regions, recording_regions
+from msad_kd.roi_distiller import RoIDistiller
+from msad_kd.roi_heads import predict_regions, recording_regions
 from msad_kd.roi_losses import ROI_LOSS_REGISTRY, RoIPredictions
+from msad_kd.teacher import Teacher, teacher_config
 
 NAMES = ("roi_class", "roi_box", "roi_mask")
 ROI = [{"name": name, "weight": 1.0, "warmup_iters": WARMUP} for name in NAMES]
@@ -136,10 +139,33 @@ def test_without_masks(student_config, batch):
         build(student_config("KD.LOSSES", ROI))
 
 
+def test_masks_that_no_loss_reads_are_not_predicted(student_config, batch):
+    inputs, found = batch(student_config(), "lr"), []
+    for losses in (ROI[:2], ROI):
+        model = with_teacher(student_config("KD.LOSSES", losses))
+        with recording(model.teacher.model.roi_heads.mask_head.predictor) as call:
+            found.append(losses_of(model, inputs, WARMUP))
+        assert (call.output is not None) == (losses is ROI)
+    without, whole = found
+    assert whole.keys() - without.keys() == {"loss_kd_roi_mask"}
+    assert all(torch.equal(value, whole[name]) for name, value in without.items())
+
+
+def test_alone_they_need_no_levels(student_config, batch, caplog, monkeypatch):
+    """Of this teacher no level has a partner among the student's."""
+    cfg = student_config("KD.LOSSES", ROI)
+    model = build(cfg)
+    monkeypatch.setattr(Teacher, "levels", lambda _: {"p9": ShapeSpec(channels=3, stride=512)})
+    attach_teacher(model, cfg)
+    assert "are not distilled" not in caplog.text
+    losses = losses_of(model, batch(cfg, "lr"), WARMUP)
+    assert all(losses[f"loss_kd_{name}"] > 0 for name in NAMES)
+
+
 @pytest.mark.parametrize("detector", ["retinanet"], indirect=True)
 def test_a_dense_student_has_no_regions(student_config):
     message = "'roi_class' compares what RoI heads predict, and the student, a DistilledRetinaNet"
-    for call in (build, check_levels):
+    for call in (build, check_losses):
         with pytest.raises(InputError, match=message):
             call(student_config("KD.LOSSES", ROI))
 
@@ -152,12 +178,22 @@ def test_a_dense_student_has_no_regions(student_config):
         (["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"], "the teacher's MODEL.ROI_HEADS.NAME is Res5RO"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", 7], "the student has 8, the teacher 7"),
         (["MODEL.MASK_ON", False], "the teacher's MODEL.MASK_ON is False"),
+        (
+            ["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (20.0, 20.0, 10.0, 10.0)],
+            r"'roi_box' .* is \(10.0, 10.0, 5.0, 5.0\) in the student and \(20.0, .* teacher",
+        ),
     ],
 )
 def test_teachers_whose_predictions_cannot_be_compared(student_config, opts, message):
+    """Their configs tell, before a net is built; without configs, the nets do."""
     cfg = student_config("KD.LOSSES", ROI, "KD.TEACHER.OPTS", opts)
     with pytest.raises(InputError, match=message):
-        check_levels(cfg)
+        check_losses(cfg)
+    own = teacher_config(cfg)
+    if own.MODEL.ROI_HEADS.NAME == "StandardROIHeads":  # others need another config
+        student = build(student_config("KD.LOSSES", ROI))
+        with pytest.raises(InputError, match=message):
+            student.set_teacher(Teacher(build(own), branch="fused", scale=2))
 
 
 def test_a_value_that_a_loss_refuses_is_told_with_its_name(recorded):

@@ -85,21 +85,25 @@ def test_fresh_scenes(cells_of):
     grid["fresh"] = {"seed": 1, "train": 1}
     grid["rows"]["fresh"] = {"title": "S, fresh", "fresh": "student"}
     grid["rows"]["fresh-teacher"] = {"title": "T, fresh", "fresh": "teacher"}
+    ladder = {"title": "L", "config": "projects/MTPD/configs/Shapes/ladder.yaml", "seeds": [1]}
+    grid["rows"]["ladder"] = ladder
+    grid["rows"]["ladder-elsewhere"] = {"title": "L, elsewhere", "fresh": "ladder"}
     cells = cells_of(grid)
+    assert cells["ladder-elsewhere/1"].weights == cells["ladder/1"].weights  # its last stage's
     assert [key for key in cells if "fresh" in key] == ["fresh/1", "fresh/2", "fresh-teacher/0"]
     for seed in (1, 2):
         cell, trained = cells[f"fresh/{seed}"], cells[f"student/{seed}"]
         assert cell.weights == trained.weights and cell.iterations == 0
         assert trained.key in cell.needs and cell.row.test_config == trained.row.test_config
     assert cells["fresh-teacher/0"].weights == cells["teacher/0"].weights
-    for key, cell in cells.items():
+    for cell in cells.values():
         (data_set,) = build_config(cell.row.test_config, cell.test_options).DATASETS.TEST
-        assert data_set == ("shapes_fresh_val" if "fresh" in key else "shapes_val")
+        assert data_set == ("shapes_fresh_val" if cell.row.fresh else "shapes_val")
 
     grid["fresh"]["seed"] = 2
     after = cells_of(grid)
     changed = {key for key in cells if cells[key].fingerprint != after[key].fingerprint}
-    assert changed == {"fresh/1", "fresh/2", "fresh-teacher/0"}
+    assert changed == {"fresh/1", "fresh/2", "fresh-teacher/0", "ladder-elsewhere/1"}
     grid["rows"]["student"]["options"]["SOLVER.BASE_LR"] = 0.5
     assert cells_of(grid)["fresh/1"].fingerprint != after["fresh/1"].fingerprint
 
@@ -212,7 +216,8 @@ def broken(path, value):
         (("rows", "again"), {"title": "x"}, "row 'again' has no config"),
         (("rows", "again", "fresh"), "lr", "row 'again' is both like another and fresh"),
         (("rows", "again"), {"title": "x", "fresh": "lr"}, "row 'again' is fresh, but the file"),
-        (("fresh",), 1, "the file: fresh is no mapping"),
+        (("fresh",), None, "the file: fresh is no mapping"),
+        (("curves",), None, "the file: curves is no list"),
         (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{nothing}"}, "refers to the row 'nothing'"),
         (("tables", 0, "control"), "base", "table 't' refers to the row 'base'"),
         (("tables", 0, "colour"), "red", "table 't' has the unknown field 'colour'"),

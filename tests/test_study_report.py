@@ -153,6 +153,8 @@ def test_seeds_of_a_teacher_are_not_those_of_its_students(grid, cells, results, 
     assert lines_of(table_of(grid, cells, results))["the hr"][2] == "+9.0"  # it is the reference
     del grid.tables[0]["reference"]
     assert lines_of(table_of(grid, cells, results))["the hr"][2] == "+8.0 (1/1)"
+    grid.rows["elsewhere"] = row("elsewhere", (2,), checkpoint="{hr}", fresh="hr")
+    assert lines_of(table_of(grid, cells, results))["the hr"][2] == "+8.0 (1/1)"
     grid.rows["later"].options["KD.TEACHER.WEIGHTS"] = "{hr}"
     assert lines_of(table_of(grid, cells, results))["the hr"][2] == "+9.0"  # it is a teacher
 

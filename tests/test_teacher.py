@@ -159,6 +159,8 @@ def test_a_missing_config_file(student_config):
 def test_an_unknown_key_on_top_of_its_file(student_config):
     with pytest.raises(InputError, match="MODEL.WIEGHTS; did you mean MODEL.WEIGHTS"):
         build_teacher(student_config("KD.TEACHER.OPTS", ["MODEL.WIEGHTS", "x"]))
+    with pytest.raises(InputError, match="KD.TEACHER: MODEL.ROI_HEADS.NAME: 'Heads' is not regist"):
+        build_teacher(student_config("KD.TEACHER.OPTS", ["MODEL.ROI_HEADS.NAME", "Heads"]))
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,6 @@ class _Maker:
         folder = self.folder / row.name / f"seed_{seed}"
         paths = {name: str(cell.weights) for name, cell in needs.items()}
         weights = folder / "model_final.pth"
-        if row.checkpoint:
-            weights = Path(_filled([row.checkpoint], paths)[0])
-            if not needs and not weights.is_file():
-                raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
         common = [*self.extra, *(["SEED", seed] if row.seeds else [])]
         if self.extra:  # what holds for a teacher's training holds for its students' view of it
             common += ["KD.TEACHER.OPTS", self.extra]
@@ -167,6 +163,10 @@ class _Maker:
             iterations = sum(stage.get("iterations") or iterations for stage in stages)
             last = f"stage_{len(stages):02}_{stages[-1]['name']}"
             weights = folder / last / "student.pth"
+        if row.checkpoint:
+            weights = Path(_filled([row.checkpoint], paths)[0])
+            if not needs and not weights.is_file():
+                raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
         tested = {key: value for key, value in row.options.items() if not _trains(key)}
         test_options = _filled([*_flat(tested), *self.extra], paths)
         measured = build_config(row.test_config, [*test_options, "MODEL.DEVICE", "cpu"])

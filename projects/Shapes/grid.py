@@ -13,12 +13,13 @@ from msad_kd.errors import InputError
 ROW_FIELDS = dict.fromkeys(("title", "like", "config", "test_config"), str)
 ROW_FIELDS |= dict.fromkeys(("ladder_control", "checkpoint", "fresh"), str)
 ROW_FIELDS |= {"options": dict, "trained_by": list, "seeds": object}
-# What has to be there, and its kind.
-FILE_NEEDS = {"data": dict, "seeds": list, "rows": dict, "tables": list}
-TABLE_NEEDS = {"name": str, "title": str, "rows": list}
-CURVE_NEEDS = {"name": str, "title": str, "lines": dict}
-KINDS = {dict: "mapping", list: "list", str: "text"}
 REFERENCES = ("control", "baseline", "reference")  # rows that a table sets the others against
+# What has to be there and what may be, by name to kind.
+FILE = {"data": dict, "seeds": list, "rows": dict, "tables": list}, {"curves": list, "fresh": dict}
+TABLE = {"name": str, "title": str, "rows": list}, dict.fromkeys(REFERENCES, str)
+TABLE[1]["seeds"] = object
+CURVE = {"name": str, "title": str, "lines": dict}, {"levels": dict, "seeds": object}
+KINDS = {dict: "mapping", list: "list", str: "text"}
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 
 
@@ -74,13 +75,12 @@ def read_grid(path):
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"'{path}' cannot be read: {error}") from error
-    _check_fields(path, "the file", content, {*FILE_NEEDS, "curves", "fresh"}, FILE_NEEDS)
+    _check_fields(path, "the file", content, *FILE)
     _check_seeds(path, "the file", content["seeds"])
     rows = {}
     for name in content["rows"]:
         rows[name] = _read_row(path, name, content["rows"], content["seeds"])
     fresh = content.get("fresh", {})
-    _check_fields(path, "the file", content, set(content), {"fresh": dict} if fresh else {})
     grid = Grid(content["data"], rows, content["tables"], content.get("curves", []), fresh)
     for row in rows.values():
         if not re.fullmatch(r"[\w.-]+", row.name):
@@ -95,16 +95,16 @@ def read_grid(path):
             raise InputError(f"'{path}': two tables or curves have the name '{name}'")
     for number, table in enumerate(grid.tables, start=1):
         what = _called("table", number, table)
-        _check_fields(path, what, table, {*TABLE_NEEDS, *REFERENCES, "seeds"}, TABLE_NEEDS)
+        _check_fields(path, what, table, *TABLE)
         _check_seeds(path, what, table.get("seeds", content["seeds"]))
         for other in [*table["rows"], *(table[key] for key in REFERENCES if key in table)]:
             _check_row(path, what, other, rows)
     for number, curve in enumerate(grid.curves, start=1):
         what = _called("curve", number, curve)
-        _check_fields(path, what, curve, {*CURVE_NEEDS, "levels", "seeds"}, CURVE_NEEDS)
+        _check_fields(path, what, curve, *CURVE)
         _check_seeds(path, what, curve.get("seeds", content["seeds"]))
         kinds = dict.fromkeys(curve["lines"], list)
-        _check_fields(path, f"{what}, lines", curve["lines"], set(kinds), kinds)
+        _check_fields(path, f"{what}, lines", curve["lines"], kinds, {})
         points = sum(curve["lines"].values(), [])
         for other in [*points, *curve.get("levels", {}).values()]:
             _check_row(path, what, other, rows)
@@ -119,20 +119,22 @@ def _called(kind, number, content):
     return f"{kind} '{content['name']}'" if named else f"{kind} {number}"
 
 
-def _check_fields(path, what, content, known, needed):
+def _check_fields(path, what, content, needed, optional):
     """See that a mapping has known fields alone, and the needed ones, each of its kind."""
+    kinds = {**needed, **optional}
     if not isinstance(content, dict):
         raise InputError(f"'{path}': {what} is no mapping")
-    unknown = sorted(set(content) - known)
+    unknown = sorted(content.keys() - kinds.keys())
     if unknown:
         raise InputError(
             f"'{path}': {what} has the unknown field '{unknown[0]}'; "
-            f"known: {', '.join(sorted(known))}"
+            f"known: {', '.join(sorted(kinds))}"
         )
-    for name, kind in needed.items():
+    for name in needed:
         if name not in content:
             raise InputError(f"'{path}': {what} has no {name}")
-        if not isinstance(content[name], kind):
+    for name, kind in kinds.items():
+        if name in content and not isinstance(content[name], kind):
             raise InputError(f"'{path}': {what}: {name} is no {KINDS[kind]}")
 
 
@@ -158,10 +160,8 @@ def _read_row(path, name, contents, seeds):
             raise InputError(f"'{path}': row '{name}' is like itself")
         chain.append(following)
         what = f"row '{following}'"
-        _check_fields(path, what, contents[following], set(ROW_FIELDS), {})
-        present = {name: ROW_FIELDS[name] for name in contents[following]}
-        _check_fields(path, what, contents[following], set(ROW_FIELDS), present)
-        if {"fresh", "like"} <= present.keys():
+        _check_fields(path, what, contents[following], {}, ROW_FIELDS)
+        if {"fresh", "like"} <= contents[following].keys():
             raise InputError(f"'{path}': {what} is both like another and fresh: it is one of them")
         following = contents[following].get("fresh") or contents[following].get("like")
     for each in reversed(chain):

@@ -36,7 +36,8 @@ def paired_difference(values, control):
 def unpaired_rows(grid, definition):
     """The names of rows whose seeds say nothing beside those of a table's others: checkpoints, the
     reference, and what was trained once for others to start or learn from."""
-    sources = {name for row in grid.rows.values() for name in references(row)}
+    trained = [row for row in grid.rows.values() if not row.fresh]
+    sources = {name for row in trained for name in references(row)}
     sources = {name for name in sources if len(grid.rows[name].seeds) < 2}
     checkpoints = {row.name for row in grid.rows.values() if not row.seeds}
     return sources | checkpoints | {definition.get("reference")}
