@@ -48,9 +48,12 @@ def test_table_has_a_dash_for_sizes_that_do_not_occur():
 def test_markdown_tells_what_a_reader_needs_to_repeat_it():
     run = {"iterations": 1200, "batch_size": 8, "seed": 1, "full": False, "data": {"train": 300}}
     run |= {"device": "no GPU", "machine": "some CPU, 2 cores", "seconds": 725}
+    run |= {"learning_rate": {"lr": 0.006, "student": 0.002}}
+    run |= {"train_sides": {"lr": [64], "student": [48, 64]}}
     text = report.markdown({"rows": ROWS, "gap_closed": report.close_gaps(ROWS), "run": run})
     for part in ("1200 iterations of 8 images, seed 1", "train 300", "some CPU, 2 cores", "12:05"):
         assert part in text
+    assert "images: model lr 0.006, 64 px; model student 0.002, 48/64 px." in text
     assert "(student - model lr-from-teacher)" in text
     assert "one CPU thread" in text and "model student" in text
 

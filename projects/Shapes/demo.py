@@ -4,8 +4,8 @@
     python projects/Shapes/demo.py --full     # these are trained, too: hours on a CPU
 
 It generates the data, verifies the checkpoints, trains the student and its two controls, the LR
-baseline and the same from the teacher's weights, measures all models, and leaves a table, two
-pictures and each run's log in the output folder. Paths are relative to the repository.
+baseline and the student's own recipe without a teacher, measures all models, and leaves a table,
+two pictures and each run's log in the output folder. Paths are relative to the repository.
 """
 
 import argparse
@@ -61,14 +61,17 @@ def summarise(args, folder, rows, data, screen):
         found = accuracy[row["key"]]
         row |= {report.KINDS.get(name, name): each for name, each in found.items()}
         row |= latency["rows"][row["key"]]
-    settings = read_settings(folder / "student")
+    settings = {key: read_settings(folder / key) for key in TRAINED}
+    student = settings["student"]
     return {
         "rows": rows,
         "gap_closed": report.close_gaps(rows),
         "run": {
-            "iterations": settings["SOLVER"]["MAX_ITER"],
-            "batch_size": settings["SOLVER"]["IMS_PER_BATCH"],
-            "seed": settings["SEED"],
+            "iterations": student["SOLVER"]["MAX_ITER"],
+            "batch_size": student["SOLVER"]["IMS_PER_BATCH"],
+            "seed": student["SEED"],
+            "learning_rate": {key: each["SOLVER"]["BASE_LR"] for key, each in settings.items()},
+            "train_sides": {key: each["INPUT"]["MIN_SIZE_TRAIN"] for key, each in settings.items()},
             "full": args.full,
             "data": data,
             "device": latency["device"],

@@ -125,6 +125,20 @@ def gap_sentence(start, closed):
     return f"{told}{shares}."
 
 
+def recipe_sentence(names, run):
+    """In what the trainings differ, in words.
+
+    Args:
+        names: of the models, by key.
+        run: that of `table.json`.
+    """
+    told = []
+    for key, rate in run["learning_rate"].items():
+        sides = "/".join(map(str, run["train_sides"][key]))
+        told.append(f"{names[key]} {rate:g}, {sides} px")
+    return f"Learning rate and training images: {'; '.join(told)}."
+
+
 def markdown(summary):
     """The content of `table.md`, from that of `table.json`."""
     run, gaps = summary["run"], summary["gap_closed"]
@@ -142,6 +156,7 @@ def markdown(summary):
         f"{run['iterations']} iterations of {run['batch_size']} images, "
         f"seed {run['seed']}, the same order of the data; "
         + ("HR and teacher trained, too." if run["full"] else "HR and teacher from checkpoints."),
+        recipe_sentence(names, run),
         "Data: " + ", ".join(f"{name} {value}" for name, value in run["data"].items()) + ".",
         f"Machine: {run['machine']}. Total time {clock(run['seconds'])}.",
     ]
