@@ -57,7 +57,7 @@ def draw_curves(grid, cells, results, curve):
     }
     if not lengths:
         return None
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     for kind, axes in zip(KINDS, figure.subplots(1, 2)):
         for title, names in curve["lines"].items():
             points = []
@@ -82,7 +82,7 @@ def draw_curves(grid, cells, results, curve):
         axes.minorticks_off()
         axes.set_xlabel("iterations")
         axes.set_ylabel(f"{KINDS[kind]} AP")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+    lines = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(curve["title"], fontsize="medium")
     return figure
