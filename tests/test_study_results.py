@@ -95,6 +95,21 @@ def test_the_best_student_beats_every_model_without_distillation(study):
         assert_beats(study, DENSE, name, ["bbox"])
 
 
+def test_the_regime_is_one_where_labels_alone_have_no_more_to_give(study):
+    """From its teacher's weights the LR model stops gaining, far below the teacher, and its student
+    is ahead all along."""
+    own = "lr-from-second-teacher"
+    for kind in ("bbox", "segm"):
+        early, late = (measured(study, f"{own}-{length}", kind) for length in (2400, 4800))
+        assert {*early} == {*late} == {1, 2, 3}
+        assert abs(fmean(paired_difference(late, early))) < 0.2
+        (teacher,) = measured(study, "teacher-jitter", kind).values()
+        assert teacher - fmean(late.values()) > 5
+    for length in (2400, 4800):
+        assert {*measured(study, f"{STUDENT}-{length}", "segm")} == {1, 2, 3}
+        assert_beats(study, f"{STUDENT}-{length}", f"{own}-{length}")
+
+
 def test_it_does_on_scenes_that_nothing_was_chosen_by(study):
     others = without_distillation(study, "fresh-lr")
     assert "fresh-lr-long" in others
