@@ -110,6 +110,12 @@ def test_the_regime_is_one_where_labels_alone_have_no_more_to_give(study):
         assert_beats(study, f"{STUDENT}-{length}", f"{own}-{length}")
 
 
+def test_the_fused_target_beats_those_of_one_resolution(study):
+    for branch in ("hr", "lr"):
+        assert {*measured(study, f"second-target-{branch}", "segm")} == {1, 2, 3}
+        assert_beats(study, STUDENT, f"second-target-{branch}")
+
+
 def test_it_does_on_scenes_that_nothing_was_chosen_by(study):
     others = without_distillation(study, "fresh-lr")
     assert "fresh-lr-long" in others
