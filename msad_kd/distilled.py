@@ -18,12 +18,7 @@ from msad_kd.hooking import recording
 from msad_kd.loss_terms import read_losses
 from msad_kd.pyramid import in_high_resolution
 from msad_kd.roi_distiller import RoIDistiller
-from msad_kd.roi_heads import (
-    RoIHeadsSpec,
-    check_roi_heads,
-    predict_regions,
-    recording_regions,
-)
+from msad_kd.roi_heads import RoIHeadsSpec, check_roi_heads, predict_regions, recording_regions
 from msad_kd.seed import preserved_rng
 from msad_kd.teacher import Teacher, build_teacher, teacher_config, teacher_levels
 

@@ -22,12 +22,7 @@ from msad_kd.hooking import recording
 from msad_kd.pyramid import Pyramid
 from msad_kd.roi_losses import RoIPredictions
 
-__all__ = [
-    "RoIHeadsSpec",
-    "check_roi_heads",
-    "predict_regions",
-    "recording_regions",
-]
+__all__ = ["RoIHeadsSpec", "check_roi_heads", "predict_regions", "recording_regions"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ ROW_FIELDS |= {"options": dict, "trained_by": list, "seeds": object}
 REFERENCES = ("control", "baseline", "reference")  # rows that a table sets the others against
 # What has to be there and what may be, by name to kind.
 FILE = {"data": dict, "seeds": list, "rows": dict, "tables": list}, {"curves": list, "fresh": dict}
-TABLE = {"name": str, "title": str, "rows": list}, dict.fromkeys(REFERENCES, str)
-TABLE[1]["seeds"] = object
+TABLE = (
+    {"name": str, "title": str, "rows": list},
+    {**dict.fromkeys(REFERENCES, str), "seeds": object},
+)
 CURVE = {"name": str, "title": str, "lines": dict}, {"levels": dict, "seeds": object}
 KINDS = {dict: "mapping", list: "list", str: "text"}
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
