@@ -18,11 +18,11 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from msad_kd import KDTrainer
-from msad_kd.errors import InputError, input_error_of
-from msad_kd.evaluation import check_augmentation
-from msad_kd.ladder import run_ladder
-from msad_kd.launch import launch
-from msad_kd.setup import build_config, import_module
+from msad_kd.config.build import build_config, import_module
+from msad_kd.engine.launch import launch
+from msad_kd.evaluation.build import check_augmentation
+from msad_kd.ladder.run import run_ladder
+from msad_kd.utils.errors import InputError, input_error_of
 
 
 def setup(args):

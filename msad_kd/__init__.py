@@ -1,29 +1,29 @@
 """Low-resolution detectors that learn from high- and multi-resolution teachers, on Detectron2."""
 
-from msad_kd import backbone, swin, torchvision_backbone  # noqa: F401  they register backbones
-from msad_kd.checkpoint import init_from_teacher
-from msad_kd.config import add_msad_kd_config
-from msad_kd.data import TwoResolutionMapper
-from msad_kd.datasets import register_coco_format
-from msad_kd.distilled import (
+from msad_kd.checkpoint.checkpoint import init_from_teacher
+from msad_kd.config.build import build_config
+from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.data.coco_format import register_coco_format
+from msad_kd.data.mapper import TwoResolutionMapper
+from msad_kd.distill.student import (
     DistilledFCOS,
     DistilledMixin,
     DistilledRCNN,
     DistilledRetinaNet,
     attach_teacher,
 )
-from msad_kd.errors import InputError
-from msad_kd.fcos import FCOS
-from msad_kd.fusion import CrossingFeatureFusion
-from msad_kd.losses import DISTILL_LOSS_REGISTRY
-from msad_kd.multi_resolution import (
+from msad_kd.engine.trainer import KDTrainer
+from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
+from msad_kd.losses.roi import ROI_LOSS_REGISTRY
+from msad_kd.modeling import fpn, swin, torchvision_backbone  # noqa: F401  they register backbones
+from msad_kd.modeling.fcos import FCOS
+from msad_kd.modeling.fusion import CrossingFeatureFusion
+from msad_kd.modeling.multi_resolution import (
     MultiResolutionFCOS,
     MultiResolutionRCNN,
     MultiResolutionRetinaNet,
 )
-from msad_kd.roi_losses import ROI_LOSS_REGISTRY
-from msad_kd.setup import build_config
-from msad_kd.trainer import KDTrainer
+from msad_kd.utils.errors import InputError
 
 __all__ = [
     "DISTILL_LOSS_REGISTRY",

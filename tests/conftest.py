@@ -15,7 +15,7 @@ from detectron2.data import DatasetMapper, get_detection_dataset_dicts  # noqa: 
 from helpers import NO_TEST, SCENE_SIZE, TEST_SCENES, TRAIN_SCENES, train  # noqa: E402
 
 from msad_kd import TwoResolutionMapper  # noqa: E402
-from msad_kd.setup import build_config  # noqa: E402
+from msad_kd.config.build import build_config  # noqa: E402
 from projects.Shapes.generate import generate  # noqa: E402
 from projects.Shapes.jobs import Screen  # noqa: E402
 

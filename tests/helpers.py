@@ -2,9 +2,7 @@
 
 import importlib
 import os
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from detectron2.modeling import build_model
@@ -126,6 +124,5 @@ def same_instances(one, other):
 
 
 def load_tool(name):
-    """A module of tools/, which finds those beside it as it does when it is run as a command."""
-    with patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]):
-        return importlib.import_module(name)
+    """Import a module of tools/ or tools/analysis/."""
+    return importlib.import_module(name)

@@ -9,6 +9,11 @@ MODULES = sorted((ROOT / "msad_kd").rglob("*.py"))
 PROJECTS = sorted((ROOT / "projects").glob("*/*.py"))
 
 
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def imported(path):
     """The modules that a file imports, wherever its import statements stand."""
     modules, names = {name_of(module) for module in MODULES}, set()
@@ -23,9 +28,39 @@ def imported(path):
     return names
 
 
-def name_of(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+# Each room may import itself and the rooms of lower floors.
+FLOORS = {
+    "utils": 1,
+    "losses": 2,
+    "modeling": 2,
+    "data": 3,
+    "checkpoint": 3,
+    "evaluation": 4,
+    "config": 5,
+    "distill": 6,
+    "engine": 7,
+    "ladder": 8,
+}
+
+
+def room_of(name):
+    return name.split(".")[1] if name.startswith("msad_kd.") else None
+
+
+def test_every_module_is_in_a_room():
+    assert {path.name for path in (ROOT / "msad_kd").glob("*.py")} == {"__init__.py"}
+    assert {room_of(name_of(path)) for path in MODULES} - {None} == FLOORS.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_run_downwards(path):
+    room = room_of(name_of(path))
+    if room is None:
+        return
+    for name in imported(path):
+        other = room_of(name)
+        assert name != "msad_kd", f"{path} imports the top of the library"
+        assert other in (None, room) or FLOORS[other] < FLOORS[room], f"{path} imports {name}"
 
 
 def test_there_are_modules():

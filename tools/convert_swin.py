@@ -9,14 +9,10 @@ What it writes is MODEL.WEIGHTS of configs/COCO/*_Swin_T_*.yaml. What it reads i
 """
 
 import argparse
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from msad_kd.checkpoint import read_file, save_model
-from msad_kd.errors import InputError
-from msad_kd.swin import convert_torchvision
+from msad_kd.checkpoint.checkpoint import read_file, save_model
+from msad_kd.modeling.swin import convert_torchvision
+from msad_kd.utils.errors import InputError
 
 
 def main(args):

@@ -17,16 +17,12 @@ left out.
 """
 
 import argparse
-import os
 import re
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from msad_kd.checkpoint import read_file, save_model
-from msad_kd.errors import InputError
+from msad_kd.checkpoint.checkpoint import read_file, save_model
+from msad_kd.utils.errors import InputError
 
 BACKBONE = "backbone.bottom_up."
 PIXELS = [

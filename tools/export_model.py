@@ -8,12 +8,9 @@ Stock Detectron2 loads the result with a plain config (MODEL.WEIGHTS student.pth
 
 import argparse
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from msad_kd.checkpoint import export_weights
-from msad_kd.errors import InputError
+from msad_kd.checkpoint.checkpoint import export_weights
+from msad_kd.utils.errors import InputError
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -21,7 +21,7 @@ import yaml
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import DistilledMixin, InputError, build_config
-from msad_kd.controls import control_stages
+from msad_kd.ladder.controls import control_stages
 
 
 def stock_name(name: str) -> str:

@@ -15,9 +15,9 @@ import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import DistilledRCNN
-from msad_kd.losses import DISTILL_LOSS_REGISTRY
-from msad_kd.pyramid import cells_in_boxes
-from msad_kd.ssim import rescale, ssim_loss
+from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
+from msad_kd.losses.ssim.functional import rescale, ssim_loss
+from msad_kd.modeling.pyramid import cells_in_boxes
 
 # Losses are functions of two maps, so the boxes come to them by this.
 _batch = []

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 
-from msad_kd.config import add_msad_kd_config
-from msad_kd.controls import control_stages
-from msad_kd.errors import InputError
-from msad_kd.setup import build_config
+from msad_kd.config.build import build_config
+from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.ladder.controls import control_stages
+from msad_kd.utils.errors import InputError
 from projects.Shapes.generate import complete_arguments
 from projects.Shapes.grid import PLACEHOLDER, Row, references
 

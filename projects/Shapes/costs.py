@@ -3,7 +3,7 @@
 import functools
 import statistics
 
-from msad_kd.setup import build_config
+from msad_kd.config.build import build_config
 from projects.Shapes.cells import recipe_of
 from projects.Shapes.grid import PLACEHOLDER
 

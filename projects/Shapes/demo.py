@@ -119,7 +119,7 @@ def run_in(folder, args, screen):
 
     summary = summarise(args, folder, rows, data, screen)
     text = report.markdown(summary)
-    from msad_kd.files import write_json  # this and matplotlib take seconds to import
+    from msad_kd.checkpoint.files import write_json  # this and matplotlib take seconds to import
     from projects.Shapes import pictures
 
     write_json(folder / "table.json", summary)

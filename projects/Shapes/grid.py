@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from msad_kd.errors import InputError
+from msad_kd.utils.errors import InputError
 
 # Name to kind; what `seeds` have to be is told by _check_seeds.
 ROW_FIELDS = dict.fromkeys(("title", "like", "config", "test_config"), str)

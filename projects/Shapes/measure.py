@@ -22,12 +22,12 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from msad_kd import KDTrainer
-from msad_kd.cost import count_gmacs, device_name, input_sides, time_models
-from msad_kd.data import build_mapper
-from msad_kd.errors import InputError
-from msad_kd.files import write_json
-from msad_kd.setup import build_config
-from msad_kd.stages import read_stages, stage_config
+from msad_kd.checkpoint.files import write_json
+from msad_kd.config.build import build_config
+from msad_kd.config.stages import read_stages, stage_config
+from msad_kd.data.mapper import build_mapper
+from msad_kd.evaluation.cost import count_gmacs, device_name, input_sides, time_models
+from msad_kd.utils.errors import InputError
 from projects.Shapes import pictures
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -39,8 +39,8 @@ def read(folder):
 
 def write_checkpoint(name, job, folder):
     """Exports what a training job made, in half precision, as the committed checkpoints are."""
-    from msad_kd.checkpoint import export_weights  # Detectron2 takes seconds to import
-    from msad_kd.files import write_json
+    from msad_kd.checkpoint.checkpoint import export_weights  # Detectron2 takes seconds to import
+    from msad_kd.checkpoint.files import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
     export_weights(str(job.folder / "model_final.pth"), str(folder / f"{name}.pth"), half=True)
@@ -51,7 +51,7 @@ def write_checkpoint(name, job, folder):
 
 def complete(folder, results):
     """Adds machine and results to what `write_checkpoint` wrote."""
-    from msad_kd.files import write_json
+    from msad_kd.checkpoint.files import write_json
 
     for name in BRANCHES:
         path = folder / f"{name}.json"

@@ -22,7 +22,7 @@ from pathlib import Path
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from msad_kd.errors import InputError
+from msad_kd.utils.errors import InputError
 from projects.Shapes import study_report
 from projects.Shapes.cells import data_of, make_cells
 from projects.Shapes.grid import REFERENCES, read_grid

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from msad_kd.files import replacing
+from msad_kd.checkpoint.files import replacing
 from projects.Shapes.costs import median_seconds, training_costs
 from projects.Shapes.measure import METRICS
 from projects.Shapes.report import KINDS, gap_closed

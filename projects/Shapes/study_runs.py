@@ -6,8 +6,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from msad_kd.errors import InputError
-from msad_kd.files import write_json
+from msad_kd.checkpoint.files import write_json
+from msad_kd.utils.errors import InputError
 from projects.Shapes import report, study_report
 from projects.Shapes.costs import training_recipes
 from projects.Shapes.jobs import DemoError, Job, clock, run_jobs, typed

@@ -1,0 +1,172 @@
+"""From a config file and command-line overrides to the config a run uses."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.config.stages import read_stages
+from msad_kd.data.coco_format import register_coco_format
+from msad_kd.evaluation.coco import choose_implementation
+from msad_kd.losses.terms import read_losses, yaml_number
+from msad_kd.modeling.pyramid import level_shift
+from msad_kd.utils.errors import InputError, nearest
+
+__all__ = ["build_config", "check_name", "check_parts", "import_module", "merge_config"]
+
+
+def import_module(name: str) -> None:
+    """Import a user's module for what it registers.
+
+    Raises:
+        InputError: if there is no such module.
+    """
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".")[0] and error.name != name:
+            raise  # a module that this one imports is missing
+        raise InputError(
+            f"--import: there is no module '{name}' in the current folder or on PYTHONPATH"
+        ) from error
+
+
+def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
+    """Merge a YAML file and KEY VALUE pairs into a config, in place.
+
+    Raises:
+        InputError: if there is no such file, if a value does not fit, or if a key is unknown; the
+            message proposes the nearest one.
+    """
+    source = f" in '{config_file}'" if config_file else ""
+    if config_file and not PathManager.isfile(config_file):
+        raise InputError(f"the config file '{config_file}' does not exist")
+    try:
+        if config_file:
+            # YAML tags that construct Python objects would let a config run code.
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+        source = ""
+        cfg.merge_from_list(list(opts))
+    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+        if not unknown:
+            raise InputError(f"the config{source} cannot be read: {error}") from error
+        key = unknown[1]
+        known = _keys(cfg)
+        last, last_known = key.rsplit(".", 1)[-1], (name.rsplit(".", 1)[-1] for name in known)
+        hint = nearest(key, known) or nearest(last, last_known)
+        raise InputError(f"unknown config key{source}: {key}{hint}") from error
+
+
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
+    names = []
+    for name, value in node.items():
+        names.append(prefix + name)
+        if isinstance(value, CfgNode):
+            names.extend(_keys(value, f"{prefix}{name}."))
+    return names
+
+
+def build_config(config_file: str, opts: list) -> CfgNode:
+    """The checked config of a run, whose data sets are registered.
+
+    A missing GPU turns MODEL.DEVICE to "cpu", with one warning. A world size other than
+    SOLVER.REFERENCE_WORLD_SIZE scales batch, schedule and the distillation's warm-up, once.
+
+    Raises:
+        InputError: as ``merge_config``, ``register_coco_format``, ``level_shift``, ``read_losses``,
+            ``read_stages``, ``choose_implementation``, ``check_parts`` and ``check_name``, and if
+            the backbone does not read a MODEL.FPN.TOP_BLOCK that is set.
+    """
+    cfg = get_cfg()
+    add_msad_kd_config(cfg)
+    merge_config(cfg, config_file, opts)
+    level_shift(cfg.KD.SCALE)
+    read_losses(cfg.KD.LOSSES)
+    read_stages(cfg.KD.LADDER.STAGES)
+    choose_implementation(cfg.TEST.COCO_EVALUATOR)
+    register_coco_format(cfg)
+    check_parts(cfg)
+    builder = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    if cfg.MODEL.FPN.TOP_BLOCK != "maxpool" and builder.__module__.startswith("detectron2."):
+        raise InputError(
+            f"MODEL.FPN.TOP_BLOCK is {cfg.MODEL.FPN.TOP_BLOCK}, which Detectron2's "
+            f"{cfg.MODEL.BACKBONE.NAME} does not read; set MODEL.BACKBONE.NAME to "
+            "build_five_level_resnet_fpn_backbone"
+        )
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key] or ():
+            check_name(f"DATASETS.{key}", name, DatasetCatalog)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("No GPU is at hand: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu":
+        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's is for GPUs alone
+    return _scale_to_world(cfg)
+
+
+def check_name(key: str, name: str, registry) -> None:
+    """See that a registry has what a key names.
+
+    Raises:
+        InputError: if it has not; the message proposes the nearest name.
+    """
+    if name not in registry:
+        known = list(registry.list()) if hasattr(registry, "list") else [n for n, _ in registry]
+        raise InputError(f"{key}: '{name}' is not registered{nearest(name, known)}")
+
+
+def check_parts(cfg: CfgNode) -> None:
+    """See that what a config's model is built of is registered.
+
+    Raises:
+        InputError: as ``check_name``.
+    """
+    model = cfg.MODEL
+    check_name("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    check_name("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY)
+    check_name("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY)
+
+
+def _scale_to_world(cfg: CfgNode) -> CfgNode:
+    reference, world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which the "
+            f"{reference} processes of SOLVER.REFERENCE_WORLD_SIZE cannot share; change one of "
+            "them (0 turns the scaling off)"
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    if scaled is not cfg:
+        logging.getLogger(__name__).warning(
+            "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d",
+            *(reference, world_size, scaled.SOLVER.IMS_PER_BATCH),
+            *(scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER),
+        )
+        scaled.defrost()
+        stages = scaled.KD.LADDER.STAGES
+
+        def rescaled(losses):  # copies: by a YAML alias, one entry may stand in several places
+            factor = reference / world_size
+            return [{**x, "warmup_iters": round(x.get("warmup_iters", 0) * factor)} for x in losses]
+
+        scaled.KD.LOSSES = rescaled(scaled.KD.LOSSES)
+        for stage in stages:
+            if stage.get("losses"):
+                stage["losses"] = rescaled(stage["losses"])
+            if stage.get("iterations"):
+                stage["iterations"] = max(1, round(stage["iterations"] * reference / world_size))
+            if stage.get("base_lr"):
+                stage["base_lr"] = yaml_number(stage["base_lr"]) * world_size / reference
+    return scaled

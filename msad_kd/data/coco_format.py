@@ -1,0 +1,85 @@
+"""Data sets in COCO format, registered by the config and checked before anything trains on them."""
+
+from __future__ import annotations
+
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
+
+from msad_kd.utils.errors import InputError
+
+__all__ = ["register_coco_format", "load_checked"]
+
+_FIELDS = {"name", "json", "images"}
+
+
+def register_coco_format(cfg: CfgNode) -> None:
+    """Register the data sets of ``DATASETS.COCO_FORMAT`` under their names.
+
+    A name that is registered already with the same files is left alone.
+
+    Raises:
+        InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
+    """
+    if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
+        raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
+    for entry in cfg.DATASETS.COCO_FORMAT:
+        if not isinstance(entry, dict) or set(entry) != _FIELDS:
+            raise InputError(
+                f"DATASETS.COCO_FORMAT: {entry} should have the fields name, json and images"
+            )
+        name, json_file, images = (entry["name"], _locate(entry["json"]), _locate(entry["images"]))
+        if name in DatasetCatalog.list():
+            known = MetadataCatalog.get(name)
+            if (known.get("json_file"), known.get("image_root")) == (json_file, images):
+                continue
+            raise InputError(
+                f"DATASETS.COCO_FORMAT: a data set called '{name}' exists already; rename yours"
+            )
+        DatasetCatalog.register(
+            name, lambda name=name, json=json_file, images=images: load_checked(json, images, name)
+        )
+        MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+
+
+def _locate(path: str) -> str:
+    return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), path)
+
+
+def load_checked(json_file: str, images: str, name: str) -> list[dict]:
+    """Detectron2's dicts of a COCO-format data set, all of whose images exist.
+
+    Args:
+        json_file: the annotation file.
+        images: the folder its ``file_name`` entries start at.
+        name: the data set's name, whose metadata get the class names.
+
+    Raises:
+        InputError: if the file, the folder or an image is absent, or if the file is not in COCO
+            format.
+    """
+    for path, kind in ((json_file, "annotation file"), (images, "image folder")):
+        if not PathManager.exists(path):
+            raise InputError(
+                f"data set '{name}': the {kind} '{path}' does not exist; check "
+                "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
+            )
+    try:
+        dicts = load_coco_json(json_file, images, name)
+    except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"data set '{name}': '{json_file}' is not in COCO format, which has images, "
+            f"annotations and categories ({type(error).__name__}: {error})"
+        ) from error
+    if not dicts:
+        raise InputError(f"data set '{name}': '{json_file}' is not in COCO format, or is empty")
+    absent = [d["file_name"] for d in dicts if not PathManager.exists(d["file_name"])]
+    if absent:
+        raise InputError(
+            f"data set '{name}': {len(absent)} of the {len(dicts)} images in '{json_file}' are "
+            f"absent, e.g. '{absent[0]}'"
+        )
+    return dicts

@@ -1,0 +1,1 @@
+"""Students, their frozen teachers, and the losses between the two."""

@@ -1,0 +1,1 @@
+"""The trainer, its hooks and the launcher."""

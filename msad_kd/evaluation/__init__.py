@@ -1,0 +1,1 @@
+"""Evaluators for COCO and Cityscapes, and what a model costs."""

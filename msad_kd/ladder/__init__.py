@@ -1,0 +1,1 @@
+"""Progressive distillation: a sequence of teachers, its controls and its order."""

@@ -1,0 +1,1 @@
+"""Distillation losses between feature maps or RoI predictions, and their settings."""

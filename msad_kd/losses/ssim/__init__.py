@@ -1,0 +1,1 @@
+"""Structural similarity between feature maps, with a gradient written by hand."""

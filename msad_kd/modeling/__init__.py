@@ -1,0 +1,1 @@
+"""Teachers and the parts of detectors: backbones, pyramids, fusion, FCOS."""

@@ -1,0 +1,167 @@
+"""FPNs: five levels for a detector, more for a multi-resolution teacher.
+
+A detector reads five levels: p2..p6 when its FPN starts at res2, p3..p7 when it starts at res3. A
+multi-resolution teacher's backbone serves two resolutions and has m = log2 k levels more.
+"""
+
+from __future__ import annotations
+
+import fvcore.nn.weight_init as weight_init
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from torch import nn
+
+from msad_kd.modeling.pyramid import level_shift
+from msad_kd.utils.errors import InputError
+
+__all__ = [
+    "AlignedFPN",
+    "LastLevelsConv",
+    "LastLevelsMaxPool",
+    "build_aligned_fpn",
+    "build_aligned_resnet_fpn_backbone",
+    "build_five_level_fpn",
+    "build_five_level_resnet_fpn_backbone",
+]
+
+LEVELS = 5
+
+
+class LastLevelsMaxPool(nn.Module):
+    """Detectron2's ``LastLevelMaxPool``, several times: p6, p7, ... by subsampling p5."""
+
+    in_feature = "p5"
+
+    def __init__(self, num_levels: int):
+        super().__init__()
+        self.num_levels = num_levels
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        levels = []
+        for _ in range(self.num_levels):
+            x = F.max_pool2d(x, kernel_size=1, stride=2)
+            levels.append(x)
+        return levels
+
+
+class LastLevelsConv(nn.Module):
+    """Detectron2's ``LastLevelP6P7``, of any length: p6, p7, ... by strided convolutions.
+
+    Without normalisation its parameters are the stock block's. With it the levels stay on the scale
+    of the others; without, a feature loss may see little beside them.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_levels: int, in_feature: str, norm: str = ""
+    ):
+        """
+        Args:
+            in_channels: of ``in_feature``.
+            out_channels: of each level.
+            num_levels: how many there are, from p6 on.
+            in_feature: "p5" or "res5".
+            norm: a normalisation of Detectron2's, or "".
+        """
+        super().__init__()
+        self.num_levels = num_levels
+        self.in_feature = in_feature
+        for i in range(num_levels):
+            convolution = Conv2d(
+                out_channels if i else in_channels,
+                out_channels,
+                kernel_size=3,
+                stride=2,
+                padding=1,
+                bias=not norm,
+                norm=get_norm(norm, out_channels),
+            )
+            weight_init.c2_xavier_fill(convolution)
+            self.add_module(f"p{6 + i}", convolution)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        levels: list[torch.Tensor | None] = []
+        for convolution in self.children():
+            if levels and x is not None:  # None: a level its caller skips, see hooking.answering
+                x = F.relu(x)
+            x = convolution(x)
+            levels.append(x)
+        return levels
+
+
+class AlignedFPN(FPN):
+    """An FPN whose images are padded so that k times smaller ones are padded rightly, too.
+
+    Its parameters have the names of the stock FPN's.
+    """
+
+    def __init__(self, *, scale: int, **kwargs):
+        """
+        Args:
+            scale: k, high-resolution side / low-resolution side.
+            kwargs: arguments of ``FPN``.
+        """
+        super().__init__(**kwargs)
+        self.scale = scale
+
+    @property
+    def size_divisibility(self) -> int:
+        # 32 k and not 32: the low-resolution image, padded to 1/k of this, is then a multiple of 32
+        # itself, and both pyramids have the same cells.
+        return self.scale * super().size_divisibility
+
+
+def _fpn_arguments(cfg: CfgNode, bottom_up: Backbone, levels: int) -> dict:
+    keys = cfg.MODEL.FPN
+    kind, top_levels = keys.TOP_BLOCK, levels - len(keys.IN_FEATURES)
+    if kind == "maxpool":
+        top_block = LastLevelsMaxPool(top_levels)
+    elif kind in ("conv_p5", "conv_res5"):
+        source = kind.removeprefix("conv_")
+        channels = (
+            keys.OUT_CHANNELS if source == "p5" else bottom_up.output_shape()[source].channels
+        )
+        top_block = LastLevelsConv(channels, keys.OUT_CHANNELS, top_levels, source, keys.NORM)
+    else:
+        raise InputError(f"MODEL.FPN.TOP_BLOCK is '{kind}'; use maxpool, conv_p5 or conv_res5")
+    return {
+        "bottom_up": bottom_up,
+        "in_features": keys.IN_FEATURES,
+        "out_channels": keys.OUT_CHANNELS,
+        "norm": keys.NORM,
+        "top_block": top_block,
+        "fuse_type": keys.FUSE_TYPE,
+    }
+
+
+def build_five_level_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """An FPN of ``MODEL.FPN`` on any backbone: p2..p6, or p3..p7 without res2.
+
+    Raises:
+        InputError: if there is no such ``MODEL.FPN.TOP_BLOCK``.
+    """
+    return FPN(**_fpn_arguments(cfg, bottom_up, LEVELS))
+
+
+def build_aligned_fpn(cfg: CfgNode, bottom_up: Backbone) -> AlignedFPN:
+    """The same for a multi-resolution teacher: five levels at low resolution, m more at high.
+
+    Raises:
+        InputError: as ``build_five_level_fpn``.
+    """
+    arguments = _fpn_arguments(cfg, bottom_up, LEVELS + level_shift(cfg.KD.SCALE))
+    return AlignedFPN(scale=cfg.KD.SCALE, **arguments)
+
+
+@BACKBONE_REGISTRY.register()
+def build_five_level_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """A ResNet FPN whose coarsest levels are made as ``MODEL.FPN.TOP_BLOCK`` says."""
+    return build_five_level_fpn(cfg, build_resnet_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_aligned_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> AlignedFPN:
+    """A ResNet FPN with levels p2..p6 at low resolution and m more at high: p2..p7 for k = 2."""
+    return build_aligned_fpn(cfg, build_resnet_backbone(cfg, input_shape))

@@ -1,0 +1,229 @@
+"""The multi-resolution teacher: MSAD, arXiv 2109.06875, sec. 3.1 and 3.2.
+
+k: high-resolution side / low-resolution side, m = log2 k. A teacher lives in the high-resolution
+frame: its heads are a stock detector's, reading p3..p7 (strides 8..128) with high-resolution boxes;
+the low-resolution pyramid P'2..P'6 is renamed to p3..p7, and both are fused level by level.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+
+from msad_kd.modeling.batch_statistics import (
+    add_low_resolution_statistics,
+    low_resolution_statistics,
+)
+from msad_kd.modeling.capture import answering, computing
+from msad_kd.modeling.fcos import FCOS
+from msad_kd.modeling.fusion import CrossingFeatureFusion
+from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
+from msad_kd.modeling.pyramid import (
+    Pyramid,
+    aligned_levels,
+    check_sizes,
+    level_shift,
+    normalize,
+    pad_batch,
+    shift_levels,
+    valid_masks,
+)
+from msad_kd.utils.errors import InputError
+
+__all__ = [
+    "BRANCHES",
+    "MultiResolutionFCOS",
+    "MultiResolutionMixin",
+    "MultiResolutionRCNN",
+    "MultiResolutionRetinaNet",
+]
+
+BRANCHES = ("hr", "lr", "fused")
+
+
+class MultiResolutionMixin:
+    """Makes a stock detector a multi-resolution teacher: one backbone, two passes, one head.
+
+    Training: the sum of the detection losses of three branches, L_HR + L_LR + w L_fused, named
+    ``<loss>_hr``, ``<loss>_lr``, ``<loss>_fused``. Inference: one branch, ``test_branch``.
+
+    Inputs have ``image`` (3, kH, kW) and, but for the "hr" branch, ``image_lr`` (3, H, W), as made
+    by ``TwoResolutionMapper(frame="hr")``.
+    """
+
+    frame = "hr"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        fusion,
+        fused_weight,
+        mask_padding,
+        separate_statistics,
+        test_branch,
+        scale,
+        **kwargs,
+    ):
+        """
+        Args:
+            fusion (CrossingFeatureFusion):
+            fused_weight (float): w.
+            mask_padding (bool): whether the fusion leaves padding out of its averages.
+            separate_statistics (bool): whether the backbone's batch normalisation keeps running
+                statistics for each resolution.
+            test_branch (str): "fused", "hr" or "lr".
+            scale (int): k.
+            kwargs: arguments of the stock detector.
+
+        Raises:
+            InputError: if there is no such branch, if the backbone pads images for one resolution
+                only or has no statistics to keep apart, or if a head reads a level that only one
+                resolution has.
+        """
+        super().__init__(**kwargs)
+        if test_branch not in BRANCHES:
+            raise InputError(
+                f"MODEL.MULTI_RESOLUTION.TEST_BRANCH is '{test_branch}'; use one of {BRANCHES}"
+            )
+        self.fusion = fusion
+        self.fused_weight = fused_weight
+        self.mask_padding = mask_padding
+        if separate_statistics and not add_low_resolution_statistics(self.backbone):
+            raise InputError(
+                "MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS is True, but no normalisation of the "
+                "backbone keeps statistics (FrozenBN does not); set it to False, or "
+                "MODEL.RESNETS.NORM to BN or SyncBN"
+            )
+        self.test_branch = test_branch
+        self.scale = scale
+        if getattr(self.backbone, "scale", 1) != scale:
+            raise InputError(
+                f"MODEL.BACKBONE.NAME: a {type(self.backbone).__name__} pads images for one "
+                "resolution; use build_aligned_resnet_fpn_backbone, or one that makes an AlignedFPN"
+            )
+        offered = self.strides()
+        readers = [(self, "head_in_features")]
+        for part in ("proposal_generator", "roi_heads"):
+            readers.append((getattr(self, part, None), "in_features"))
+        for reader, levels in readers:
+            absent = [name for name in getattr(reader, levels, ()) if name not in offered]
+            if absent:
+                raise InputError(
+                    f"IN_FEATURES: the {type(reader).__name__} reads {', '.join(absent)}, but the "
+                    f"levels that both resolutions have are {', '.join(offered)}"
+                )
+
+    @classmethod
+    def from_config(cls, cfg):
+        keys = cfg.MODEL.MULTI_RESOLUTION
+        return {
+            **super().from_config(cfg),
+            "fusion": CrossingFeatureFusion(cfg.MODEL.FPN.OUT_CHANNELS, keys.REDUCTION),
+            "fused_weight": keys.FUSED_WEIGHT,
+            "mask_padding": keys.MASK_PADDING,
+            "separate_statistics": keys.SEPARATE_STATISTICS,
+            "test_branch": keys.TEST_BRANCH,
+            "scale": cfg.KD.SCALE,
+        }
+
+    def strides(self) -> dict[str, int]:
+        """Level name to stride in pixels of the high-resolution image, alike for all branches."""
+        levels = aligned_levels(self.backbone.output_shape(), self.scale)
+        return {name: shape.stride for name, shape in levels.items()}
+
+    def pyramids(
+        self,
+        high: torch.Tensor | None,
+        low: torch.Tensor | None,
+        sizes: list[tuple[int, int]],
+        branches: tuple[str, ...],
+    ) -> dict[str, Pyramid]:
+        """The aligned pyramids, p3..p7 for k = 2.
+
+        Args:
+            high: padded, normalised images (N, 3, kH, kW); None where no branch needs them.
+            low: the same at low resolution, (N, 3, H, W).
+            sizes: (height, width) of each high-resolution image without padding.
+            branches: those wanted.
+
+        Returns:
+            branch to level name to (N, C, H / 4, W / 4) and coarser.
+        """
+        levels, shift, found = self.strides(), level_shift(self.scale), {}
+        if high is not None:
+            with computing(self.backbone, levels):  # the finest have no partner at low resolution
+                features = self.backbone(high)
+            found["hr"] = {name: features[name] for name in levels}
+        if low is not None:
+            # The coarsest have none at high resolution; computed, they would only move p7's batch
+            # statistics, if it has any.
+            with (
+                low_resolution_statistics(self.backbone),
+                computing(self.backbone, shift_levels(levels, -shift)),
+            ):
+                features = shift_levels(self.backbone(low), shift)
+            found["lr"] = {name: features[name] for name in levels}
+        if "fused" in branches:
+            masks = None
+            if self.mask_padding:
+                masks = valid_masks(sizes, tuple(high.shape[-2:]), found["hr"])
+            found["fused"] = self.fusion(found["hr"], found["lr"], masks)
+        return {branch: found[branch] for branch in branches}
+
+    def low_resolution_batch(self, batched_inputs: list[dict], high: torch.Tensor) -> torch.Tensor:
+        """The ``image_lr`` of the inputs, normalised and padded to 1/k of ``high``: (N, 3, H, W).
+
+        Raises:
+            InputError: if there is none, or if an image isn't exactly k times its ``image_lr``.
+        """
+        if "image_lr" not in batched_inputs[0]:
+            raise InputError(
+                "the data lack 'image_lr', the low-resolution image; use "
+                "TwoResolutionMapper(cfg, is_train, frame='hr') as the mapper"
+            )
+        check_sizes(
+            [x["image"] for x in batched_inputs],
+            [tuple(self.scale * s for s in x["image_lr"].shape[-2:]) for x in batched_inputs],
+        )
+        height, width = (side // self.scale for side in high.shape[-2:])
+        return pad_batch(normalize(self, [x["image_lr"] for x in batched_inputs]), height, width)
+
+    def forward(self, batched_inputs: list[dict]):
+        branches = BRANCHES if self.training else (self.test_branch,)
+        images = self.preprocess_image(batched_inputs)
+        high, low = images.tensor, None
+        if branches != ("hr",):
+            low = self.low_resolution_batch(batched_inputs, high)
+        if branches == ("lr",):
+            high = None
+        pyramids = self.pyramids(high, low, images.image_sizes, branches)
+        if not self.training:
+            with answering(self.backbone, pyramids[self.test_branch]):
+                return super().forward(batched_inputs)
+        losses, normalizer = {}, get_normalizer(self)
+        for branch, pyramid in pyramids.items():
+            weight = self.fused_weight if branch == "fused" else 1.0
+            # All branches see the same boxes, so the same number of positives: from the same moving
+            # average, each has a stock detector's loss, and it moves once a step.
+            set_normalizer(self, normalizer)
+            with answering(self.backbone, pyramid):
+                for name, loss in super().forward(batched_inputs).items():
+                    losses[f"{name}_{branch}"] = weight * loss
+        return losses
+
+
+@META_ARCH_REGISTRY.register()
+class MultiResolutionRCNN(MultiResolutionMixin, GeneralizedRCNN):
+    """Mask R-CNN or Faster R-CNN as a multi-resolution teacher."""
+
+
+@META_ARCH_REGISTRY.register()
+class MultiResolutionRetinaNet(MultiResolutionMixin, RetinaNet):
+    """RetinaNet as a multi-resolution teacher."""
+
+
+@META_ARCH_REGISTRY.register()
+class MultiResolutionFCOS(MultiResolutionMixin, FCOS):
+    """FCOS, the paper's detector, as a multi-resolution teacher."""

@@ -1,0 +1,1 @@
+"""What every room needs: errors, seeds, and the differences between two versions of Detectron2."""

@@ -1,0 +1,198 @@
+"""The keys this project adds, and what is said of those it does not know."""
+
+import logging
+import re
+import sys
+
+import pytest
+import torch
+import yaml
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from helpers import ROOT, flattened
+
+from msad_kd import add_msad_kd_config
+from msad_kd.config.build import build_config, import_module
+from msad_kd.config.stages import read_stages
+from msad_kd.losses.terms import read_losses, yaml_number
+from msad_kd.utils.errors import InputError
+
+
+def own_keys():
+    stock, ours = get_cfg(), get_cfg()
+    add_msad_kd_config(ours)
+    return sorted(flattened(ours).keys() - flattened(stock).keys())
+
+
+def test_keys_of_its_own():
+    assert {"KD.SCALE", "KD.LOSSES", "KD.TEACHER.WEIGHTS", "SOLVER.OPTIMIZER"} <= set(own_keys())
+
+
+@pytest.mark.parametrize("key", own_keys())
+def test_every_key_is_read(key):
+    name = key.rsplit(".", 1)[-1]
+    reading = re.compile(rf"""\.{name}\b|["']{name}["']""")
+    sources = [p for p in (ROOT / "msad_kd").rglob("*.py") if p.name != "defaults.py"]
+    assert any(reading.search(path.read_text()) for path in sources), f"nobody reads {key}"
+
+
+def test_stock_defaults_are_left_alone():
+    stock, ours = get_cfg(), get_cfg()
+    add_msad_kd_config(ours)
+    stock, ours = flattened(stock), flattened(ours)
+    assert {key: ours[key] for key in stock} == stock
+
+
+def test_files_and_options_are_merged(config_files):
+    cfg = build_config(str(config_files["student"]), ["KD.SCALE", "4", "MODEL.FPN.OUT_CHANNELS", 8])
+    assert (cfg.KD.SCALE, cfg.MODEL.FPN.OUT_CHANNELS) == (4, 8)
+    assert cfg.MODEL.META_ARCHITECTURE == "DistilledRCNN"
+
+
+def test_losses_can_be_typed_on_the_command_line(config_files):
+    typed = "[{'name': 'pkd', 'weight': 2.0, 'levels': ['p2', 'p3']}]"
+    cfg = build_config(str(config_files["student"]), ["KD.LOSSES", typed])
+    assert cfg.KD.LOSSES == [{"name": "pkd", "weight": 2.0, "levels": ["p2", "p3"]}]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["KD.TEACHER.WIEGHTS", "x.pth"], "KD.TEACHER.WIEGHTS; did you mean KD.TEACHER.WEIGHTS"),
+        (["KD.LOSES", "[]"], "KD.LOSES; did you mean KD.LOSSES"),
+        (["SOLVER.MAX_ITERS", "3"], "SOLVER.MAX_ITERS; did you mean SOLVER.MAX_ITER"),
+        (["QQQ.XYZZY", "3"], "unknown config key: QQQ.XYZZY$"),
+        (["KD.SCALE"], "cannot be read: .*odd length"),
+        (["KD.SCALE", "two"], "cannot be read: Type mismatch.*KD.SCALE$"),
+        (["KD.SCALE", "3"], "KD.SCALE is 3.*power of two"),
+        (["KD.LOSSES", "[{'name': 'l3', 'weight': 1.0}]"], "KD.LOSSES: there is no loss 'l3'"),
+        (
+            ["KD.LOSSES", "[{'name': 'l1', 'weight': 'much'}]"],
+            "KD.LOSSES: .*much.* a name and a weight",
+        ),
+        (["KD.LOSSES", "{'name': 'l1', 'weight': 1.0}"], "KD.LOSSES"),
+        (["DATASETS.COCO_FORMAT", "['shapes']"], "COCO_FORMAT: shapes should have the fields"),
+        (["DATASETS.TEST", "('coco_2017_vla',)"], "TEST: 'coco_2017_vla' .* mean coco_2017_val"),
+        (["MODEL.BACKBONE.NAME", "build_resnet"], "'build_resnet' .* mean build_resnet_backbone"),
+        (["MODEL.FPN.TOP_BLOCK", "conv_p5"], "conv_p5, which .*build_resnet.* does not read; set"),
+        (["MODEL.META_ARCHITECTURE", "DistiledRCNN"], "'DistiledRCNN' .* mean DistilledRCNN"),
+        (["MODEL.ROI_HEADS.NAME", "StandardHeads"], "'StandardHeads' .* mean StandardROIHeads"),
+        (["SOLVER.REFERENCE_WORLD_SIZE", 3], "IMS_PER_BATCH is 16, which the 3 processes"),
+    ],
+)
+def test_options_that_do_not_do(options, words):
+    with pytest.raises(InputError, match=words):
+        build_config("", options)
+
+
+def test_a_users_module_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "my_parts.py").write_text("import os\n")
+    (tmp_path / "my_broken_parts.py").write_text("import no_such_package_of_mine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import_module("my_parts")
+    assert "my_parts" in sys.modules
+    with pytest.raises(InputError, match="--import: there is no module 'my_partz'"):
+        import_module("my_partz")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_of_mine"):
+        import_module("my_broken_parts")
+
+
+def test_a_missing_file():
+    with pytest.raises(InputError, match="config file 'no/such.yaml' does not exist"):
+        build_config("no/such.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("KD:\n  TEECHER:\n    WEIGHTS: x\n", "KD.TEECHER; did you mean KD.TEACHER"),
+        ("MODEL:\n  FPNN: 3\n", "MODEL.FPNN; did you mean MODEL.FPN"),
+        ("_BASE_: gone.yaml\n", "gone.yaml"),
+        ("KD:\n  LADDER:\n    STAGES:\n", "KD.LADDER.STAGES: None should be a list of dicts"),
+    ],
+)
+def test_files_that_do_not_do(tmp_path, text, words):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(InputError, match=words):
+        build_config(str(tmp_path / "my.yaml"), [])
+
+
+def test_a_config_cannot_run_code(tmp_path):
+    target = tmp_path / "proof"
+    text = f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{target}']\n"
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(InputError, match="python/object/apply"):
+        build_config(str(tmp_path / "my.yaml"), [])
+    assert not target.exists()
+
+
+def test_without_gpu_one_warning_and_the_cpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        cfg = build_config("", ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True])
+        assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
+    assert len(caplog.records) == 1 and "cpu" in caplog.text
+    caplog.clear()
+    cfg = build_config("", ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True])
+    assert not caplog.records and not cfg.SOLVER.AMP.ENABLED
+
+
+def test_with_gpu_it_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert build_config("", []).MODEL.DEVICE == "cuda"
+
+
+REFERENCE = [
+    *("SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.IMS_PER_BATCH", 16, "SOLVER.MAX_ITER", 1000),
+    *(
+        "KD.LOSSES",
+        [{"name": "l1", "weight": 0.6, "warmup_iters": 500}, {"name": "mse", "weight": 1}],
+    ),
+]
+
+
+def test_the_world_size_scales_schedule_and_distillation_once(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    cfg = build_config("", REFERENCE)
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.REFERENCE_WORLD_SIZE) == (4, 4000, 2)
+    assert [entry.get("warmup_iters", 0) for entry in cfg.KD.LOSSES] == [2000, 0]
+    again = cfg.clone()  # a run's own config.yaml, used once more
+    assert DefaultTrainer.auto_scale_workers(again, 2) is again
+
+
+def test_what_an_alias_repeats_is_scaled_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    (tmp_path / "ladder.yaml").write_text(
+        "KD:\n"
+        "  LOSSES: &kd [{name: l1, weight: 5e-1, warmup_iters: 500}]\n"
+        "  LADDER:\n"
+        "    STAGES:\n"
+        "      - {name: a, config_file: t.yaml, weights: t.pth, losses: *kd, base_lr: 8e-2}\n"
+        "      - {name: b, config_file: t.yaml, weights: t.pth, losses: *kd}\n"
+    )
+    keys = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.IMS_PER_BATCH", 16]
+    cfg = build_config(str(tmp_path / "ladder.yaml"), keys)
+    stages = read_stages(cfg.KD.LADDER.STAGES)
+    for losses in (cfg.KD.LOSSES, stages[0].losses, stages[1].losses):
+        # YAML 1.1 has no point in 5e-1 and takes it for a text.
+        assert [(term.warmup_iters, term.weight) for term in read_losses(losses)] == [(2000, 0.5)]
+    assert stages[0].base_lr == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("number", ["1e-3", "-2E5", "3e+2", "1.5e7"])
+def test_numbers_that_yaml_reads_as_text(number):
+    assert yaml_number(yaml.safe_load(number)) == float(number)
+    assert yaml_number("p2") == "p2" and yaml_number(2) == 2 and yaml_number("1e") == "1e"
+
+
+def test_empty_keys(tmp_path):
+    (tmp_path / "my.yaml").write_text("DATASETS:\n  TEST:\nKD:\n  TEACHER:\n    OPTS:\n")
+    assert not build_config(str(tmp_path / "my.yaml"), []).DATASETS.TEST
+
+
+def test_the_reference_world_size_scales_nothing(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 8)
+    cfg = build_config("", REFERENCE)
+    assert (cfg.SOLVER.MAX_ITER, cfg.KD.LOSSES[0]["warmup_iters"]) == (1000, 500)

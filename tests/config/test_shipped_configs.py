@@ -1,0 +1,213 @@
+"""The configs that come with the project: each builds and trains, and pairs that belong together
+differ in nothing else."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from helpers import ROOT, TINY_NET, coco_format, flattened, train
+
+from msad_kd.config.build import build_config
+from msad_kd.engine.trainer import KDTrainer
+
+FILES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
+NARROW = [item for pair in flattened(TINY_NET, "MODEL.").items() for item in pair]
+# As many as the tiny data set has; a head of another width would make no difference.
+for part in ("ROI_HEADS", "RETINANET", "FCOS"):
+    NARROW += [f"MODEL.{part}.NUM_CLASSES", 8]
+NARROW += ["MODEL.RETINANET.NUM_CONVS", 1, "MODEL.FCOS.NUM_CONVS", 1]
+NARROW += ["MODEL.SWIN.EMBED_DIM", 24, "MODEL.SWIN.DEPTHS", [1, 1, 2, 1]]
+NARROW += ["MODEL.SWIN.NUM_HEADS", [1, 2, 4, 8]]
+STOCK = ("GeneralizedRCNN", "RetinaNet", "FCOS")
+
+# Sizes and schedule make no difference to the net; that these differ in nothing else
+# from one that is tried is asserted below.
+VARIANTS = ("_3x.yaml", "_LR_multiscale_1x.yaml")
+TRIED = [path for path in FILES if not path.name.endswith(VARIANTS) or "Swin" in path.name]
+# Those of the projects are the above with another loss or teacher.
+RECIPES = sorted((ROOT / "projects").glob("*/configs/*/*.yaml"))
+RECIPES = [path for path in RECIPES if "ladder" not in path.name]  # for tests/test_mtpd.py
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT)).replace("configs/", "", 1)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Configs name each other by paths from the repository's root."""
+    monkeypatch.chdir(ROOT)
+
+
+def shrunk(cfg):
+    """INPUT keys for images of about 50 to 100 px."""
+    by = 8 if cfg.INPUT.MIN_SIZE_TEST >= 400 else 2
+    keys = ["INPUT.MIN_SIZE_TRAIN", tuple(size // by for size in cfg.INPUT.MIN_SIZE_TRAIN)]
+    for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+        keys += [f"INPUT.{key}", cfg.INPUT[key] // by]
+    return keys
+
+
+@pytest.mark.parametrize("path", TRIED + RECIPES, ids=name_of)
+def test_a_step_and_a_prediction(path, data, tmp_path):
+    cfg = build_config(str(path), [])
+    options = [
+        *NARROW,
+        *shrunk(cfg),
+        *("DATASETS.COCO_FORMAT", coco_format(data, "tiny")),
+        *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ()),
+        *("SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2),
+        *("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "OUTPUT_DIR", str(tmp_path / "run")),
+        *("DATALOADER.NUM_WORKERS", 0),
+    ]
+    if cfg.KD.TEACHER.CONFIG_FILE:
+        teacher = build_model(build_config(cfg.KD.TEACHER.CONFIG_FILE, NARROW))
+        torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+        options += ["KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
+        options += ["KD.TEACHER.OPTS", NARROW]
+    trainer = train(build_config(str(path), options))
+    assert trainer.iter == 1
+    inputs = next(iter(KDTrainer.build_test_loader(trainer.cfg, "tiny_val")))
+    with torch.no_grad():
+        (prediction,) = trainer.model.eval()(inputs)
+    assert prediction["instances"].image_size == (inputs[0]["height"], inputs[0]["width"])
+
+
+@functools.cache
+def models():
+    return {path: build_config(str(path), []) for path in FILES}
+
+
+def without(cfg, *prefixes):
+    return {k: v for k, v in flattened(cfg).items() if not k.startswith(prefixes)}
+
+
+def test_every_student_has_a_baseline_that_is_equal_in_all_else():
+    every = models()
+    students = {p: c for p, c in every.items() if "Distilled" in c.MODEL.META_ARCHITECTURE}
+    assert len(students) >= 11
+    # The weights: a student's come from its teacher.
+    own = ("KD.", "OUTPUT_DIR", "MODEL.META_ARCHITECTURE", "MODEL.WEIGHTS")
+    for path, student in students.items():
+        baselines = [
+            cfg
+            for other, cfg in every.items()
+            if other.parent == path.parent and cfg.MODEL.META_ARCHITECTURE in STOCK
+        ]
+        assert without(student, *own) in [without(cfg, *own) for cfg in baselines], path
+
+
+def test_every_student_and_its_teacher_are_one_net_in_two_frames():
+    """Equal but for anchors of twice the size, on levels of twice the stride."""
+    frame = (
+        "WEIGHTS",
+        "META_ARCHITECTURE",
+        "BACKBONE.NAME",
+        "ANCHOR_GENERATOR.SIZES",
+        "MULTI_RESOLUTION",
+    )
+    readers = ("RPN", "ROI_HEADS", "RETINANET", "FCOS")
+    frame += tuple(f"{part}.IN_FEATURES" for part in readers)
+    for path, cfg in models().items():
+        if not cfg.KD.TEACHER.CONFIG_FILE:
+            continue
+        teacher = build_config(cfg.KD.TEACHER.CONFIG_FILE, [])
+        mine, theirs = cfg.MODEL, teacher.MODEL
+        kind = mine.META_ARCHITECTURE.removeprefix("Distilled")
+        assert theirs.META_ARCHITECTURE == f"MultiResolution{kind}", path
+        assert without(mine, *frame) == without(theirs, *frame)
+        if kind != "FCOS":  # which has none
+            sizes = [
+                [cfg.KD.SCALE * side for side in level] for level in mine.ANCHOR_GENERATOR.SIZES
+            ]
+            assert theirs.ANCHOR_GENERATOR.SIZES == sizes
+        shift = cfg.KD.SCALE.bit_length() - 1
+        for part in readers[:2] if kind == "RCNN" else [kind.upper()]:
+            levels = [f"p{int(level[1:]) + shift}" for level in mine[part].IN_FEATURES]
+            assert theirs[part].IN_FEATURES == levels
+
+
+def test_coco_has_the_papers_sizes():
+    for path, cfg in models().items():
+        if path.parent.name != "COCO":
+            continue
+        high = "_HR_" in path.name or "_teacher_" in path.name
+        coarse = high or "_LR_P3-P7_" in path.name
+        sides = (32, 64, 128, 256, 512) if coarse else (16, 32, 64, 128, 256)
+        if "rcnn" in path.name:
+            assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[side] for side in sides]
+        elif "retinanet" in path.name:
+            three = [[side * 2 ** (i / 3) for i in range(3)] for side in sides]
+            np.testing.assert_allclose(cfg.MODEL.ANCHOR_GENERATOR.SIZES, three, rtol=1e-15)
+        else:
+            assert cfg.MODEL.FCOS.IN_FEATURES == [f"p{s}" for s in range(2 + coarse, 7 + coarse)]
+        sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        assert sizes == ((800, 1333) if high else (400, 667))
+        trained = cfg.INPUT.MIN_SIZE_TRAIN
+        if "multiscale" in path.name:
+            assert (min(trained), max(trained), cfg.INPUT.MAX_SIZE_TRAIN) == (320, 800, 1333)
+        else:
+            factor = 2 if high else 1
+            assert trained == tuple(factor * s for s in range(320, 401, 16))
+
+
+def test_coco_has_every_recipe_of_every_detector():
+    roles = ["teacher", "student", "HR", "LR", "LR_multiscale"]
+    for detector in ("mask_rcnn", "faster_rcnn", "retinanet", "fcos"):
+        for role in roles + ["LR_P3-P7"] * (detector in ("retinanet", "fcos")):
+            for schedule in ("1x", "3x"):
+                path = ROOT / f"configs/COCO/{detector}_R_50_FPN_{role}_{schedule}.yaml"
+                cfg = models()[path]
+                assert cfg.OUTPUT_DIR == f"./output/coco/{path.stem}"
+                assert cfg.MODEL.MASK_ON == (detector == "mask_rcnn")
+                assert cfg.SOLVER.REFERENCE_WORLD_SIZE > 0
+
+
+def test_the_variants_differ_only_in_schedule_and_sizes():
+    for path, cfg in models().items():
+        if "Swin" in path.name:  # it has no shorter schedule
+            continue
+        if path.name.endswith("_3x.yaml"):
+            origin = models()[path.with_name(path.name.replace("_3x", "_1x"))]
+            own = ("SOLVER.STEPS", "SOLVER.MAX_ITER", "OUTPUT_DIR", "KD.TEACHER")
+            # Scaled to one process, as the tests run.
+            assert cfg.SOLVER.MAX_ITER == 3 * origin.SOLVER.MAX_ITER
+            assert cfg.KD.TEACHER.WEIGHTS == origin.KD.TEACHER.WEIGHTS.replace("_1x", "_3x")
+            assert cfg.KD.TEACHER.CONFIG_FILE == origin.KD.TEACHER.CONFIG_FILE.replace("_1x", "_3x")
+        elif "multiscale" in path.name:
+            origin = models()[path.with_name(path.name.replace("_multiscale", ""))]
+            own = ("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "OUTPUT_DIR")
+        else:
+            continue
+        assert without(cfg, *own) == without(origin, *own), path
+
+
+def test_cityscapes_has_its_own_sizes_and_classes():
+    found = {path.stem: cfg for path, cfg in models().items() if path.parent.name == "Cityscapes"}
+    stem = "mask_rcnn_R_50_FPN"
+    assert found.keys() == {f"{stem}_{role}" for role in ("teacher", "HR", "LR", "student")}
+    for name, cfg in found.items():
+        factor = 2 if name.endswith(("HR", "teacher")) else 1
+        assert cfg.INPUT.MIN_SIZE_TRAIN == tuple(factor * s for s in range(400, 513, 16))
+        assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (factor * 512, factor * 1024)
+        assert cfg.DATASETS.TRAIN == ("cityscapes_fine_instance_seg_train",)
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 8
+
+
+def test_children_are_short_and_speak_for_themselves():
+    for path in FILES:
+        if path.parent.name in ("COCO", "Cityscapes"):
+            assert len(path.read_text().splitlines()) < 15, path
+
+
+def test_stock_detectron2_reads_the_plain_configs():
+    for path in FILES:
+        if path.parent.name == "COCO" and ("_LR_" in path.name or "_HR_" in path.name):
+            # Stock Detectron2 has no FCOS that a config can build, and no Swin.
+            if "fcos" not in path.name and "Swin" not in path.name:
+                cfg = get_cfg()
+                cfg.merge_from_file(str(path))
+                assert cfg.MODEL.META_ARCHITECTURE in STOCK

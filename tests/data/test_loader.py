@@ -1,0 +1,228 @@
+"""Training batches: a function of (seed, rank, iteration), whole, and clear about bad images."""
+
+import itertools
+import pickle
+import random
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
+
+from msad_kd.data.loader import build_train_loader, clear_errors
+from msad_kd.data.mapper import build_mapper
+from msad_kd.engine.trainer import KDTrainer
+from msad_kd.utils.errors import InputError
+
+SAMPLERS = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
+
+
+def light(entry):
+    """Stands for a mapper: an image's name, and what every generator gives it."""
+    return entry["file_name"], random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def batches(cfg, count, start=0, mapper=light):
+    loader = build_train_loader(cfg, mapper)
+    # The iterator is asked for before the start is known, as Detectron2 0.6 does it.
+    iterator = iter(loader)
+    loader.start = start
+    found = list(itertools.islice(iterator, count))
+    iterator.close()  # which ends the workers
+    return found
+
+
+def shuffled_groups(count=12):
+    """A registered data set's dicts, every third of which is portrait."""
+    return [
+        {"file_name": str(i), "height": 40, "width": 30 if i % 3 == 0 else 50, "annotations": [0]}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_iteration_i_is_the_same_whatever_the_start(config, sampler):
+    cfg = config("lr", "DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.RANDOM_SUBSET_RATIO", 0.7)
+    whole = batches(cfg, 9)
+    for start in (1, 5):
+        assert batches(cfg, 9 - start, start) == whole[start:]
+    assert len({draw for batch in whole for draw in batch}) == 18  # no draw comes twice
+
+
+def test_mapped_images_are_the_same_whatever_the_start_and_the_workers(student_config):
+    crop = ["INPUT.CROP.ENABLED", True, "INPUT.MIN_SIZE_TRAIN", (29, 32, 41)]
+    found = []
+    for workers, start in ((0, 0), (0, 2), (2, 0), (2, 2)):
+        cfg = student_config("DATALOADER.NUM_WORKERS", workers, *crop)
+        mapper = build_mapper(cfg, is_train=True)
+        found.append(batches(cfg, 5 - start, start, mapper)[2 - start :])
+    for other in found[1:]:
+        for one, two in zip(itertools.chain(*found[0]), itertools.chain(*other), strict=True):
+            assert one["file_name"] == two["file_name"]
+            assert torch.equal(one["image"], two["image"])
+            assert torch.equal(one["image_hr"], two["image_hr"])
+    assert len({entry["image"].shape for batch in found[0] for entry in batch}) > 1
+
+
+def test_another_seed_is_another_order(config):
+    assert batches(config("lr", "SEED", 1), 3) != batches(config("lr", "SEED", 2), 3)
+
+
+def test_ranks_differ(config, monkeypatch):
+    cfg = config("lr")
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        found.append([draw for batch in batches(cfg, 6) for draw in batch])
+    assert len(found[0]) == len(found[1]) == 6  # one image each
+    assert not {draw[1:] for draw in found[0]} & {draw[1:] for draw in found[1]}
+    for step in range(0, 6, 3):  # together they see every image before one comes again
+        seen = {draw[0] for ranks in found for draw in ranks[step : step + 3]}
+        assert len(seen) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_generators_are_untouched(config, workers):
+    cfg = config("lr", "DATALOADER.NUM_WORKERS", workers)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    batches(cfg, 4)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+@pytest.fixture
+def portraits():
+    DatasetCatalog.register("portraits", shuffled_groups)
+    yield
+    DatasetCatalog.remove("portraits")
+
+
+def test_a_batch_is_all_portrait_or_all_landscape(config, portraits):
+    def orientation(entry):
+        return entry["width"] > entry["height"]
+
+    keys = ["DATASETS.TRAIN", ("portraits",), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
+    found = batches(config("lr", *keys), 12, mapper=orientation)
+    assert {frozenset(batch) for batch in found} == {frozenset([True]), frozenset([False])}
+    ungrouped = config("lr", *keys, "DATALOADER.ASPECT_RATIO_GROUPING", False)
+    assert frozenset([True, False]) in map(frozenset, batches(ungrouped, 12, mapper=orientation))
+
+
+def test_a_sample_that_the_mapper_refuses_is_replaced(config):
+    refused = []
+
+    def picky(entry):
+        if entry["file_name"].endswith("0.png"):
+            refused.append(entry)
+            return None
+        return light(entry)
+
+    found = batches(config("lr"), 6, mapper=picky)
+    assert refused and all(len(batch) == 2 for batch in found)
+    assert found == batches(config("lr"), 6, mapper=picky)
+
+
+def test_a_mapper_that_refuses_everything(config):
+    with pytest.raises(InputError, match="refused 100 samples in a row"):
+        batches(config("lr"), 1, mapper=lambda entry: None)
+
+
+def test_mappers_reach_spawned_workers(student_config):
+    mapper = clear_errors(build_mapper(student_config(), is_train=True))
+    assert pickle.loads(pickle.dumps(mapper)).mapper.augmentations.frame == "lr"
+
+
+def test_no_data_set(config):
+    with pytest.raises(InputError, match="no data set is named.*DATASETS.TRAIN"):
+        build_train_loader(config("lr", "DATASETS.TRAIN", ()), light)
+
+
+def test_a_data_set_without_annotations_cannot_be_trained_on(config):
+    DatasetCatalog.register("bare", lambda: [{"file_name": "a.png", "annotations": []}])
+    try:
+        with pytest.raises(InputError, match="data set bare: No valid data found"):
+            build_train_loader(config("lr", "DATASETS.TRAIN", ("bare",)), light)
+    finally:
+        DatasetCatalog.remove("bare")
+
+
+def test_unknown_sampler(config):
+    with pytest.raises(InputError, match="'Fancy' is unknown; use TrainingSampler"):
+        build_train_loader(config("lr", "DATALOADER.SAMPLER_TRAIN", "Fancy"), light)
+
+
+def test_images_with_too_few_keypoints_are_left_out(config):
+    seen = {"keypoints": [1.0, 1.0, 2] * 3, "iscrowd": 0}
+    dicts = [
+        {"file_name": name, "height": 4, "width": 4, "annotations": [{**seen, **change}]}
+        for name, change in (("with", {}), ("without", {"keypoints": [0.0, 0.0, 0] * 3}))
+    ]
+    DatasetCatalog.register("people", lambda: dicts)
+    keys = ["DATASETS.TRAIN", ("people",), "MODEL.KEYPOINT_ON", True]
+    try:
+        found = batches(config("lr", *keys), 2)
+    finally:
+        DatasetCatalog.remove("people")
+    assert {name for batch in found for name, *_ in batch} == {"with"}
+
+
+def test_batch_that_processes_cannot_share(config, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 4)
+    with pytest.raises(InputError, match="IMS_PER_BATCH is 2, which 4 processes"):
+        build_train_loader(config("lr"), light)
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def no_image(file):
+    file.write_text("<html>404 Not Found</html>")
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def another_size(file):
+    cv2.imwrite(str(file), np.zeros((50, 50, 3), np.uint8))
+
+
+@pytest.fixture
+def spoiled(data, tmp_path):
+    """spoiled(spoil): keys of a copy of the data set, one image of which was spoiled, its name."""
+
+    def make(spoil):
+        folder = tmp_path / "spoiled"
+        shutil.copytree(data, folder)
+        victim = folder / "train" / "000002.png"
+        spoil(victim)
+        entry = {
+            "name": str(tmp_path),
+            "json": str(folder / "annotations" / "instances_train.json"),
+            "images": str(folder / "train"),
+        }
+        names = (str(tmp_path),)
+        keys = ["DATASETS.COCO_FORMAT", [entry], "DATASETS.TRAIN", names, "DATASETS.TEST", names]
+        return keys, str(victim)
+
+    yield make
+    if str(tmp_path) in DatasetCatalog.list():
+        DatasetCatalog.remove(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "spoil", [truncated, no_image, empty, another_size], ids=lambda f: f.__name__
+)
+def test_a_spoiled_image_is_named(config, spoiled, spoil):
+    keys, victim = spoiled(spoil)
+    cfg = config("lr", *keys)
+    with pytest.raises(InputError, match=f"image '{victim}' cannot be read"):
+        batches(cfg, 3, mapper=build_mapper(cfg, is_train=True))
+    with pytest.raises(InputError, match=f"image '{victim}' cannot be read"):
+        list(KDTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]))

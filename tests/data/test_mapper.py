@@ -1,0 +1,328 @@
+"""The two-resolution mapper: the stock mapper's image, and the same picture k times as large.
+
+H, W: of the low-resolution image, k: high-resolution side / low-resolution side.
+"""
+
+import copy
+import random
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from fvcore.transforms import transform as base
+from helpers import same_instances
+from torch.testing import assert_close
+
+from msad_kd import TwoResolutionMapper
+from msad_kd.data.mapper import build_mapper, jitter_arguments, scale_transform, scale_transforms
+from msad_kd.utils.errors import InputError
+
+# Flips, crops before the resize, several odd sizes: all that Detectron2's own keys switch on.
+LIVELY = [
+    *("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative_range"),
+    *("INPUT.MIN_SIZE_TRAIN", (31, 40, 47), "INPUT.MAX_SIZE_TRAIN", 61),
+]
+
+
+@pytest.fixture
+def dicts(config):
+    return get_detection_dataset_dicts(config("lr").DATASETS.TRAIN)
+
+
+@pytest.fixture(scope="module")
+def smooth(tmp_path_factory):
+    """A data set dict of a smooth, asymmetric picture of 97 x 133 px, with one rectangle."""
+    y, x = np.mgrid[0:97, 0:133]
+    channels = [x * 1.8, y * 2.4, 120 + 100 * np.sin(x / 20 + y / 30)]
+    file = tmp_path_factory.mktemp("smooth") / "smooth.png"
+    cv2.imwrite(str(file), np.stack(channels, axis=2).astype(np.uint8))
+    return one_rectangle(file, 97, 133)
+
+
+def one_rectangle(file, height, width):
+    x0, y0, x1, y1 = width * 0.2, height * 0.3, width * 0.7, height * 0.8
+    annotation = {
+        "bbox": [x0, y0, x1, y1],
+        "bbox_mode": 0,
+        "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+        "category_id": 0,
+    }
+    return {"file_name": str(file), "height": height, "width": width, "annotations": [annotation]}
+
+
+def mapped(mapper, entry, seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return mapper(copy.deepcopy(entry))
+
+
+def mapper_with(augmentations, frame="lr", scale=2, is_train=True):
+    return TwoResolutionMapper(
+        is_train, frame=frame, scale=scale, augmentations=augmentations, image_format="RGB"
+    )
+
+
+@pytest.mark.parametrize("options", [[], LIVELY], ids=["plain", "lively"])
+def test_low_resolution_is_bitwise_the_stock_mappers(config, dicts, options):
+    cfg = config("lr", *options)
+    stock, ours = DatasetMapper(cfg, True), TwoResolutionMapper(cfg, True, frame="lr")
+    shapes, flips = set(), 0
+    for seed in range(8):
+        for entry in dicts[:3]:
+            expected, found = mapped(stock, entry, seed), mapped(ours, entry, seed)
+            assert torch.equal(found["image"], expected["image"])
+            assert same_instances(found["instances"], expected["instances"])
+            assert found.keys() == expected.keys() | {"image_hr"}
+            shapes.add(tuple(found["image"].shape))
+            flips += not torch.equal(found["image"], mapped(ours, entry, 0)["image"])
+    assert flips and (len(shapes) > 3 or not options)  # the augmentations did something
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_high_resolution_has_exactly_k_times_the_sides(config, dicts, scale, is_train):
+    sizes = ["INPUT.MIN_SIZE_TEST", 37, "INPUT.MAX_SIZE_TEST", 50]
+    cfg = config("lr", "KD.SCALE", scale, *LIVELY, *sizes)
+    mapper = TwoResolutionMapper(cfg, is_train, frame="lr")
+    for seed in range(6):
+        found = mapped(mapper, dicts[0], seed)
+        height, width = found["image"].shape[1:]
+        assert found["image_hr"].shape == (3, scale * height, scale * width)
+        assert found["image_hr"].dtype == found["image"].dtype == torch.uint8
+        if scale == 1:
+            assert torch.equal(found["image_hr"], found["image"])
+
+
+def test_at_test_time_nothing_is_random(config, dicts):
+    cfg = config("lr")
+    found = mapped(TwoResolutionMapper(cfg, False, frame="lr"), dicts[0], 0)
+    assert torch.equal(found["image"], mapped(DatasetMapper(cfg, False), dicts[0], 1)["image"])
+    assert "instances" not in found
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_in_the_hr_frame_image_lr_is_the_stock_image_of_half_the_size(config, dicts, is_train):
+    lively = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative_range"]
+    # Halves are rounded up: 61, 94 -> 31, 47 as the paper's 1333 -> 667.
+    high = ["INPUT.MIN_SIZE_TRAIN", (61, 94), "INPUT.MAX_SIZE_TRAIN", 121]
+    high += ["INPUT.MIN_SIZE_TEST", 61, "INPUT.MAX_SIZE_TEST", 121]
+    low = ["INPUT.MIN_SIZE_TRAIN", (31, 47), "INPUT.MAX_SIZE_TRAIN", 61]
+    low += ["INPUT.MIN_SIZE_TEST", 31, "INPUT.MAX_SIZE_TEST", 61]
+    stock = DatasetMapper(config("lr", *lively, *low), is_train)
+    ours = TwoResolutionMapper(config("teacher", *lively, *high), is_train, frame="hr")
+    for seed in range(6):
+        expected, found = mapped(stock, dicts[1], seed), mapped(ours, dicts[1], seed)
+        assert torch.equal(found["image_lr"], expected["image"])
+        height, width = expected["image"].shape[1:]
+        assert found["image"].shape == (3, 2 * height, 2 * width)
+        if is_train:
+            boxes = 2 * expected["instances"].gt_boxes.tensor
+            assert_close(found["instances"].gt_boxes.tensor, boxes, atol=1e-3, rtol=0)
+            assert found["instances"].image_size == (2 * height, 2 * width)
+
+
+def test_the_config_is_left_alone(config):
+    cfg = config("teacher")
+    before = copy.deepcopy(cfg)
+    TwoResolutionMapper(cfg, True, frame="hr")
+    assert cfg == before
+
+
+def test_both_frames_hold_the_same_two_images(config, dicts):
+    low = TwoResolutionMapper(config("lr", *LIVELY), True, frame="lr")
+    doubled = ["INPUT.MIN_SIZE_TRAIN", (62, 80, 94), "INPUT.MAX_SIZE_TRAIN", 122]
+    high = TwoResolutionMapper(config("teacher", *LIVELY, *doubled), True, frame="hr")
+    for seed in range(4):
+        one, other = mapped(low, dicts[0], seed), mapped(high, dicts[0], seed)
+        assert torch.equal(one["image"], other["image_lr"])
+        assert torch.equal(one["image_hr"], other["image"])
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_both_resolutions_show_the_same_picture(smooth, scale):
+    augmentations = [
+        T.RandomCrop("relative_range", (0.5, 0.5)),
+        T.RandomFlip(),
+        T.ResizeShortestEdge((29, 34, 41), 60, "choice"),
+        T.RandomFlip(horizontal=False, vertical=True),
+        T.RandomCrop("absolute", (25, 27)),
+        T.RandomBrightness(0.7, 1.3),
+        T.RandomContrast(0.7, 1.3),
+    ]
+    mapper = mapper_with(augmentations, scale=scale)
+    for seed in range(12):
+        found = mapped(mapper, smooth, seed)
+        low, high = found["image"].float(), found["image_hr"].float()
+        shrunk = torch.nn.functional.avg_pool2d(high, scale)
+        assert (shrunk - low).abs().mean() < 3  # grey levels
+        assert (shrunk.flip(2) - low).abs().mean() > 6  # so a missed flip would be seen
+
+
+def test_segmentation_follows_the_frame(smooth, tmp_path):
+    labels = np.zeros((97, 133), np.uint8)
+    labels[:, :60] = 7
+    cv2.imwrite(str(tmp_path / "labels.png"), labels)
+    entry = {**smooth, "sem_seg_file_name": str(tmp_path / "labels.png")}
+    resize = [T.ResizeShortestEdge(30, 60), T.RandomFlip()]
+    for seed in range(4):
+        low = mapped(mapper_with(resize), entry, seed)
+        high = mapped(mapper_with(resize, frame="hr"), entry, seed)
+        for found in (low, high):
+            assert found["sem_seg"].shape == found["image"].shape[1:]
+        assert torch.equal(low["sem_seg"][0, ::20], high["sem_seg"][0, ::40])
+
+
+def test_large_scale_jitter_can_be_scaled(smooth):
+    jitter = [T.ResizeScale(0.3, 1.5, 40, 40), T.FixedSizeCrop((40, 40))]
+    for seed in range(6):
+        found = mapped(mapper_with(jitter), smooth, seed)
+        assert found["image"].shape == (3, 40, 40) and found["image_hr"].shape == (3, 80, 80)
+
+
+SCALABLE = {
+    "nothing": T.NoOpTransform(),
+    "blend": base.BlendTransform(np.array([10.0, 20.0, 30.0]), 0.3, 0.7),
+    "colour": T.ColorTransform(lambda image: 255 - image),
+    "horizontal flip": base.HFlipTransform(30),
+    "vertical flip": base.VFlipTransform(20),
+    "crop": base.CropTransform(3, 5, 17, 11),
+    "crop of known size": base.CropTransform(3, 5, 17, 11, 30, 20),
+    "pad": base.PadTransform(1, 2, 3, 4, 30, 20),
+    "resize": T.ResizeTransform(20, 30, 13, 26),
+    "nested": base.TransformList([base.HFlipTransform(30), base.CropTransform(3, 5, 17, 11)]),
+}
+
+
+@pytest.mark.parametrize("kind", SCALABLE)
+@pytest.mark.parametrize("scale", [2, 4])
+def test_scaled_transforms_land_k_times_as_far(kind, scale):
+    low = base.TransformList([T.ResizeTransform(55, 77, 20, 30), SCALABLE[kind]])
+    high = scale_transforms(low, scale)
+    points = np.random.default_rng(0).uniform((0, 0), (77, 55), (50, 2))
+    expected = scale * low.apply_coords(points.copy())
+    np.testing.assert_allclose(high.apply_coords(points.copy()), expected, atol=1e-9)
+    image = np.random.default_rng(0).integers(0, 256, (55, 77, 3), np.uint8)
+    height, width, _ = low.apply_image(image).shape
+    assert high.apply_image(image).shape == (scale * height, scale * width, 3)
+
+
+def test_what_precedes_the_last_resize_is_as_it_was():
+    first = [base.CropTransform(5, 5, 60, 40), T.ResizeTransform(40, 60, 30, 45)]
+    low = base.TransformList([*first, T.ResizeTransform(30, 45, 20, 30), base.HFlipTransform(30)])
+    high = scale_transforms(low, 2).transforms
+    assert high[:2] == first
+    assert (high[2].h, high[2].w, high[2].new_h, high[2].new_w) == (30, 45, 40, 60)
+    assert high[3].width == 60
+
+
+def test_what_cannot_be_scaled_is_named(smooth):
+    rotate = T.RandomRotation([10, 20])
+    with pytest.raises(InputError, match="RotationTransform follows the last resize.*before"):
+        mapped(mapper_with([T.ResizeShortestEdge(30, 60), rotate]), smooth, 0)
+    # Before the resize there is nothing to scale.
+    found = mapped(mapper_with([rotate, T.ResizeShortestEdge(30, 60)]), smooth, 0)
+    shrunk = torch.nn.functional.avg_pool2d(found["image_hr"].float(), 2)
+    assert (shrunk - found["image"].float()).abs().mean() < 3
+
+
+def test_blending_with_an_image_cannot_be_scaled(smooth):
+    saturate = T.RandomSaturation(0.5, 0.6)
+    with pytest.raises(InputError, match="BlendTransform follows the last resize"):
+        mapped(mapper_with([T.ResizeShortestEdge(30, 60), saturate]), smooth, 0)
+    mapped(mapper_with([saturate, T.ResizeShortestEdge(30, 60)]), smooth, 0)
+
+
+def test_another_kind_can_be_taught(smooth):
+    class Swap(base.HFlipTransform):
+        """Not known by name, but through the class it is made from."""
+
+    class Shift(base.Transform):
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+        def apply_image(self, image):
+            return np.roll(image, self.by, axis=1)
+
+        def apply_coords(self, coords):
+            return coords + [self.by, 0]
+
+    assert scale_transform(Swap(10), 2).width == 20
+    with pytest.raises(InputError, match="Shift"):
+        scale_transform(Shift(3), 2)
+    scale_transform.register(Shift, lambda transform, scale: Shift(transform.by * scale))
+    assert scale_transform(Shift(3), 2).by == 6
+
+
+def test_without_resize_there_is_no_second_resolution(config, dicts):
+    cfg = config("lr", "INPUT.MIN_SIZE_TEST", 0)
+    with pytest.raises(InputError, match="no resize.*INPUT.MIN_SIZE_TEST"):
+        TwoResolutionMapper(cfg, False, frame="lr")(dicts[0])
+
+
+def test_scale_3_is_refused(config):
+    with pytest.raises(InputError, match="KD.SCALE is 3"):
+        mapper_with([], scale=3)
+
+
+def test_an_unknown_frame_is_refused(config):
+    with pytest.raises(InputError, match="'lr' or 'hr', not 'both'"):
+        TwoResolutionMapper(config("lr"), True, frame="both")
+
+
+# ---- Large-scale jitter ----
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_both_resolutions_jitter_alike(config, dicts, scale):
+    low = config("lr", "INPUT.JITTER.SIZE", 40, "KD.SCALE", scale)
+    high = config("lr", "INPUT.JITTER.SIZE", 40 * scale, "KD.SCALE", scale)
+    stock = DatasetMapper(low, True, **jitter_arguments(low, True))
+    student = TwoResolutionMapper(low, True, frame="lr")
+    teacher = TwoResolutionMapper(high, True, frame="hr")
+    boxes, padded = 0, set()
+    for seed, entry in enumerate(dicts * 2):
+        expected, mine, theirs = (mapped(m, entry, seed) for m in (stock, student, teacher))
+        assert torch.equal(expected["image"], mine["image"])
+        assert same_instances(expected["instances"], mine["instances"])
+        assert mine["image"].shape == (3, 40, 40)
+        assert torch.equal(mine["image"], theirs["image_lr"])
+        assert torch.equal(mine["image_hr"], theirs["image"])
+        assert theirs["image"].shape == (3, 40 * scale, 40 * scale)
+        small, large = (x["instances"].gt_boxes.tensor for x in (mine, theirs))
+        assert_close(scale * small, large)
+        boxes += len(small)
+        empty = (mine["image"] == 128).all(dim=0)
+        padded.add(bool(empty[:, -1].all() or empty[:, 0].all() or empty[-1].all()))
+        # Where one is padding, so is the other.
+        wide = empty.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        assert (theirs["image"] == 128).all(dim=0)[wide].float().mean() > 0.95 or not empty.any()
+    assert boxes > 10 and padded == {True, False}
+
+
+def test_without_jitter_and_at_test_nothing_changes(config):
+    assert jitter_arguments(config("lr"), True) == {}
+    assert jitter_arguments(config("lr", "INPUT.JITTER.SIZE", 40), False) == {}
+
+
+def test_a_stock_model_jitters_too(config, dicts):
+    cfg = config("lr", "INPUT.JITTER.SIZE", 40)
+    assert mapped(build_mapper(cfg, True), dicts[0], 0)["image"].shape == (3, 40, 40)
+    assert mapped(build_mapper(cfg, False), dicts[0], 0)["image"].shape == (3, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["INPUT.JITTER.SCALES", [0.5]], "SCALES is .0.5.; it should be a range"),
+        (["INPUT.JITTER.SCALES", [2.0, 0.1]], "SCALES is .2.0, 0.1.; it should be a range"),
+        (["INPUT.CROP.ENABLED", True], "INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop"),
+    ],
+)
+def test_jitter_that_does_not_do(config, options, words):
+    with pytest.raises(InputError, match=words):
+        TwoResolutionMapper(config("lr", "INPUT.JITTER.SIZE", 40, *options), True, frame="lr")

@@ -1,0 +1,243 @@
+"""The teacher: loaded to the last key or not at all, frozen, aligned with any student's batch."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from helpers import differing
+
+from msad_kd.distill.teacher import Teacher, build_teacher, teacher_config, teacher_levels
+from msad_kd.utils.errors import InputError
+
+ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
+
+
+def odd_batch(sizes, scale):
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(height, width):
+        return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+    return [{"image": noise(h, w), "image_hr": noise(scale * h, scale * w)} for h, w in sizes]
+
+
+def strides(levels):
+    return {name: shape.stride for name, shape in levels.items()}
+
+
+def padded_of(student, inputs):
+    return tuple(student.preprocess_image(inputs).tensor.shape[-2:])
+
+
+@pytest.mark.parametrize("branch", ["fused", "hr", "lr"])
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("sizes", ODD_SIZES)
+def test_levels_have_the_students_shapes(config, sizes, scale, branch):
+    levels = [f"p{s + scale // 2}" for s in range(2, 7)]
+    heads = ["MODEL.RPN.IN_FEATURES", levels, "MODEL.ROI_HEADS.IN_FEATURES", levels[:-1]]
+    model = build_model(config("teacher", "KD.SCALE", scale, *heads))
+    teacher = Teacher(model, branch=branch, scale=scale)
+    student = build_model(config("lr")).eval()
+    inputs = odd_batch(sizes, scale)
+    found = teacher.pyramid(inputs, padded_of(student, inputs))
+    with torch.no_grad():
+        expected = student.backbone(student.preprocess_image(inputs).tensor)
+    shapes = {name: level.shape for name, level in found.items()}
+    assert shapes == dict(zip(levels, (expected[f"p{s}"].shape for s in range(2, 7))))
+
+
+@pytest.mark.parametrize(("branch", "factor"), [("hr", 1), ("lr", 2)])
+def test_a_single_resolution_teacher(config, branch, factor):
+    model = build_model(config("hr"))
+    teacher = Teacher(model, branch=branch, scale=2)
+    assert strides(teacher.levels()) == {f"p{s}": factor * 2**s for s in range(2, 7)}
+    inputs = odd_batch([(61, 83), (40, 97)], 2)
+    found = teacher.pyramid(inputs, (64, 128))
+    assert found["p2"].shape == (2, 16, 32 // factor, 64 // factor)
+    padded = torch.zeros(2, 3, 128 // factor, 256 // factor)
+    for slot, entry in zip(padded, inputs):
+        image = entry["image_hr" if branch == "hr" else "image"]
+        slot[:, : image.shape[1], : image.shape[2]] = (image - 120.0) / 64.0
+    with torch.no_grad():
+        assert differing(found, model.backbone(padded)) == []
+
+
+def test_strides_are_in_pixels_of_the_high_resolution(config):
+    teacher = Teacher(build_model(config("teacher")), branch="fused", scale=2)
+    assert strides(teacher.levels()) == {f"p{s}": 2**s for s in range(3, 8)}
+
+
+@pytest.mark.parametrize("options", [[], ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]])
+@pytest.mark.parametrize("branch", ["hr", "lr"])
+def test_its_levels_are_known_before_it_is_built(student_config, branch, options):
+    keys = ["KD.TEACHER.BRANCH", branch, "KD.TEACHER.OPTS", options]
+    cfg = student_config(*keys)
+    teacher = Teacher(build_model(teacher_config(cfg)), branch=branch, scale=2)
+    before = torch.get_rng_state()
+    assert teacher_levels(cfg) == teacher.levels()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {shape.channels for shape in teacher.levels().values()} == {16}
+
+
+def test_the_fused_pyramid_is_the_trained_models(student_config, teacher_weights, config, batch):
+    teacher = build_teacher(student_config())
+    model = build_model(config("teacher")).eval()
+    model.load_state_dict(torch.load(teacher_weights, weights_only=False)["model"])
+    inputs = batch(config("student"), "lr")
+    found = teacher.pyramid(inputs, (32, 64))
+    images = [{"image": x["image_hr"], "image_lr": x["image"]} for x in inputs]
+    high = model.preprocess_image(images)
+    low = torch.zeros(2, 3, 32, 64)
+    low[..., :48] = (torch.stack([x["image"] for x in inputs]) - 120.0) / 64.0
+    with torch.no_grad():
+        expected = model.pyramids(high.tensor, low, high.image_sizes, ("fused",))["fused"]
+    assert differing(found, expected) == []
+
+
+def test_frozen_and_without_graph(student_config, batch):
+    cfg = student_config()
+    teacher = build_teacher(cfg)
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert not any(module.training for module in teacher.model.modules())
+    pyramid = teacher.pyramid(batch(cfg, "lr"), (32, 64))
+    assert not any(level.requires_grad for level in pyramid.values())
+
+
+def test_every_weight_is_the_checkpoints(student_config, teacher_weights):
+    saved = torch.load(teacher_weights, weights_only=False)["model"]
+    loaded = build_teacher(student_config()).model.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name].to(loaded[name]), loaded[name]) for name in saved)
+
+
+def test_building_draws_no_random_number(student_config):
+    cfg = student_config()
+    draws = []
+    for build in (lambda: None, lambda: build_teacher(cfg)):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        build()
+        draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+
+
+def test_its_data_sets_and_device_are_the_students(student_config):
+    cfg = student_config("DATASETS.TEST", ("coco_2017_val",), "MODEL.DEVICE", "cpu")
+    own = teacher_config(cfg)
+    assert own.DATASETS == cfg.DATASETS and own.MODEL.DEVICE == "cpu"
+    assert own.INPUT.MIN_SIZE_TEST == 2 * cfg.INPUT.MIN_SIZE_TEST
+
+
+def test_options_on_top_of_its_file(student_config):
+    cfg = student_config("KD.TEACHER.OPTS", ["MODEL.MULTI_RESOLUTION.FUSED_WEIGHT", 0.7])
+    assert teacher_config(cfg).MODEL.MULTI_RESOLUTION.FUSED_WEIGHT == 0.7
+
+
+@pytest.mark.parametrize("key", ["CONFIG_FILE", "WEIGHTS"])
+def test_an_empty_key(student_config, key):
+    with pytest.raises(InputError, match=f"KD.TEACHER.{key} is empty; DistilledRCNN needs"):
+        build_teacher(student_config(f"KD.TEACHER.{key}", ""))
+
+
+def test_a_missing_checkpoint(student_config):
+    with pytest.raises(InputError, match="'nowhere.pth' for .*teacher.yaml' does not exist"):
+        build_teacher(student_config("KD.TEACHER.WEIGHTS", "nowhere.pth"))
+
+
+def test_a_file_that_is_no_checkpoint(student_config, tmp_path):
+    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(InputError, match="broken.pth' .*cannot be read"):
+        build_teacher(student_config("KD.TEACHER.WEIGHTS", str(tmp_path / "broken.pth")))
+
+
+def test_a_missing_config_file(student_config):
+    with pytest.raises(InputError, match="config file 'nowhere.yaml' does not exist"):
+        build_teacher(student_config("KD.TEACHER.CONFIG_FILE", "nowhere.yaml"))
+
+
+def test_an_unknown_key_on_top_of_its_file(student_config):
+    with pytest.raises(InputError, match="MODEL.WIEGHTS; did you mean MODEL.WEIGHTS"):
+        build_teacher(student_config("KD.TEACHER.OPTS", ["MODEL.WIEGHTS", "x"]))
+    with pytest.raises(InputError, match="KD.TEACHER: MODEL.ROI_HEADS.NAME: 'Heads' is not regist"):
+        build_teacher(student_config("KD.TEACHER.OPTS", ["MODEL.ROI_HEADS.NAME", "Heads"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["MODEL.FPN.NORM", "BN"], "absent from it, e.g. backbone.fpn_lateral2.norm"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", 3], r"another shape.*roi_heads.*\(9, 16\).*\(4, 16\)"),
+        (["MODEL.RESNETS.DEPTH", 101], "absent from it, e.g. backbone.bottom_up.res4"),
+        (["MODEL.MASK_ON", False], "not in the model, e.g. roi_heads.mask_head"),
+    ],
+)
+def test_weights_of_another_model_name_file_config_and_key(student_config, options, words):
+    with pytest.raises(InputError, match=f"model_final.pth' does not fit .*teacher.yaml'.*{words}"):
+        build_teacher(student_config("KD.TEACHER.OPTS", options))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is BGR in the teacher's config .* and RGB"),
+        ("KD.SCALE", 4, "KD.SCALE is 4 in the teacher's config .* and 2"),
+        ("MODEL.PIXEL_STD", [1.0, 1.0, 9.0], r"MODEL.PIXEL_STD is \[1.0, 1.0, 9.0\] in the teach"),
+    ],
+)
+def test_images_of_another_kind(student_config, key, value, words):
+    with pytest.raises(InputError, match=words):
+        build_teacher(student_config("KD.TEACHER.OPTS", [key, value]))
+
+
+def test_an_unknown_branch(student_config, config):
+    with pytest.raises(InputError, match="BRANCH is 'both', but a MultiRes.* hr, lr, fused"):
+        teacher_config(student_config("KD.TEACHER.BRANCH", "both"))
+    with pytest.raises(InputError, match="BRANCH is 'fused', but a GeneralizedRCNN .* hr, lr$"):
+        Teacher(build_model(config("hr")), branch="fused", scale=2)
+
+
+def test_data_of_the_stock_mapper_are_refused(student_config, batch):
+    cfg = student_config()
+    with pytest.raises(InputError, match="'image_hr'.*TwoResolutionMapper"):
+        build_teacher(cfg).pyramid(batch(cfg, None), (32, 64))
+
+
+def test_images_that_do_not_belong_together_are_refused(student_config, batch):
+    cfg = student_config()
+    inputs = batch(cfg, "lr")
+    inputs[1]["image_hr"] = inputs[1]["image_hr"][:, :-1]
+    with pytest.raises(InputError, match=r"\(63, 96\) stands beside .* \(64, 96\)"):
+        build_teacher(cfg).pyramid(inputs, (32, 64))
+
+
+def test_what_is_learned_from_is_what_is_evaluated(student_config):
+    for branch in ("hr", "lr", "fused"):
+        teacher = build_teacher(student_config("KD.TEACHER.BRANCH", branch))
+        assert teacher.model.test_branch == teacher.branch == branch
+
+
+def test_a_single_resolution_teacher_has_the_students_scale(student_config):
+    stock = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
+    cfg = student_config("KD.SCALE", 4, "KD.TEACHER.OPTS", stock, "KD.TEACHER.BRANCH", "hr")
+    assert teacher_config(cfg).KD.SCALE == 4
+
+
+def test_a_plain_teacher_computes_what_the_losses_read(student_config, config, batch):
+    cfg = student_config("KD.LOSSES", [{"name": "l1", "weight": 1.0, "levels": ["p2", "p4"]}])
+    student, teacher = build_model(cfg), Teacher(build_model(config("hr")), branch="hr", scale=2)
+    inputs = batch(cfg, "lr")
+    whole = teacher.pyramid(inputs, (32, 64))
+    student.set_teacher(teacher)
+    needed = teacher.pyramid(inputs, (32, 64))
+    # p5 is what p6 is made of.
+    assert [name for name, level in needed.items() if level is None] == ["p2", "p4"]
+    for name in ("p3", "p5"):
+        assert torch.equal(needed[name], whole[name])
+
+
+def test_a_student_teaches_without_its_own_losses(student_config):
+    own = student_config("KD.LOSSES", [{"name": "mgd", "weight": 1.0}])
+    opts = ["MODEL.META_ARCHITECTURE", "DistilledRCNN", "KD.LOSSES", list(own.KD.LOSSES)]
+    cfg = student_config("KD.TEACHER.BRANCH", "lr", "KD.TEACHER.OPTS", opts)
+    assert teacher_config(cfg).KD.LOSSES == []

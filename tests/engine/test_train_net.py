@@ -1,0 +1,274 @@
+"""train_net.py end to end: a teacher, a student that is killed and resumed, and its evaluation.
+
+The student has an RoI head of the user's own, which kills its process at the iteration DIE_AT.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from helpers import ROOT, TEST_SCENES, WARMUP, differing, input_sizes, tiny_model, train
+
+import train_net
+from msad_kd.config.build import build_config
+from msad_kd.distill.teacher import Teacher
+from msad_kd.utils.errors import InputError
+
+STEPS, KEPT, DIE_AT = WARMUP + 2, 2, 3
+
+USERS_MODULE = """
+import os
+import signal
+
+from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.utils.events import get_event_storage
+
+
+@ROI_HEADS_REGISTRY.register()
+class UsersHeads(StandardROIHeads):
+    def forward(self, *args):
+        if self.training and get_event_storage().iter == int(os.environ.get("DIE_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(*args)
+"""
+
+# A program that has never heard of this project.
+STOCK_PROGRAM = """
+import sys
+
+import cv2
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+
+torch.set_num_threads(1)
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+predictor = DefaultPredictor(cfg)
+found = [predictor(cv2.imread(file))["instances"].get_fields() for file in sys.argv[3:]]
+assert not [name for name in sys.modules if name.startswith("msad_kd")]
+torch.save([{**fields, "pred_boxes": fields["pred_boxes"].tensor} for fields in found], sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train_net")
+    (folder / "users_module.py").write_text(USERS_MODULE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """run(argument, ...): train_net.py as a process of its own, from another folder."""
+
+    def call(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train_net.py"), *map(str, arguments)],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return call
+
+
+def succeeded(process):
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return process
+
+
+@pytest.fixture(scope="module")
+def teacher(run, folder, config_files):
+    """The folder of a teacher that was trained for two steps."""
+    options = ["SOLVER.MAX_ITER", 2, "OUTPUT_DIR", folder / "teacher"]
+    succeeded(run("--config-file", config_files["teacher"], *options))
+    return folder / "teacher"
+
+
+@pytest.fixture(scope="module")
+def student_options(folder, teacher):
+    return [
+        *("KD.TEACHER.WEIGHTS", f"{teacher}/model_final.pth", "OUTPUT_DIR", f"{folder}/student"),
+        *("KD.TEACHER.EVAL_BEFORE_TRAIN", "True"),
+        *("SOLVER.MAX_ITER", str(STEPS), "SOLVER.CHECKPOINT_PERIOD", str(KEPT)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def killed(run, folder, config_files, student_options):
+    """What was in a student's folder when its process was killed."""
+    heads = ["MODEL.ROI_HEADS.NAME", "UsersHeads"]
+    process = run(
+        *("--config-file", config_files["student"], "--import", "users_module"),
+        *(*student_options, *heads),
+        DIE_AT=str(DIE_AT),
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr[-4000:]
+    return sorted(path.name for path in (folder / "student").iterdir())
+
+
+@pytest.fixture(scope="module")
+def student(run, folder, config_files, student_options, killed):
+    """The folder of the student that was killed and resumed, after it came to its end."""
+    before = (folder / "student" / "teacher").stat().st_mtime_ns
+    process = run(
+        *("--config-file", config_files["student"], "--import", "users_module", "--resume"),
+        *(*student_options, "MODEL.ROI_HEADS.NAME", "UsersHeads"),
+    )
+    succeeded(process)
+    assert f"Starting training from iteration {KEPT}" in process.stdout
+    assert "Evaluating the teacher" not in process.stdout
+    assert (folder / "student" / "teacher").stat().st_mtime_ns == before
+    return folder / "student"
+
+
+def metrics(folder):
+    """The last value of everything that was logged."""
+    merged = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        merged |= json.loads(line)
+    return merged
+
+
+def test_a_teacher_is_trained_and_evaluated(teacher):
+    branches = {"loss_mask_hr", "loss_mask_lr", "loss_mask_fused"}
+    assert branches | {"bbox/AP", "segm/AP"} <= metrics(teacher).keys()
+
+
+def test_the_killed_student_had_evaluated_its_teacher_and_kept_a_checkpoint(killed, folder):
+    assert f"model_{KEPT - 1:07d}.pth" in killed and "model_final.pth" not in killed
+    assert (folder / "student" / "teacher" / "inference" / "coco_instances_results.json").exists()
+
+
+def test_a_users_head_was_distilled(student):
+    last = metrics(student)
+    assert last["loss_kd_l1"] > 0 and "bbox/AP" in last
+    assert "UsersHeads" in (student / "log.txt").read_text()
+
+
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(
+    student, config_files, student_options, tmp_path
+):
+    options = [*student_options, "OUTPUT_DIR", str(tmp_path), "KD.TEACHER.EVAL_BEFORE_TRAIN", False]
+    whole = train(build_config(str(config_files["student"]), [*options, "DATASETS.TEST", ()]))
+    state = torch.load(student / "model_final.pth", weights_only=False)["model"]
+    assert differing(state, whole.model.state_dict()) == []
+
+
+def evaluate(config_file, folder, weights, *flags):
+    """The results of --eval-only, in this process, with a teacher that does not exist."""
+    arguments = [
+        *("--eval-only", "--config-file", str(config_file), "MODEL.WEIGHTS", str(weights)),
+        *("KD.TEACHER.WEIGHTS", "nowhere.pth", "KD.TEACHER.CONFIG_FILE", "nowhere.yaml"),
+        *("OUTPUT_DIR", str(folder)),
+    ]
+    args = default_argument_parser().parse_args([*flags, *arguments])
+    args.imports = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("a teacher was built"))
+        return train_net.main(args)
+
+
+@pytest.fixture(scope="module")
+def evaluated(student, folder, config_files):
+    weights = student / "model_final.pth"
+    return evaluate(config_files["student"], folder / "evaluated", weights)
+
+
+def test_eval_only_builds_no_teacher(evaluated):
+    assert {"bbox", "segm"} <= evaluated.keys()
+
+
+def test_eval_only_finds_what_the_training_run_found(evaluated, student, folder):
+    results = [
+        json.loads((run / "inference" / "coco_instances_results.json").read_text())
+        for run in (student, folder / "evaluated")
+    ]
+    assert len({result["image_id"] for result in results[0]}) == TEST_SCENES
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [("", "no checkpoint is named"), ("nowhere.pth", "'nowhere.pth' .* does not exist")],
+)
+def test_eval_only_without_weights(config_files, tmp_path, weights, words):
+    with pytest.raises(InputError, match=words):
+        evaluate(config_files["student"], tmp_path, weights)
+
+
+def test_eval_only_keeps_the_record_of_the_training(evaluated, folder):
+    assert "name: l1" in (folder / "evaluated" / "config.yaml").read_text()
+
+
+def test_eval_only_of_what_was_trained_last(student, config_files, folder, evaluated):
+    again = evaluate(config_files["student"], student, "", "--resume")
+    assert again["bbox"] == pytest.approx(evaluated["bbox"], nan_ok=True)
+
+
+def test_eval_only_of_a_folder_without_checkpoint(config_files, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint is named"):
+        evaluate(config_files["student"], tmp_path, "", "--resume")
+
+
+def test_eval_only_with_weights_of_another_model(config_files, tmp_path, teacher_weights):
+    with pytest.raises(InputError, match="does not fit .*student.yaml'.* e.g. fusion"):
+        evaluate(config_files["student"], tmp_path, teacher_weights)
+
+
+def test_stock_detectron2_gives_identical_predictions(student, config_files, folder):
+    plain = {
+        "_BASE_": str(ROOT / "configs/Base-RCNN-FPN-LR.yaml"),
+        "INPUT": input_sizes(32),
+        "MODEL": {
+            **tiny_model(4, 8, 16, 32, 64),
+            "WEIGHTS": str(student / "model_final.pth"),
+        },
+        "TEST": {"DETECTIONS_PER_IMAGE": 20},
+    }
+    (folder / "plain.yaml").write_text(yaml.safe_dump(plain))
+    dicts = get_detection_dataset_dicts(("tiny_val",))
+    files = [entry["file_name"] for entry in dicts]
+    arguments = [folder / "plain.yaml", folder / "found.pth", *files]
+    # In a folder and with a path that have nothing of this project.
+    succeeded(
+        subprocess.run(
+            [sys.executable, "-c", STOCK_PROGRAM, *map(str, arguments)],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+        )
+    )
+    cfg = build_config(str(config_files["student"]), [])
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(str(student / "model_final.pth"))
+    mapper = DatasetMapper(cfg, False)
+    with torch.no_grad():
+        expected = [model.eval()([mapper(entry)])[0]["instances"] for entry in dicts]
+    for fields, instances in zip(torch.load(folder / "found.pth"), expected, strict=True):
+        assert len(instances) > 5
+        assert torch.equal(fields["pred_boxes"], instances.pred_boxes.tensor)
+        for name in ("scores", "pred_classes", "pred_masks"):
+            assert torch.equal(fields[name], instances.get(name))
+
+
+def test_a_mistake_is_told_in_one_sentence(run, folder, config_files):
+    gone = {"name": "gone", "json": "gone/annotations.json", "images": "gone"}
+    options = ["DATASETS.COCO_FORMAT", [gone], "DATASETS.TRAIN", ("gone",), "DATASETS.TEST", ()]
+    process = run("--config-file", config_files["lr"], *options, DETECTRON2_DATASETS="here")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    (sentence,) = [line for line in process.stderr.splitlines() if line.startswith("train_net.py:")]
+    assert "the annotation file 'here/gone/annotations.json' does not exist" in sentence

@@ -1,0 +1,239 @@
+"""Training runs: what distillation changes, what it must not, and that they can be interrupted."""
+
+import shutil
+
+import pytest
+import torch
+from detectron2.data import DatasetMapper
+from helpers import NO_TEST, differing, tensors_of, train
+
+from msad_kd import KDTrainer, TwoResolutionMapper
+from msad_kd.data.mapper import build_mapper
+from msad_kd.distill.teacher import Teacher
+from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.seed import derive_seed
+
+
+def loss(weight):
+    return ["KD.LOSSES", [{"name": "l1", "weight": weight, "warmup_iters": 2}]]
+
+
+@pytest.fixture
+def stock_run(config, teacher_weights):
+    """The trainer of 20 steps of plain Detectron2 from the teacher's weights."""
+    keys = ["SOLVER.MAX_ITER", 20, "SOLVER.CHECKPOINT_PERIOD", 5, *NO_TEST]
+    cfg = config("lr", "MODEL.WEIGHTS", str(teacher_weights), *keys)
+    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    return train(cfg)
+
+
+def test_weight_0_is_bitwise_the_stock_run_and_another_is_not(stock_run, student_config):
+    without = train(student_config("SOLVER.MAX_ITER", 20, *NO_TEST, *loss(0.0)))
+    assert differing(tensors_of(without.model), tensors_of(stock_run.model)) == []
+    distilled = train(student_config("SOLVER.MAX_ITER", 5, *NO_TEST, *loss(0.6)))
+    after_5 = torch.load(f"{stock_run.cfg.OUTPUT_DIR}/model_0000004.pth", weights_only=False)
+    changed = differing(distilled.model.state_dict(), after_5["model"])
+    assert any(name.startswith("backbone") and name.endswith("weight") for name in changed)
+    assert any(name.startswith("roi_heads") for name in changed)
+
+
+def test_a_teacher_that_nobody_learns_from_is_told_of(config, caplog):
+    KDTrainer(config("lr", *NO_TEST))
+    assert "KD.TEACHER is not used" not in caplog.text
+    KDTrainer(config("lr", "KD.TEACHER.CONFIG_FILE", "teacher.yaml", *NO_TEST))
+    assert "KD.TEACHER is not used: a GeneralizedRCNN is trained without" in caplog.text
+
+
+def test_precise_statistics_of_two_resolutions_are_the_tools(config):
+    with pytest.raises(
+        InputError, match="TEST.PRECISE_BN.ENABLED .* tools/analysis/precise_statistics.py"
+    ):
+        KDTrainer(config("teacher", "TEST.PRECISE_BN.ENABLED", True, *NO_TEST))
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path):
+    keys = ["SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2]
+    whole = train(student_config(*keys, *NO_TEST))
+    # Cut off after the second step. The evaluations, which draw random numbers, the workers and
+    # the start must change nothing.
+    folder = tmp_path / "cut_off"
+    folder.mkdir()
+    shutil.copy(f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth", folder)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    more = ["OUTPUT_DIR", str(folder), "TEST.EVAL_PERIOD", 2, "DATALOADER.NUM_WORKERS", 1]
+    again = train(student_config(*keys, *more), resume=True)
+    assert again.start_iter == 2
+    assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
+    for one, other in zip(*(t.optimizer.state_dict()["state"].values() for t in (whole, again))):
+        assert differing(one, other) == []
+
+
+def test_trained_parts_resume_bitwise_too(student_config, tmp_path):
+    terms = [
+        {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
+        {"name": "l1", "weight": 0.1, "adapter": True},
+    ]
+    keys = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "KD.LOSSES", terms, *NO_TEST]
+    whole = train(student_config(*keys))
+    parts = {k: v for k, v in tensors_of(whole.model).items() if k.startswith("distiller.")}
+    assert {k.split(".")[1] for k in parts} == {"adapters", "parts"}
+    folder = tmp_path / "cut_off"
+    folder.mkdir()
+    first = f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth"
+    shutil.copy(first, folder)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    again = train(student_config(*keys, "OUTPUT_DIR", str(folder)), resume=True)
+    assert again.start_iter == 2
+    assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
+    early = torch.load(first, weights_only=False)["model"]
+    assert set(parts) <= set(differing({k: early[k] for k in parts}, parts))  # they are trained
+
+
+def test_a_loss_that_is_not_finite_names_its_level(student_config):
+    @DISTILL_LOSS_REGISTRY.register()
+    def bad(student, teacher):
+        return (student - teacher).mean() * (float("nan") if student.shape[-1] == 4 else 1.0)
+
+    try:
+        terms = [{"name": "bad", "weight": 1.0}, {"name": "l1", "weight": 1.0}]
+        with pytest.raises(FloatingPointError, match="Not finite at iteration 0: bad_p4$"):
+            train(student_config("KD.LOSSES", terms, *NO_TEST))
+    finally:
+        DISTILL_LOSS_REGISTRY._obj_map.pop("bad")
+
+
+def test_resuming_does_not_initialise_the_student_again(student_config):
+    cfg = student_config("SOLVER.MAX_ITER", 2, *NO_TEST)
+    trained = tensors_of(train(cfg).model)
+    trainer = KDTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    assert differing(tensors_of(trainer.model), trained) == []
+    other = student_config("OUTPUT_DIR", cfg.OUTPUT_DIR, "SOLVER.IMS_PER_BATCH", 1, *NO_TEST)
+    with pytest.raises(InputError, match="had 2 images a batch and is resumed with 1"):
+        KDTrainer(other).resume_or_load(resume=True)
+    # Without --resume the same folder is a fresh start.
+    trainer.resume_or_load(resume=False)
+    inherited = trainer.teacher.model.state_dict()
+    assert all(torch.equal(v, inherited[k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_without_init_the_student_keeps_its_own_weights(student_config, config):
+    torch.manual_seed(0)
+    trainer = KDTrainer(student_config("KD.TEACHER.INIT_STUDENT", False))
+    trainer.resume_or_load(resume=False)
+    torch.manual_seed(0)
+    assert (
+        differing(tensors_of(trainer.model), tensors_of(KDTrainer.build_model(config("lr")))) == []
+    )
+
+
+def test_weights_that_the_teachers_replace_are_named(student_config, teacher_weights, caplog):
+    trainer = KDTrainer(student_config("MODEL.WEIGHTS", str(teacher_weights)))
+    trainer.resume_or_load(resume=False)
+    assert f"replace those of MODEL.WEIGHTS '{teacher_weights}'" in caplog.text
+
+
+def test_initial_weights_that_are_missing(config):
+    trainer = KDTrainer(config("lr", "MODEL.WEIGHTS", "nowhere.pth"))
+    with pytest.raises(InputError, match="'nowhere.pth' for MODEL.WEIGHTS does not exist"):
+        trainer.resume_or_load(resume=False)
+
+
+def test_the_teacher_is_no_part_of_the_run(student_config):
+    cfg = student_config("SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1)
+    trainer = KDTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    teacher = trainer.teacher.model
+    before = tensors_of(teacher)
+    trainer.train()
+    assert differing(tensors_of(teacher), before) == []
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    mine = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert mine == {id(p) for p in trainer.model.parameters()}
+    assert mine.isdisjoint(id(p) for p in teacher.parameters())
+    saved = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=False)
+    assert saved["model"].keys() == trainer.model.state_dict().keys()
+    assert not any("fusion" in name or "teacher" in name for name in saved["model"])
+
+
+def test_the_teacher_is_evaluated_before_the_first_step(student_config, monkeypatch):
+    evaluated = []
+    stock = KDTrainer.test.__func__
+
+    def spy(cls, cfg, model, evaluators=None):
+        evaluated.append((cfg.OUTPUT_DIR, model))
+        return stock(cls, cfg, model, evaluators)
+
+    monkeypatch.setattr(KDTrainer, "test", classmethod(spy))
+    cfg = student_config("SOLVER.MAX_ITER", 1, "KD.TEACHER.EVAL_BEFORE_TRAIN", True)
+    seen = train(cfg)
+    assert [model for _, model in evaluated] == [seen.teacher.model, seen.model]
+    assert evaluated[0][0] == f"{cfg.OUTPUT_DIR}/teacher" and evaluated[1][0] == cfg.OUTPUT_DIR
+    evaluated.clear()
+    trainer = KDTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    assert trainer.teacher.model not in [model for _, model in evaluated]
+    evaluated.clear()
+    unseen = train(student_config("SOLVER.MAX_ITER", 1, "KD.TEACHER.EVAL_BEFORE_TRAIN", False))
+    assert [model for _, model in evaluated] == [unseen.model]
+    assert differing(tensors_of(unseen.model), tensors_of(seen.model)) == []
+
+
+def test_each_step_has_its_own_seed(config):
+    trainer = KDTrainer(config("lr", *NO_TEST))
+    seeds = []
+    (hook,) = [h for h in trainer._hooks if type(h).__name__ == "SeedEachStep"]
+    for trainer.iter in (0, 1):
+        hook.before_step()
+        seeds.append(torch.initial_seed())
+    assert seeds == [derive_seed(3, 0, 0), derive_seed(3, 0, 1)]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("SGD", torch.optim.SGD), ("ADAMW", torch.optim.AdamW)])
+def test_optimizers(config, name, kind):
+    trainer = KDTrainer(config("lr", "SOLVER.OPTIMIZER", name, *NO_TEST))
+    assert isinstance(trainer.optimizer, kind)
+    norms = [
+        group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+        if p is trainer.model.backbone.bottom_up.stem.conv1.norm.weight
+    ]
+    assert norms == [0.0]  # SOLVER.WEIGHT_DECAY_NORM
+
+
+def test_gradients_are_clipped_with_adamw_too(config):
+    keys = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-9]
+    trainer = KDTrainer(config("lr", *keys, *NO_TEST))
+    for p in trainer.model.parameters():
+        p.grad = torch.ones_like(p)
+    trainer.optimizer.step()
+    assert max(p.grad.abs().max() for p in trainer.model.parameters()) <= 1e-9
+
+
+def test_an_unknown_optimizer(config):
+    with pytest.raises(InputError, match="SOLVER.OPTIMIZER is 'LION'; use SGD or ADAMW"):
+        KDTrainer(config("lr", "SOLVER.OPTIMIZER", "LION"))
+
+
+def test_each_model_gets_its_mapper(config):
+    for role, is_train, frame in (
+        ("lr", True, None),
+        ("hr", False, None),
+        ("student", True, "lr"),
+        ("student", False, None),
+        ("teacher", True, "hr"),
+        ("teacher", False, "hr"),
+    ):
+        mapper = build_mapper(config(role), is_train)
+        assert type(mapper) is (TwoResolutionMapper if frame else DatasetMapper)
+        assert frame is None or mapper.augmentations.frame == frame
+
+
+def test_a_teacher_is_built_for_students_only(config, monkeypatch):
+    monkeypatch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("a teacher was built"))
+    assert KDTrainer(config("lr")).teacher is None

@@ -1,0 +1,246 @@
+"""Cityscapes' AP by cityscapesScripts and by COCO's rules, on a generated tree."""
+
+import glob
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.cityscapes import load_cityscapes_instances
+from detectron2.evaluation import CityscapesInstanceEvaluator
+from detectron2.structures import Boxes, Instances
+from helpers import ROOT
+from PIL import Image
+
+from msad_kd import KDTrainer
+from msad_kd.evaluation import coco as module
+from msad_kd.evaluation.build import build_evaluator
+from msad_kd.evaluation.cityscapes import CityscapesEvaluator, CityscapesMetricsEvaluator
+from msad_kd.evaluation.coco import IMPLEMENTATIONS
+from msad_kd.utils.errors import InputError
+from projects.Shapes.generate import generate
+
+pytest.importorskip("cityscapesscripts")
+
+NAME = "cityscapes_of_shapes"
+SIZE = 160, 320
+INSTALLED = [name for name in IMPLEMENTATIONS if module._is_installed(name)]
+CLASSES = list(MetadataCatalog.get("cityscapes_fine_instance_seg_val").thing_classes)
+SUFFIX = "gtFine_instanceIds.png"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A folder with `cityscapes/` in it, whose validation set is registered as NAME."""
+    folder = tmp_path_factory.mktemp("tree") / "datasets"
+    shapes = {"min_radius": 10, "max_radius": 30, "max_shapes": 7}
+    generate(folder, train=4, val=5, size=SIZE, format="cityscapes", progress=False, **shapes)
+    images, labels = (folder / "cityscapes" / part / "val" for part in ("leftImg8bit", "gtFine"))
+    make_group_and_void(labels)
+    DatasetCatalog.register(NAME, lambda: load_cityscapes_instances(str(images), str(labels)))
+    MetadataCatalog.get(NAME).set(
+        gt_dir=str(labels), evaluator_type="cityscapes_instance", thing_classes=CLASSES
+    )
+    yield folder
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def instances_of(ids):
+    """The instances, without groups, of an image of instance ids: (number, mask)."""
+    return [(each, ids == each) for each in np.unique(ids).tolist() if each >= 1000]
+
+
+def make_group_and_void(labels):
+    """Turns the first instance of the first image into a group, and the next into void."""
+    path = sorted(glob.glob(f"{labels}/*/*{SUFFIX}"))[0]
+    ids = np.array(Image.open(path))
+    (group, where), (_, void) = instances_of(ids)[:2]
+    ids[where], ids[void] = group // 1000, 3  # `out of roi`, which is ignored
+    Image.fromarray(ids.astype(np.uint16)).save(path)
+
+
+def predict(change=lambda mask: mask, spurious=()):
+    """The ground truth as a model's prediction: (inputs, outputs) of each image.
+
+    Args:
+        change: is applied to each mask.
+        spurious: further (class, mask) in the first image.
+    """
+    from cityscapesscripts.helpers.labels import id2label
+
+    pairs = []
+    for number, entry in enumerate(sorted(DatasetCatalog.get(NAME), key=lambda e: e["file_name"])):
+        truth = entry["file_name"].replace("leftImg8bit/", "gtFine/")
+        ids = np.array(Image.open(truth.replace("leftImg8bit.png", SUFFIX)))
+        objects = [
+            (CLASSES.index(id2label[each // 1000].name), change(mask))
+            for each, mask in instances_of(ids)
+        ]
+        objects += spurious if number == 0 else []
+        masks = torch.from_numpy(np.stack([mask for _, mask in objects]))
+        spans = [[mask.any(axis).nonzero()[0] for axis in (0, 1)] for _, mask in objects]
+        boxes = [[x[0], y[0], x[-1] + 1, y[-1] + 1] for x, y in spans]
+        found = Instances(
+            ids.shape,
+            pred_boxes=Boxes(torch.tensor(boxes).float()),
+            scores=torch.linspace(0.9, 0.5, len(objects)),
+            pred_classes=torch.tensor([label for label, _ in objects]),
+            pred_masks=masks,
+        )
+        pairs.append(([entry], [{"instances": found}]))
+    return pairs
+
+
+def eroded(mask):
+    return cv2.erode(mask.astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
+
+
+def evaluate(pairs, evaluator):
+    evaluator.reset()
+    for inputs, outputs in pairs:
+        evaluator.process(inputs, outputs)
+    return evaluator.evaluate()
+
+
+def first_image():
+    first = min(glob.glob(f"{MetadataCatalog.get(NAME).gt_dir}/*/*{SUFFIX}"))
+    return np.array(Image.open(first))
+
+
+def test_a_perfect_prediction_scores_100_by_cityscapes(tree):
+    found = evaluate(predict(), CityscapesEvaluator(NAME))["segm"]
+    assert found.keys() == {"AP", "AP50"} | {f"AP-{name}" for name in CLASSES}
+    occurring = [value for value in found.values() if not np.isnan(value)]
+    assert len(occurring) > 4 and occurring == pytest.approx([100.0] * len(occurring))
+
+
+@pytest.mark.parametrize("implementation", INSTALLED)
+def test_a_perfect_prediction_scores_100_by_coco(tree, tmp_path, implementation):
+    options = {"implementation": implementation, "output_dir": str(tmp_path)}
+    found = evaluate(predict(), CityscapesMetricsEvaluator(NAME, **options))
+    assert found.keys() == {"bbox", "segm_coco"}
+    for metrics in found.values():
+        assert (metrics["AP"], metrics["AP75"]) == pytest.approx((100.0, 100.0))
+
+
+@pytest.mark.skipif(not hasattr(np, "in1d"), reason="stock Detectron2 fails with numpy 2.4")
+def test_same_ap_as_detectron2s_evaluator(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # cityscapesScripts writes matches.json there
+    pairs = predict(eroded, [(0, first_image() == 7)])
+    stock = evaluate(pairs, CityscapesInstanceEvaluator(NAME))["segm"]
+    assert 5 < stock["AP"] < 95
+    (tmp_path / "matches.json").unlink()
+    ours = evaluate(pairs, CityscapesEvaluator(NAME))["segm"]
+    assert {name: ours[name] for name in stock} == pytest.approx(stock)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numpy_without_in1d(tree, monkeypatch):
+    expected = evaluate(predict(eroded), CityscapesEvaluator(NAME))["segm"]
+    from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as scripts
+
+    monkeypatch.setattr(scripts, "np", np)  # as it is when nothing was evaluated yet
+    monkeypatch.delattr(np, "in1d", raising=False)
+    found = evaluate(predict(eroded), CityscapesEvaluator(NAME))["segm"]
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert not hasattr(np, "in1d")
+
+
+def test_predictions_on_groups_and_void_are_no_mistakes(tree, tmp_path):
+    ids = first_image()
+    (group,) = [label for label in np.unique(ids) if 24 <= label < 1000]
+    on_group = [(CLASSES.index("person") + int(group) - 24, ids == group)]
+    elsewhere = [(0, ids == 7)]  # the road
+    for spurious, perfect in ((on_group, True), (elsewhere, False)):
+        pairs = predict(spurious=spurious)
+        for _, outputs in pairs:  # the spurious one first: a mistake costs precision
+            outputs[0]["instances"].scores = outputs[0]["instances"].scores.flip(0)
+        own = evaluate(pairs, CityscapesEvaluator(NAME))["segm"]["AP"]
+        coco = CityscapesMetricsEvaluator(NAME, output_dir=str(tmp_path))
+        cocos = evaluate(pairs, coco)["segm_coco"]["AP"]
+        assert (own == pytest.approx(100)) == (cocos == pytest.approx(100)) == perfect
+
+
+def test_classes_that_cityscapes_lacks_do_not_count(tree):
+    found = evaluate(predict(spurious=[(8, first_image() == 7)]), CityscapesEvaluator(NAME))
+    assert found["segm"]["AP"] == pytest.approx(100.0)
+
+
+def test_absent_ground_truth(tree, tmp_path):
+    name = "cityscapes_nowhere"
+    MetadataCatalog.get(name).set(gt_dir=str(tmp_path), thing_classes=CLASSES)
+    with pytest.raises(InputError, match="'cityscapes_nowhere': there is no .*DETECTRON2_DATASETS"):
+        CityscapesMetricsEvaluator(name, output_dir=str(tmp_path))
+    evaluator = CityscapesEvaluator(name)
+    evaluator.reset()
+    with pytest.raises(InputError, match="'cityscapes_nowhere': there is no"):
+        evaluator.evaluate()
+    MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "tasks"),
+    [
+        ((), {"segm"}),
+        (("TEST.CITYSCAPES_COCO", True), {"bbox", "segm", "segm_coco"}),
+        (("MODEL.MASK_ON", False), {"bbox"}),
+        (("MODEL.META_ARCHITECTURE", "RetinaNet"), {"bbox"}),
+    ],
+)
+def test_evaluators_of_a_config(tree, config, options, tasks):
+    evaluator = build_evaluator(config("lr", *options), NAME)
+    pairs = predict()
+    if "segm" not in tasks:
+        for _, outputs in pairs:
+            outputs[0]["instances"].remove("pred_masks")
+    assert evaluate(pairs, evaluator).keys() == tasks
+
+
+def test_masks_of_a_low_resolution_model_have_the_images_size(tree, config):
+    cfg = config("lr")
+    model = KDTrainer.build_model(cfg).eval()
+    inputs = next(iter(KDTrainer.build_test_loader(cfg, NAME)))
+    assert min(inputs[0]["image"].shape[-2:]) == 32
+    with torch.no_grad():
+        assert model(inputs)[0]["instances"].pred_masks.shape[-2:] == SIZE
+
+
+def test_without_cityscapesscripts(tree, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cityscapesscripts.helpers.labels", None)
+    with pytest.raises(InputError, match=f"data set {NAME}: .*install .*cityscapesScripts"):
+        KDTrainer.build_test_loader(config("lr"), NAME)
+
+
+def test_a_student_is_trained_and_evaluated_on_the_tree(
+    tree, config_files, teacher_weights, tmp_path
+):
+    """train_net.py as a process of its own, with the names of Detectron2."""
+    sets = [f"DATASETS.{key.upper()}" for key in ("train", "test")]
+    options = [
+        *(sets[0], "('cityscapes_fine_instance_seg_train',)"),
+        *(sets[1], "('cityscapes_fine_instance_seg_val',)"),
+        *("TEST.CITYSCAPES_COCO", "True", "SOLVER.MAX_ITER", "2"),
+        *("KD.TEACHER.WEIGHTS", str(teacher_weights), "KD.TEACHER.EVAL_BEFORE_TRAIN", "True"),
+        *("OUTPUT_DIR", str(tmp_path / "student")),
+    ]
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file"]
+    done = subprocess.run(
+        [*command, str(config_files["student"]), *options],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(tree)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    metrics = {}
+    for line in (tmp_path / "student/metrics.json").read_text().splitlines():
+        metrics |= json.loads(line)
+    assert {"loss_kd_l1", "segm/AP", "segm/AP50", "segm_coco/AP", "bbox/AP"} <= metrics.keys()
+    assert (tmp_path / "student/teacher/inference").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]

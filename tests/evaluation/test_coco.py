@@ -1,0 +1,209 @@
+"""All implementations of COCO's AP give the same numbers; which of them runs is told and forced."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances, polygons_to_bitmask
+from helpers import ROOT, coco_format
+
+from msad_kd import KDTrainer
+from msad_kd.checkpoint.checkpoint import load_strictly
+from msad_kd.config.build import build_config
+from msad_kd.evaluation import coco as module
+from msad_kd.evaluation.coco import IMPLEMENTATIONS, MetricsEvaluator, choose_implementation
+from msad_kd.utils.errors import InputError
+from projects.Shapes.generate import generate
+
+INSTALLED = [name for name in IMPLEMENTATIONS if module._is_installed(name)]
+METRICS = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """The config of large scenes, with small, medium and large objects and a few crowds."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    # Like those the checkpoint was trained on, larger.
+    like = {"classes": 5, "difficulty": 0.1, "hue_spread": 50.0, "max_shapes": 8}
+    like.update(size=(448, 448), min_radius=3.5, max_radius=30.0)
+    generate(folder / "data", train=1, val=16, progress=False, **like)
+    path = folder / "data/annotations/instances_val.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"][::9]:
+        annotation["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    named = coco_format(folder / "data", "evaluated")
+    options = ["DATASETS.COCO_FORMAT", named, "DATASETS.TRAIN", (), "MODEL.DEVICE", "cpu"]
+    options += ["DATASETS.TEST", ("evaluated_val",), "OUTPUT_DIR", str(folder)]
+    return build_config(
+        str(ROOT / "configs/Shapes/hr.yaml"), [*options, "DATALOADER.NUM_WORKERS", 0]
+    )
+
+
+def evaluate(pairs, evaluator):
+    evaluator.reset()
+    for inputs, outputs in pairs:
+        evaluator.process(inputs, outputs)
+    return evaluator.evaluate()
+
+
+@pytest.fixture(scope="module")
+def predictions(scenes):
+    """What a trained model predicts, as (inputs, outputs) of each image."""
+    model = KDTrainer.build_model(scenes)
+    load_strictly(model, str(ROOT / "projects/Shapes/checkpoints/hr.pth"), "the test")
+    model.eval()
+    with torch.no_grad():
+        return [(x, model(x)) for x in KDTrainer.build_test_loader(scenes, "evaluated_val")]
+
+
+@pytest.fixture(scope="module")
+def stock(predictions):
+    """What Detectron2's own evaluator says by pycocotools."""
+    return evaluate(predictions, COCOEvaluator("evaluated_val", use_fast_impl=False))
+
+
+def perfect(name="evaluated_val"):
+    """The ground truth of each image as its prediction."""
+    pairs = []
+    for entry in DatasetCatalog.get(name):
+        size = entry["height"], entry["width"]
+        objects = [each for each in entry["annotations"] if not each["iscrowd"]]
+        x, y, width, height = torch.tensor([each["bbox"] for each in objects]).T
+        masks = [polygons_to_bitmask(each["segmentation"], *size) for each in objects]
+        found = Instances(
+            size,
+            pred_boxes=Boxes(torch.stack([x, y, x + width, y + height], dim=1)),
+            scores=torch.ones(len(objects)),
+            pred_classes=torch.tensor([each["category_id"] for each in objects]),
+            pred_masks=torch.stack([torch.from_numpy(mask) for mask in masks]),
+        )
+        pairs.append(([entry], [{"instances": found}]))
+    return pairs
+
+
+def test_the_predictions_are_worth_comparing(stock):
+    for task in ("bbox", "segm"):
+        assert METRICS | {"AP-circle"} <= stock[task].keys()
+        assert all(5 < stock[task][name] < 95 for name in METRICS), stock[task]
+
+
+@pytest.mark.parametrize("implementation", INSTALLED)
+def test_same_numbers_as_detectron2_by_pycocotools(predictions, stock, implementation):
+    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation)
+    for _ in range(2):  # ground truth is kept, so a second evaluation must not find it changed
+        found = evaluate(predictions, evaluator)
+        assert found.keys() == stock.keys() == {"bbox", "segm"}
+        for task, metrics in stock.items():
+            assert found[task] == pytest.approx(metrics, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("implementation", INSTALLED)
+def test_a_perfect_prediction_scores_100(scenes, implementation):
+    found = evaluate(perfect(), MetricsEvaluator("evaluated_val", implementation=implementation))
+    for task in ("bbox", "segm"):
+        assert [found[task][name] for name in METRICS] == pytest.approx([100.0] * 6)
+
+
+@pytest.mark.parametrize("implementation", INSTALLED)
+def test_the_implementation_is_told_and_results_are_written(
+    predictions, tmp_path, caplog, implementation
+):
+    evaluator = MetricsEvaluator(
+        "evaluated_val", implementation=implementation, output_dir=str(tmp_path)
+    )
+    with caplog.at_level(logging.INFO):
+        evaluate(predictions, evaluator)
+    told = [r.message for r in caplog.records if r.name == "msad_kd.evaluation.coco"]
+    assert told == [f"COCO-style AP is computed by {implementation}"]
+    api = "official" if implementation == "pycocotools" else "unofficial"
+    assert f"Evaluating predictions with {api} COCO API" in caplog.text
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert {each["category_id"] for each in written} <= {1, 2, 3, 4, 5}  # the file's own ids
+
+
+def boxes_only(pairs):
+    for inputs, outputs in pairs:
+        found = outputs[0]["instances"]
+        fields = {k: v for k, v in found.get_fields().items() if k != "pred_masks"}
+        yield inputs, [{"instances": Instances(found.image_size, **fields)}]
+
+
+@pytest.mark.parametrize("implementation", INSTALLED)
+def test_a_model_without_masks_has_box_ap_alone(predictions, stock, implementation):
+    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation, masks=False)
+    found = evaluate(boxes_only(predictions), evaluator)
+    assert found.keys() == {"bbox"}
+    assert found["bbox"] == pytest.approx(stock["bbox"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("masks", "tasks"), [(True, {"bbox", "segm"}), (False, {"bbox"})])
+@pytest.mark.parametrize("implementation", INSTALLED)
+def test_a_model_that_finds_nothing_has_nan(predictions, implementation, masks, tasks):
+    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation, masks=masks)
+    found = evaluate(
+        [(x, [{"instances": y[0]["instances"][:0]}]) for x, y in predictions], evaluator
+    )
+    assert found.keys() == tasks
+    assert all(value != value for metrics in found.values() for value in metrics.values())
+
+
+@pytest.mark.parametrize("implementation", INSTALLED)
+def test_classes_that_the_data_lacks_do_not_count(predictions, stock, implementation):
+    pairs = []
+    for inputs, outputs in predictions:
+        found = outputs[0]["instances"]
+        more = Instances(found.image_size, **found.get_fields())
+        more.pred_classes = found.pred_classes + 5
+        pairs.append((inputs, [{"instances": Instances.cat([found, more])}]))
+    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation)
+    found = evaluate(pairs, evaluator)
+    for task, metrics in stock.items():
+        assert found[task] == pytest.approx(metrics, abs=1e-5)
+
+
+def test_auto_takes_the_fastest_there_is(monkeypatch):
+    there = set(IMPLEMENTATIONS)
+    monkeypatch.setattr(module, "_is_installed", there.__contains__)
+    for name in IMPLEMENTATIONS:
+        assert choose_implementation("auto") == name
+        there.remove(name)
+
+
+def test_an_absent_package_is_noticed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert choose_implementation("auto") != "faster-coco-eval"
+    with pytest.raises(InputError, match="'faster-coco-eval', which is not installed .pip install"):
+        build_config("", ["TEST.COCO_EVALUATOR", "faster-coco-eval"])
+
+
+def test_an_absent_compiled_detectron2_is_noticed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "detectron2.evaluation.fast_eval_api", None)
+    with pytest.raises(InputError, match="'detectron2', which is not .*compiled.*auto takes"):
+        choose_implementation("detectron2")
+
+
+def test_an_unknown_implementation():
+    with pytest.raises(InputError, match="'coco'; use auto or one of faster-coco-eval, detectron2"):
+        build_config("", ["TEST.COCO_EVALUATOR", "coco"])
+
+
+def test_image_ids_that_are_no_integers(scenes, tmp_path):
+    folder = Path(scenes.OUTPUT_DIR) / "data"
+    content = json.loads((folder / "annotations/instances_val.json").read_text())
+    for entry in (*content["images"], *content["annotations"]):
+        key = "image_id" if "image_id" in entry else "id"
+        entry[key] = f"scene {entry[key]}"
+    (tmp_path / "named.json").write_text(json.dumps(content))
+    register_coco_instances("named", {}, str(tmp_path / "named.json"), str(folder / "val"))
+    if "faster-coco-eval" in INSTALLED:
+        with pytest.raises(InputError, match="'named': faster-coco-eval needs integers as image"):
+            MetricsEvaluator("named", implementation="faster-coco-eval")
+    found = evaluate(perfect("named"), MetricsEvaluator("named"))
+    assert found["bbox"]["AP"] == pytest.approx(100.0)

@@ -1,0 +1,75 @@
+"""TEST.AUG: after a training, with --eval-only, and where it cannot be done."""
+
+import json
+
+import pytest
+from detectron2.engine import default_argument_parser
+from helpers import train
+
+import train_net
+from msad_kd import KDTrainer
+from msad_kd.utils.errors import InputError
+
+AUGMENTED = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (32, 40), "TEST.AUG.MAX_SIZE", 128]
+
+
+@pytest.fixture(scope="module")
+def trained(config_files, tmp_path_factory):
+    """The folder of a model that was trained for a step, and evaluated in both ways."""
+    folder = tmp_path_factory.mktemp("augmented")
+    options = [*AUGMENTED, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", str(folder)]
+    train(train_net.build_config(str(config_files["lr"]), options))
+    return folder
+
+
+def evaluate(config_file, folder, *options):
+    arguments = ["--eval-only", "--config-file", str(config_file), "OUTPUT_DIR", str(folder)]
+    args = default_argument_parser().parse_args([*arguments, *map(str, options)])
+    args.imports = []
+    return train_net.main(args)
+
+
+def test_after_a_training_the_metrics_are_logged(trained):
+    lines = (trained / "metrics.json").read_text().splitlines()
+    logged = set().union(*map(json.loads, lines))
+    assert {"bbox/AP", "segm/AP", "bbox_TTA/AP", "segm_TTA/AP"} <= logged
+    found = [
+        trained / name / "coco_instances_results.json" for name in ("inference", "inference_TTA")
+    ]
+    plain, augmented = (json.loads(path.read_text()) for path in found)
+    assert plain and augmented and plain != augmented
+
+
+def test_eval_only(trained, config_files, tmp_path):
+    weights = ["MODEL.WEIGHTS", trained / "model_final.pth"]
+    plain = evaluate(config_files["lr"], tmp_path / "plain", *weights)
+    both = evaluate(config_files["lr"], tmp_path / "both", *weights, *AUGMENTED)
+    assert plain.keys() == {"bbox", "segm"}
+    assert both.keys() == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    for task in plain:
+        assert both[task] == pytest.approx(plain[task], nan_ok=True)
+
+
+def test_of_several_data_sets(trained, config_files, tmp_path):
+    options = ["MODEL.WEIGHTS", trained / "model_final.pth", *AUGMENTED]
+    sets = ["DATASETS.TEST", "('tiny_val', 'tiny_train')"]
+    results = evaluate(config_files["lr"], tmp_path, *options, *sets)
+    assert results.keys() == {"tiny_val", "tiny_train"}
+    for tasks in results.values():
+        assert tasks.keys() == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+
+
+@pytest.mark.parametrize(
+    ("role", "options", "named"),
+    [
+        ("teacher", [], "MultiResolutionRCNN"),
+        ("lr", ["MODEL.META_ARCHITECTURE", "RetinaNet"], "RetinaNet"),
+        ("lr", ["MODEL.KEYPOINT_ON", True], "GeneralizedRCNN"),
+    ],
+)
+def test_where_it_cannot_be_done(config, config_files, tmp_path, role, options, named):
+    words = f"TEST.AUG.ENABLED is True, but a {named} cannot .*; set it to False"
+    with pytest.raises(InputError, match=words):
+        KDTrainer(config(role, *AUGMENTED, *options))
+    with pytest.raises(InputError, match=words):
+        evaluate(config_files[role], tmp_path, *AUGMENTED, *options)

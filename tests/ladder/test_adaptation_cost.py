@@ -1,0 +1,209 @@
+"""The adaptation cost: known costs, invariances; the order it gives, worked out by hand."""
+
+import pytest
+import torch
+
+from msad_kd.ladder import adaptation_cost as adaptation
+from msad_kd.ladder.adaptation_cost import (
+    AffineMap,
+    adaptation_cost,
+    enough_rows,
+    fit_affine,
+    greedy_order,
+    image_errors,
+)
+from msad_kd.utils.errors import InputError
+
+IMAGES, ROWS = 50, 40
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def counts(images=IMAGES, rows=ROWS):
+    return torch.full((images,), rows)
+
+
+def noise(channels, rows=IMAGES * ROWS):
+    return torch.randn(rows, channels)
+
+
+def cost(source, target, **options):
+    return adaptation_cost({"p3": (source, target, counts())}, **options)
+
+
+def rotation(channels):
+    return torch.linalg.qr(torch.randn(channels, channels))[0]
+
+
+def spectrum(channels):
+    """Features whose directions have standard deviations from 1 down to 1/100, and an offset."""
+    scales = torch.logspace(0, -2, channels)
+    return noise(channels) * scales @ rotation(channels) + 3 * torch.randn(channels)
+
+
+# A model that knows the first n of 16 independent facts, in a basis of its own.
+FACTS = {"student": 4, "weak": 8, "middle": 12, "strong": 16}
+
+
+def chain():
+    facts = noise(16)
+    return {name: facts[:, :n] @ rotation(n) + 5 for name, n in FACTS.items()}
+
+
+def test_a_chain_has_its_known_costs_and_order():
+    models = chain()
+    costs = {a: {b: cost(x, y).value for b, y in models.items()} for a, x in models.items()}
+    for a, own in FACTS.items():
+        for b, others in FACTS.items():
+            # What b knows and a does not, as a share of what b knows.
+            assert costs[a][b] == pytest.approx(max(0, 1 - own / others), abs=0.02), (a, b)
+    order, excluded = greedy_order(costs, "student", "strong")
+    assert order == ["weak", "middle", "strong"]
+    assert excluded == {}
+
+
+def with_twins(x):
+    return torch.cat((x, 2 * x[:, :3] - 1), 1)
+
+
+def with_a_constant(x):
+    return torch.cat((x, torch.full((len(x), 1), 0.1)), 1)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x, with_twins, with_a_constant, lambda x: x * 1e-6, lambda x: x + 1000]
+)
+def test_a_model_costs_nothing_to_itself(change):
+    features = change(spectrum(24))
+    assert cost(features, features).value < 1e-6
+
+
+def test_an_affine_change_of_the_source_changes_nothing():
+    source = spectrum(24)
+    target = source @ torch.randn(24, 20) + 2 * noise(20)
+    expected = cost(source, target).value
+    assert 0.05 < expected < 0.95
+    for _ in range(3):
+        scales = torch.logspace(0, -2.95, 24)  # condition number 900
+        changed = source @ (rotation(24) * scales @ rotation(24)) + 10 * torch.randn(24)
+        assert cost(changed, target).value == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_tells_nothing_costs_one():
+    assert cost(noise(8), noise(8)).value == pytest.approx(1, abs=0.02)
+    assert cost(torch.ones(IMAGES * ROWS, 8), noise(8)).value == pytest.approx(1, abs=0.02)
+
+
+def test_known_noise_is_the_cost():
+    signal = noise(6)
+    # Variance 1 of the signal's own, 0.25 of noise: 0.25 / 1.25 remain.
+    assert cost(signal, signal + 0.5 * noise(6)).value == pytest.approx(0.2, abs=0.02)
+
+
+def test_the_mean_over_levels_and_its_interval():
+    signal = noise(6)
+    pairs = {
+        "p3": (signal, signal + 0.5 * noise(6), counts()),
+        "p4": (signal, noise(6), counts()),
+    }
+    found = adaptation_cost(pairs)
+    assert found.levels["p3"] == pytest.approx(0.2, abs=0.02)
+    assert found.levels["p4"] == pytest.approx(1.0, abs=0.02)
+    assert found.value == pytest.approx(sum(found.levels.values()) / 2)
+    assert found.low < found.value < found.high < found.low + 0.05
+
+
+def test_the_interval_is_of_images():
+    """Images that differ make it wide; as many rows of images that are alike don't."""
+    signal = noise(6)
+    one_in_two = torch.tensor([0.1, 1.0]).repeat(IMAGES // 2).repeat_interleave(ROWS)[:, None]
+    mixed = cost(signal, signal + one_in_two * noise(6))
+    alike = cost(signal, signal + 0.7 * noise(6))
+    assert mixed.low < mixed.value < mixed.high
+    assert mixed.high - mixed.low > 4 * (alike.high - alike.low)
+    again = cost(signal, signal + one_in_two * noise(6), seed=1)
+    assert again.low != mixed.low
+
+
+def test_features_are_read_some_rows_at_a_time(monkeypatch):
+    source, target = spectrum(12), noise(5)
+    whole = cost(source, target)
+    monkeypatch.setattr(adaptation, "ROWS_AT_ONCE", 33)
+    in_pieces = cost(source, target)
+    assert in_pieces.value == pytest.approx(whole.value, abs=1e-12)
+    assert in_pieces.low == pytest.approx(whole.low, abs=1e-12)
+
+
+def test_a_line_through_three_points():
+    fitted = fit_affine(
+        torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 3.0]])
+    )
+    # y = 2 x + 1, and the least squares line through (0, 0), (1, 0), (2, 3).
+    expected = torch.tensor([[7.0, 4.0]], dtype=torch.float64)
+    assert torch.allclose(fitted(torch.tensor([[3.0]])), expected, atol=1e-6)
+
+
+def test_errors_of_each_image():
+    fitted = AffineMap(
+        torch.zeros(1).double(), torch.ones(1, 1).double(), torch.tensor([2.0]).double()
+    )
+    source = torch.tensor([[0.0], [1.0], [5.0]])  # answers 2, 3, 7
+    target = torch.tensor([[2.0], [5.0], [6.0]])
+    errors = image_errors(fitted, source, target, torch.tensor([2, 1]))
+    assert errors.tolist() == [[4.0, 9.0], [1.0, 16.0]]
+
+
+def test_how_many_rows_are_enough():
+    assert enough_rows(counts(10, 4), 16)  # eight images, 32 rows
+    assert not enough_rows(counts(10, 4), 17)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "told", "words"),
+    [
+        (torch.zeros(8, 1), torch.zeros(8, 1), counts(4, 2), "five images or more.*there are 4"),
+        (torch.zeros(20, 9), torch.zeros(20, 1), counts(5, 4), "level p3: .*map from 9 channels"),
+        (torch.randn(50, 2), torch.ones(50, 3), counts(5, 10), "level p3: the target is the same"),
+    ],
+)
+def test_features_that_do_not_do(source, target, told, words):
+    with pytest.raises(InputError, match=words):
+        adaptation_cost({"p3": (source, target, told)})
+
+
+def test_rows_that_do_not_belong_together():
+    with pytest.raises(ValueError, match="p3: 50 and 40 rows"):
+        adaptation_cost({"p3": (torch.zeros(50, 2), torch.zeros(40, 2), counts(5, 10))})
+
+
+# costs[a][b]: from a to b. C is the strongest.
+MATRIX = {
+    "student": {"A": 0.3, "B": 0.5, "C": 0.8, "D": 0.9, "E": 0.4},
+    "A": {"B": 0.2, "C": 0.6, "D": 0.1, "E": 0.3},
+    "B": {"A": 0.0, "C": 0.1, "D": 0.1, "E": 0.1},
+    "C": {"A": 0.1, "B": 0.1, "D": 0.1, "E": 0.1},
+    "D": {"A": 0.1, "B": 0.1, "C": 0.01, "E": 0.1},
+    "E": {"A": 0.1, "B": 0.2, "C": 0.3, "D": 0.1},
+}
+
+
+def test_an_order_worked_out_by_hand():
+    """To C: D is cheapest (0.01) but farther from the student; of A, B and E, it is B (0.1).
+
+    To B: A and E cost the same (0.2), so the name decides. E is then not closer than A.
+    """
+    order, excluded = greedy_order(MATRIX, "student", "C")
+    assert order == ["A", "B", "C"]
+    assert excluded.keys() == {"D", "E"}
+    assert "not closer to the student than A: C(student->D) = 0.9000" in excluded["D"]
+    assert "C(student->A) = 0.3000" in excluded["E"]
+    cheaper = {**MATRIX, "E": {**MATRIX["E"], "B": 0.15}}
+    assert greedy_order(cheaper, "student", "C")[0] == ["A", "E", "B", "C"]
+
+
+def test_the_strongest_may_be_the_nearest():
+    order, excluded = greedy_order(MATRIX, "student", "A")
+    assert order == ["A"] and set(excluded) == {"B", "C", "D", "E"}

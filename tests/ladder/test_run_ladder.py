@@ -1,0 +1,395 @@
+"""The ladder: stages are read, run one after another, resumed, and not confused with others."""
+
+import gc
+import json
+import logging
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+from helpers import differing
+
+from msad_kd.config.build import build_config
+from msad_kd.config.stages import read_stages, stage_config
+from msad_kd.distill.teacher import Teacher
+from msad_kd.engine.trainer import KDTrainer
+from msad_kd.ladder import run as ladder
+from msad_kd.ladder.run import run_ladder
+from msad_kd.losses.terms import read_losses
+from msad_kd.utils.errors import InputError
+
+FEW = {"name": "a", "config_file": "t.yaml", "weights": "t.pth"}
+STAGES = ("first", "second", "third")
+MGD = [{"name": "mgd", "weight": 1e-4}, {"name": "l1", "weight": 0.1, "adapter": True}]
+
+
+@pytest.fixture
+def stages(config_files, teacher_weights):
+    """Three stages: the fused teacher, its high-resolution branch, the fused one again."""
+    common = {"config_file": str(config_files["teacher"]), "weights": str(teacher_weights)}
+    return [
+        {**common, "name": "first", "losses": MGD, "iterations": 2, "start": "teacher"},
+        {**common, "name": "second", "kind": "plain", "image": "hr", "losses": MGD},
+        {**common, "name": "third", "iterations": 1, "base_lr": 0.0005},
+    ]
+
+
+@pytest.fixture
+def ladder_config(config_files, stages, tmp_path):
+    """ladder_config(folder, KEY, VALUE, ...): a frozen config of the three stages."""
+
+    def make(folder="ladder", *options):
+        keys = ["KD.LADDER.STAGES", stages, "OUTPUT_DIR", str(tmp_path / folder)]
+        keys += ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", []]
+        keys += ["KD.TEACHER.EVAL_BEFORE_TRAIN", False]
+        cfg = build_config(str(config_files["student"]), [*keys, *options])
+        cfg.freeze()
+        return cfg
+
+    return make
+
+
+def students(cfg, count=3):
+    folders = [f"stage_0{i}_{name}" for i, name in enumerate(STAGES[:count], 1)]
+    return [
+        torch.load(f"{cfg.OUTPUT_DIR}/{name}/student.pth", weights_only=True)["model"]
+        for name in folders
+    ]
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_in(monkeypatch, cfg, stage, iteration, resume=False):
+    """Run a ladder until this iteration of this stage."""
+    step = KDTrainer.run_step
+
+    def dying(self):
+        if f"_{stage}" in self.cfg.OUTPUT_DIR and self.iter == iteration:
+            raise Killed
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KDTrainer, "run_step", dying)
+        with pytest.raises(Killed):
+            run_ladder(cfg, resume=resume)
+
+
+def test_killed_in_the_second_stage_and_resumed_is_bitwise_the_whole(
+    ladder_config, monkeypatch, caplog
+):
+    whole, cut = ladder_config("whole"), ladder_config("cut")
+    run_ladder(whole, resume=False)
+    killed_in(monkeypatch, cut, "second", 1)  # before its first checkpoint
+    killed_in(monkeypatch, cut, "second", 3, resume=True)  # after it
+    with caplog.at_level(logging.INFO):
+        run_ladder(cut, resume=True)
+    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    assert "Starting training from iteration 2" in caplog.text
+    for one, other in zip(students(whole), students(cut), strict=True):
+        assert differing(one, other) == []
+    stock = build_model(ladder_config("x", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
+    assert students(whole)[0].keys() == stock.state_dict().keys()  # no adapters, no generators
+    again = ladder_config("whole")
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_ladder(again, resume=True)
+    assert caplog.text.count("is done: skipped") == 3 and "Starting training" not in caplog.text
+
+
+@pytest.mark.parametrize("kills", [(), (("second", 1), ("third", 0))], ids=["whole", "killed"])
+def test_what_comes_after_a_stage_that_was_run_again_is_trained_anew(
+    ladder_config, stages, monkeypatch, caplog, kills
+):
+    run_ladder(ladder_config("cut"), resume=False)
+    stages[0]["base_lr"] = 0.05  # another student, from which the later stages are to start
+    whole, cut = ladder_config("whole"), ladder_config("cut")
+    run_ladder(whole, resume=False)
+    shutil.rmtree(f"{cut.OUTPUT_DIR}/stage_01_first")
+    for stage, iteration in kills:  # before the stage's first new checkpoint
+        killed_in(monkeypatch, cut, stage, iteration, resume=True)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_ladder(cut, resume=True)
+    skipped = ["first", "second"] if kills else []
+    assert [name for name in STAGES if f"'{name}', is done: skipped" in caplog.text] == skipped
+    assert caplog.text.count("Starting training from iteration 0") == 3 - len(skipped)
+    for one, other in zip(students(whole), students(cut), strict=True):
+        assert differing(one, other) == []
+
+
+def test_a_ladder_begun_again_and_killed_does_not_resume_from_the_old_one(
+    ladder_config, monkeypatch, caplog
+):
+    cfg = ladder_config()
+    run_ladder(cfg, resume=False)
+    killed_in(monkeypatch, cfg, "first", 1)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert caplog.text.count("Starting training from iteration 0") == 3
+
+
+@pytest.fixture
+def finished(ladder_config, stages):
+    """The config of a ladder of one stage that has been run."""
+    del stages[1:]
+    cfg = ladder_config()
+    run_ladder(cfg, resume=False)
+    return cfg
+
+
+def test_what_a_finished_stage_leaves(finished, teacher_weights):
+    folder = f"{finished.OUTPUT_DIR}/stage_01_first"
+    state = json.loads(open(f"{finished.OUTPUT_DIR}/ladder_state.json").read())
+    assert state["first"].keys() == {
+        *("folder", "config_sha256", "teacher_sha256", "start_sha256", "student_sha256"),
+        "results",
+    }
+    trained = torch.load(f"{folder}/model_final.pth", weights_only=False)
+    assert trained["iteration"] == 1 and any(k.startswith("distiller") for k in trained["model"])
+    own = build_config(f"{folder}/config.yaml", [])
+    assert (own.SOLVER.MAX_ITER, own.KD.LOSSES, own.KD.LADDER.STAGES) == (2, MGD, [])
+
+
+def test_a_finished_stage_whose_config_changed_is_refused(finished, ladder_config):
+    with pytest.raises(InputError, match="config of the stage in .*stage_01_first' or of"):
+        run_ladder(ladder_config("ladder", "SOLVER.BASE_LR", 0.123), resume=True)
+
+
+def test_a_finished_stage_whose_teachers_config_changed_is_refused(
+    ladder_config, stages, tmp_path, caplog
+):
+    del stages[1:]
+    own = yaml.safe_load(Path(stages[0]["config_file"]).read_text())
+    file = tmp_path / "teacher.yaml"
+    stages[0]["config_file"] = str(file)
+    file.write_text(yaml.safe_dump(own))
+    cfg = ladder_config()
+    run_ladder(cfg, resume=False)
+    file.write_text(f"# a remark\n{yaml.safe_dump({**own, 'OUTPUT_DIR': 'elsewhere'})}")
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    own["MODEL"]["MULTI_RESOLUTION"] = {"MASK_PADDING": False}
+    file.write_text(yaml.safe_dump(own))
+    with pytest.raises(InputError, match="config of the stage in .* or of its teacher has changed"):
+        run_ladder(cfg, resume=True)
+
+
+def test_a_finished_stage_whose_student_changed_is_refused(finished):
+    path = f"{finished.OUTPUT_DIR}/stage_01_first/student.pth"
+    state = torch.load(path, weights_only=True)
+    next(iter(state["model"].values())).add_(1)
+    torch.save(state, path)
+    with pytest.raises(InputError, match="student.pth' has changed since its stage was done"):
+        run_ladder(finished, resume=True)
+
+
+def test_a_finished_stage_whose_teacher_changed_is_refused(finished, stages, tmp_path):
+    state = json.loads((tmp_path / "ladder" / "ladder_state.json").read_text())
+    state["first"]["teacher_sha256"] = "0" * 64
+    (tmp_path / "ladder" / "ladder_state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="model_final.pth', the teacher of .* has changed since"):
+        run_ladder(finished, resume=True)
+
+
+@pytest.mark.parametrize("key", ["start", "MODEL.WEIGHTS"])
+def test_a_finished_stage_whose_start_changed_is_refused(
+    ladder_config, stages, tmp_path, teacher_weights, caplog, key
+):
+    start = tmp_path / "start.pth"
+    shutil.copy(teacher_weights, start)
+    del stages[1:]
+    stages[0]["start"] = str(start) if key == "start" else "previous"
+    cfg = ladder_config("ladder", *(["MODEL.WEIGHTS", str(start)] if key != "start" else []))
+    run_ladder(cfg, resume=False)
+    with caplog.at_level(logging.INFO):
+        run_ladder(cfg, resume=True)
+    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    torch.save({"model": {}}, start)
+    with pytest.raises(InputError, match="start.pth', from which the .* has changed since"):
+        run_ladder(cfg, resume=True)
+
+
+@pytest.mark.parametrize("lost", ["ladder_state.json", "stage_01_first/student.pth"])
+def test_a_finished_stage_of_which_something_is_lost_is_refused(finished, tmp_path, lost):
+    (tmp_path / "ladder" / lost).unlink()
+    with pytest.raises(InputError, match="marked as done, but its .* is missing; delete"):
+        run_ladder(finished, resume=True)
+
+
+def test_a_ladder_may_be_moved(finished, ladder_config, tmp_path, caplog):
+    shutil.move(finished.OUTPUT_DIR, tmp_path / "elsewhere")
+    with caplog.at_level(logging.INFO):
+        run_ladder(ladder_config("elsewhere"), resume=True)
+    assert "Stage 1, 'first', is done: skipped" in caplog.text
+
+
+def test_without_resume_a_finished_stage_is_trained_again(finished, caplog):
+    with caplog.at_level(logging.INFO):
+        run_ladder(finished, resume=False)
+    assert "Starting training from iteration 0" in caplog.text
+
+
+def test_one_teacher_at_a_time(ladder_config, stages, monkeypatch):
+    del stages[2:]
+    alive, init = [], Teacher.__init__
+
+    def counting(self, model, **keywords):
+        gc.collect()
+        assert [teacher for teacher in alive if teacher() is not None] == []
+        alive.append(weakref.ref(model))
+        init(self, model, **keywords)
+
+    monkeypatch.setattr(Teacher, "__init__", counting)
+    run_ladder(ladder_config("ladder", "SOLVER.MAX_ITER", 1), resume=False)
+    assert len(alive) == 2
+
+
+def test_a_stages_config(config_files, tmp_path):
+    entries = [
+        {**FEW, "losses": MGD, "iterations": 45000, "base_lr": 0.01, "opts": ["KD.SCALE", 2]},
+        {**FEW, "name": "b", "kind": "plain", "image": "lr", "start": "teacher_heads"},
+        {**FEW, "name": "c", "kind": "plain", "start": "x.pth"},
+    ]
+    keys = ["SOLVER.STEPS", [60, 80], "SOLVER.MAX_ITER", 90, "MODEL.WEIGHTS", "r50.pkl"]
+    cfg = build_config(str(config_files["student"]), [*keys, "OUTPUT_DIR", "out"])
+    one, two, three = (stage_config(cfg, read_stages(entries), i) for i in range(3))
+    assert (one.SOLVER.MAX_ITER, one.SOLVER.STEPS) == (45000, (30000, 40000))
+    assert (one.SOLVER.BASE_LR, two.SOLVER.BASE_LR) == (0.01, cfg.SOLVER.BASE_LR)
+    assert (one.KD.LOSSES, two.KD.LOSSES) == (MGD, cfg.KD.LOSSES)
+    assert [c.KD.TEACHER.BRANCH for c in (one, two, three)] == ["fused", "lr", "hr"]
+    assert (one.KD.TEACHER.CONFIG_FILE, one.KD.TEACHER.OPTS) == ("t.yaml", ["KD.SCALE", 2])
+    starts = [(c.KD.TEACHER.INIT_STUDENT, c.KD.TEACHER.INIT_BACKBONE) for c in (one, two, three)]
+    assert starts == [(False, False), (True, False), (False, False)]
+    weights = [c.MODEL.WEIGHTS for c in (one, two, three)]
+    assert weights == ["r50.pkl", "out/stage_01_a/student.pth", "x.pth"]
+    assert [c.SEED - cfg.SEED for c in (one, two, three)] == [0, 1000, 2000]
+    assert three.OUTPUT_DIR == "out/stage_03_c"
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([{**FEW, "wieghts": "x"}], "stage 1 has no field 'wieghts'; known: name, config_file"),
+        ([FEW, {**FEW, "name": "b", "weights": ""}], "stage 2 needs 'weights'"),
+        ([{"name": "a", "weights": "t.pth"}], "stage 1 needs 'config_file'"),
+        ([FEW, FEW], "two stages have the name 'a'"),
+        (["a"], "stage 1: 'a' should be a dict"),
+        ([{**FEW, "name": "a/b"}], "name should be letters, digits"),
+        ([{**FEW, "kind": "both"}], "kind should be fused or plain, not 'both'"),
+        ([{**FEW, "image": "mr"}], "image should be hr or lr, not 'mr'"),
+        ([{**FEW, "iterations": 0}], "iterations should be a whole number above 0, not 0"),
+        ([{**FEW, "base_lr": "much"}], "base_lr should be a number above 0, not 'much'"),
+        ([{**FEW, "opts": None}], "opts should be a list of KEY, VALUE, ..., not None"),
+        ([{**FEW, "start": ""}], "start should be .* or a checkpoint, not ''"),
+        ([{**FEW, "losses": [{"name": "l3", "weight": 1}]}], "stage 1: KD.LOSSES: there is no"),
+    ],
+)
+def test_stages_that_cannot_be_read(entries, words):
+    with pytest.raises(InputError, match=f"KD.LADDER.STAGES.*{words}"):
+        build_config("", ["KD.LADDER.STAGES", entries])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": "gone.pth"}, "'gone.pth' for the teacher of stage 'third' does not exist"),
+        ({"start": "gone.pth"}, "'gone.pth' for the start of stage 'third' does not exist"),
+        ({"config_file": "gone.yaml"}, "stage 'third': .* file 'gone.yaml' does not exist"),
+        ({"opts": ["KD.SCAEL", 2]}, "stage 'third': .* unknown config key: KD.SCAEL; did you"),
+        (
+            {"opts": ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]},
+            "stage 'third': KD.TEACHER.BRANCH is 'fused', but a GeneralizedRCNN teacher has hr, lr",
+        ),
+        (
+            {"losses": [{"name": "l1", "weight": 1.0, "levels": ["p9"]}]},
+            "stage 'third': .*'p9' of 'l1' has no partner",
+        ),
+        ({"opts": ["KD.SCALE", 4]}, "stage 'third': KD.SCALE is 4 in the teacher's config"),
+        (
+            {"opts": ["MODEL.META_ARCHITECTURE", "MultiResolutionRNN"]},
+            "stage 'third': .* is not registered; did you mean MultiResolutionRCNN",
+        ),
+    ],
+)
+def test_what_a_stage_lacks_is_told_before_the_first_one(
+    ladder_config, stages, tmp_path, changes, words
+):
+    stages[2] |= changes
+    with pytest.raises(InputError, match=words):
+        run_ladder(ladder_config(), resume=False)
+    assert not (tmp_path / "ladder").exists()  # nothing was trained
+
+
+def test_a_random_start_is_told(ladder_config, stages, caplog):
+    stages[0]["start"] = "previous"
+    stages[2]["weights"] = "gone.pth"  # so that nothing is trained
+    with pytest.raises(InputError, match="gone.pth"):
+        run_ladder(ladder_config(), resume=False)
+    assert "Stage 'first' starts from random weights" in caplog.text
+    assert "'second'" not in caplog.text
+
+
+def test_a_stock_detector_climbs_no_ladder(ladder_config, tmp_path):
+    cfg = ladder_config("ladder", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+    with pytest.raises(InputError, match="a GeneralizedRCNN learns from no teacher; set MODEL.MET"):
+        run_ladder(cfg, resume=False)
+    assert not (tmp_path / "ladder").exists()
+
+
+def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp_path, caplog):
+    first = f"{tmp_path}/ladder/stage_01_first/student.pth"
+    stages[2]["start"] = first
+    with caplog.at_level(logging.INFO):
+        run_ladder(ladder_config(), resume=False)
+    assert caplog.text.count(f"Loading from {first}") == 2
+
+
+def test_a_missing_first_start_is_told_before_the_first_stage(ladder_config, tmp_path):
+    with pytest.raises(InputError, match="'gone.pth' for the start of stage 'first' does not"):
+        run_ladder(ladder_config("ladder", "MODEL.WEIGHTS", "gone.pth"), resume=False)
+    assert not (tmp_path / "ladder").exists()
+
+
+def test_the_hash_does_not_depend_on_the_folder(ladder_config):
+    stages = read_stages(ladder_config().KD.LADDER.STAGES)
+    hashes = {
+        ladder._hash_config(stage_config(ladder_config(folder), stages, 1)) for folder in "ab"
+    }
+    assert len(hashes) == 1
+
+
+def test_the_hash_leaves_out_what_changes_no_result(ladder_config, stages):
+    del stages[1:]
+    tested = ["DATASETS.TEST", ["tiny_val"]]
+    others = ["SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", 1, "TEST.EVAL_PERIOD", 1]
+    others += ["KD.DIAGNOSTICS_PERIOD", 1, "KD.GRADIENT_RATIO_PERIOD", 1, "VIS_PERIOD", 2]
+    others += ["TEST.COCO_EVALUATOR", "pycocotools"]
+    one = ladder_config("one", *tested)
+    other = ladder_config("other", *tested, *others, "KD.TEACHER.EVAL_BEFORE_TRAIN", True)
+    found = [(run_ladder(cfg, resume=False), *students(cfg, 1)) for cfg in (one, other)]
+    assert repr(found[0][0]) == repr(found[1][0]) and "bbox" in found[0][0]  # AP of no box is NaN
+    assert differing(found[0][1], found[1][1]) == []
+    states = [
+        json.loads(Path(cfg.OUTPUT_DIR, "ladder_state.json").read_text()) for cfg in (one, other)
+    ]
+    assert states[0]["first"]["config_sha256"] == states[1]["first"]["config_sha256"]
+
+
+def test_the_hash_heeds_when_the_statistics_are_recomputed(ladder_config, stages):
+    hashes = set()
+    for period in (1, 2):
+        cfg = ladder_config("x", "TEST.PRECISE_BN.ENABLED", True, "TEST.EVAL_PERIOD", period)
+        hashes.add(ladder._hash_config(stage_config(cfg, read_stages(stages), 0)))
+    assert len(hashes) == 2
+
+
+def test_losses_of_a_stage_are_read_as_those_of_a_run():
+    assert read_losses(MGD)[1].adapter is True

@@ -1,0 +1,116 @@
+"""Running statistics of batch normalisation, for each resolution by itself."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from helpers import ROOT, load_tool, train
+from torch import nn
+
+from msad_kd import KDTrainer, build_config
+from msad_kd.checkpoint.checkpoint import init_from_teacher
+from msad_kd.modeling.batch_statistics import (
+    add_low_resolution_statistics,
+    low_resolution_statistics,
+)
+from msad_kd.utils.errors import InputError
+
+SEPARATE = ("MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS", True)
+
+
+def test_each_resolution_updates_and_uses_its_own():
+    norm = nn.Sequential(nn.BatchNorm2d(1, momentum=1.0, eps=1e-12))
+    add_low_resolution_statistics(norm)
+    high, low = torch.tensor([0.0, 2.0]), torch.tensor([10.0, 30.0])
+    norm(high.reshape(1, 1, 1, 2))
+    with low_resolution_statistics(norm):
+        norm(low.reshape(1, 1, 1, 2))
+    assert (norm[0].running_mean.item(), norm[0].running_mean_lr.item()) == (1.0, 20.0)
+    norm.eval()
+    norm[0].running_var.fill_(1.0)
+    norm[0].running_var_lr.fill_(4.0)
+    x = torch.full((1, 1, 1, 1), 20.0)
+    assert norm(x).item() == 19.0
+    with low_resolution_statistics(norm):
+        assert norm(x).item() == 0.0
+    assert norm(x).item() == 19.0  # the context ended
+
+
+def test_without_a_second_set_nothing_changes():
+    norm = nn.Sequential(nn.BatchNorm2d(1))
+    with low_resolution_statistics(norm):
+        norm(torch.rand(2, 1, 3, 3))
+    assert norm[0].num_batches_tracked == 1
+    assert not any("_lr" in key for key in norm.state_dict())
+
+
+def test_the_weights_are_those_of_shared_statistics(config):
+    """In training, batch normalisation reads no running statistics."""
+    models = []
+    for options in ((), SEPARATE):
+        torch.manual_seed(0)
+        trainer = train(config("teacher", "DATASETS.TEST", [], *options))
+        models.append(trainer.model)
+    shared, separate = (dict(model.named_parameters()) for model in models)
+    assert all(torch.equal(shared[name], separate[name]) for name in shared)
+    buffers = dict(models[1].named_buffers())
+    name = "backbone.bottom_up.stem.conv1.norm.running_mean"
+    assert not torch.equal(buffers[name], buffers[f"{name}_lr"])
+
+
+def test_a_student_gets_those_of_its_resolution(config):
+    teacher = KDTrainer.build_model(config("teacher", *SEPARATE))
+    key = "bottom_up.stem.conv1.norm.running_mean"
+    teacher.backbone.get_buffer(f"{key}_lr").fill_(7.0)
+    student = KDTrainer.build_model(config("lr"))
+    assert init_from_teacher(student, teacher) == []
+    assert (student.backbone.get_buffer(key) == 7.0).all()
+
+
+def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
+    model = KDTrainer.build_model(build_config(str(config_files["teacher"]), []))
+    source, target = tmp_path / "shared.pth", tmp_path / "precise.pth"
+    torch.save({"model": model.state_dict()}, source)
+    command = [sys.executable, str(ROOT / "tools/analysis/precise_statistics.py"), "--batches", "2"]
+    command += ["--config-file", str(config_files["teacher"]), str(source), str(target)]
+    command += map(str, SEPARATE)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(target, weights_only=True)["model"]
+    name = "backbone.bottom_up.stem.conv1.norm.running_mean"
+    assert state.keys() > model.state_dict().keys()
+    assert not torch.equal(state[name], model.state_dict()[name])
+    assert not torch.equal(state[name], state[f"{name}_lr"])
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(state[key], value) for key, value in parameters.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precise.pth", "shared.pth"]
+
+
+@pytest.mark.parametrize(
+    ("role", "keys", "words"),
+    [
+        ("teacher", None, "the file '.*source.pth' does not exist"),
+        ("lr", [], "lr.yaml' is no multi-resolution teacher"),
+        ("teacher", [], "does not fit the config .*keys of the model are absent"),
+        ("shared", [], "share their statistics; add MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS"),
+    ],
+)
+def test_what_the_tool_cannot_do(role, keys, words, config_files, tmp_path):
+    source = tmp_path / "source.pth"
+    if keys is not None:
+        torch.save({"model": dict.fromkeys(keys, torch.zeros(1))}, source)
+    opts = [] if role == "shared" else [*map(str, SEPARATE)]
+    file = config_files["teacher" if role == "shared" else role]
+    arguments = SimpleNamespace(config_file=str(file), batches=1, opts=opts)
+    arguments.source, arguments.target = str(source), str(tmp_path / "target.pth")
+    with pytest.raises(InputError, match=words):
+        load_tool("precise_statistics").main(arguments)
+    assert not (tmp_path / "target.pth").exists()
+
+
+def test_there_have_to_be_statistics_to_keep(config):
+    with pytest.raises(InputError, match="SEPARATE_STATISTICS is True, but no normalisation"):
+        build_model(config("teacher", *SEPARATE, "MODEL.RESNETS.NORM", "FrozenBN"))

@@ -1,0 +1,38 @@
+"""Listening to a module, and answering in its place, without a trace afterwards."""
+
+import pytest
+import torch
+from torch import nn
+
+from msad_kd.modeling.capture import answering, recording
+
+
+class AddOne(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+def test_recording_keeps_input_and_output():
+    module, x = AddOne(), torch.zeros(2)
+    with recording(module) as call:
+        y = module(x)
+    assert call.inputs == (x,) and call.output is y
+    module(torch.ones(2))
+    assert call.inputs == (x,)  # it listens no longer
+
+
+def test_answering_does_not_compute_and_ends():
+    module = AddOne()
+    with answering(module, "known"):
+        assert module(torch.zeros(2)) == "known"
+    assert module(torch.zeros(1)).item() == 1.0
+    assert "forward" not in vars(module)
+
+
+def test_both_end_when_the_block_fails():
+    module = AddOne()
+    for manager in (lambda: recording(module), lambda: answering(module, None)):
+        with pytest.raises(RuntimeError), manager():
+            raise RuntimeError
+    assert module(torch.zeros(1)).item() == 1.0
+    assert not module._forward_hooks and "forward" not in vars(module)

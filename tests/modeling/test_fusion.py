@@ -1,0 +1,147 @@
+"""Crossing feature-level fusion: worked-out numbers, per image, blind to padding."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from msad_kd import CrossingFeatureFusion
+from msad_kd.modeling.fusion import masked_mean
+from msad_kd.utils.errors import InputError
+
+
+@pytest.fixture
+def worked_out():
+    """C = 1: squeeze passes both means on, excite gives the first ln 3 and the second nothing."""
+    fusion = CrossingFeatureFusion(1, reduction=1)
+    with torch.no_grad():
+        fusion.squeeze.weight.copy_(torch.eye(2))
+        fusion.excite.weight.copy_(torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]))
+    return fusion
+
+
+def random_pyramid(images=2, channels=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"p{s}": torch.randn(images, channels, 64 >> s, 96 >> s, generator=generator)
+        for s in (3, 4, 5)
+    }
+
+
+def test_worked_out(worked_out):
+    # The means are 1 and 2, the logits ln 3 and 0, the weights 3/4 and 1/4.
+    hr = torch.tensor([[0.0, 2.0], [1.0, 1.0]])[None, None]
+    lr = torch.tensor([[2.0, 2.0], [0.0, 4.0]])[None, None]
+    expected = torch.tensor([[0.5, 2.0], [0.75, 1.75]])[None, None]
+    assert_close(worked_out({"p3": hr}, {"p3": lr})["p3"], expected)
+
+
+def test_negative_means_are_cut_by_the_relu(worked_out):
+    hr, lr = torch.full((1, 1, 2, 2), -5.0), torch.full((1, 1, 2, 2), 3.0)
+    assert_close(worked_out.weights(hr, lr), torch.tensor([[0.5, 0.5]]))
+    assert_close(worked_out({"p3": hr}, {"p3": lr})["p3"], torch.full((1, 1, 2, 2), -1.0))
+
+
+def test_high_resolution_comes_first(worked_out):
+    hr, lr = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    assert_close(worked_out.weights(hr, lr), torch.tensor([[0.75, 0.25]]))
+    assert_close(worked_out.weights(lr, hr), torch.tensor([[0.5, 0.5]]))
+
+
+def test_weights_sum_to_one():
+    fusion = CrossingFeatureFusion(8)
+    hr, lr = random_pyramid(seed=0), random_pyramid(seed=1)
+    for level in hr:
+        weights = fusion.weights(100 * hr[level], lr[level])
+        assert weights.shape == (2, 2) and (weights >= 0).all()
+        assert_close(weights.sum(dim=1), torch.ones(2))
+
+
+def test_each_image_has_its_own_weights():
+    fusion = CrossingFeatureFusion(8, reduction=2)
+    hr, lr = random_pyramid(seed=0), random_pyramid(seed=1)
+    weights = fusion.weights(10 * hr["p3"], 10 * lr["p3"])
+    assert not torch.allclose(weights[0], weights[1])
+    together = fusion(hr, lr)
+    for i in range(2):
+        alone = fusion(*({k: v[i : i + 1] for k, v in p.items()} for p in (hr, lr)))
+        for level in hr:
+            assert_close(together[level][i : i + 1], alone[level])
+
+
+def test_one_module_serves_all_levels():
+    fusion = CrossingFeatureFusion(8)
+    hr, lr = random_pyramid(seed=0), random_pyramid(seed=1)
+    together = fusion(hr, lr)
+    assert together.keys() == hr.keys()
+    for level in hr:
+        assert together[level].shape == hr[level].shape
+        assert torch.equal(together[level], fusion({"x": hr[level]}, {"x": lr[level]})["x"])
+
+
+def test_parameters_of_the_paper():
+    fusion = CrossingFeatureFusion(256)
+    assert sum(p.numel() for p in fusion.parameters()) == 16448
+    assert {n: tuple(p.shape) for n, p in fusion.named_parameters()} == {
+        "squeeze.weight": (32, 512),
+        "excite.weight": (2, 32),
+    }
+
+
+def test_initialised_kaiming_uniform_with_a_1():
+    weight = CrossingFeatureFusion(256).squeeze.weight
+    bound = math.sqrt(3 / 512)  # of a uniform distribution whose variance is 1 / fan-in
+    assert 0.99 * bound < weight.abs().max() <= bound
+
+
+def test_masked_mean():
+    x = torch.tensor([[1.0, 2.0], [3.0, 100.0]])[None, None]
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])[None, None]
+    assert masked_mean(x, mask).tolist() == [[2.0]]
+    assert masked_mean(x).tolist() == [[26.5]]
+    assert masked_mean(x, torch.zeros_like(mask)).tolist() == [[0.0]]
+
+
+def test_padding_does_not_change_the_weights():
+    fusion = CrossingFeatureFusion(8, reduction=2)
+    hr, lr = random_pyramid(seed=0), random_pyramid(seed=1)
+    padded, masks = [], {}
+    for pyramid in (hr, lr):
+        wide = {name: torch.full((2, 8, 20, 30), 50.0) for name in pyramid}
+        for name, level in pyramid.items():
+            rows, columns = level.shape[-2:]
+            wide[name][..., :rows, :columns] = level
+            masks[name] = torch.zeros(2, 1, 20, 30)
+            masks[name][..., :rows, :columns] = 1
+        padded.append(wide)
+    for name in hr:
+        expected = fusion.weights(hr[name], lr[name])
+        high, low = padded[0][name], padded[1][name]
+        assert_close(fusion.weights(high, low, masks[name]), expected)
+        assert not torch.allclose(fusion.weights(high, low), expected)
+        fused = fusion({name: high}, {name: low}, masks)[name]
+        rows, columns = hr[name].shape[-2:]
+        assert_close(fused[..., :rows, :columns], fusion(hr, lr)[name])
+
+
+def test_gradient_reaches_both_maps_and_both_layers():
+    fusion = CrossingFeatureFusion(4, reduction=1)
+    torch.manual_seed(0)
+    maps = [torch.rand(2, 4, 3, 3, requires_grad=True) for _ in range(2)]
+    fusion({"p3": maps[0]}, {"p3": maps[1]})["p3"].square().sum().backward()
+    for tensor in (*maps, *fusion.parameters()):
+        assert tensor.grad.abs().sum() > 0
+
+
+def test_unequal_levels_are_named():
+    fusion = CrossingFeatureFusion(4)
+    level = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(InputError, match=r"\['p3'\].*\['p4'\]"):
+        fusion({"p3": level}, {"p4": level})
+
+
+def test_unequal_shapes_are_named():
+    fusion = CrossingFeatureFusion(4)
+    with pytest.raises(InputError, match=r"p3.*\(1, 4, 2, 2\).*\(1, 4, 2, 3\)"):
+        fusion({"p3": torch.zeros(1, 4, 2, 2)}, {"p3": torch.zeros(1, 4, 2, 3)})

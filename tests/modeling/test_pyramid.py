@@ -1,0 +1,119 @@
+"""Level shift, pairing and padding."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from msad_kd.modeling.pyramid import (
+    cells_in_boxes,
+    check_sizes,
+    level_shift,
+    normalize,
+    pad_batch,
+    pair_levels,
+    shift_levels,
+    valid_masks,
+)
+from msad_kd.utils.errors import InputError
+
+
+def strides(first, last, factor=1):
+    return {f"p{s}": factor * 2**s for s in range(first, last + 1)}
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1, 0), (2, 1), (4, 2), (8, 3)])
+def test_level_shift(scale, shift):
+    assert level_shift(scale) == shift
+
+
+@pytest.mark.parametrize("scale", [0, -2, 3, 6, 1.5])
+def test_scale_must_be_a_power_of_two(scale):
+    with pytest.raises(InputError, match=f"KD.SCALE is {scale}.*power of two"):
+        level_shift(scale)
+
+
+def test_shift_levels_renames_and_keeps_the_maps():
+    pyramid = {f"p{s}": torch.rand(1, 1, 1, 1) for s in (2, 3, 6)}
+    shifted = shift_levels(pyramid, 1)
+    assert list(shifted) == ["p3", "p4", "p7"]
+    assert shifted["p7"] is pyramid["p6"]
+
+
+def test_pairs_at_k_2():
+    pairs, alone = pair_levels(strides(2, 6, 2), strides(3, 7))
+    assert pairs == [("p2", "p3"), ("p3", "p4"), ("p4", "p5"), ("p5", "p6"), ("p6", "p7")]
+    assert alone == []
+
+
+def test_pairs_at_k_4():
+    pairs, alone = pair_levels(strides(2, 6, 4), strides(2, 7))
+    assert pairs == [("p2", "p4"), ("p3", "p5"), ("p4", "p6"), ("p5", "p7")]
+    assert alone == ["p6"]
+
+
+def test_pairs_at_one_resolution():
+    pairs, alone = pair_levels(strides(2, 6), strides(2, 6))
+    assert pairs == [(f"p{s}", f"p{s}") for s in range(2, 7)]
+    assert alone == []
+
+
+def test_pairs_go_by_stride_whatever_the_names():
+    pairs, _ = pair_levels({"fine": 8, "coarse": 16}, {"a": 16, "b": 8})
+    assert pairs == [("fine", "b"), ("coarse", "a")]
+
+
+def test_no_pair_is_an_error_that_names_the_levels():
+    with pytest.raises(InputError, match=r"p2.*p9.*KD.SCALE"):
+        pair_levels({"p2": 4}, {"p9": 512})
+
+
+def test_pad_batch():
+    images = [torch.ones(3, 2, 5), torch.full((3, 4, 3), 2.0)]
+    padded = pad_batch(images, 4, 6)
+    assert padded.shape == (2, 3, 4, 6)
+    assert torch.equal(padded[0, :, :2, :5], images[0])
+    assert torch.equal(padded[1, :, :, :3], images[1])
+    assert padded.sum() == images[0].sum() + images[1].sum()
+
+
+def test_pad_batch_refuses_what_does_not_fit():
+    with pytest.raises(InputError, match="5 x 4.*4 x 4"):
+        pad_batch([torch.ones(3, 5, 4)], 4, 4)
+
+
+def test_valid_masks_of_odd_sizes():
+    # In cells of 8 px, 61 x 83 px touch 8 x 11; in cells of 64 px 1 x 2.
+    pyramid = {"p3": torch.zeros(2, 1, 8, 16), "p6": torch.zeros(2, 1, 1, 2)}
+    masks = valid_masks([(61, 83), (64, 64)], (64, 128), pyramid)
+    assert masks["p3"].shape == (2, 1, 8, 16)
+    assert masks["p3"][0, 0, :, :11].all() and not masks["p3"][0, 0, :, 11:].any()
+    assert masks["p3"][1, 0, :, :8].all() and not masks["p3"][1, 0, :, 8:].any()
+    assert masks["p6"][:, 0, 0].tolist() == [[1, 1], [1, 0]]
+
+
+def test_valid_masks_of_an_unpadded_image_are_full():
+    masks = valid_masks([(64, 96)], (64, 96), {"p2": torch.zeros(1, 4, 16, 24)})
+    assert masks["p2"].all() and masks["p2"].shape == (1, 1, 16, 24)
+
+
+def test_normalize_by_the_models_own_mean_and_deviation():
+    mean = torch.tensor([10.0, 20.0, 30.0])[:, None, None]
+    model = SimpleNamespace(pixel_mean=mean, pixel_std=torch.tensor([1.0, 2.0, 4.0])[:, None, None])
+    image = torch.full((3, 2, 5), 40, dtype=torch.uint8)
+    (found,) = normalize(model, [image])
+    assert found.shape == (3, 2, 5) and found.dtype == torch.float
+    assert [channel.unique().tolist() for channel in found] == [[30.0], [10.0], [2.5]]
+
+
+def test_check_sizes():
+    images = [torch.zeros(3, 64, 96), torch.zeros(3, 62, 80)]
+    check_sizes(images, [(64, 96), (62, 80)])
+    with pytest.raises(InputError, match=r"\(62, 80\) stands beside .* \(62, 82\).*KD.SCALE"):
+        check_sizes(images, [(64, 96), (62, 82)])
+
+
+def test_cells_that_boxes_touch():
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 3.0], [7.0, 5.0, 13.0, 6.0]])
+    assert cells_in_boxes(boxes, 4, 2, 4).int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 1]]
+    assert not cells_in_boxes(boxes[:0], 4, 2, 4).any()

@@ -1,0 +1,270 @@
+"""tools/install_detectron2.py: what it mends, what it leaves alone, and what it says."""
+
+import base64
+import csv
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "install_detectron2.py"
+spec = importlib.util.spec_from_file_location("install_detectron2", TOOL)
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+# For every file that is mended: lines as they are in release 0.6, and as they have to become.
+BEFORE_AFTER = {
+    "data/build.py": ("np.zeros((n,), dtype=np.int)", "np.zeros((n,), dtype=int)"),
+    "data/common.py": (
+        "cur_idx = self._rng.sample(self._fallback_candidates, k=1)[0]",
+        "cur_idx = self._rng.sample(list(self._fallback_candidates), k=1)[0]",
+    ),
+    "data/datasets/pascal_voc.py": ("loadtxt(f, dtype=np.str)", "loadtxt(f, dtype=str)"),
+    "data/transforms/transform.py": ("a=Image.LINEAR, b=0", "a=Image.BILINEAR, b=0"),
+    "engine/train_loop.py": (
+        "from torch.cuda.amp import GradScaler\ns = GradScaler()\n"
+        "from torch.cuda.amp import autocast\nwith autocast():\n",
+        'from torch.amp import GradScaler\ns = GradScaler("cuda")\n'
+        'from torch.amp import autocast\nwith autocast("cuda"):\n',
+    ),
+    "evaluation/coco_evaluation.py": (
+        "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
+        "        self._use_fast_impl = use_fast_impl\n"
+        "        use_fast_impl=self._use_fast_impl,\n",
+        "try:\n    from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
+        "except ImportError:  # it is compiled\n    COCOeval_opt = COCOeval\n"
+        "        self._use_fast_impl = use_fast_impl and COCOeval_opt is not COCOeval\n"
+        "        use_fast_impl=self._use_fast_impl,\n",
+    ),
+    "evaluation/pascal_voc_evaluation.py": ("astype(np.bool)", "astype(bool)"),
+    "evaluation/sem_seg_evaluation.py": (
+        "np.float, np.int, np.float32, np.int64",
+        "float, int, np.float32, np.int64",
+    ),
+    "export/__init__.py": (
+        "from .api import *\nfrom .flatten import TracingAdapter\n",
+        "try:\n    from .api import *\nexcept ImportError:  # it needs caffe2\n    pass\n"
+        "from .flatten import TracingAdapter\n",
+    ),
+    "layers/mask_ops.py": ("np.array(mask, copy=False)", "np.asarray(mask)"),
+    "model_zoo/model_zoo.py": (
+        "import pkg_resources\nimport torch\n    cfg_file = pkg_resources.resource_filename(\n"
+        '        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )\n',
+        "from importlib import resources\nimport torch\n    cfg_file = "
+        'str(resources.files("detectron2.model_zoo").joinpath("configs", config_path))\n',
+    ),
+    "modeling/anchor_generator.py": (
+        "torch.meshgrid(shifts_y, shifts_x)",
+        'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
+    ),
+    "structures/masks.py": ("astype(np.bool), np.bool_", "astype(bool), np.bool_"),
+    "utils/video_visualizer.py": ("dtype=np.bool)", "dtype=bool)"),
+    "utils/visualizer.py": (".astype(np.bool)", ".astype(bool)"),
+}
+for name in ("deform_conv", "roi_align_rotated", "rotated_boxes"):
+    BEFORE_AFTER[f"layers/{name}.py"] = (
+        "from detectron2 import _C\n_C.operator()\n",
+        "from detectron2.layers.compiled import _C\n_C.operator()\n",
+    )
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A source tree with the lines that get mended, and what build_wheel takes besides."""
+    root = tmp_path / "source"
+    for file, (before, _) in BEFORE_AFTER.items():
+        path = root / "detectron2" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(before)
+    for package in tool.PACKAGES:
+        (root / package).mkdir(parents=True, exist_ok=True)
+        (root / package / "__init__.py").write_text("")
+    (root / "detectron2/model_zoo/configs").mkdir()
+    (root / "detectron2/model_zoo/configs/Base.yaml").write_text("VERSION: 2\n")
+    (root / "detectron2/README.md").write_text("not for the wheel")
+    (root / "LICENSE").write_text("Apache License")
+    return root
+
+
+def contents(root):
+    return {path: path.read_text() for path in root.rglob("*") if path.is_file()}
+
+
+def failed(stderr):
+    return subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
+
+
+def test_every_mend_gives_the_text_it_should(source):
+    assert {f"detectron2/{file}" for file in BEFORE_AFTER} == set(tool.MENDS)
+    tool.mend(source)
+    for file, (_, after) in BEFORE_AFTER.items():
+        assert (source / "detectron2" / file).read_text() == after, file
+    assert (source / tool.COMPILED_FILE).read_text() == tool.COMPILED_TEXT
+
+
+@pytest.mark.parametrize("file", sorted(tool.MENDS))
+def test_a_mend_that_is_not_found_names_its_file_and_writes_nothing(source, file):
+    (source / file).write_text("something else\n")
+    before = contents(source)
+    with pytest.raises(tool.InstallError, match=f"^{re.escape(file)}: .* is not found in it"):
+        tool.mend(source)
+    assert contents(source) == before
+
+
+def test_a_missing_file_is_named(source):
+    (source / "detectron2/layers/mask_ops.py").unlink()
+    with pytest.raises(tool.InstallError, match="detectron2/layers/mask_ops.py is missing"):
+        tool.mend(source)
+
+
+def test_a_mended_tree_is_not_mended_again(source):
+    tool.mend(source)
+    with pytest.raises(tool.InstallError, match="mended already"):
+        tool.mend(source)
+
+
+def test_the_stand_in_raises_only_when_an_operator_is_called(monkeypatch):
+    detectron2 = types.ModuleType("detectron2")
+    monkeypatch.setitem(sys.modules, "detectron2", detectron2)
+    names = {}
+    exec(tool.COMPILED_TEXT, names)
+    assert not hasattr(names["_C"], "__file__")
+    with pytest.raises(ImportError, match="detectron2._C.box_iou_rotated is a compiled operator"):
+        _ = names["_C"].box_iou_rotated
+
+    detectron2._C = types.SimpleNamespace(box_iou_rotated=max)
+    exec(tool.COMPILED_TEXT, names)
+    assert names["_C"].box_iou_rotated(1, 2) == 2
+
+
+def test_sha256(tmp_path):
+    path = tmp_path / "source.tar.gz"
+    path.write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    tool.check_sha256(path, digest)
+    with pytest.raises(tool.InstallError, match=f"source.tar.gz has the sha256 {digest}, not 5d2e"):
+        tool.check_sha256(path)
+
+
+def test_wheel_records_its_files_and_pip_installs_it(source, tmp_path):
+    tool.mend(source)
+    path = tool.build_wheel(source, tmp_path)
+    assert path.name == "detectron2-0.6-py3-none-any.whl"
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        info = "detectron2-0.6.dist-info"
+        rows = list(csv.reader(archive.read(f"{info}/RECORD").decode().splitlines()))
+        assert {row[0] for row in rows} == names
+        for name, digest, size in rows[:-1]:
+            data = archive.read(name)
+            sha256 = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
+            assert (digest, size) == (f"sha256={sha256.rstrip('=')}", str(len(data)))
+        assert "Requires-Dist: fvcore>=0.1.5,<0.1.6\n" in archive.read(f"{info}/METADATA").decode()
+    assert "detectron2/model_zoo/configs/Base.yaml" in names
+    assert "detectron2/projects/point_rend/__init__.py" in names
+    assert "detectron2/README.md" not in names
+
+    target = tmp_path / "target"
+    options = ["--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    process = tool.run("-m", "pip", "install", *options, str(path))
+    assert process.returncode == 0, process.stderr
+    (found,) = tool.importlib.metadata.distributions(name="detectron2", path=[str(target)])
+    assert found.version == "0.6"
+
+
+def test_a_wrong_archive_gives_one_sentence_and_writes_nothing(tmp_path):
+    sdist, wheels = tmp_path / "pb1-detectron2-0.6.tar.gz", tmp_path / "wheels"
+    with tarfile.open(sdist, "w:gz"):
+        pass
+    command = [sys.executable, TOOL, "--sdist", sdist, "--wheel-dir", wheels]
+    process = subprocess.run(command, text=True, capture_output=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("install_detectron2: pb1-detectron2-0.6.tar.gz has the sha256")
+    assert process.stderr.count("\n") == 1 and not wheels.exists()
+
+
+def test_no_package_index_gives_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(tool.InstallError, match=r"is a package index reachable.*\(ERROR: "):
+        tool.download(tmp_path)
+
+
+def test_an_archive_pip_refuses_is_reported_with_its_reason(tmp_path, monkeypatch):
+    refused = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n    Got 1"
+    done = subprocess.CompletedProcess([], 0, "", "")
+    results = iter([done, failed(refused)])
+    monkeypatch.setattr(tool, "run", lambda *command, first=None: next(results))
+    with pytest.raises(tool.InstallError, match=r"0.6 with the sha256 5d2e.* \(ERROR: THESE .*\)$"):
+        tool.download(tmp_path)
+
+
+def test_torch_has_to_be_there_first(monkeypatch):
+    monkeypatch.setattr(tool, "installed", lambda module: False)
+    with pytest.raises(tool.InstallError, match="PyTorch is missing here"):
+        tool.install()
+
+
+def test_a_foreign_detectron2_that_fails_is_not_replaced(monkeypatch):
+    error = "Traceback (most recent call last):\nImportError: libcudart.so.9 is missing\n"
+    monkeypatch.setattr(tool, "installed_generator", lambda: "")
+    monkeypatch.setattr(tool, "installed", lambda module: True)
+    monkeypatch.setattr(tool, "run", lambda *command: failed(error))
+    with pytest.raises(tool.InstallError, match=r"pip uninstall detectron2.*\(ImportError: libcud"):
+        tool.install()
+
+
+@pytest.mark.parametrize("made_by", ["install_detectron2 (other mends)", tool.generator()])
+def test_our_own_is_replaced_when_outdated_or_broken(monkeypatch, made_by):
+    def download(folder):
+        raise tool.InstallError("downloading")
+
+    monkeypatch.setattr(tool, "installed_generator", lambda: made_by)
+    monkeypatch.setattr(tool, "installed", lambda module: True)
+    monkeypatch.setattr(tool, "run", lambda *command: failed("ImportError: broken"))
+    monkeypatch.setattr(tool, "download", download)
+    with pytest.raises(tool.InstallError, match="^downloading$"):
+        tool.install()
+
+
+@pytest.mark.skipif(
+    tool.installed_generator() not in ("", tool.generator()),
+    reason="the installed Detectron2 has other mends: 'make test' replaces it first",
+)
+def test_a_working_detectron2_is_left_alone():
+    folder = Path(importlib.util.find_spec("detectron2").origin).parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")}
+    process = subprocess.run([sys.executable, TOOL], text=True, capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert re.fullmatch(r"detectron2 \S+ works here already: left as it is\.\n", process.stdout)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")} == before
+
+
+@pytest.mark.skipif(not tool.installed_generator(), reason="Detectron2 is not from this tool")
+def test_the_installed_detectron2_is_mended():
+    import torch
+    from detectron2.evaluation import coco_evaluation
+    from detectron2.export import TracingAdapter
+    from detectron2.layers import DeformConv, ROIAlignRotated
+    from detectron2.model_zoo import get_config
+    from pycocotools.cocoeval import COCOeval
+
+    assert coco_evaluation.COCOeval_opt is COCOeval
+    assert TracingAdapter
+    for suffix in ("yaml", "py"):
+        assert get_config(f"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.{suffix}")
+    with pytest.raises(ImportError, match="roi_align_rotated_forward is a compiled operator"):
+        ROIAlignRotated((2, 2), 1.0, 0)(torch.zeros(1, 1, 4, 4), torch.zeros(1, 6))
+    # Zero offsets make it a plain convolution, and torchvision has that operator.
+    layer, image = DeformConv(1, 1, 3, padding=1), torch.rand(1, 1, 4, 4)
+    plain = torch.nn.functional.conv2d(image, layer.weight, padding=1)
+    assert torch.allclose(layer(image, torch.zeros(1, 18, 4, 4)), plain, atol=1e-6)

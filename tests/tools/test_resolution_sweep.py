@@ -1,0 +1,129 @@
+"""tools/analysis/resolution_sweep.py: as a process of its own, by its main(), and its files."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import cv2
+import pytest
+import torch
+from helpers import ROOT, coco_format, load_tool
+
+from msad_kd import KDTrainer
+from msad_kd.checkpoint.checkpoint import load_strictly
+from msad_kd.config.build import build_config
+from projects.Shapes.generate import generate
+
+report = load_tool("sweep_report")
+
+SIZES = ["--sizes", "64", "128"]
+CHECKPOINTS = ROOT / "projects/Shapes/checkpoints"
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """KEY VALUE pairs that give a Shapes config four scenes to be tested on."""
+    folder = tmp_path_factory.mktemp("swept")
+    generate(folder / "data", train=1, val=4, classes=5, difficulty=0.1, progress=False)
+    sets = ["DATASETS.COCO_FORMAT", str(coco_format(folder / "data", "swept"))]
+    return [*sets, "DATASETS.TRAIN", "()", "DATASETS.TEST", "('swept_val',)", "MODEL.DEVICE", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def swept(options, tmp_path_factory):
+    """The folder that the tool wrote to, and the finished process."""
+    folder = tmp_path_factory.mktemp("sweep") / "new"
+    branch = ["MODEL.MULTI_RESOLUTION.TEST_BRANCH", "lr"]
+    command = [sys.executable, ROOT / "tools/analysis/resolution_sweep.py", *SIZES, "--images", "2"]
+    command += ["--output", folder, "--model", "stock, HR", ROOT / "configs/Shapes/hr.yaml"]
+    command += [CHECKPOINTS / "hr.pth", *options, "--model", "teacher"]
+    command += [ROOT / "configs/Shapes/teacher.yaml", CHECKPOINTS / "teacher.pth", *options]
+    process = subprocess.run([*map(str, command), *branch], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return folder, process
+
+
+@pytest.fixture(scope="module")
+def expected(options, tmp_path_factory):
+    """Metrics of the stock model as train_net.py finds them at 64 px."""
+    sizes = ["INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128]
+    output = ["OUTPUT_DIR", str(tmp_path_factory.mktemp("expected"))]
+    cfg = build_config(str(ROOT / "configs/Shapes/hr.yaml"), [*options, *sizes, *output])
+    model = KDTrainer.build_model(cfg)
+    load_strictly(model, str(CHECKPOINTS / "hr.pth"), "the test")
+    return KDTrainer.test(cfg, model)
+
+
+def test_a_row_for_every_model_and_size(swept, expected):
+    rows = json.loads((swept[0] / "sweep.json").read_text())["rows"]
+    assert [(row["model"], row["size"], row["side"]) for row in rows] == [
+        ("stock, HR", 64, "64"),
+        ("stock, HR", 128, "128"),
+        ("teacher", 64, "32"),
+        ("teacher", 128, "64"),
+    ]
+    found = [expected[task]["AP"] for task in ("bbox", "segm")]
+    assert min(found) > 5
+    assert [rows[0]["box_ap"], rows[0]["mask_ap"]] == pytest.approx(found)
+    assert rows[0]["box_ap"] < rows[1]["box_ap"] and rows[0]["gmacs"] < rows[1]["gmacs"]
+    for row in rows:
+        low, middle, high = (row[f"latency_{name}ms"] for name in ("low_", "", "high_"))
+        assert 0 < low <= middle <= high
+
+
+def test_all_files_tell_the_same(swept):
+    folder, process = swept
+    names = ["sweep.csv", "sweep.json", "sweep.md", "sweep.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    content = json.loads((folder / "sweep.json").read_text())
+    assert "swept_val, 4 images" in content["note"] and "2 images, all models" in content["note"]
+    with open(folder / "sweep.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert table == [{name: str(value) for name, value in row.items()} for row in content["rows"]]
+    text = (folder / "sweep.md").read_text()
+    assert text == report.markdown(content["rows"], content["note"]) and text in process.stdout
+    assert cv2.imread(str(folder / "sweep.png")).std() > 10
+
+
+def test_progress_is_told(swept):
+    total = 4 * (2 + 4)
+    assert f"{total}/{total}" in swept[1].stderr and "teacher, 128 px" in swept[1].stderr
+
+
+def test_a_model_without_masks(tmp_path):
+    row = dict.fromkeys(report.HEADINGS, 1.0) | {"model": "boxes", "side": "32", "mask_ap": None}
+    report.write_files(str(tmp_path), [row], "a note")
+    header, _, line = (tmp_path / "sweep.md").read_text().splitlines()[:3]
+    cells = [[cell.strip() for cell in each.strip("|").split("|")] for each in (header, line)]
+    told = dict(zip(*cells))
+    assert (told["model"], told["box AP"], told["mask AP"]) == ("boxes", "1.00", "-")
+    alone = cv2.imread(str(tmp_path / "sweep.png")).shape[1]
+    report.write_files(str(tmp_path), [row, {**row, "model": "masks", "mask_ap": 2.0}], "a note")
+    assert cv2.imread(str(tmp_path / "sweep.png")).shape[1] == 2 * alone
+
+
+def test_mistakes_are_told_in_a_sentence(config_files, tmp_path, capsys):
+    low = [str(config_files["lr"]), str(tmp_path / "lr.pth")]
+    model = KDTrainer.build_model(build_config(low[0], []))
+    torch.save({"model": model.state_dict()}, low[1])
+    main = load_tool("resolution_sweep").main
+    mistakes = {
+        "--model a b: NAME, CONFIG and WEIGHTS are needed": ["--model", "a", "b"],
+        "--model a: the name is given twice": ["--model", "a", *low, "--model", "a", *low],
+        "--model b: DATASETS.TEST is .*the same single data set": [
+            *("--model", "a", *low),
+            *("--model", "b", *low, "DATASETS.TEST", "('tiny_train',)"),
+        ],
+        "--model a: DATASETS.TEST is .*single": ["--model", "a", *low, "DATASETS.TEST", "()"],
+        "'nowhere.pth' .* does not exist": ["--model", "a", low[0], "nowhere.pth"],
+        "'nowhere.yaml' does not exist": ["--model", "a", "nowhere.yaml", low[1]],
+        "--sizes: 0 is below 1": ["--model", "a", *low, "--sizes", "0"],
+        "--images: 0 is below 1": ["--model", "a", *low, "--images", "0"],
+    }
+    for words, arguments in mistakes.items():
+        with pytest.raises(SystemExit, match="2"):
+            main(["--output", str(tmp_path / "new"), *SIZES, *arguments])
+        assert re.search(words, capsys.readouterr().err.splitlines()[-1]), words
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,119 @@
+"""The features of several models on the same images, measured for the tools that compare them."""
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.layers import ShapeSpec
+from tqdm import tqdm
+
+from msad_kd import InputError, TwoResolutionMapper
+from msad_kd.data.loader import clear_absence, clear_errors
+from msad_kd.distill.teacher import Teacher
+from msad_kd.ladder.adaptation_cost import Cost, adaptation_cost, enough_rows, training_images
+from msad_kd.ladder.feature_sampling import (
+    cell_counts,
+    cells_per_image,
+    common_strides,
+    read_features,
+    write_features,
+)
+from msad_kd.utils.seed import derive_seed
+
+
+class Measurement:
+    """The features of all models, in files, and the costs between them."""
+
+    def __init__(
+        self, cfg: CfgNode, names: tuple[str, ...], *, images: int, seed: int, folder: Path
+    ):
+        """
+        Args:
+            cfg: the student's.
+            names: the data sets.
+            images: how many of their images to draw.
+            seed: of images, cells and intervals.
+            folder: for the files.
+
+        Raises:
+            InputError: if a data set is absent, or has fewer than five images.
+        """
+        with clear_absence(names):
+            dicts = get_detection_dataset_dicts(names, filter_empty=False)
+        generator = torch.Generator().manual_seed(derive_seed(seed))
+        drawn = torch.randperm(len(dicts), generator=generator)[:images]
+        self.dicts = [dicts[i] for i in drawn]
+        training_images(len(self.dicts))
+        self.mapper = clear_errors(TwoResolutionMapper(cfg, is_train=False, frame="lr"))
+        self.folder, self.seed, self.sizes = folder, seed, []
+
+    def plan(self, levels: dict[str, dict[str, ShapeSpec]], cells: int) -> None:
+        """Which levels are compared, and how many cells of each."""
+        self.strides, left_out = common_strides(levels)
+        for name, unused in left_out.items():
+            if unused:
+                print(f"{name}: {', '.join(unused)} left out: not every model has such a level")
+        self.channels = {name: next(iter(own.values())).channels for name, own in levels.items()}
+        widest = max(self.channels.values())
+        self.cells = cells_per_image(len(self.dicts), len(self.strides), widest, cells)
+
+    def add(self, name: str, model: Teacher, divisibility: int) -> None:
+        """Write one model's features."""
+        inputs = (self.mapper(entry) for entry in tqdm(self.dicts, desc=name, unit="image"))
+        self.sizes = write_features(
+            model,
+            inputs,
+            self.strides,
+            cells=self.cells,
+            divisibility=divisibility,
+            seed=self.seed,
+            folder=self.folder / name,
+        )
+
+    def one_width(self) -> bool:
+        """Whether all models have as many channels."""
+        return len(set(self.channels.values())) == 1
+
+    def rows(self, name: str, stride: int) -> torch.Tensor:
+        """(r, C): one model's features at a level."""
+        return read_features(self.folder / name, stride, self.channels[name])
+
+    def counts(self, stride: int) -> torch.Tensor:
+        """(I,): how many of the rows are of each image."""
+        return cell_counts(self.sizes, stride, self.cells)
+
+    def costs(self) -> dict[str, dict[str, Cost]]:
+        """``costs[a][b]``: C(a->b), of every model to every model; to itself it has to be 0.
+
+        Raises:
+            InputError: if no level has rows enough.
+        """
+        counts = {stride: self.counts(stride) for stride in self.strides}
+        widest = max(self.channels.values())
+        used = [stride for stride in self.strides if enough_rows(counts[stride], widest)]
+        for stride in self.strides:
+            if stride not in used:
+                print(
+                    f"stride {stride} left out: its {int(counts[stride].sum())} rows are too few "
+                    f"for {widest} channels"
+                )
+        if not used:
+            raise InputError(
+                f"{len(self.dicts)} images of {self.cells} cells a level are too few for {widest} "
+                "channels at every level; raise --images or --cells"
+            )
+        self.strides = used
+        pairs = [(a, b) for a in self.channels for b in self.channels]
+        costs = {name: {} for name in self.channels}
+        for a, b in tqdm(pairs, desc="costs", unit="pair"):
+            levels = {
+                f"stride {stride}": (
+                    self.rows(a, stride),
+                    self.rows(b, stride),
+                    counts[stride],
+                )
+                for stride in used
+            }
+            costs[a][b] = adaptation_cost(levels, seed=derive_seed(self.seed, 1))
+        return costs

@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Recompute the running statistics of a multi-resolution teacher, each resolution by itself.
+
+    python tools/analysis/precise_statistics.py --batches 40 \
+        --config-file configs/Shapes/teacher.yaml \
+        output/shapes/teacher/model_final.pth output/shapes/teacher/model_precise.pth
+
+Training keeps exponential averages of the last batches; this averages evenly over
+training batches, at the final weights. It also gives each resolution its own to a teacher that was
+trained with one shared set (MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS False), whose weights are
+the same: in training, batch normalisation never reads them.
+"""
+
+import argparse
+import os
+import tempfile
+
+import torch
+from arguments import positive
+from fvcore.nn.precise_bn import update_bn_stats
+from tqdm import tqdm
+
+from msad_kd import InputError, KDTrainer, build_config
+from msad_kd.checkpoint.checkpoint import load_strictly, read_model, save_model
+from msad_kd.modeling.batch_statistics import LOW_SUFFIX, low_resolution_statistics
+from msad_kd.modeling.multi_resolution import MultiResolutionMixin
+
+
+def main(args):
+    """Averages over training batches, first at high and then at low resolution."""
+    state = read_model(args.source)
+    cfg = build_config(args.config_file, args.opts)
+    model = KDTrainer.build_model(cfg)
+    if not isinstance(model, MultiResolutionMixin):
+        raise InputError(f"'{args.config_file}' is no multi-resolution teacher")
+    if not any(key.endswith(LOW_SUFFIX) for key in model.state_dict()):
+        raise InputError(
+            f"the resolutions of '{args.config_file}' share their statistics; add "
+            "MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS True (frozen ones are never recomputed)"
+        )
+    for key in model.state_dict():
+        # What lacks the other key, too, is told by load_strictly.
+        if key.endswith(LOW_SUFFIX) and (shared := key.removesuffix(LOW_SUFFIX)) in state:
+            state.setdefault(key, state[shared])
+    with tempfile.TemporaryDirectory() as folder:
+        completed = os.path.join(folder, os.path.basename(args.source))
+        torch.save({"model": state}, completed)
+        load_strictly(model, completed, f"the config '{args.config_file}'")
+
+    # Frozen layers keep their statistics: only the backbone's normalisation is put in train mode.
+    model.eval().backbone.train()
+    batches = KDTrainer.build_train_loader(cfg)
+    with torch.no_grad():
+        high = (model.preprocess_image(x).tensor for x in batches)
+        update_bn_stats(model.backbone, tqdm(high, total=args.batches), args.batches)
+        low = (model.low_resolution_batch(x, model.preprocess_image(x).tensor) for x in batches)
+        with low_resolution_statistics(model.backbone):
+            update_bn_stats(model.backbone, tqdm(low, total=args.batches), args.batches)
+    save_model(model.state_dict(), args.target)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config-file", required=True, help="the teacher's config")
+    parser.add_argument(
+        "--batches", type=positive, default=200, help="training batches to average over"
+    )
+    parser.add_argument("source", help="a teacher's checkpoint")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")
+    try:
+        main(parser.parse_args())
+    except InputError as error:
+        parser.error(str(error))

@@ -1,0 +1,85 @@
+"""What comes of a sweep over models and test sizes: the table, as files, and its picture.
+
+A row has the keys of HEADINGS; an AP is in percent, or None where there is none.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from msad_kd.checkpoint.files import replacing, write_json
+
+__all__ = ["HEADINGS", "draw", "markdown", "write_files"]
+
+HEADINGS = {
+    "model": "model",
+    "size": "test size (px)",
+    "side": "images seen (px)",
+    "box_ap": "box AP",
+    "mask_ap": "mask AP",
+    "gmacs": "GMACs",
+    "latency_ms": "latency (ms)",
+    "latency_low_ms": "25 %",
+    "latency_high_ms": "75 %",
+}
+
+
+def _text_of(value) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[dict], note: str) -> str:
+    """The rows as a Markdown table, with the note below."""
+    cells = [[_text_of(row[name]) for name in HEADINGS] for row in rows]
+    align = ["left", *["right"] * (len(HEADINGS) - 1)]
+    headings = list(HEADINGS.values())
+    table = tabulate(cells, headings, "pipe", colalign=align, disable_numparse=True)
+    return f"{table}\n\n{note}\n"
+
+
+def draw(path: str, rows: list[dict], note: str) -> None:
+    """Draw AP against latency: a line a model, a point a size, whiskers between the quartiles."""
+    kinds = [kind for kind in ("box_ap", "mask_ap") if any(row[kind] is not None for row in rows)]
+    figure = Figure(figsize=(6.5 * len(kinds), 5), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        for name in dict.fromkeys(row["model"] for row in rows if row[kind] is not None):
+            points = [row for row in rows if row["model"] == name]
+            x, y = [row["latency_ms"] for row in points], [row[kind] for row in points]
+            below = [row["latency_ms"] - row["latency_low_ms"] for row in points]
+            above = [row["latency_high_ms"] - row["latency_ms"] for row in points]
+            style = {"marker": "o", "capsize": 2, "elinewidth": 0.8}
+            axis.errorbar(x, y, xerr=[below, above], label=name, **style)
+            for row, *point in zip(points, x, y):
+                axis.annotate(row["side"], point, (4, 5), textcoords="offset points", fontsize=8)
+        axis.set_xlabel("latency (ms), median and quartiles")
+        axis.set_ylabel(HEADINGS[kind])
+        axis.grid(color="#dddddd", lw=0.6)
+        axis.legend()
+    figure.suptitle(note, fontsize=9, wrap=True)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def write_files(folder: str, rows: list[dict], note: str) -> None:
+    """Write sweep.md, .json, .csv and .png to a folder, each of them whole or not at all."""
+
+    def write_csv(path):
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, list(HEADINGS))
+            table.writeheader()
+            table.writerows(rows)
+
+    writers = {
+        "sweep.md": lambda path: path.write_text(markdown(rows, note)),
+        "sweep.csv": write_csv,
+        "sweep.png": lambda path: draw(path, rows, note),
+    }
+    for name, write in writers.items():
+        with replacing(os.path.join(folder, name)) as part:
+            write(part)
+    write_json(os.path.join(folder, "sweep.json"), {"note": note, "rows": rows})
