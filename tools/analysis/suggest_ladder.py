@@ -7,8 +7,9 @@
         --teacher swin_t configs/COCO/mask_rcnn_Swin_T_FPN_HR_3x.yaml output/swin_t.pth \
         --ap fused=40.1 --ap swin_t=46.0
 
-It measures how hard it is to get from each model's features to each other's
-(msad_kd/ladder/adaptation_cost.py) on training images, one model in memory at a time, and selects backward from the strongest teacher.
+It measures how hard it is to predict each model's features from each other's on training images
+(msad_kd/ladder/adaptation_cost.py), one model in memory at a time, and selects backward from the
+strongest teacher.
 It prints the costs, the teachers left out and why, and the stages; OUTPUT gets all of it as
 ladder.json, a heat map ladder.png and stages.yaml.
 """
