@@ -108,7 +108,7 @@ def _unexplained(errors: torch.Tensor) -> torch.Tensor:
 def training_images(images: int) -> int:
     """Return the number of images a map is fitted to: 80 %. ``InputError`` below five images."""
     if images < 5:
-        raise InputError(f"an adaptation cost needs at least five images; there are {images}")
+        raise InputError(f"an adaptation cost needs five images or more; there are {images}")
     return images * 4 // 5
 
 
