@@ -12,8 +12,6 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.solver import build_optimizer, get_default_optimizer_params
-from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import check_exists, init_from_teacher, load_strictly
@@ -23,6 +21,7 @@ from msad_kd.distill.student import DistilledMixin, attach_teacher
 from msad_kd.distill.teacher import teacher_config
 from msad_kd.engine.hooks import EvaluateTeacher, SeedEachStep
 from msad_kd.engine.launch import ddp_on_cpu
+from msad_kd.engine.optimizer import build_optimizer
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.modeling.classes import check_classes, is_a
 from msad_kd.modeling.loss_normalizer import KeepNormalizer
@@ -139,23 +138,7 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER == "ADAMW":
-            parameters = get_default_optimizer_params(
-                model,
-                base_lr=cfg.SOLVER.BASE_LR,
-                weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-                bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-                weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-                # A Swin's, which its authors do not decay either.
-                overrides={"relative_position_bias_table": {"weight_decay": 0.0}},
-            )
-            optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-            return optimizer(
-                parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
-            )
-        raise InputError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; use SGD or ADAMW")
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
