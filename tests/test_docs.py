@@ -68,6 +68,32 @@ def test_lines_are_short(path):
     assert not [x for x in prose(path).splitlines() if len(x) > 120 and not x.startswith("|")]
 
 
+def table_rows(path):
+    """Return (header, cells) of each row of the tables whose first column is "row"."""
+    header, found = None, []
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else None
+        if cells is None or header is None:
+            header = cells
+        elif header[0] == "row" and cells[0].startswith("`"):
+            found.append((header, cells))
+    return found
+
+
+@pytest.mark.parametrize("name", ["README.md", "FINDINGS.md"])
+def test_numbers_are_those_of_the_results(name):
+    """Every number in a table of rows stands in that row of results/tables.md."""
+    shapes = ROOT / "projects" / "Shapes"
+    results = {}
+    for _, (row, *cells) in table_rows(shapes / "results" / "tables.md"):
+        results.setdefault(row, set()).update(cells)
+    rows = table_rows(shapes / name)
+    assert rows
+    for header, (row, *cells) in rows:
+        numbers = {x for x, title in zip(cells, header[1:]) if title != "model"}
+        assert numbers <= results[row], (row, numbers - results[row])
+
+
 def commands(path):
     """Return the commands of a text's blocks that are neither Python nor YAML."""
     blocks = [

@@ -1,7 +1,8 @@
 """MSE inside or outside of the objects' boxes alone, to see where a loss helps or hurts.
 
     python train_net.py --import projects.Shapes.box_losses \
-        --config-file configs/Shapes/student_one_size.yaml MODEL.META_ARCHITECTURE BoxAwareRCNN SEED 1 \
+        --config-file configs/Shapes/student_one_size.yaml \
+        MODEL.META_ARCHITECTURE BoxAwareRCNN SEED 1 \
         KD.TEACHER.WEIGHTS projects/Shapes/checkpoints/teacher_one_size.pth \
         KD.LOSSES "[{'name': 'mse_inside', 'weight': 20.0, 'levels': ['p2'], 'warmup_iters': 100}]"
 
