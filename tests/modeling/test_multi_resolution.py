@@ -2,21 +2,15 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
-from detectron2.modeling.proposal_generator import build_proposal_generator
-from detectron2.modeling.roi_heads import build_roi_heads
-from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
 from helpers import build, losses_of, same_instances
 from torch.testing import assert_close
 
+from msad_kd.modeling.capture import answering
 from msad_kd.modeling.multi_resolution import BRANCHES
-from msad_kd.modeling.pyramid import shift_levels
 from msad_kd.utils.errors import InputError
 
 ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
@@ -113,6 +107,32 @@ def test_losses_of_three_branches(teacher, config, batch):
     assert all(loss.isfinite() for loss in losses.values())
 
 
+def test_images_are_preprocessed_once_and_the_losses_are_the_stock_ones(
+    teacher, config, batch, monkeypatch
+):
+    calls, stock = [], GeneralizedRCNN.preprocess_image
+    monkeypatch.setattr(
+        GeneralizedRCNN, "preprocess_image", lambda *args: calls.append(1) or stock(*args)
+    )
+    inputs, model = batch(config("teacher"), "hr"), teacher()
+    losses = losses_of(model, inputs)
+    assert len(calls) == 1
+    model = teacher().train()
+    images = model.preprocess_image(inputs)
+    low = model.low_resolution_batch(inputs, images.tensor)
+    pyramids = model.pyramids(images.tensor, low, images.image_sizes, BRANCHES)
+    torch.manual_seed(1)
+    for branch, pyramid in pyramids.items():
+        with EventStorage(), answering(model.backbone, pyramid):
+            expected = GeneralizedRCNN.forward(model, inputs)  # it preprocesses them again
+        weight = 0.4 if branch == "fused" else 1.0
+        for name, loss in expected.items():
+            assert torch.equal(losses[f"{name}_{branch}"], weight * loss)
+    calls.clear()
+    model.eval()(batch(config("teacher"), "hr", is_train=False))
+    assert len(calls) == 1
+
+
 def test_the_fused_losses_count_0_4(teacher, config, batch):
     inputs = batch(config("teacher"), "hr")
     default = losses_of(teacher(), inputs)
@@ -203,79 +223,10 @@ def test_a_backbone_that_pads_too_little_is_refused(teacher):
 def test_images_that_do_not_belong_together_are_refused(teacher, config, batch):
     inputs = batch(config("teacher"), "hr")
     inputs[1]["image_lr"] = inputs[1]["image_lr"][..., :-1]
-    with pytest.raises(InputError, match=r"\(64, 96\) stands beside .* \(64, 94\)"):
+    with pytest.raises(InputError, match=r"\(64, 96\) px should have \(64, 94\)"):
         losses_of(teacher(), inputs)
 
 
 def test_data_of_the_stock_mapper_are_refused(teacher, config, batch):
     with pytest.raises(InputError, match="'image_lr'.*TwoResolutionMapper"):
         losses_of(teacher(), batch(config("teacher"), None))
-
-
-class Frame:
-    """Stock heads that read given features; images, boxes, anchors ``factor`` times as large."""
-
-    LEVELS = (2, 3, 4, 5, 6)
-
-    def __init__(self, factor):
-        shift = factor.bit_length() - 1
-        cfg = get_cfg()
-        cfg.MODEL.MASK_ON = True
-        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[factor * 2**s] for s in self.LEVELS]
-        cfg.MODEL.RPN.IN_FEATURES = [f"p{s + shift}" for s in self.LEVELS]
-        cfg.MODEL.ROI_HEADS.IN_FEATURES = cfg.MODEL.RPN.IN_FEATURES[:-1]
-        cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
-        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-        cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-        cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 2
-        cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
-        cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
-        cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-        cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
-        cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
-        cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 100
-        shapes = {f"p{s + shift}": ShapeSpec(16, stride=factor * 2**s) for s in self.LEVELS}
-        torch.manual_seed(0)
-        self.rpn = build_proposal_generator(cfg, shapes)
-        self.heads = build_roi_heads(cfg, shapes)
-        self.factor, self.shift = factor, shift
-
-    def images_and_truth(self):
-        size = (64 * self.factor, 96 * self.factor)
-        corners = np.array([[3, 5, 40, 61], [20, 11, 93, 30], [50, 40, 57, 49]]) * self.factor
-        truth = Instances(size)
-        truth.gt_boxes = Boxes(torch.tensor(corners, dtype=torch.float32))
-        truth.gt_classes = torch.tensor([0, 2, 1])
-        truth.gt_masks = PolygonMasks(
-            [[np.array([x0, y0, x1, y0, x1, y1], np.float64)] for x0, y0, x1, y1 in corners]
-        )
-        return ImageList(torch.zeros(1, 3, *size), [size]), [truth]
-
-    def run(self, pyramid, train):
-        features = shift_levels(pyramid, self.shift)
-        images, truth = self.images_and_truth()
-        self.rpn.train(train), self.heads.train(train)
-        torch.manual_seed(1)
-        with EventStorage():
-            proposals, rpn = self.rpn(images, features, truth)
-            detections, heads = self.heads(images, features, proposals, truth)
-        return detections[0], {**rpn, **heads}
-
-
-def test_the_frame_makes_no_difference():
-    torch.manual_seed(2)
-    pyramid = {f"p{s}": torch.randn(1, 16, 64 >> s, 96 >> s) for s in Frame.LEVELS}
-    pyramid["p6"] = torch.randn(1, 16, 1, 2)
-    low, high = Frame(1), Frame(2)
-    expected, found = low.run(pyramid, True)[1], high.run(pyramid, True)[1]
-    assert len(expected) == 5
-    assert {n: loss.item() for n, loss in found.items()} == {
-        n: loss.item() for n, loss in expected.items()
-    }
-    with torch.no_grad():
-        one, other = low.run(pyramid, False)[0], high.run(pyramid, False)[0]
-    assert len(one) > 10
-    assert torch.equal(2 * one.pred_boxes.tensor, other.pred_boxes.tensor)
-    for field in ("scores", "pred_classes", "pred_masks"):
-        assert torch.equal(one.get(field), other.get(field))

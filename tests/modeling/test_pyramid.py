@@ -109,7 +109,7 @@ def test_normalize_by_the_models_own_mean_and_deviation():
 def test_check_sizes():
     images = [torch.zeros(3, 64, 96), torch.zeros(3, 62, 80)]
     check_sizes(images, [(64, 96), (62, 80)])
-    with pytest.raises(InputError, match=r"\(62, 80\) stands beside .* \(62, 82\).*KD.SCALE"):
+    with pytest.raises(InputError, match=r"\(62, 80\) px should have \(62, 82\).*KD.SCALE"):
         check_sizes(images, [(64, 96), (62, 82)])
 
 
