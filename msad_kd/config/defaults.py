@@ -111,9 +111,9 @@ def _add_model_keys(cfg: CN) -> None:
     # Its feature maps of strides 4 to 32 are FPN.IN_FEATURES [res2, res3, res4, res5].
     # BACKBONE.FREEZE_AT n freezes the layers that lead to strides up to 2^n; 0 freezes none.
     # timm's weights are for RGB images; with INPUT.FORMAT BGR, the first convolution's are reversed
-    # when they are read. Most want PIXEL_MEAN [123.675, 116.28, 103.53] and PIXEL_STD [58.395,
-    # 57.12, 57.375], in the order of INPUT.FORMAT; a warning names what the network was trained
-    # with if it differs.
+    # when they are read. PIXEL_MEAN and PIXEL_STD, in the order of INPUT.FORMAT, have to be 255
+    # times the mean and std of timm.get_pretrained_cfg(NAME): for most [123.675, 116.28, 103.53]
+    # and [58.395, 57.12, 57.375] (RGB).
     cfg.MODEL.TIMM = CN()
     # A classifier's name in timm (timm.list_models()); a tag chooses among its weights:
     # "resnet50.a1_in1k".

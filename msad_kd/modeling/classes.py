@@ -1,6 +1,7 @@
 """The classes and masks that a config's model predicts, checked against the data sets."""
 
 import json
+from operator import attrgetter
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -11,7 +12,7 @@ from torch import nn
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.utils.errors import InputError
 
-# The config key with the number of classes of each meta-architecture.
+# The config key with the number of classes of each kind of detector.
 _CLASS_KEYS: tuple[tuple[type[nn.Module], str], ...] = (
     (GeneralizedRCNN, "MODEL.ROI_HEADS.NUM_CLASSES"),
     (RetinaNet, "MODEL.RETINANET.NUM_CLASSES"),
@@ -32,12 +33,8 @@ def class_key(cfg: CfgNode) -> str | None:
 
 def number_of_classes(cfg: CfgNode) -> int | None:
     """Return the number of classes; None for unknown meta-architectures."""
-    node, key = cfg, class_key(cfg)
-    if key is None:
-        return None
-    for name in key.split("."):
-        node = node[name]
-    return node
+    key = class_key(cfg)
+    return attrgetter(key)(cfg) if key else None
 
 
 def has_masks(cfg: CfgNode) -> bool:

@@ -47,15 +47,7 @@ class LastLevelsConv(nn.Module):
     def __init__(
         self, in_channels: int, out_channels: int, num_levels: int, in_feature: str, norm: str = ""
     ):
-        """Build the convolutions.
-
-        Args:
-            in_channels: channels of ``in_feature``.
-            out_channels: channels of each level.
-            num_levels: the number of levels, from p6 on.
-            in_feature: the map to start from, "p5" or "res5".
-            norm: the name of a normalisation in Detectron2, or "".
-        """
+        """Build the convolutions that start from ``in_feature``, which has ``in_channels``."""
         super().__init__()
         self.num_levels = num_levels
         self.in_feature = in_feature
@@ -90,12 +82,7 @@ class AlignedFPN(FPN):
     """
 
     def __init__(self, *, scale: int, **kwargs):
-        """Build the FPN.
-
-        Args:
-            scale: k, high-resolution side / low-resolution side.
-            kwargs: arguments of ``FPN``.
-        """
+        """Build the stock FPN of ``kwargs``; ``scale`` is k."""
         super().__init__(**kwargs)
         self.scale = scale
 

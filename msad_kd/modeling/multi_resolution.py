@@ -72,9 +72,7 @@ class MultiResolutionMixin:
             kwargs: arguments of the stock detector.
 
         Raises:
-            InputError: if the branch is unknown, if the backbone pads images for one resolution
-                only or has no statistics to separate, or if a head reads a level that only one
-                resolution has.
+            InputError: if the branch, the backbone or the levels that the heads read do not fit.
         """
         super().__init__(**kwargs)
         if test_branch not in BRANCHES:
@@ -116,8 +114,8 @@ class MultiResolutionMixin:
 
     def _check_heads(self) -> None:
         levels = self.strides()
-        readers = [(self, "head_in_features")]  # of a dense detector; the others of an R-CNN
-        for part in ("proposal_generator", "roi_heads"):
+        readers = [(self, "head_in_features")]  # a dense detector
+        for part in ("proposal_generator", "roi_heads"):  # an R-CNN
             readers.append((getattr(self, part, None), "in_features"))
         for reader, attribute in readers:
             absent = [name for name in getattr(reader, attribute, ()) if name not in levels]

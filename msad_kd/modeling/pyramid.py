@@ -85,14 +85,9 @@ def normalize(model: nn.Module, images: list[torch.Tensor]) -> list[torch.Tensor
 def check_sizes(images: list[torch.Tensor], expected: list[tuple[int, int]]) -> None:
     """Check that images (3, H, W) have the sizes that their other resolution asks for.
 
-    Otherwise their features would be shifted, and nobody would notice.
-
-    Args:
-        images: the images of one resolution.
-        expected: (height, width) of each, derived from the image of the other resolution.
-
     Raises:
-        InputError: if a size differs.
+        InputError: if a size differs from ``expected``, (height, width): the features would be
+            shifted, and nobody would notice.
     """
     for image, size in zip(images, expected):
         if tuple(image.shape[-2:]) != tuple(size):
@@ -145,16 +140,10 @@ def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: 
 
 
 def cells_in_boxes(boxes: torch.Tensor, stride: float, height: int, width: int) -> torch.Tensor:
-    """Return a mask of the cells of a map that boxes touch, for analyses of the losses.
+    """Return a mask (height, width) of the cells that boxes touch, on the CPU, to analyse losses.
 
-    Args:
-        boxes: (n, 4), left, top, right and bottom in pixels.
-        stride: side of a cell in pixels.
-        height: rows of the map.
-        width: columns of the map.
-
-    Returns:
-        (height, width) of bool, on the CPU.
+    ``boxes`` is (n, 4): left, top, right and bottom in pixels; ``stride`` is a cell's side in
+    pixels.
     """
     cells = torch.zeros(height, width, dtype=torch.bool)
     for left, top, right, bottom in (boxes / stride).tolist():

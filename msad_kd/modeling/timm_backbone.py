@@ -86,7 +86,8 @@ class TimmBackbone(Backbone):
             for layer in [layers] if isinstance(layers, str) else layers:
                 weight = body.get_parameter(f"{layer}.weight")
                 weight.data = weight.data.flip(1)
-        kinds = tuple(type(module) for module in body.modules())
+        normalised = any(isinstance(module, _BatchNorm) for module in body.modules())
+        normalised |= not any(isinstance(module, nn.LayerNorm) for module in body.modules())
         if norm == "SyncBN":
             body = convert_sync_batchnorm(body)
         elif norm == "FrozenBN":
@@ -99,7 +100,7 @@ class TimmBackbone(Backbone):
         channels = {f: body.feature_info[i]["num_chs"] for f, i in zip(strides, self._indices)}
         self._out_feature_channels = channels
         self.norms = nn.ModuleDict()
-        if _any(kinds, nn.LayerNorm) and not _any(kinds, _BatchNorm):
+        if not normalised:
             self.norms.update({feature: LayerNorm2d(width) for feature, width in channels.items()})
         self._frozen: tuple[nn.Module, ...] = ()
         self.eval()
@@ -204,10 +205,6 @@ class TimmBackbone(Backbone):
         self._frozen = tuple(frozen)  # a tuple, so that they are not registered twice
 
 
-def _any(kinds: tuple[type, ...], parent: type) -> bool:
-    return any(issubclass(kind, parent) for kind in kinds)
-
-
 def _create(name: str, arguments: dict, in_channels: int, pretrained: bool) -> nn.Module:
     if name.startswith("swin"):
         # Any image size, and windows that shift on small maps, too, as in the authors' detectors.
@@ -225,26 +222,13 @@ def _create(name: str, arguments: dict, in_channels: int, pretrained: bool) -> n
 
 
 def _starts_from_timm(cfg: CfgNode) -> bool:
-    """Return whether the backbone starts from weights of timm, and warn of likely mistakes."""
-    keys, logger = cfg.MODEL.TIMM, logging.getLogger(__name__)
-    if not (keys.PRETRAINED or keys.CHECKPOINT):
-        return False
-    if cfg.MODEL.WEIGHTS:
-        logger.warning(
+    """Return whether the backbone starts from weights of timm, not from MODEL.WEIGHTS."""
+    wanted = bool(cfg.MODEL.TIMM.PRETRAINED or cfg.MODEL.TIMM.CHECKPOINT)
+    if wanted and cfg.MODEL.WEIGHTS:
+        logging.getLogger(__name__).warning(
             "MODEL.WEIGHTS is '%s', so the weights of MODEL.TIMM are not read", cfg.MODEL.WEIGHTS
         )
-        return False
-    trained = timm.get_pretrained_cfg(keys.NAME)
-    for key in ("mean", "std") if trained else ():
-        pixels = cfg.MODEL[f"PIXEL_{key.upper()}"]
-        expected = [255 * value for value in getattr(trained, key)]
-        rgb = pixels[::-1] if cfg.INPUT.FORMAT == "BGR" else pixels
-        if len(rgb) == len(expected) and any(abs(a - b) > 1 for a, b in zip(rgb, expected)):
-            logger.warning(
-                "MODEL.PIXEL_%s is %s, but '%s' was trained with %s (in the order RGB)",
-                *(key.upper(), pixels, keys.NAME, expected),
-            )
-    return True
+    return wanted and not cfg.MODEL.WEIGHTS
 
 
 def _load(body: nn.Module, name: str, path: str) -> None:

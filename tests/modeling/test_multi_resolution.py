@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from detectors import DETECTORS
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
 from helpers import build, losses_of, same_instances
@@ -46,12 +47,9 @@ def test_levels_of_both_resolutions_have_equal_shapes(teacher, sizes, scale):
     seen, pyramids, stock = [], {}, model.pyramids
     model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2:]))
     model.pyramids = lambda *args: pyramids.update(stock(*args)) or stock(*args)
-    with torch.no_grad():
-        model(pairs_of_images(sizes, scale))
-        model.test_branch = "hr"
-        model(pairs_of_images(sizes, scale))
-        model.test_branch = "lr"
-        model(pairs_of_images(sizes, scale))
+    for model.test_branch in ("fused", "hr", "lr"):
+        with torch.no_grad():
+            model(pairs_of_images(sizes, scale))
     (high, low), (height, width) = seen[:2], map(max, zip(*sizes))
     assert tuple(low) == (-(-height // 32) * 32, -(-width // 32) * 32)  # the student's own padding
     assert tuple(high) == (scale * low[0], scale * low[1])
@@ -100,9 +98,10 @@ def test_padding_is_masked_or_not(teacher):
     assert torch.equal(found[1]["fused"]["p3"], whole["p3"])
 
 
+@pytest.mark.parametrize("detector", DETECTORS, indirect=True)
 def test_losses_of_three_branches(teacher, config, batch):
     losses = losses_of(teacher(), batch(config("teacher"), "hr"))
-    names = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
+    names = {name.rpartition("_")[0] for name in losses}
     assert losses.keys() == {f"{name}_{branch}" for name in names for branch in BRANCHES}
     assert all(loss.isfinite() for loss in losses.values())
 
@@ -141,20 +140,14 @@ def test_the_fused_losses_count_0_4(teacher, config, batch):
         assert loss.item() == ((0.4 if name.endswith("_fused") else 1.0) * alone[name]).item()
 
 
-def test_the_fused_loss_trains_backbone_and_fusion(teacher, config, batch):
-    model = teacher()
-    losses = losses_of(model, batch(config("teacher"), "hr"))
-    sum(loss for name, loss in losses.items() if name.endswith("_fused")).backward()
-    assert model.fusion.squeeze.weight.grad.abs().sum() > 0
-    assert model.fusion.excite.weight.grad.abs().sum() > 0
-    assert model.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
-
-
-def test_the_hr_losses_leave_the_fusion_alone(teacher, config, batch):
-    model = teacher()
-    losses = losses_of(model, batch(config("teacher"), "hr"))
-    sum(loss for name, loss in losses.items() if not name.endswith("_fused")).backward()
-    assert all(p.grad is None or not p.grad.any() for p in model.fusion.parameters())
+def test_only_the_fused_loss_trains_the_fusion(teacher, config, batch):
+    for fused in (True, False):
+        model = teacher()
+        losses = losses_of(model, batch(config("teacher"), "hr"))
+        sum(x for name, x in losses.items() if name.endswith("_fused") == fused).backward()
+        for layer in (model.fusion.squeeze, model.fusion.excite):
+            assert bool(layer.weight.grad is not None and layer.weight.grad.any()) == fused
+        assert model.backbone.bottom_up.stem.conv1.weight.grad.any()
 
 
 def test_each_branch_predicts_in_its_own_way(teacher, config, batch):
@@ -180,6 +173,7 @@ def test_the_hr_branch_needs_no_low_resolution(teacher, config, batch):
             assert same_instances(one["instances"], other["instances"])
 
 
+@pytest.mark.parametrize("detector", DETECTORS, indirect=True)
 def test_the_lr_branch_is_the_low_resolution_detector(teacher, config, batch):
     model = teacher("MODEL.MULTI_RESOLUTION.TEST_BRANCH", "lr").eval()
     stock = build_model(config("lr")).eval()
@@ -190,34 +184,32 @@ def test_the_lr_branch_is_the_low_resolution_detector(teacher, config, batch):
         found = model(batch(config("teacher"), "hr", count=3, is_train=False))
         expected = stock(batch(config("lr"), None, count=3, is_train=False))
     for one, other in zip(found, expected, strict=True):
-        assert len(one["instances"]) > 5
+        assert len(one["instances"]) > 0
         assert same_instances(one["instances"], other["instances"])
 
 
-def test_keys_are_the_stock_models_and_the_fusions(teacher, config):
-    stock = build_model(config("teacher", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
-    fusion = {"fusion.squeeze.weight", "fusion.excite.weight"}
-    assert teacher().state_dict().keys() == stock.state_dict().keys() | fusion
-
-
-def test_an_unknown_branch_is_refused(teacher):
-    with pytest.raises(InputError, match="TEST_BRANCH is 'both'.*hr.*lr.*fused"):
-        teacher("MODEL.MULTI_RESOLUTION.TEST_BRANCH", "both")
-
-
-def test_levels_that_no_branch_has_are_refused(teacher):
-    # p2 of the high resolution has no partner: the low resolution would need a p1.
-    with pytest.raises(InputError, match="RPN reads p2, but .* p3, p4, p5, p6, p7"):
-        teacher("MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"])
-
-
-def test_a_backbone_that_pads_too_little_is_refused(teacher):
-    with pytest.raises(InputError, match="build_aligned_resnet_fpn_backbone"):
-        teacher(
-            *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
-            *("MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6"]),
-            *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64]]),
-        )
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["MODEL.MULTI_RESOLUTION.TEST_BRANCH", "both"], "TEST_BRANCH is 'both'.*hr.*lr.*fused"),
+        # p2 of the high resolution has no partner: the low resolution would need a p1.
+        (
+            ["MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]],
+            "RPN reads p2, but .* p3, p4, p5, p6, p7",
+        ),
+        (
+            [
+                *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+                *("MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6"]),
+                *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64]]),
+            ],
+            "pads images for one resolution; use build_aligned_resnet_fpn_backbone",
+        ),
+    ],
+)
+def test_teachers_that_cannot_be_built(teacher, options, words):
+    with pytest.raises(InputError, match=words):
+        teacher(*options)
 
 
 def test_images_that_do_not_belong_together_are_refused(teacher, config, batch):
@@ -225,8 +217,5 @@ def test_images_that_do_not_belong_together_are_refused(teacher, config, batch):
     inputs[1]["image_lr"] = inputs[1]["image_lr"][..., :-1]
     with pytest.raises(InputError, match=r"\(64, 96\) px should have \(64, 94\)"):
         losses_of(teacher(), inputs)
-
-
-def test_data_of_the_stock_mapper_are_refused(teacher, config, batch):
     with pytest.raises(InputError, match="'image_lr'.*TwoResolutionMapper"):
         losses_of(teacher(), batch(config("teacher"), None))

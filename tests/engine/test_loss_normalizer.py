@@ -1,4 +1,4 @@
-"""The loss normalizer of dense detectors, of every process, through a checkpoint."""
+"""The loss normalizer of every process survives a checkpoint."""
 
 from types import SimpleNamespace
 
