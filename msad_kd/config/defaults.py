@@ -124,7 +124,8 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.TIMM.NORM = "FrozenBN"
     # The weights that training starts from: PRETRAINED takes timm's from its hub, CHECKPOINT takes
     # a file (.pth or .safetensors) of the classifier instead, whose head is left out. Neither is
-    # read if MODEL.WEIGHTS names a checkpoint, as it does of a teacher and in an evaluation.
+    # read if MODEL.WEIGHTS is set, as it is for a teacher and in an evaluation. A resumed run reads
+    # them again before it loads its checkpoint; set them back to do without.
     cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.TIMM.CHECKPOINT = ""
 
