@@ -19,12 +19,11 @@ from msad_kd.data.loader import build_train_loader, clear_absence, clear_errors
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin, attach_teacher
 from msad_kd.distill.teacher import teacher_config
-from msad_kd.engine.hooks import EvaluateTeacher, SeedEachStep
+from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep
 from msad_kd.engine.launch import ddp_on_cpu
 from msad_kd.engine.optimizer import build_optimizer
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.modeling.classes import check_classes, is_a
-from msad_kd.modeling.loss_normalizer import KeepNormalizer
 from msad_kd.utils.errors import InputError
 
 __all__ = ["KDTrainer"]
@@ -194,6 +193,7 @@ class KDTrainer(DefaultTrainer):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.KD.LOSSES = []
+        cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS  # so MODEL.TIMM's weights are not read
         model = cls.build_model(cfg)
         if weights is not None:
             load_strictly(model, weights, told)

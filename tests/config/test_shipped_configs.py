@@ -18,8 +18,8 @@ NARROW = [item for pair in flattened(TINY_NET, "MODEL.").items() for item in pai
 for part in ("ROI_HEADS", "RETINANET", "FCOS"):
     NARROW += [f"MODEL.{part}.NUM_CLASSES", 8]
 NARROW += ["MODEL.RETINANET.NUM_CONVS", 1, "MODEL.FCOS.NUM_CONVS", 1]
-NARROW += ["MODEL.SWIN.EMBED_DIM", 24, "MODEL.SWIN.DEPTHS", [1, 1, 2, 1]]
-NARROW += ["MODEL.SWIN.NUM_HEADS", [1, 2, 4, 8]]
+SWIN = [["embed_dim", 24], ["depths", [1, 1, 2, 1]], ["num_heads", [1, 2, 4, 8]]]
+NARROW += ["MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.ARGUMENTS", SWIN]
 STOCK = ("GeneralizedRCNN", "RetinaNet", "FCOS")
 
 # These differ from a config that is tried in sizes and schedule alone, as a test below asserts.
