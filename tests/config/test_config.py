@@ -15,8 +15,9 @@ from helpers import ROOT, flattened
 from msad_kd import add_msad_kd_config
 from msad_kd.config.build import build_config, import_module
 from msad_kd.config.stages import read_stages
-from msad_kd.losses.terms import read_losses, yaml_number
+from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.schema import yaml_number
 
 
 def own_keys():
