@@ -5,6 +5,7 @@ teacher's map, (N, C, H, W), and returns a scalar whose gradient flows to the st
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,7 @@ def with_parts(build: Callable[[int], nn.Module]) -> Callable:
     ``build`` makes it from the teacher's channels C. Each level has its own module; they belong to
     the student's ``distiller``, are trained with it, and are not part of an exported model.
     """
-
-    def decorate(loss: Callable) -> Callable:
-        loss.parts = build
-        return loss
-
-    return decorate
+    return partial(_add_attributes, parts=build)
 
 
 def diagnosed(**measures: Callable) -> Callable:
@@ -36,12 +32,12 @@ def diagnosed(**measures: Callable) -> Callable:
 
     The ``measures`` are functions that take the loss's arguments and return a scalar.
     """
+    return partial(_add_attributes, measures=measures)
 
-    def decorate(loss: Callable) -> Callable:
-        loss.measures = measures
-        return loss
 
-    return decorate
+def _add_attributes(loss: Callable, **attributes) -> Callable:
+    vars(loss).update(attributes)
+    return loss
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -77,8 +73,8 @@ def ssim(
 
     It is from 0 (equal after rescaling) to 1. The paper's weight is 4; 2 works as well there.
     ``kd/ssim_blind_share_<level>`` logs the share of windows that are too flat for SSIM to see
-    structure. ``rescale`` is psi, to [0, 1] by minimum and maximum of each "channel" of an image, of
-    an "image", or "none". The other arguments are those of ``functional.ssim``.
+    structure. ``rescale`` is psi, to [0, 1] by minimum and maximum per "channel" of each image, per
+    "image", or "none". The other arguments are those of ``functional.ssim``.
     """
     return functional.ssim_loss(
         *(functional.rescale(x, rescale) for x in (student, teacher)),
@@ -95,8 +91,8 @@ def pkd(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torc
     """Return 1 - Pearson correlation per channel over (N, H, W), averaged (PKD, NeurIPS 2022).
 
     This is half the mean squared difference of the maps after each channel is standardised to mean
-    0 and variance 1: from 0 (equal up to a positive scale and an offset) to 2 (opposite). ``eps`` is
-    added to the standard deviation, for constant channels.
+    0 and variance 1: from 0 (equal up to a positive scale and an offset) to 2 (opposite). ``eps``,
+    added to the standard deviation, is for constant channels.
     """
 
     def standardise(x: torch.Tensor) -> torch.Tensor:

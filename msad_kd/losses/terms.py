@@ -83,15 +83,11 @@ def _read_term(entry: Any) -> LossTerm:
         if parameter.kind is parameter.VAR_KEYWORD:
             annotations = dict.fromkeys(entry, Any) | annotations
         elif parameter.default is not parameter.empty:
-            annotations[parameter.name] = _annotation(parameter)
+            annotation = parameter.annotation
+            if annotation is parameter.empty or isinstance(annotation, str):
+                annotation = float if type(parameter.default) in (int, float) else Any
+            annotations[parameter.name] = annotation
     values = read_fields(entry, "KD.LOSSES", f"'{name}'", annotations, ("name", "weight"))
     arguments = {key: values.pop(key) for key in entry if key not in settings}
     levels = tuple(values.pop("levels", ()))
     return LossTerm(name, float(values.pop("weight")), levels, **values | {"arguments": arguments})
-
-
-def _annotation(parameter: inspect.Parameter) -> Any:
-    """Return a parameter's type: the one in the signature, or that of a number it defaults to."""
-    if parameter.annotation is parameter.empty or isinstance(parameter.annotation, str):
-        return float if type(parameter.default) in (int, float) else Any
-    return parameter.annotation

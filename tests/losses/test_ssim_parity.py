@@ -6,8 +6,8 @@ import torch
 from ssim_reference import SIZES, maps, plain, plain_mean
 from torch.testing import assert_close
 
+from msad_kd.losses.ssim import ssim
 from msad_kd.losses.ssim.blur import PADDINGS, fitting_window
-from msad_kd.losses.ssim.functional import ssim
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

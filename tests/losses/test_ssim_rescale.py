@@ -6,7 +6,7 @@ from ssim_reference import maps, plain_mean
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from msad_kd.losses.ssim.functional import blind_share, rescale, ssim
+from msad_kd.losses.ssim import blind_share, rescale, ssim
 
 
 def test_rescale_worked_out():

@@ -30,8 +30,8 @@ CONV_CELLS = 600
 def fitting_window(window_size: int, height: int, width: int, padding: str) -> int:
     """Return the largest odd window, up to ``window_size``, that a map of this size allows.
 
-    "reflect" mirrors each side once, so k // 2 < min(H, W); "zero" uses the same window to stay
-    comparable. "valid" needs windows inside the map, so k <= min(H, W).
+    "reflect" mirrors each side once, so k // 2 < min(H, W), and "zero" stays comparable to it;
+    "valid" has windows inside the map alone, so k <= min(H, W).
     """
     smallest = min(height, width)
     largest = smallest - 1 + smallest % 2 if padding == "valid" else 2 * smallest - 1
@@ -85,11 +85,7 @@ class MatrixBlur:
 
     def arrange(self, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         """Return maps (M, H, W) less a mean (M, 1, 1), in its dtype and the blur's layout."""
-        return x - mean
-
-    def empty(self, kinds: int, like: torch.Tensor) -> torch.Tensor:
-        """Return memory for (K, M, H, W) in the layout of ``like``, which is (M, H, W)."""
-        return like.new_empty(kinds, *like.shape)
+        return (x - mean).contiguous()
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Return (K, M, H, W) as a call takes it; squaring may come before or after."""
@@ -156,11 +152,6 @@ class ConvBlur:
         cells = mean.new_empty(height * width, maps)
         torch.sub(x.reshape(maps, -1).T, mean.view(maps), out=cells)
         return cells.view(height, width, maps).permute(2, 0, 1)
-
-    def empty(self, kinds, like):
-        """Return memory for (K, M, H, W) as a view of (K, H, W, M)."""
-        maps, height, width = like.shape
-        return like.new_empty(kinds, height, width, maps).permute(0, 3, 1, 2)
 
     def pad(self, x):
         """Return (K, M, H, W) with mirrored borders; the convolutions pad zeros themselves."""

@@ -40,7 +40,7 @@ def ssim(
     It is in [-1, 1], 1 for equal maps, and symmetric. It is computed in fp32, or fp64 if an input
     is fp64, also under autocast. At exponents (1, 1, 1) the gradient is written by hand: "mean"
     keeps one map for each input that needs a gradient, in that input's dtype, "none" keeps the two
-    inputs, and a second derivative is refused. Other exponents use autograd.
+    inputs, and ``create_graph=True`` is refused in a backward. Other exponents use autograd.
 
     Args:
         x: (N, C, H, W), of any floating dtype; values are expected in a range of length L.
@@ -49,8 +49,8 @@ def ssim(
             with k // 2 < min(H, W), or with k <= min(H, W) for "valid".
         sigma: standard deviation of the window in cells.
         data_range: L, the distance from the least to the greatest possible value.
-        k1: with k2, keeps the quotients away from 0 / 0.
-        k2: see k1.
+        k1: keeps l away from 0 / 0.
+        k2: keeps c and s away from 0 / 0.
         padding: "reflect" (mirror without repeating the border), "zero", or "valid" (only windows
             inside the map).
         exponents: of l, c and s, none negative; 0 leaves a component out. Under a fractional
@@ -63,7 +63,6 @@ def ssim(
     Raises:
         ValueError: if the shapes differ, are not four-dimensional or have no cell, or if an
             argument is out of range.
-        RuntimeError: in a backward with ``create_graph=True`` at exponents (1, 1, 1).
     """
     _check(x, y, window_size, padding, reduction, exponents)
     window = Window.of(x, window_size, sigma, data_range, k1, k2, padding)
@@ -81,16 +80,15 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor, **kwargs) -> torch.Tensor:
 
 def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
     shapes = f"not {tuple(x.shape)} and {tuple(y.shape)}"
+    odd, exponents_fit = window_size % 2 == 1, len(exponents) == 3 and min(exponents) >= 0
     conditions = {
         f"ssim needs maps of shape (N, C, H, W), {shapes}": x.dim() == y.dim() == 4,
         f"ssim needs two maps of one shape, {shapes}": x.shape == y.shape,
         f"ssim needs maps that have a cell, {shapes}": x.numel() > 0,
-        f"window_size is {window_size}; it must be odd": window_size > 0 and window_size % 2 == 1,
+        f"window_size is {window_size}; it must be odd and above 0": odd and window_size > 0,
         f"padding is '{padding}'; it must be one of {', '.join(PADDINGS)}": padding in PADDINGS,
         f"reduction is '{reduction}'; it must be mean or none": reduction in ("mean", "none"),
-        f"exponents are {exponents}; give three, for l, c and s, none negative": (
-            len(exponents) == 3 and min(exponents) >= 0
-        ),
+        f"exponents are {exponents}; give three, of l, c and s, none negative": exponents_fit,
     }
     for message, holds in conditions.items():
         if not holds:
@@ -112,7 +110,6 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, window):
-        """Return the mean similarity."""
         total, gradients = similarity(x, y, window, wanted=ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
         ctx.count = x.shape[:2].numel() * window.out_cells(x)
@@ -120,7 +117,6 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradients that the forward has computed, scaled."""
         _refuse_second_derivative()
         # The division by the count comes late: in fp16 the small quotients would lose precision.
         grad = grad / ctx.count
@@ -132,14 +128,12 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, window):
-        """Return the similarity map."""
         ctx.save_for_backward(x, y)
         ctx.window = window
         return similarity(x, y, window, as_map=True)[0]
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradients of the map weighted by ``grad``."""
         _refuse_second_derivative()
         wanted = ctx.needs_input_grad[:2]
         _, gradients = similarity(*ctx.saved_tensors, ctx.window, weight=grad, wanted=wanted)
@@ -180,15 +174,9 @@ def _by_components(x, y, window, exponents, variance_floor):
 def rescale(x: torch.Tensor, scope: str = "channel", eps: float = 1e-6) -> torch.Tensor:
     """Return maps rescaled to [0, 1] by minimum and maximum: psi of arXiv 2211.13133, sec. 3.
 
-    The paper does not say over which axes. The gradient also flows through minimum and maximum.
-
-    Args:
-        x: (N, C, H, W); fp16 and bf16 become fp32.
-        scope: "channel" (per image and channel), "image", or "none", which returns x.
-        eps: added to the range, so that constant maps become 0.
-
-    Raises:
-        ValueError: if the scope is unknown.
+    The paper does not say over which axes; ``scope`` is "channel" (per image and channel), "image",
+    or "none", which returns x. fp16 and bf16 become fp32, and constant maps 0, since ``eps`` is
+    added to the range. The gradient also flows through minimum and maximum.
     """
     if scope not in ("channel", "image", "none"):
         raise ValueError(f"scope is '{scope}'; it must be channel, image or none")

@@ -69,6 +69,11 @@ def compute_dtype(x: torch.Tensor, y: torch.Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 
+def _empty(kinds: int, like: torch.Tensor) -> torch.Tensor:
+    """Return memory for (kinds, M, H, W) in the layout of maps (M, H, W)."""
+    return like.new_empty_strided((kinds, *like.shape), (like.numel(), *like.stride()))
+
+
 class Moments:
     """Blurred moments of maps x and y, (M, H, W), with their similarity and its gradient."""
 
@@ -76,7 +81,7 @@ class Moments:
         self.blur = blur
         mean_x, mean_y = (window.mean(z, compute_dtype(x, y)) for z in (x, y))
         x, y = blur.arrange(x, mean_x), blur.arrange(y, mean_y)
-        uv = blur.empty(2, x)
+        uv = _empty(2, x)
         self.u, self.v = torch.add(x, y, out=uv[0]), torch.sub(x, y, out=uv[1])
         padded = blur.pad(uv)
         self.p, self.q = means = blur(padded)
@@ -95,11 +100,8 @@ class Moments:
 
         With the blur G, its adjoint G' and p the blur of u without its mean, d sum(S) / du =
         G'(dS/dm_u - 2 p dS/ds_u) + 2 u G'(dS/ds_u), and likewise for v. The sum of both is x's
-        gradient, the difference y's. Their common factor 4 is left out. Overwrites the moments.
-
-        Args:
-            weight: (M, H', W'); None is 1 everywhere.
-            wanted: whether x and y need a gradient.
+        gradient, the difference y's. Their common factor 4 is left out. Overwrites the moments. The
+        ``weight`` is (M, H', W') or None for 1; ``wanted`` is whether x and y need a gradient.
         """
         by_s = self.luminance.div_(self.d2).div_(self.d2)
         by_m = self.structure.div_(self.d1).div_(self.d1)
@@ -108,7 +110,7 @@ class Moments:
             by_s *= weight
             by_m *= weight
         x_wanted, y_wanted = wanted
-        stack = self.blur.empty(2 + x_wanted + y_wanted, self.p)
+        stack = _empty(2 + x_wanted + y_wanted, self.p)
         by_su, by_sv = torch.mul(by_s, self.B, out=stack[0]), torch.mul(by_s, self.A, out=stack[1])
         by_mu = by_m.mul(self.b).mul_(self.mean_u).addcmul_(self.p, by_su, value=-1)
         by_mv = by_m.mul_(self.a).mul_(self.mean_v).neg_().addcmul_(self.q, by_sv)
@@ -126,14 +128,12 @@ class Moments:
 
 def chunks(x: torch.Tensor, y: torch.Tensor, window: Window) -> Iterator[tuple[slice, Moments]]:
     """Yield slices of the maps (M, H, W) with their moments, a chunk that fits the cache each."""
-    maps, height, width = x.shape
-    blur = blur_for(
-        *(maps, height, width, window.size, window.sigma, window.padding),
-        *(compute_dtype(x, y), x.device),
-    )
+    arguments = window.size, window.sigma, window.padding, compute_dtype(x, y), x.device
+    blur = blur_for(*x.shape, *arguments)
     cells = CHUNK_CELLS * torch.get_num_threads() if x.device.type == "cpu" else CUDA_CHUNK_CELLS
-    size = max(-(-(cells // (height * width)) // blur.maps_at_once), 1) * blur.maps_at_once
-    for start in range(0, maps, size):
+    size = cells // x[0].numel()
+    size = max(-(-size // blur.maps_at_once), 1) * blur.maps_at_once
+    for start in range(0, len(x), size):
         part = slice(start, start + size)
         yield part, Moments(x[part], y[part], window, blur)
 

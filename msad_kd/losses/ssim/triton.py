@@ -4,10 +4,8 @@ M: maps (images times channels), H, W: their height and width, H', W': size of t
 
 A program blurs one tile of a map by two matrix products with the part of ``blur.blur_matrix`` that
 the tile needs, so padding and adjoint (the transpose) are in the matrices, not in the kernels. The
-first kernel stores three maps for the second (four if both inputs need a gradient). The names and
-formulas are those of ``moments``, which explains them.
-
-With the environment variable TRITON_INTERPRET=1, set before the import, the kernels run on a CPU.
+names and formulas are explained in ``moments``. With TRITON_INTERPRET=1 in the environment before
+the import, the kernels run on a CPU.
 """
 
 import os
@@ -39,11 +37,9 @@ def _tile(tiles_across, tile, reach):
 
 
 @triton.jit
-def _matrix(pointer, outs, ins, out_size, in_size, stride_out, stride_in, tile):
+def _matrix(pointer, outs, ins, out_size, in_size, stride_out, stride_in):
     """Return the part of a blur matrix that blurs the cells ``ins`` to the cells ``outs``."""
-    first = tl.min(outs, axis=0)
-    inside = (outs < out_size) & (outs < first + tile)
-    inside = inside[:, None] & ((ins >= 0) & (ins < in_size))[None, :]
+    inside = (outs < out_size)[:, None] & ((ins >= 0) & (ins < in_size))[None, :]
     offsets = outs[:, None] * stride_out + ins[None, :] * stride_in
     return tl.load(pointer + offsets, mask=inside, other=0.0)
 
@@ -82,8 +78,8 @@ def _moments_kernel(
     """Store the similarity of a tile or its sum, and what the second kernel needs."""
     index, rows, columns, in_rows, in_columns = _tile(tiles_across, TILE, reach)
     maps = tl.num_programs(0).to(tl.int64)
-    down = _matrix(down_pointer, rows, in_rows, out_height, height, height, 1, TILE)
-    across = _matrix(across_pointer, columns, in_columns, out_width, width, width, 1, TILE)
+    down = _matrix(down_pointer, rows, in_rows, out_height, height, height, 1)
+    across = _matrix(across_pointer, columns, in_columns, out_width, width, width, 1)
     # The matrices multiply what these loads read beyond the border by 0.
     mean_x, mean_y = tl.load(means_pointer + index), tl.load(means_pointer + maps + index)
     x = _load(x_pointer, index, in_rows, in_columns, height, width) - mean_x
@@ -130,8 +126,8 @@ def _adjoint_kernel(
     """Store the gradients of a tile, from the stack of the first kernel."""
     index, rows, columns, in_rows, in_columns = _tile(tiles_across, TILE, reach)
     maps = tl.num_programs(0)
-    down = _matrix(down_pointer, rows, in_rows, height, out_height, 1, height, TILE)
-    across = _matrix(across_pointer, columns, in_columns, width, out_width, 1, width, TILE)
+    down = _matrix(down_pointer, rows, in_rows, height, out_height, 1, height)
+    across = _matrix(across_pointer, columns, in_columns, width, out_width, 1, width)
     by_su = _load(stack_pointer, index, in_rows, in_columns, out_height, out_width)
     by_sv = _load(stack_pointer, index + maps, in_rows, in_columns, out_height, out_width)
     mean_x, mean_y = tl.load(means_pointer + index), tl.load(means_pointer + maps + index)
