@@ -71,8 +71,8 @@ def _read_term(entry: Any) -> LossTerm:
         )
     if names.count(name) > 1:
         raise InputError(
-            f"KD.LOSSES: '{name}' is registered as a loss between feature maps and as one between "
-            "RoI predictions; rename one of the two"
+            f"KD.LOSSES: '{name}' is registered as a loss of feature maps and as one of RoI "
+            "predictions; rename one of the two"
         )
     annotations = get_type_hints(LossTerm, include_extras=True)
     del annotations["arguments"]
@@ -89,5 +89,5 @@ def _read_term(entry: Any) -> LossTerm:
             annotations[parameter.name] = annotation
     values = read_fields(entry, "KD.LOSSES", f"'{name}'", annotations, ("name", "weight"))
     arguments = {key: values.pop(key) for key in entry if key not in settings}
-    levels = tuple(values.pop("levels", ()))
-    return LossTerm(name, float(values.pop("weight")), levels, **values | {"arguments": arguments})
+    values |= {"weight": float(values["weight"]), "levels": tuple(values.get("levels", ()))}
+    return LossTerm(**values, arguments=arguments)

@@ -87,7 +87,7 @@ def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
         f"ssim needs maps that have a cell, {shapes}": x.numel() > 0,
         f"window_size is {window_size}; it must be odd and above 0": odd and window_size > 0,
         f"padding is '{padding}'; it must be one of {', '.join(PADDINGS)}": padding in PADDINGS,
-        f"reduction is '{reduction}'; it must be mean or none": reduction in ("mean", "none"),
+        f"reduction is '{reduction}'; it must be one of mean, none": reduction in ("mean", "none"),
         f"exponents are {exponents}; give three, of l, c and s, none negative": exponents_fit,
     }
     for message, holds in conditions.items():
@@ -179,7 +179,7 @@ def rescale(x: torch.Tensor, scope: str = "channel", eps: float = 1e-6) -> torch
     added to the range. The gradient also flows through minimum and maximum.
     """
     if scope not in ("channel", "image", "none"):
-        raise ValueError(f"scope is '{scope}'; it must be channel, image or none")
+        raise ValueError(f"scope is '{scope}'; it must be one of channel, image, none")
     if scope == "none":
         return x
     x = x if x.dtype == torch.float64 else x.float()
