@@ -1,1 +1,1 @@
-"""Checkpoints: strict loading, a student's start from its teacher, atomic file writes."""
+"""Checkpoints: strict loading, a student's start from its teacher, stripping, atomic writes."""

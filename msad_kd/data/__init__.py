@@ -1,1 +1,1 @@
-"""Images at two resolutions: the mapper, the resumable loader and COCO-format data sets."""
+"""Images at two resolutions: the mapper, the resumable loader and data sets in COCO format."""

@@ -1,1 +1,1 @@
-"""What every room needs: errors, seeds, and the differences between two versions of Detectron2."""
+"""Errors, seeds, flat configs, and the differences between versions of the libraries below us."""

@@ -12,12 +12,9 @@ from detectron2.modeling import build_model
 from helpers import ROOT, differing
 from torch import nn
 
-from msad_kd.checkpoint.checkpoint import (
-    check_exists,
-    export_weights,
-    init_from_teacher,
-    load_strictly,
-)
+from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.start import init_from_teacher
+from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.utils.errors import InputError
 
 
@@ -119,7 +116,7 @@ def test_export_is_the_model_alone(tmp_path, half):
     net = Net(extra=True)
     source = save(net, tmp_path / "train.pth", optimizer={"state": [1]}, iteration=9)
     target = tmp_path / "model.pth"
-    export_weights(source, str(target), half=half)
+    strip_checkpoint(source, str(target), half=half)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pth", "train.pth"]
     content = torch.load(target, weights_only=True)
     assert content.keys() == {"model"}
@@ -143,38 +140,38 @@ def test_export_that_fails_leaves_no_half_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="full"):
-        export_weights(source, str(target))
+        strip_checkpoint(source, str(target))
     assert not target.exists()
 
 
 def test_export_keeps_what_fp16_cannot_hold(tmp_path):
     net = Net()
     net.norm.running_var.fill_(1e6)
-    export_weights(save(net, tmp_path / "train.pth"), str(tmp_path / "model.pth"), half=True)
+    strip_checkpoint(save(net, tmp_path / "train.pth"), str(tmp_path / "model.pth"), half=True)
     found = torch.load(tmp_path / "model.pth", weights_only=True)["model"]["norm.running_var"]
     assert torch.equal(found, net.norm.running_var)
 
 
 def test_export_of_something_else(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(InputError, match="list.pth' is no checkpoint"):
-        export_weights(str(tmp_path / "list.pth"), str(tmp_path / "model.pth"))
+    with pytest.raises(InputError, match="list.pth' is not a Detectron2 checkpoint"):
+        strip_checkpoint(str(tmp_path / "list.pth"), str(tmp_path / "model.pth"))
 
 
 def test_files_that_are_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match="'nowhere.pth' does not exist"):
-        export_weights("nowhere.pth", str(tmp_path / "model.pth"))
+        strip_checkpoint("nowhere.pth", str(tmp_path / "model.pth"))
     (tmp_path / "short.pth").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(InputError, match="short.pth' cannot be read as a checkpoint"):
-        export_weights(str(tmp_path / "short.pth"), str(tmp_path / "model.pth"))
+        strip_checkpoint(str(tmp_path / "short.pth"), str(tmp_path / "model.pth"))
     assert [path.name for path in tmp_path.iterdir()] == ["short.pth"]
 
 
 def test_the_export_tool(tmp_path, monkeypatch, capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export_model.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["strip_checkpoint.py", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", [*sys.path])
-        runpy.run_path(str(ROOT / "tools" / "export_model.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools" / "strip_checkpoint.py"), run_name="__main__")
 
     source, target = save(Net(extra=True), tmp_path / "train.pth"), tmp_path / "new" / "model.pth"
     run(source, target, "--half")

@@ -122,6 +122,6 @@ def test_absent_images_are_counted_and_one_is_named(data, tmp_path):
     content["images"][1]["file_name"] = "lost.png"
     file = tmp_path / "annotations.json"
     file.write_text(json.dumps(content))
-    words = f"1 of the {TRAIN_SCENES} images in '.*' are absent, e.g. '.*lost.png'"
+    words = f"1 of the {TRAIN_SCENES} images in '.*' are missing, e.g. '.*lost.png'"
     with pytest.raises(InputError, match=words):
         load_checked(str(file), str(data / "train"), "mine")

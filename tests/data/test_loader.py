@@ -12,7 +12,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
-from msad_kd.data.loader import build_train_loader, clear_errors
+from msad_kd.data.loader import CheckedMapper, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.errors import InputError
@@ -133,7 +133,7 @@ def test_a_mapper_that_refuses_everything(config):
 
 
 def test_mappers_reach_spawned_workers(student_config):
-    mapper = clear_errors(build_mapper(student_config(), is_train=True))
+    mapper = CheckedMapper(build_mapper(student_config(), is_train=True))
     assert pickle.loads(pickle.dumps(mapper)).mapper.augmentations.frame == "lr"
 
 

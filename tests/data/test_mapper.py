@@ -17,7 +17,8 @@ from helpers import same_instances
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
-from msad_kd.data.mapper import build_mapper, jitter_arguments, scale_transform, scale_transforms
+from msad_kd.data.mapper import build_mapper, jitter_arguments
+from msad_kd.data.transforms import scale_transform, scale_transforms
 from msad_kd.utils.errors import InputError
 
 # Flips, crops before the resize, several odd sizes: all that Detectron2's own keys switch on.

@@ -11,7 +11,7 @@ from helpers import ROOT, load_tool, train
 from torch import nn
 
 from msad_kd import KDTrainer, build_config
-from msad_kd.checkpoint.checkpoint import init_from_teacher
+from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.modeling.batch_statistics import (
     add_low_resolution_statistics,
     low_resolution_statistics,

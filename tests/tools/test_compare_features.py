@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling import build_model
 from helpers import ROOT, load_tool
 
-from msad_kd.checkpoint.checkpoint import init_from_teacher
+from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.distill.teacher import build_teacher
 from msad_kd.utils.errors import InputError
 

@@ -12,7 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import InputError, KDTrainer
 from msad_kd.checkpoint.checkpoint import check_exists
-from msad_kd.data.loader import clear_absence
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.distill.teacher import Teacher, teacher_config, teacher_levels
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
@@ -123,7 +123,7 @@ def evaluate(entry: Entry, teacher: Teacher, folder: str) -> float:
         raise InputError(f"DATASETS.TEST is empty, so no AP can be measured; {advice}")
     model = teacher.model
     predicted = getattr(getattr(model, "roi_heads", model), "num_classes", None)
-    with clear_absence(cfg.DATASETS.TEST):
+    with explain_missing_data(cfg.DATASETS.TEST):
         DatasetCatalog.get(cfg.DATASETS.TEST[0])  # reads the classes' names
     known = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
     if known is not None and predicted not in (None, len(known)):
