@@ -35,5 +35,5 @@ def test_cityscapes(config, kind):
 
 
 def test_another_kind_is_refused(config, kind):
-    with pytest.raises(InputError, match="evaluator 'lvis'; there are coco and cityscapes"):
+    with pytest.raises(InputError, match="evaluator 'lvis'; only coco and cityscapes"):
         build_evaluator(config("lr"), kind("lvis"))
