@@ -93,7 +93,7 @@ def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
     ("role", "keys", "words"),
     [
         ("teacher", None, "the file '.*source.pth' does not exist"),
-        ("lr", [], "lr.yaml' is no multi-resolution teacher"),
+        ("lr", [], "lr.yaml' is not a multi-resolution teacher"),
         ("teacher", [], "does not fit the config .*keys of the model are absent"),
         ("shared", [], "share their statistics; add MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS"),
     ],
