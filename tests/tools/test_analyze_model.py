@@ -19,19 +19,15 @@ def cells(line):
 def test_a_teacher_by_branches(config_files, teacher_weights, config, tmp_path):
     command = [sys.executable, ROOT / "tools/analysis/analyze_model.py", "--config-file"]
     options = ["--weights", teacher_weights, "--test-images", 2, "--json", "costs.json"]
-    process = subprocess.run(
-        [str(word) for word in (*command, config_files["teacher"], *options)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    words = [str(word) for word in (*command, config_files["teacher"], *options)]
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    found = json.loads((tmp_path / "costs.json").read_text())
-    assert list(found["branches"]) == ["hr", "lr", "fused"] and found["images"] == 2
-    fused = found["branches"]["fused"]
-    assert fused["side"] == "64 + 32" and fused["detections"] > 0
+    result = json.loads((tmp_path / "costs.json").read_text())
+    assert list(result["branches"]) == ["hr", "lr", "fused"] and result["images"] == 2
+    fused = result["branches"]["fused"]
+    assert fused["side"] == "64 + 32"
     model = KDTrainer.build_model(config("teacher"))
-    params = sum(each.numel() for each in model.parameters()) / 1e6
+    params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert fused["params_m"]["total"] == pytest.approx(params)
     header, _, *lines = [line for line in process.stdout.splitlines() if line.startswith("|")]
     assert cells(header)[:4] == ["part", "params (M)", "GMACs hr", "activations (M) hr"]
@@ -40,7 +36,7 @@ def test_a_teacher_by_branches(config_files, teacher_weights, config, tmp_path):
     assert cells(lines[-1])[-2:] == [
         f"{fused[kind]['total']:.3f}" for kind in ("gmacs", "activations_m")
     ]
-    assert "mean over 2" in process.stdout and "sees 64 + 32 px" in process.stdout
+    assert "mean over 2" in process.stdout and "fused: 64 + 32 px" in process.stdout
 
 
 def test_a_student_sees_noise_without_weights(config_files, tmp_path, capsys):
@@ -48,17 +44,27 @@ def test_a_student_sees_noise_without_weights(config_files, tmp_path, capsys):
     load_tool("analyze_model").main(["--config-file", str(config_files["student"]), *options])
     (costs,) = json.loads((tmp_path / "costs.json").read_text())["branches"].values()
     assert costs["side"] == "32" and costs["gmacs"]["RoI heads"] > 0
-    assert "weights random: the model sees 32 px" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "at 10 detections" in out and "the model: 32 px" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json"]
 
 
-def test_an_exported_student_lacks_the_parts_of_its_losses(config, config_files, tmp_path, capsys):
-    weights = tmp_path / "exported.pth"
+def test_a_stripped_student_needs_no_parts_of_its_losses(config, config_files, tmp_path):
+    weights = tmp_path / "stripped.pth"
     torch.save({"model": KDTrainer.build_model(config("lr")).state_dict()}, weights)
     arguments = ["--config-file", str(config_files["student"]), "--weights", str(weights)]
     losses = ["KD.LOSSES", "[{'name': 'mgd', 'weight': 1.0}]", "KD.TEACHER.CONFIG_FILE", "no.yaml"]
     load_tool("analyze_model").main([*arguments, "--image-size", "64", "128", *losses])
-    assert f"weights of '{weights}'" in capsys.readouterr().out
+
+
+def test_masks_cost_by_the_number_of_detections(config_files, tmp_path):
+    heads = []
+    for count in ("1", "3", "5"):
+        arguments = ["--config-file", str(config_files["lr"]), "--detections", count]
+        load_tool("analyze_model").main([*arguments, "--json", str(tmp_path / "costs.json")])
+        costs = json.loads((tmp_path / "costs.json").read_text())["branches"][""]
+        heads.append(costs["gmacs"]["RoI heads"])
+    assert heads[2] - heads[1] == pytest.approx(heads[1] - heads[0]) and heads[0] < heads[1]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ def test_an_exported_student_lacks_the_parts_of_its_losses(config, config_files,
         (["MODEL.FPNN", "3"], "unknown config key: MODEL.FPNN"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(config_files, capsys, arguments, words):
+def test_mistakes_end_in_one_sentence(config_files, capsys, arguments, words):
     with pytest.raises(SystemExit, match="2"):
         load_tool("analyze_model").main(["--config-file", str(config_files["lr"]), *arguments])
     assert re.search(words, capsys.readouterr().err.splitlines()[-1])
