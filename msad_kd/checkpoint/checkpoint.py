@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -106,27 +105,18 @@ def load_strictly(model: nn.Module, path: str, config: str) -> None:
     _StrictCheckpointer(model, config).load(path)
 
 
-def read_file(path: str) -> Any:
-    """Return what ``torch.save`` wrote to a file, on the CPU.
-
-    Raises:
-        InputError: if the file does not exist, cannot be read, or holds more than tensors.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"the file '{path}' does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        raise InputError(f"the file '{path}' cannot be read as a checkpoint ({error})") from error
-
-
 def read_model(path: str) -> dict[str, torch.Tensor]:
     """Return the state dict in a Detectron2 checkpoint, on the CPU.
 
     Raises:
-        InputError: as ``read_file``, and if the file holds no model.
+        InputError: if the file does not exist, cannot be read, or is not such a checkpoint.
     """
-    contents = read_file(path)
+    if not os.path.isfile(path):
+        raise InputError(f"the file '{path}' does not exist")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise InputError(f"the file '{path}' cannot be read as a checkpoint ({error})") from error
     if not isinstance(contents, dict) or "model" not in contents:
         raise InputError(f"'{path}' is not a Detectron2 checkpoint: it has no 'model'")
     return contents["model"]

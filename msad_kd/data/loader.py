@@ -2,8 +2,9 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 
 import cv2
@@ -25,11 +26,11 @@ from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
 
 
+@dataclass
 class CheckedMapper:  # a class, since spawned workers cannot unpickle a closure
     """Wraps a mapper so that an unreadable image raises an ``InputError`` that names its file."""
 
-    def __init__(self, mapper: Callable[[dict], dict]):
-        self.mapper = mapper
+    mapper: Callable[[dict], dict]
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Map a dict."""
@@ -68,12 +69,12 @@ def explain_missing_data(names: tuple[str, ...]):
         raise InputError(f"{data_sets}: {error}") from error
 
 
+@dataclass
 class _SeededDataset(torchdata.Dataset):
     """Maps (index, seed) to a sample; the seed decides every random number of the mapper."""
 
-    def __init__(self, dicts: list[dict], mapper: Callable[[dict], dict | None]):
-        self.dicts = DatasetFromList(dicts, copy=False)
-        self.mapper = mapper
+    dicts: DatasetFromList
+    mapper: Callable[[dict], dict | None]
 
     def __len__(self) -> int:
         return len(self.dicts)
@@ -100,6 +101,7 @@ def _group_draws(sampler, groups: list[int], size: int) -> Iterator[list[tuple[i
             yield waiting.pop(groups[index])
 
 
+@dataclass
 class ResumableLoader:
     """Endless batches of mapped samples; iteration i always gets the same batch.
 
@@ -107,25 +109,13 @@ class ResumableLoader:
     the iterator before it knows where the run resumes; a generator reads ``start`` later.
     """
 
-    def __init__(self, dicts, mapper, sampler, *, batch_size, groups, seed, num_workers):
-        """Build the loader.
-
-        Args:
-            dicts: the data set.
-            mapper: turns a dict into a sample, or returns None to refuse it.
-            sampler: yields indices of ``dicts`` without end.
-            batch_size: of this process.
-            groups: the group of each dict; a batch holds images of one group.
-            seed: decides the augmentations, together with the rank.
-            num_workers: as in torch's ``DataLoader``.
-        """
-        self.dataset = _SeededDataset(dicts, mapper)
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.groups = groups
-        self.seed = seed
-        self.num_workers = num_workers
-        self.start = 0
+    dataset: torchdata.Dataset  # maps (index, seed) to a sample
+    sampler: Iterable[int]  # endless
+    batch_size: int  # of this process
+    groups: list[int]  # the group of each image; a batch holds images of one group
+    seed: int  # with the rank, decides the augmentations
+    num_workers: int
+    start: int = 0
 
     def __iter__(self) -> Iterator[list[dict]]:
         seed, rank = self.seed, comm.get_rank()
@@ -197,8 +187,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
     logger = logging.getLogger(__name__)
     logger.info("Training on %d images in the order of seed %d", len(dicts), seed)
     return ResumableLoader(
-        dicts,
-        CheckedMapper(mapper),
+        _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper)),
         _build_sampler(cfg, dicts, seed),
         batch_size=cfg.SOLVER.IMS_PER_BATCH // world_size,
         groups=[int(d["width"] > d["height"]) if grouped else 0 for d in dicts],

@@ -46,10 +46,6 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
     ``matches.json`` into the current folder.
     """
 
-    def __init__(self, dataset_name: str):
-        super().__init__(dataset_name)
-        self._dataset_name = dataset_name
-
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Collect the outputs of a batch."""
         super().process(inputs, within_classes(outputs, len(self._metadata.thing_classes)))
@@ -70,7 +66,7 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
         from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as scripts
         from cityscapesscripts.evaluation.instances2dict import instances2dict
 
-        truth = _instance_images(self._dataset_name)
+        truth = _instance_images(self._metadata.name)
         args = copy.copy(scripts.args)
         args.quiet = True
         args.predictionPath = os.path.abspath(self._temp_dir)

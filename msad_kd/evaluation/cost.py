@@ -1,47 +1,31 @@
-"""What a model costs at inference: multiply-adds, parameters, activations, latency.
+"""What a model costs at inference: multiply-adds and latency.
 
-A multiply-add is one MAC; GMACs are 10^9 of them, in convolutions and matrix products.
-Activations are the numbers that convolutions and matrix products put out.
+GMACs are 10^9 multiply-adds of convolutions and matrix products.
 """
 
-import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from fvcore.nn import parameter_count
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UP_ROUNDS = 2
-
-# Part to the module that computes it; "FPN" is the backbone without its bottom-up path.
-_PARTS = {
-    "bottom-up": "backbone.bottom_up",
-    "FPN": "backbone",
-    "fusion": "fusion",
-    "RPN": "proposal_generator",
-    "RoI heads": "roi_heads",
-    "dense head": "head",
-}
-_WHOLE = "Global"  # the counters' name for the whole model
 
 
 def fix_detections(cfg: CfgNode, detections: int) -> CfgNode:
     """Return a config whose model keeps the same number of detections in every image.
 
-    A mask head runs once a detection, so the cost of a model would depend on what it finds: an
-    untrained one, sure of nothing, may keep many more boxes than a trained one. Here the best
-    boxes count as detections whatever their scores and overlaps, and RPNs keep their best
-    proposals likewise. Use the config to measure costs, not AP. NMS then sees every class of every
-    proposal; with COCO's 80 classes that adds some 0.2 s on a CPU to each model's latency.
+    A mask head runs once per detection, so a model's cost depends on what it finds: an untrained
+    model may keep more boxes than a trained one. Here the best boxes are kept whatever their scores
+    and overlaps, and the best proposals too. Use the config to measure costs, not AP. NMS then sees
+    every class of every proposal, which adds to latency: 0.2 s on a CPU with COCO's 80 classes.
 
     Args:
         cfg: the config; it stays as it is.
-        detections: how many an image. Fewer remain only if an image has fewer candidates.
+        detections: how many per image; fewer remain only if an image has fewer candidates.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -74,64 +58,14 @@ def input_sides(inputs: dict, branch: str | None) -> str:
 
 
 def count_gmacs(model: Callable, inputs: list[dict]) -> float:
-    """Return the GMACs of a whole model, mean over the images.
-
-    The number of detections decides the cost of a mask head; see ``fix_detections``.
-    """
-    return _count(model, inputs)[0][_WHOLE]
-
-
-def cost_by_part(model: nn.Module, inputs: list[dict]) -> dict[str, dict[str, float]]:
-    """Return the costs of a detector's parts.
-
-    Args:
-        model: a detector in eval mode.
-        inputs: mapped samples; GMACs and activations are means over them.
-
-    Returns:
-        "params_m" (millions, without those that only training needs), "gmacs" and "activations_m"
-        (millions), each a dict: bottom-up, FPN (or backbone), fusion, RPN, RoI heads and dense
-        head, as far as the model has them, the rest and the total.
-    """
-    gmacs, activations = _count(model, inputs)
-    params = {name: count / 1e6 for name, count in parameter_count(model).items()}
-    params[_WHOLE] = params[""] - params.get("distiller", 0)
-    names = {name for name, _ in model.named_modules()}
-    costs = {"params_m": params, "gmacs": gmacs, "activations_m": activations}
-    return {kind: _by_part(names, cost) for kind, cost in costs.items()}
-
-
-def _count(model: Callable, inputs: list[dict]) -> tuple[Counter, Counter]:
-    """Return GMACs and millions of activations by module, mean over the images."""
-
-    def size(*args, out_shape, **kwargs):
-        return math.prod(out_shape)
-
-    aten = torch.ops.aten
-    sizes = dict.fromkeys((aten.convolution, aten.addmm, aten.mm, aten.bmm), size)
-    gmacs, activations = Counter(), Counter()
+    """Return the GMACs of a model, mean over the images; see ``fix_detections``."""
+    gmacs = []
     for image in inputs:
-        macs = FlopCounterMode(display=False)
-        outputs = FlopCounterMode(display=False, custom_mapping=sizes)
-        with torch.no_grad(), macs, outputs:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
             model([image])
-        # A multiply-add is two of torch's FLOPs.
-        for total, counter, unit in ((gmacs, macs, 2e9), (activations, outputs, 1e6)):
-            for name, counts in counter.get_flop_counts().items():
-                count = sum(n for op, n in counts.items() if counter is macs or op in sizes)
-                # The root's class precedes the names of its modules.
-                total[name.partition(".")[2] or name] += count / unit / len(inputs)
-    return gmacs, activations
-
-
-def _by_part(modules: set[str], cost: dict[str, float]) -> dict[str, float]:
-    parts = {part: cost.get(path, 0.0) for part, path in _PARTS.items() if path in modules}
-    if "bottom-up" in parts:
-        parts["FPN"] -= parts["bottom-up"]
-    elif "FPN" in parts:  # a backbone in one piece, without an FPN
-        parts = {"backbone": parts.pop("FPN"), **parts}
-    parts["rest"] = max(0.0, cost[_WHOLE] - sum(parts.values()))
-    return {**parts, "total": cost[_WHOLE]}
+        gmacs.append(counter.get_total_flops() / 2e9)  # a multiply-add is two of torch's FLOPs
+    return statistics.fmean(gmacs)
 
 
 def time_models(
@@ -168,16 +102,10 @@ def time_models(
                     times[name].append(1000 * (time.perf_counter() - start))
             if turn >= 0:
                 after_round()
-    return {name: _quartiles(values) for name, values in times.items()}
+    quartiles = {name: np.percentile(values, (25, 50, 75)) for name, values in times.items()}
+    return {n: dict(zip(("low", "median", "high"), q.tolist())) for n, q in quartiles.items()}
 
 
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _quartiles(values: list[float]) -> dict[str, float]:
-    if len(values) == 1:
-        values = values * 2
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}

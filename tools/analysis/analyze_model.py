@@ -11,21 +11,82 @@ number of detections, so a cost does not depend on what the model finds, nor on 
 
 import argparse
 import copy
+import math
 import os
 import tempfile
+from collections import Counter
 
 import cv2
 import numpy as np
+import torch
 from arguments import positive
 from detectron2.data import get_detection_dataset_dicts
+from fvcore.nn import parameter_count
 from tabulate import tabulate
+from torch.utils.flop_counter import FlopCounterMode
 
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.checkpoint.files import write_json
 from msad_kd.data.loader import CheckedMapper, explain_missing_data
 from msad_kd.data.mapper import build_mapper
-from msad_kd.evaluation.cost import cost_by_part, fix_detections, input_sides
+from msad_kd.evaluation.cost import fix_detections, input_sides
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
+
+# Part to the module that computes it; "FPN" is the backbone without its bottom-up path.
+PARTS = {
+    "bottom-up": "backbone.bottom_up",
+    "FPN": "backbone",
+    "fusion": "fusion",
+    "RPN": "proposal_generator",
+    "RoI heads": "roi_heads",
+    "dense head": "head",
+}
+WHOLE = "Global"  # the counters' name for the whole model
+
+
+def cost_by_part(model, inputs):
+    """Return the costs of a detector's parts.
+
+    Args:
+        model: a detector in eval mode.
+        inputs: mapped samples; GMACs and activations are means over them.
+
+    Returns:
+        "params_m" (millions), "gmacs" and "activations_m" (millions), each a dict of the PARTS
+        that the model has, "rest" and "total".
+    """
+    params = {name or WHOLE: count / 1e6 for name, count in parameter_count(model).items()}
+    gmacs, activations = Counter(), Counter()
+    aten = torch.ops.aten
+    sizes = dict.fromkeys((aten.convolution, aten.addmm, aten.mm, aten.bmm), _output_size)
+    for image in inputs:
+        macs = FlopCounterMode(display=False)
+        outputs = FlopCounterMode(display=False, custom_mapping=sizes)
+        with torch.no_grad(), macs, outputs:
+            model([image])
+        # A multiply-add is two of torch's FLOPs.
+        for total, counter, unit in ((gmacs, macs, 2e9), (activations, outputs, 1e6)):
+            for name, counts in counter.get_flop_counts().items():
+                count = sum(n for op, n in counts.items() if counter is macs or op in sizes)
+                # The root's class precedes the names of its modules.
+                total[name.partition(".")[2] or name] += count / unit / len(inputs)
+    names = {name for name, _ in model.named_modules()}
+    costs = {"params_m": params, "gmacs": gmacs, "activations_m": activations}
+    return {kind: _by_part(names, cost) for kind, cost in costs.items()}
+
+
+def _output_size(*args, out_shape, **kwargs):
+    return math.prod(out_shape)
+
+
+def _by_part(names, cost):
+    parts = {part: cost.get(path, 0.0) for part, path in PARTS.items() if path in names}
+    if "bottom-up" in parts:
+        parts["FPN"] -= parts["bottom-up"]
+    elif "FPN" in parts:  # a backbone in one piece, without an FPN
+        parts = {"backbone": parts.pop("FPN"), **parts}
+    parts["rest"] = max(0.0, cost[WHOLE] - sum(parts.values()))
+    return {**parts, "total": cost[WHOLE]}
 
 
 def read_inputs(cfg, count, size):
