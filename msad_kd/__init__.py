@@ -1,6 +1,6 @@
 """Low-resolution detectors that learn from high- and multi-resolution teachers, on Detectron2."""
 
-from msad_kd.checkpoint.checkpoint import init_from_teacher
+from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.config.build import build_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.data.coco_format import register_coco_format

@@ -14,8 +14,9 @@ from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
-from msad_kd.checkpoint.checkpoint import check_exists, init_from_teacher, load_strictly
-from msad_kd.data.loader import build_train_loader, clear_absence, clear_errors
+from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.start import init_from_teacher
+from msad_kd.data.loader import CheckedMapper, build_train_loader, explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin, attach_teacher
 from msad_kd.distill.teacher import teacher_config
@@ -147,8 +148,8 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        mapper = clear_errors(build_mapper(cfg, is_train=False))
-        with clear_absence((dataset_name,)):
+        mapper = CheckedMapper(build_mapper(cfg, is_train=False))
+        with explain_missing_data((dataset_name,)):
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_classes(cfg, (dataset_name,))
         return loader

@@ -39,11 +39,11 @@ def read(folder):
 
 def write_checkpoint(name, job, folder):
     """Exports what a training job made, in half precision, as the committed checkpoints are."""
-    from msad_kd.checkpoint.checkpoint import export_weights  # Detectron2 takes seconds to import
+    from msad_kd.checkpoint.strip import strip_checkpoint  # Detectron2 takes seconds to import
     from msad_kd.checkpoint.files import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
-    export_weights(str(job.folder / "model_final.pth"), str(folder / f"{name}.pth"), half=True)
+    strip_checkpoint(str(job.folder / "model_final.pth"), str(folder / f"{name}.pth"), half=True)
     seed = read_settings(job.folder)["SEED"]
     record = {"command": typed(["python", *job.command[1:]]), "seed": seed}
     write_json(folder / f"{name}.json", record)

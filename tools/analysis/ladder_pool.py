@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 
 from msad_kd import InputError, KDTrainer
 from msad_kd.checkpoint.checkpoint import check_exists
-from msad_kd.data.loader import clear_absence
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.distill.teacher import Teacher, teacher_config, teacher_levels
 from msad_kd.modeling.classes import is_a, number_of_classes
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
@@ -126,7 +126,7 @@ def evaluate(entry: Entry, teacher: Teacher, folder: str) -> float:
     advice = f"so its AP cannot be measured; give it as --ap {entry.name}=..."
     if not cfg.DATASETS.TEST:
         raise InputError(f"--teacher {entry.name}: DATASETS.TEST is empty, {advice}")
-    with clear_absence(cfg.DATASETS.TEST):
+    with explain_missing_data(cfg.DATASETS.TEST):
         DatasetCatalog.get(cfg.DATASETS.TEST[0])  # reads the classes' names
     classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
     predicted = number_of_classes(cfg)
