@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "write_json"]
+__all__ = ["hash_file", "replacing", "write_json"]
 
 
 @contextmanager
@@ -32,3 +33,12 @@ def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2)
     """Write a JSON file, with NumPy's and PyTorch's numbers as the floats they are."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=indent, default=float) + "\n")
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from msad_kd import InputError, KDTrainer
 from msad_kd.checkpoint.checkpoint import check_exists
 from msad_kd.data.loader import clear_absence
-from msad_kd.distill.teacher import Teacher, teacher_config, teacher_levels
+from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
 STUDENT = "student"
@@ -68,7 +68,7 @@ def read_teachers(teachers: list[list[str]], images: list[str], cfg: CfgNode) ->
         own.KD.TEACHER.OPTS, own.KD.TEACHER.BRANCH = options, "hr"  # any teacher has it
         image = chosen.get(name, "hr")
         try:
-            meta = META_ARCH_REGISTRY.get(teacher_config(own).MODEL.META_ARCHITECTURE)
+            meta = META_ARCH_REGISTRY.get(TeacherSpec.from_config(own).cfg.MODEL.META_ARCHITECTURE)
             fused = isinstance(meta, type) and issubclass(meta, MultiResolutionMixin)
             own.KD.TEACHER.BRANCH = "fused" if fused else image
             if image not in ("hr", "lr") or (fused and name in chosen):
@@ -76,7 +76,7 @@ def read_teachers(teachers: list[list[str]], images: list[str], cfg: CfgNode) ->
                     f"its image is '{image}'; a single-resolution teacher reads hr or lr, and a "
                     "multi-resolution one both"
                 )
-            levels = teacher_levels(own)
+            levels = TeacherSpec.from_config(own).build_on_meta().levels()
             check_exists(weights, f"'{config_file}'")  # rather than after other models' turns
         except InputError as error:
             raise InputError(f"--teacher {name}: {error}") from error
@@ -102,7 +102,7 @@ def known_aps(given: list[str], entries: list[Entry]) -> dict[str, float]:
     """Box AP as given, or as TEST.EXPECTED_RESULTS of a teacher's config has it."""
     found = {}
     for entry in entries:
-        for task, metric, value, *_ in teacher_config(entry.cfg).TEST.EXPECTED_RESULTS:
+        for task, metric, value, *_ in TeacherSpec.from_config(entry.cfg).cfg.TEST.EXPECTED_RESULTS:
             if (task, metric) == ("bbox", "AP"):
                 found[entry.name] = float(value)
     for name, value in read_pairs(given, "ap", [entry.name for entry in entries]).items():
@@ -115,7 +115,7 @@ def known_aps(given: list[str], entries: list[Entry]) -> dict[str, float]:
 
 def evaluate(entry: Entry, teacher: Teacher, folder: str) -> float:
     """A teacher's box AP on the first of DATASETS.TEST."""
-    cfg = teacher_config(entry.cfg).clone()
+    cfg = TeacherSpec.from_config(entry.cfg).cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR, cfg.DATASETS.TEST = folder, cfg.DATASETS.TEST[:1]
     advice = f"give it by --ap {entry.name}=..."
