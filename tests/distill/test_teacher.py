@@ -8,7 +8,7 @@ import torch
 from detectron2.modeling import build_model
 from helpers import differing
 
-from msad_kd.distill.teacher import Teacher, build_teacher, teacher_config, teacher_levels
+from msad_kd.distill.teacher import Teacher, TeacherSpec, build_teacher
 from msad_kd.utils.errors import InputError
 
 ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
@@ -71,12 +71,12 @@ def test_strides_are_in_pixels_of_the_high_resolution(config):
 
 @pytest.mark.parametrize("options", [[], ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]])
 @pytest.mark.parametrize("branch", ["hr", "lr"])
-def test_its_levels_are_known_before_it_is_built(student_config, branch, options):
-    keys = ["KD.TEACHER.BRANCH", branch, "KD.TEACHER.OPTS", options]
-    cfg = student_config(*keys)
-    teacher = Teacher(build_model(teacher_config(cfg)), branch=branch, scale=2)
+def test_on_the_meta_device_it_has_the_same_levels(student_config, branch, options):
+    cfg = student_config("KD.TEACHER.BRANCH", branch, "KD.TEACHER.OPTS", options)
+    spec = TeacherSpec.from_config(cfg)
+    teacher = Teacher(build_model(spec.cfg), branch=branch, scale=2)
     before = torch.get_rng_state()
-    assert teacher_levels(cfg) == teacher.levels()
+    assert spec.build_on_meta().levels() == teacher.levels()
     assert torch.equal(torch.get_rng_state(), before)
     assert {shape.channels for shape in teacher.levels().values()} == {16}
 
@@ -122,21 +122,18 @@ def test_building_draws_no_random_number(student_config):
     assert draws[0] == draws[1]
 
 
-def test_its_data_sets_and_device_are_the_students(student_config):
-    cfg = student_config("DATASETS.TEST", ("coco_2017_val",), "MODEL.DEVICE", "cpu")
-    own = teacher_config(cfg)
-    assert own.DATASETS == cfg.DATASETS and own.MODEL.DEVICE == "cpu"
-    assert own.INPUT.MIN_SIZE_TEST == 2 * cfg.INPUT.MIN_SIZE_TEST
-
-
-def test_options_on_top_of_its_file(student_config):
-    cfg = student_config("KD.TEACHER.OPTS", ["MODEL.MULTI_RESOLUTION.FUSED_WEIGHT", 0.7])
-    assert teacher_config(cfg).MODEL.MULTI_RESOLUTION.FUSED_WEIGHT == 0.7
+def test_its_config(student_config):
+    options = ["MODEL.MULTI_RESOLUTION.FUSED_WEIGHT", 0.7]
+    cfg = student_config("DATASETS.TEST", ("coco_2017_val",), "KD.TEACHER.OPTS", options)
+    teacher_cfg = TeacherSpec.from_config(cfg).cfg
+    assert teacher_cfg.DATASETS == cfg.DATASETS and teacher_cfg.MODEL.DEVICE == cfg.MODEL.DEVICE
+    assert teacher_cfg.INPUT.MIN_SIZE_TEST == 2 * cfg.INPUT.MIN_SIZE_TEST
+    assert teacher_cfg.MODEL.MULTI_RESOLUTION.FUSED_WEIGHT == 0.7
 
 
 @pytest.mark.parametrize("key", ["CONFIG_FILE", "WEIGHTS"])
 def test_an_empty_key(student_config, key):
-    with pytest.raises(InputError, match=f"KD.TEACHER.{key} is empty; DistilledRCNN needs"):
+    with pytest.raises(InputError, match=f"KD.TEACHER.{key} is empty; to train a DistilledRCNN"):
         build_teacher(student_config(f"KD.TEACHER.{key}", ""))
 
 
@@ -192,7 +189,7 @@ def test_images_of_another_kind(student_config, key, value, words):
 
 def test_an_unknown_branch(student_config, config):
     with pytest.raises(InputError, match="BRANCH is 'both', but a MultiRes.* hr, lr, fused"):
-        teacher_config(student_config("KD.TEACHER.BRANCH", "both"))
+        build_teacher(student_config("KD.TEACHER.BRANCH", "both"))
     with pytest.raises(InputError, match="BRANCH is 'fused', but a GeneralizedRCNN .* hr, lr$"):
         Teacher(build_model(config("hr")), branch="fused", scale=2)
 
@@ -220,7 +217,7 @@ def test_what_is_learned_from_is_what_is_evaluated(student_config):
 def test_a_single_resolution_teacher_has_the_students_scale(student_config):
     stock = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
     cfg = student_config("KD.SCALE", 4, "KD.TEACHER.OPTS", stock, "KD.TEACHER.BRANCH", "hr")
-    assert teacher_config(cfg).KD.SCALE == 4
+    assert TeacherSpec.from_config(cfg).cfg.KD.SCALE == 4
 
 
 def test_a_plain_teacher_computes_what_the_losses_read(student_config, config, batch):
@@ -236,8 +233,12 @@ def test_a_plain_teacher_computes_what_the_losses_read(student_config, config, b
         assert torch.equal(needed[name], whole[name])
 
 
-def test_a_student_teaches_without_its_own_losses(student_config):
-    own = student_config("KD.LOSSES", [{"name": "mgd", "weight": 1.0}])
-    opts = ["MODEL.META_ARCHITECTURE", "DistilledRCNN", "KD.LOSSES", list(own.KD.LOSSES)]
-    cfg = student_config("KD.TEACHER.BRANCH", "lr", "KD.TEACHER.OPTS", opts)
-    assert teacher_config(cfg).KD.LOSSES == []
+def test_a_student_teaches_without_a_teacher_of_its_own(student_config, config_files, tmp_path):
+    weights = tmp_path / "student.pth"
+    cfg = student_config("KD.LOSSES", [{"name": "mgd", "weight": 1.0}])
+    student = build_model(cfg)
+    student.set_teacher(build_teacher(cfg))
+    torch.save({"model": student.state_dict()}, weights)
+    keys = ["KD.TEACHER.CONFIG_FILE", str(config_files["student"]), "KD.TEACHER.BRANCH", "lr"]
+    model = build_teacher(student_config(*keys, "KD.TEACHER.WEIGHTS", str(weights))).model
+    assert not any(key.startswith("distiller") for key in model.state_dict())

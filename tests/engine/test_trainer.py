@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.modeling import BACKBONE_REGISTRY
 from helpers import NO_TEST, differing, tensors_of, train
 
 from msad_kd import KDTrainer, TwoResolutionMapper
@@ -38,6 +39,31 @@ def test_weight_0_is_bitwise_the_stock_run_and_another_is_not(stock_run, student
     assert any(name.startswith("roi_heads") for name in changed)
 
 
+def test_a_teacher_is_read_once_and_no_backbone_is_built_for_its_shapes(
+    student_config, config_files, files_read, monkeypatch
+):
+    cfg = student_config("SOLVER.MAX_ITER", 1, "KD.TEACHER.EVAL_BEFORE_TRAIN", True)
+    built, get = [], BACKBONE_REGISTRY.get
+
+    def recording(name):
+        return lambda *arguments: built.append(name) or get(name)(*arguments)
+
+    monkeypatch.setattr(BACKBONE_REGISTRY, "get", recording)
+    files_read.clear()
+    trainer = train(cfg)
+    assert files_read == [str(config_files["teacher"])]
+    student, teacher = (x.MODEL.BACKBONE.NAME for x in (cfg, trainer.teacher_spec.cfg))
+    assert built == [student, teacher]
+
+
+def test_a_warm_up_that_does_not_end_is_warned_of(student_config, caplog):
+    slow = {"name": "l1", "weight": 0.6, "warmup_iters": 500}
+    terms = [slow, {"name": "mse", "weight": 1.0, "warmup_iters": 4}]
+    KDTrainer(student_config("KD.LOSSES", terms, *NO_TEST))
+    (record,) = [r for r in caplog.records if "KD.LOSSES" in r.message]
+    assert "l1 (warmup_iters 500)" in record.message and "mse" not in record.message
+
+
 def test_a_teacher_that_nobody_learns_from_is_told_of(config, caplog):
     KDTrainer(config("lr", *NO_TEST))
     assert "KD.TEACHER is not used" not in caplog.text
@@ -52,14 +78,22 @@ def test_precise_statistics_of_two_resolutions_are_the_tools(config):
         KDTrainer(config("teacher", "TEST.PRECISE_BN.ENABLED", True, *NO_TEST))
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path):
-    keys = ["SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2]
+TRAINED = [
+    {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
+    {"name": "l1", "weight": 0.1, "adapter": True},
+]
+
+
+@pytest.mark.parametrize("losses", [[{"name": "l1", "weight": 0.6}], TRAINED], ids=["l1", "parts"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path, losses):
+    keys = ["SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "KD.LOSSES", losses]
     whole = train(student_config(*keys, *NO_TEST))
     # Cut off after the second step. The evaluations, which draw random numbers, the workers and
     # the start must change nothing.
     folder = tmp_path / "cut_off"
     folder.mkdir()
-    shutil.copy(f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth", folder)
+    first = f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth"
+    shutil.copy(first, folder)
     (folder / "last_checkpoint").write_text("model_0000001.pth")
     more = ["OUTPUT_DIR", str(folder), "TEST.EVAL_PERIOD", 2, "DATALOADER.NUM_WORKERS", 1]
     again = train(student_config(*keys, *more), resume=True)
@@ -67,27 +101,12 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path
     assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
     for one, other in zip(*(t.optimizer.state_dict()["state"].values() for t in (whole, again))):
         assert differing(one, other) == []
-
-
-def test_trained_parts_resume_bitwise_too(student_config, tmp_path):
-    terms = [
-        {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
-        {"name": "l1", "weight": 0.1, "adapter": True},
-    ]
-    keys = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "KD.LOSSES", terms, *NO_TEST]
-    whole = train(student_config(*keys))
-    parts = {k: v for k, v in tensors_of(whole.model).items() if k.startswith("distiller.")}
-    assert {k.split(".")[1] for k in parts} == {"adapters", "parts"}
-    folder = tmp_path / "cut_off"
-    folder.mkdir()
-    first = f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth"
-    shutil.copy(first, folder)
-    (folder / "last_checkpoint").write_text("model_0000001.pth")
-    again = train(student_config(*keys, "OUTPUT_DIR", str(folder)), resume=True)
-    assert again.start_iter == 2
-    assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
+    trained = {k: v for k, v in tensors_of(whole.model).items() if k.startswith("distiller.")}
+    assert {k.split(".")[1] for k in trained} == (
+        {"adapters", "parts"} if losses is TRAINED else set()
+    )
     early = torch.load(first, weights_only=False)["model"]
-    assert set(parts) <= set(differing({k: early[k] for k in parts}, parts))  # they are trained
+    assert differing({k: early[k] for k in trained}, trained) == list(trained)
 
 
 def test_a_loss_that_is_not_finite_names_its_level(student_config):
