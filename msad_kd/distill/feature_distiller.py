@@ -129,14 +129,10 @@ class FeatureDistiller(Distiller):
                     maps += (self.parts[term.name][level],)
                 value = self.evaluate(term, *maps, where=f" on level {level}")
                 by_name[f"{term.name}_{level}"] = value
-                if self.logs_at(iteration):
-                    self._log_measures(term, level, maps)
+                measures = getattr(term.function, "measures", {}) if self.logs_at(iteration) else {}
+                with torch.no_grad():
+                    for name, measure in measures.items():
+                        scalar = measure(*maps, **term.arguments)
+                        get_event_storage().put_scalar(f"kd/{term.name}_{name}_{level}", scalar)
             values.append((term, by_name))
         return self.weigh(values, iteration)
-
-    @staticmethod
-    @torch.no_grad()
-    def _log_measures(term: LossTerm, level: str, maps: tuple) -> None:
-        for name, measure in getattr(term.function, "measures", {}).items():
-            value = measure(*maps, **term.arguments)
-            get_event_storage().put_scalar(f"kd/{term.name}_{name}_{level}", value)

@@ -32,13 +32,8 @@ def gradient_ratio(
 ) -> torch.Tensor:
     """Return the gradient norm of the distillation losses over that of the detection losses.
 
-    The graph is kept and no ``.grad`` changes, so the training step stays the same.
-
-    Args:
-        distillation: the losses of the numerator.
-        detection: the losses of the denominator.
-        layer: the weight at which to take both gradients; losses that do not depend on it have
-            norm 0.
+    Both gradients are taken at one layer's weight; losses that do not depend on it have norm 0. The
+    graph is kept and no ``.grad`` changes, so the training step stays the same.
     """
 
     def norm(losses: Iterable[torch.Tensor]) -> torch.Tensor:

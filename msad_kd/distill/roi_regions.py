@@ -30,27 +30,23 @@ def recording_regions(heads: StandardROIHeads, masks: bool = True) -> Iterator[S
 
     Args:
         heads: the student's.
-        masks: whether to record what belongs to masks, too.
+        masks: whether to record masks as well.
 
     Yields:
         An object that has, when the block ends, ``regions`` (a list of N ``Boxes``), ``masked``
         (those with a mask, or None), their ``classes`` (M,) and the ``predictions``, with graph.
     """
-    seen = SimpleNamespace(regions=None, masked=None, classes=None, predictions=None)
+    seen = SimpleNamespace(masked=None)
     masks = masks and heads.mask_on
+    modules = [heads.box_pooler, heads.box_predictor]
+    if masks:
+        modules += [heads.mask_pooler, heads.mask_head, heads.mask_head.predictor]
     with ExitStack() as stack:
-        pooler, predictor = (
-            stack.enter_context(recording(module))
-            for module in (heads.box_pooler, heads.box_predictor)
-        )
-        if masks:
-            modules = (heads.mask_pooler, heads.mask_head, heads.mask_head.predictor)
-            mask_pooler, mask_head, mask_predictor = (
-                stack.enter_context(recording(module)) for module in modules
-            )
+        pooler, predictor, *mask_calls = [stack.enter_context(recording(x)) for x in modules]
         yield seen
     seen.regions, predicted_masks = pooler.inputs[1], None
     if masks:
+        mask_pooler, mask_head, mask_predictor = mask_calls
         seen.masked = mask_pooler.inputs[1]
         seen.classes = torch.cat([instances.gt_classes for instances in mask_head.inputs[1]])
         predicted_masks = _masks_of_classes(mask_predictor.output, seen.classes)

@@ -148,16 +148,15 @@ class DistilledFCOS(DistilledMixin, FCOS):
 def attach_teacher(model: nn.Module, cfg: CfgNode) -> Teacher:
     """Build the teacher of ``KD.TEACHER`` and give it to a student.
 
-    Call it before the optimizer is built and before DDP wraps the model: the losses may bring
-    adapters and other modules that are to be trained.
+    Call it before the optimizer is built and before DDP wraps the model: see ``set_teacher``.
 
     Raises:
         InputError: if the model is no student; as ``build_teacher`` and ``set_teacher``.
     """
     if not isinstance(model, DistilledMixin):
         raise InputError(
-            f"a {type(model).__name__} takes no teacher; give attach_teacher the student itself, "
-            "such as a DistilledRCNN, before DistributedDataParallel wraps it"
+            f"a {type(model).__name__} takes no teacher; call attach_teacher with a student, such "
+            "as a DistilledRCNN, before DistributedDataParallel wraps it"
         )
     teacher = build_teacher(cfg)
     model.set_teacher(teacher)

@@ -33,7 +33,7 @@ from msad_kd.utils.seed import preserved_rng
 class Teacher:
     """A frozen detector that gives feature pyramids.
 
-    It is no ``nn.Module``: so none of its weights are in the student's ``state_dict``, optimizer or
+    It is no ``nn.Module``, so none of its weights are in a student's ``state_dict``, optimizer or
     DDP buckets, and ``student.train()`` does not reach it.
 
     Args:
@@ -114,20 +114,13 @@ def _check_branch(meta_architecture: type, branch: str) -> None:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """The teacher that a student's config names: read once, then handed on.
+    """The teacher that a student's config names: read once, then handed on."""
 
-    Attributes:
-        cfg: the teacher's own config, frozen, with KD.TEACHER.WEIGHTS as its MODEL.WEIGHTS and with
-            the student's data sets, device and number of workers.
-        config_file: KD.TEACHER.CONFIG_FILE.
-        branch: KD.TEACHER.BRANCH, the pyramid to learn from.
-        scale: k.
-    """
-
+    # The teacher's own config, frozen, with KD.TEACHER.WEIGHTS as its MODEL.WEIGHTS and with the
+    # student's data sets, device and number of workers.
     cfg: CfgNode
-    config_file: str
-    branch: str
-    scale: int
+    config_file: str  # KD.TEACHER.CONFIG_FILE
+    branch: str  # KD.TEACHER.BRANCH: the pyramid to learn from
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "TeacherSpec":
@@ -162,7 +155,7 @@ class TeacherSpec:
         teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
         _check_images(cfg, teacher_cfg)
         teacher_cfg.freeze()
-        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH, cfg.KD.SCALE)
+        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH)
 
     def build(self) -> Teacher:
         """Build the teacher and load its checkpoint, without drawing random numbers.
@@ -179,13 +172,13 @@ class TeacherSpec:
         logging.getLogger(__name__).info(
             "Teacher: %s from %s, branch %s", type(model).__name__, weights, self.branch
         )
-        return Teacher(model, branch=self.branch, scale=self.scale)
+        return Teacher(model, branch=self.branch, scale=self.cfg.KD.SCALE)
 
     def build_on_meta(self) -> Teacher:
         """Build the teacher on torch's meta device: it has shapes, but no weights and no cost."""
         with preserved_rng(), torch.device("meta"):
             model = META_ARCH_REGISTRY.get(self.cfg.MODEL.META_ARCHITECTURE)(self.cfg)
-        return Teacher(model, branch=self.branch, scale=self.scale)
+        return Teacher(model, branch=self.branch, scale=self.cfg.KD.SCALE)
 
 
 def _check_images(cfg: CfgNode, teacher_cfg: CfgNode) -> None:

@@ -131,65 +131,39 @@ def test_its_config(student_config):
     assert teacher_cfg.MODEL.MULTI_RESOLUTION.FUSED_WEIGHT == 0.7
 
 
-@pytest.mark.parametrize("key", ["CONFIG_FILE", "WEIGHTS"])
-def test_an_empty_key(student_config, key):
-    with pytest.raises(InputError, match=f"KD.TEACHER.{key} is empty; to train a DistilledRCNN"):
-        build_teacher(student_config(f"KD.TEACHER.{key}", ""))
-
-
-def test_a_missing_checkpoint(student_config):
-    with pytest.raises(InputError, match="'nowhere.pth' for .*teacher.yaml' does not exist"):
-        build_teacher(student_config("KD.TEACHER.WEIGHTS", "nowhere.pth"))
-
-
-def test_a_file_that_is_no_checkpoint(student_config, tmp_path):
-    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(InputError, match="broken.pth' .*cannot be read"):
-        build_teacher(student_config("KD.TEACHER.WEIGHTS", str(tmp_path / "broken.pth")))
-
-
-def test_a_missing_config_file(student_config):
-    with pytest.raises(InputError, match="config file 'nowhere.yaml' does not exist"):
-        build_teacher(student_config("KD.TEACHER.CONFIG_FILE", "nowhere.yaml"))
-
-
-def test_an_unknown_key_on_top_of_its_file(student_config):
-    with pytest.raises(InputError, match="MODEL.WIEGHTS; did you mean MODEL.WEIGHTS"):
-        build_teacher(student_config("KD.TEACHER.OPTS", ["MODEL.WIEGHTS", "x"]))
-    with pytest.raises(InputError, match="KD.TEACHER: MODEL.ROI_HEADS.NAME: 'Heads' is not regist"):
-        build_teacher(student_config("KD.TEACHER.OPTS", ["MODEL.ROI_HEADS.NAME", "Heads"]))
+def opts(*pairs):
+    return ["KD.TEACHER.OPTS", list(pairs)]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["MODEL.FPN.NORM", "BN"], "absent from it, e.g. backbone.fpn_lateral2.norm"),
-        (["MODEL.ROI_HEADS.NUM_CLASSES", 3], r"another shape.*roi_heads.*\(9, 16\).*\(4, 16\)"),
-        (["MODEL.RESNETS.DEPTH", 101], "absent from it, e.g. backbone.bottom_up.res4"),
-        (["MODEL.MASK_ON", False], "not in the model, e.g. roi_heads.mask_head"),
+        (["KD.TEACHER.CONFIG_FILE", ""], "CONFIG_FILE is empty; to train a DistilledRCNN"),
+        (["KD.TEACHER.WEIGHTS", ""], "KD.TEACHER.WEIGHTS is empty; to train a DistilledRCNN"),
+        (["KD.TEACHER.CONFIG_FILE", "gone.yaml"], "config file 'gone.yaml' does not exist"),
+        (["KD.TEACHER.WEIGHTS", "gone.pth"], "'gone.pth' for .*teacher.yaml' does not exist"),
+        (["KD.TEACHER.WEIGHTS", __file__], "test_teacher.py' .*cannot be read"),
+        (["KD.TEACHER.BRANCH", "both"], "BRANCH is 'both', but a MultiRes.* hr, lr, fused"),
+        (opts("MODEL.WIEGHTS", "x"), "MODEL.WIEGHTS; did you mean MODEL.WEIGHTS"),
+        (opts("MODEL.ROI_HEADS.NAME", "Heads"), "KD.TEACHER: .*NAME: 'Heads' is not registered"),
+        (opts("INPUT.FORMAT", "BGR"), "INPUT.FORMAT is BGR in the teacher's config .* and RGB"),
+        (opts("KD.SCALE", 4), "KD.SCALE is 4 in the teacher's config .* and 2"),
+        (opts("MODEL.PIXEL_STD", [1.0, 1.0, 9.0]), r"PIXEL_STD is \[1.0, 1.0, 9.0\] in the teach"),
+        (
+            opts("MODEL.FPN.NORM", "BN"),
+            "model_final.pth' does not fit .*teacher.yaml'.*, e.g. backbone.fpn_lateral2.norm",
+        ),
+        (opts("MODEL.ROI_HEADS.NUM_CLASSES", 3), r"shape.*roi_heads.*\(9, 16\).*\(4, 16\)"),
+        (opts("MODEL.RESNETS.DEPTH", 101), "absent from it, e.g. backbone.bottom_up.res4"),
+        (opts("MODEL.MASK_ON", False), "not in the model, e.g. roi_heads.mask_head"),
     ],
 )
-def test_weights_of_another_model_name_file_config_and_key(student_config, options, words):
-    with pytest.raises(InputError, match=f"model_final.pth' does not fit .*teacher.yaml'.*{words}"):
-        build_teacher(student_config("KD.TEACHER.OPTS", options))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is BGR in the teacher's config .* and RGB"),
-        ("KD.SCALE", 4, "KD.SCALE is 4 in the teacher's config .* and 2"),
-        ("MODEL.PIXEL_STD", [1.0, 1.0, 9.0], r"MODEL.PIXEL_STD is \[1.0, 1.0, 9.0\] in the teach"),
-    ],
-)
-def test_images_of_another_kind(student_config, key, value, words):
+def test_a_teacher_that_cannot_be_built(student_config, options, words):
     with pytest.raises(InputError, match=words):
-        build_teacher(student_config("KD.TEACHER.OPTS", [key, value]))
+        build_teacher(student_config(*options))
 
 
-def test_an_unknown_branch(student_config, config):
-    with pytest.raises(InputError, match="BRANCH is 'both', but a MultiRes.* hr, lr, fused"):
-        build_teacher(student_config("KD.TEACHER.BRANCH", "both"))
+def test_a_single_resolution_model_has_no_fused_branch(config):
     with pytest.raises(InputError, match="BRANCH is 'fused', but a GeneralizedRCNN .* hr, lr$"):
         Teacher(build_model(config("hr")), branch="fused", scale=2)
 
