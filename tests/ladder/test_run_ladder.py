@@ -19,7 +19,6 @@ from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.ladder import run as ladder
 from msad_kd.ladder.run import run_ladder
-from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
 
 FEW = {"name": "a", "config_file": "t.yaml", "weights": "t.pth"}
@@ -382,7 +381,3 @@ def test_the_hash_leaves_out_what_changes_no_result(ladder_config, stages):
 def test_the_hash_depends_on_when_the_statistics_are_recomputed(ladder_config):
     precise = ["TEST.PRECISE_BN.ENABLED", True, "TEST.EVAL_PERIOD"]
     assert len({hash_of(ladder_config("x", *precise, period), 0) for period in (1, 2)}) == 2
-
-
-def test_losses_of_a_stage_are_read_as_those_of_a_run():
-    assert read_losses(MGD)[1].adapter is True
