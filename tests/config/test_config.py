@@ -1,6 +1,5 @@
 """The keys this project adds, and what is said of those it does not know."""
 
-import logging
 import re
 import sys
 
@@ -124,20 +123,15 @@ def test_a_config_cannot_run_code(tmp_path):
     assert not target.exists()
 
 
-def test_without_gpu_one_warning_and_the_cpu(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with caplog.at_level(logging.WARNING):
-        cfg = build_config("", ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True])
-        assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
-    assert len(caplog.records) == 1 and "cpu" in caplog.text
-    caplog.clear()
-    cfg = build_config("", ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True])
-    assert not caplog.records and not cfg.SOLVER.AMP.ENABLED
-
-
-def test_with_gpu_it_is_used(monkeypatch):
+def test_the_device_is_the_gpu_or_with_one_warning_the_cpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert build_config("", []).MODEL.DEVICE == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, warnings in (("cuda", 1), ("cpu", 0)):
+        caplog.clear()
+        cfg = build_config("", ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", True])
+        assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
+        assert len(caplog.records) == warnings
 
 
 REFERENCE = [
@@ -157,6 +151,9 @@ def test_the_world_size_scales_schedule_and_distillation_once(monkeypatch):
     assert [entry.get("warmup_iters", 0) for entry in cfg.KD.LOSSES] == [2000, 0]
     again = cfg.clone()  # a run's own config.yaml, used once more
     assert DefaultTrainer.auto_scale_workers(again, 2) is again
+    monkeypatch.setattr(comm, "get_world_size", lambda: 8)
+    cfg = build_config("", REFERENCE)
+    assert (cfg.SOLVER.MAX_ITER, cfg.KD.LOSSES[0]["warmup_iters"]) == (1000, 500)
 
 
 def test_what_an_alias_repeats_is_scaled_once(monkeypatch, tmp_path):
@@ -187,9 +184,3 @@ def test_numbers_that_yaml_reads_as_text(number):
 def test_empty_keys(tmp_path):
     (tmp_path / "my.yaml").write_text("DATASETS:\n  TEST:\nKD:\n  TEACHER:\n    OPTS:\n")
     assert not build_config(str(tmp_path / "my.yaml"), []).DATASETS.TEST
-
-
-def test_the_reference_world_size_scales_nothing(monkeypatch):
-    monkeypatch.setattr(comm, "get_world_size", lambda: 8)
-    cfg = build_config("", REFERENCE)
-    assert (cfg.SOLVER.MAX_ITER, cfg.KD.LOSSES[0]["warmup_iters"]) == (1000, 500)

@@ -291,51 +291,51 @@ def test_stages_that_cannot_be_read(entries, words):
         build_config("", ["KD.LADDER.STAGES", entries])
 
 
+GONE = "for the {} of stage '{}' does not exist"
+RANDOM = "Stage 'first' starts from random weights"
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("stage", "changes", "options", "words"),
     [
-        ({"weights": "gone.pth"}, "'gone.pth' for the teacher of stage 'third' does not exist"),
-        ({"start": "gone.pth"}, "'gone.pth' for the start of stage 'third' does not exist"),
-        ({"config_file": "gone.yaml"}, "stage 'third': .* file 'gone.yaml' does not exist"),
-        ({"opts": ["KD.SCAEL", 2]}, "stage 'third': .* unknown config key: KD.SCAEL; did you"),
+        (2, {"weights": "gone.pth"}, (), GONE.format("teacher", "third")),
+        (2, {"start": "gone.pth"}, (), GONE.format("start", "third")),
+        (0, {}, ("MODEL.WEIGHTS", "gone.pth"), GONE.format("start", "first")),
+        (2, {"config_file": "gone.yaml"}, (), "stage 'third': .* file 'gone.yaml' does not exist"),
         (
-            {"opts": ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]},
+            2,
+            {"opts": ["KD.SCAEL", 2]},
+            (),
+            "'third': .* unknown config key: KD.SCAEL; did you mean",
+        ),
+        (
+            *(2, {"opts": ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]}, ()),
             "stage 'third': KD.TEACHER.BRANCH is 'fused', but a GeneralizedRCNN teacher has hr, lr",
         ),
         (
-            {"losses": [{"name": "l1", "weight": 1.0, "levels": ["p9"]}]},
+            *(2, {"losses": [{"name": "l1", "weight": 1.0, "levels": ["p9"]}]}, ()),
             "stage 'third': .*'p9' of 'l1' has no partner",
         ),
-        ({"opts": ["KD.SCALE", 4]}, "stage 'third': KD.SCALE is 4 in the teacher's config"),
+        (2, {"opts": ["KD.SCALE", 4]}, (), "stage 'third': KD.SCALE is 4 in the teacher's config"),
         (
-            {"opts": ["MODEL.META_ARCHITECTURE", "MultiResolutionRNN"]},
+            *(2, {"opts": ["MODEL.META_ARCHITECTURE", "MultiResolutionRNN"]}, ()),
             "stage 'third': .* is not registered; did you mean MultiResolutionRCNN",
+        ),
+        (
+            *(0, {}, ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")),
+            "a GeneralizedRCNN learns from no teacher; set MODEL.META_ARCHITECTURE",
         ),
     ],
 )
 def test_what_a_stage_lacks_is_told_before_the_first_one(
-    ladder_config, stages, tmp_path, changes, words
+    ladder_config, stages, tmp_path, caplog, stage, changes, options, words
 ):
-    stages[2] |= changes
-    with pytest.raises(InputError, match=words):
-        run_ladder(ladder_config(), resume=False)
-    assert not (tmp_path / "ladder").exists()  # nothing was trained
-
-
-def test_a_random_start_is_told(ladder_config, stages, caplog):
     stages[0]["start"] = "previous"
-    stages[2]["weights"] = "gone.pth"  # so that nothing is trained
-    with pytest.raises(InputError, match="gone.pth"):
-        run_ladder(ladder_config(), resume=False)
-    assert "Stage 'first' starts from random weights" in caplog.text
-    assert "'second'" not in caplog.text
-
-
-def test_a_stock_detector_climbs_no_ladder(ladder_config, tmp_path):
-    cfg = ladder_config("ladder", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
-    with pytest.raises(InputError, match="a GeneralizedRCNN learns from no teacher; set MODEL.MET"):
-        run_ladder(cfg, resume=False)
-    assert not (tmp_path / "ladder").exists()
+    stages[stage] |= changes
+    with pytest.raises(InputError, match=words):
+        run_ladder(ladder_config("ladder", *options), resume=False)
+    assert not (tmp_path / "ladder").exists()  # nothing was trained
+    assert (RANDOM in caplog.text) == (stage == 2) and "Stage 'second'" not in caplog.text
 
 
 def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp_path, caplog):
@@ -344,12 +344,6 @@ def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp
     with caplog.at_level(logging.INFO):
         run_ladder(ladder_config(), resume=False)
     assert caplog.text.count(f"Loading from {first}") == 2
-
-
-def test_a_missing_first_start_is_told_before_the_first_stage(ladder_config, tmp_path):
-    with pytest.raises(InputError, match="'gone.pth' for the start of stage 'first' does not"):
-        run_ladder(ladder_config("ladder", "MODEL.WEIGHTS", "gone.pth"), resume=False)
-    assert not (tmp_path / "ladder").exists()
 
 
 def hash_of(cfg, index):
