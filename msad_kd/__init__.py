@@ -15,7 +15,6 @@ from msad_kd.distill.student import (
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY
-from msad_kd.modeling import fpn, swin, torchvision_backbone  # noqa: F401  registers backbones
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.fusion import CrossingFeatureFusion
 from msad_kd.modeling.multi_resolution import (

@@ -17,9 +17,10 @@ from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.config.stages import read_stages
 from msad_kd.data.coco_format import register_coco_format
 from msad_kd.evaluation.coco import choose_implementation
-from msad_kd.losses.terms import read_losses, yaml_number
+from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.errors import InputError, nearest
+from msad_kd.utils.schema import yaml_number
 
 
 def import_module(name: str) -> None:

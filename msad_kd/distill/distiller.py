@@ -50,7 +50,7 @@ class Distiller(nn.Module):
         self._values = {}
         for term, parts in values:
             key = f"loss_kd_{term.name}"
-            losses[key] = losses.get(key, 0.0) + term.weight_at(iteration) * sum(parts.values())
+            losses[key] = losses.get(key, 0.0) + term.warmup_weight(iteration) * sum(parts.values())
             for name, value in parts.items():
                 self._values[name] = self._values.get(name, 0.0) + value.detach()
         if self.logs_at(iteration):

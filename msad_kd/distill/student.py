@@ -171,6 +171,9 @@ def check_losses(cfg: CfgNode, spec: TeacherSpec) -> None:
     Raises:
         InputError: as ``DistilledMixin.set_teacher``.
     """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(["MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.CHECKPOINT", ""])  # no weights
     with preserved_rng(), torch.device("meta"):
         student = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
         student.set_teacher(spec.build_on_meta())

@@ -10,8 +10,6 @@ from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.solver import build_optimizer, get_default_optimizer_params
-from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import check_exists, init_from_teacher, load_strictly
@@ -19,11 +17,11 @@ from msad_kd.data.loader import build_train_loader, clear_absence, clear_errors
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.distill.teacher import Teacher, TeacherSpec
-from msad_kd.engine.hooks import EvaluateTeacher, SeedEachStep
+from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep
+from msad_kd.engine.optimizer import build_optimizer
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.classes import check_classes, is_a
-from msad_kd.modeling.loss_normalizer import KeepNormalizer
 from msad_kd.utils.compat import ddp_on, load_trainer_state, trainer_state
 from msad_kd.utils.errors import InputError
 
@@ -153,24 +151,8 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimizer that SOLVER.OPTIMIZER names: SGD or ADAMW."""
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER == "ADAMW":
-            parameters = get_default_optimizer_params(
-                model,
-                base_lr=cfg.SOLVER.BASE_LR,
-                weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-                bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-                weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-                # Swin's authors do not decay it either.
-                overrides={"relative_position_bias_table": {"weight_decay": 0.0}},
-            )
-            optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-            return optimizer(
-                parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
-            )
-        raise InputError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; use SGD or ADAMW")
+        """Build the optimizer of SOLVER.OPTIMIZER; see ``engine.optimizer``."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -228,6 +210,9 @@ class KDTrainer(DefaultTrainer):
         Raises:
             InputError: as ``load_strictly``.
         """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS  # so MODEL.TIMM's weights are not read
         model = cls.build_model(cfg)
         if weights is not None:
             load_strictly(model, weights, source)

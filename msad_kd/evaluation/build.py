@@ -34,6 +34,8 @@ def build_evaluator(
         "output_dir": output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
         "implementation": cfg.TEST.COCO_EVALUATOR,
         "masks": has_masks(cfg),
+        # COCO's 100, unless the model may keep more: an image may have more objects than that.
+        "max_dets_per_image": max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
     }
     if kind == "coco":
         return MetricsEvaluator(dataset_name, **options)

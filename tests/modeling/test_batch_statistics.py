@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation, for each resolution by itself."""
+"""Separate running statistics of batch normalisation for each resolution."""
 
 import subprocess
 import sys
@@ -40,10 +40,10 @@ def test_each_resolution_updates_and_uses_its_own():
 
 
 def test_without_a_second_set_nothing_changes():
-    norm = nn.Sequential(nn.BatchNorm2d(1))
+    norm = nn.BatchNorm2d(1)
     with low_resolution_statistics(norm):
         norm(torch.rand(2, 1, 3, 3))
-    assert norm[0].num_batches_tracked == 1
+    assert norm.num_batches_tracked == 1
     assert not any("_lr" in key for key in norm.state_dict())
 
 
