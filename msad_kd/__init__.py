@@ -1,4 +1,4 @@
-"""Low-resolution detectors that learn from high- and multi-resolution teachers, on Detectron2."""
+"""Low-resolution detectors for Detectron2 that learn from high- and multi-resolution teachers."""
 
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.config.build import build_config
