@@ -1,8 +1,8 @@
 """Losses of the cells inside or outside of objects' boxes alone, to see where a loss gains.
 
     python train_net.py --import projects.Shapes.box_losses \
-        --config-file configs/Shapes/student.yaml MODEL.META_ARCHITECTURE BoxAwareRCNN SEED 1 \
-        KD.TEACHER.WEIGHTS projects/Shapes/checkpoints/teacher.pth \
+        --config-file configs/Shapes/student_one_size.yaml MODEL.META_ARCHITECTURE BoxAwareRCNN SEED 1 \
+        KD.TEACHER.WEIGHTS projects/Shapes/checkpoints/teacher_one_size.pth \
         KD.LOSSES "[{'name': 'mse_inside', 'weight': 20.0, 'levels': ['p2'], 'warmup_iters': 100}]"
 
 The maps are (N, C, H, W), the student's and the teacher's at a level; boxes are in pixels of the

@@ -83,8 +83,8 @@ def test_controls_are_configs(tmp_path, capsys):
         student = "GeneralizedRCNN" if file.stem == "no_kd" else "DistilledRCNN"
         assert cfg.MODEL.META_ARCHITECTURE == student
         json.dumps(cfg.KD.LADDER.STAGES)
-    arguments.ladder = str(ROOT / "configs" / "Shapes" / "student.yaml")
-    with pytest.raises(InputError, match="student.yaml' has no KD.LADDER.STAGES"):
+    arguments.ladder = str(ROOT / "configs" / "Shapes" / "student_one_size.yaml")
+    with pytest.raises(InputError, match="student_one_size.yaml' has no KD.LADDER.STAGES"):
         controls.main(arguments)
 
 

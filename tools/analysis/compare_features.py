@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tell how near models' features are to what a student should learn, level by level, in Markdown.
 
-    python tools/analysis/compare_features.py --config-file configs/Shapes/student.yaml \
+    python tools/analysis/compare_features.py --config-file configs/Shapes/student_one_size.yaml \
         --model student output/shapes/student/model_final.pth
 
 The target is what the config's student learns from: KD.TEACHER, at its BRANCH. The models are

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tell where a student's losses pull at its features, and how hard, level by level, in Markdown.
 
-    python tools/analysis/compare_gradients.py --config-file configs/Shapes/student.yaml \
+    python tools/analysis/compare_gradients.py --config-file configs/Shapes/student_one_size.yaml \
         KD.LOSSES "[{'name': 'mse', 'weight': 20.0}, {'name': 'ssim', 'weight': 10.0}]"
 
 On training batches, at a checkpoint or where the student starts, by the gradient of each loss of
