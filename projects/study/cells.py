@@ -1,6 +1,5 @@
 """The cells of a grid. A cell is a row with one seed: one training, or one checkpoint."""
 
-import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from projects.study.grid import PLACEHOLDER, Row
 
 # Config keys that change no weight of the trained model.
 LOGGING = {"OUTPUT_DIR", "KD.DIAGNOSTICS_PERIOD", "KD.GRADIENT_RATIO_PERIOD"}
+LOGGING |= {"SOLVER.CHECKPOINT_PERIOD"}
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,15 @@ class Cell:
 def make_cells(grid, folder, extra=()):
     """Return all cells of a grid by key, each after those it needs.
 
-    Args:
-        grid: a `Grid`.
-        folder: runs go to ROW/seed_SEED in it.
-        extra: KEY VALUE pairs for all trainings, teachers and measurements, for a trial.
-
-    Raises:
-        InputError: a config or an argument of the data is wrong, a checkpoint is missing, or rows
-            need each other.
+    Runs go to ROW/seed_SEED in `folder`. `extra` are KEY VALUE pairs for all trainings, teachers
+    and measurements, for a trial.
     """
     cells, data = {}, {}
     for name, arguments in grid.data.items():
         try:
             data[name] = complete_arguments(**arguments)
         except (TypeError, ValueError) as error:
-            raise InputError(f"the grid's data '{name}': {error}") from error
+            raise InputError(f"the data '{name}' of the grid: {error}") from error
 
     def add(row, seed, pending=()):
         key = f"{row.name}/{seed}"
@@ -101,7 +95,6 @@ def _make_cell(row, seed, sources, folder, data, extra):
     elif stages:
         weights = folder / f"stage_{len(stages):02}_{stages[-1]['name']}" / "student.pth"
     folders = _folders(test_cfg, "TEST", data)
-    # What the measured config says about training does not matter.
     meaning = {"test": {k: v for k, v in changed_keys(test_cfg).items() if not _trains(k)}}
     if row.trained:
         folders += _folders(cfg, "TRAIN", data)
@@ -145,19 +138,14 @@ def _hash_file(path):
 
 
 def changed_keys(cfg):
-    """Return KEY to value of all that a config changes, without `LOGGING`.
+    """Return KEY to value of all that a config changes of the defaults, without `LOGGING`.
 
     Defaults are left out, so that a key which a later version adds changes no fingerprint.
     """
-    defaults = _defaults()
-    return {k: v for k, v in _keys(cfg).items() if k not in LOGGING and v != defaults.get(k)}
-
-
-@functools.cache
-def _defaults():
-    cfg = get_cfg()
-    add_msad_kd_config(cfg)
-    return _keys(cfg)
+    default = get_cfg()
+    add_msad_kd_config(default)
+    default = _keys(default)
+    return {k: v for k, v in _keys(cfg).items() if k not in LOGGING and v != default.get(k)}
 
 
 def _keys(node, prefix=""):

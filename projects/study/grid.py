@@ -20,17 +20,12 @@ class Row:
     """One line of a table: a model that is trained once per seed, or a checkpoint."""
 
     title: str = ""  # what the tables call it
-    # Another row, whose fields hold where this row has none; options are merged.
-    like: str = ""
-    # Another row, whose checkpoints are measured with other options, for example on other images.
-    # Its fields hold, too.
-    checkpoint_of: str = ""
+    like: str = ""  # a row whose fields hold where this row has none; options are merged
+    checkpoint_of: str = ""  # such a row, whose checkpoints are measured with other options
     checkpoint: str = ""  # a file; nothing is trained
-    # The AP that the checkpoint must reach: an entry of "results" in the JSON file beside it.
-    recorded: str = ""
+    recorded: str = ""  # the checkpoint's AP: an entry of "results" in the JSON file beside it
     config: str = ""  # of the training
-    # Of the measured model, if it is not `config`: a student is measured as a stock model.
-    test_config: str = ""
+    test_config: str = ""  # of the measured model, if it differs: a student's is a stock model's
     # Config KEY to VALUE on top of both. {row} in a value stands for that row's checkpoint of the
     # same seed, or of its first seed if it lacks this one.
     options: dict[str, Any] = field(default_factory=dict)
@@ -56,10 +51,13 @@ class Table:
     title: str
     rows: list[str]
     control: str = ""  # the row that differences are taken to
-    baseline: str = ""  # the gap is the distance from this row ...
-    reference: str = ""  # ... to this one
+    baseline: str = ""  # the row whose steps training is counted in
     seeds: list[int] = field(default_factory=list)  # those that count, if not all
     picture: bool = False  # whether to draw the differences to the control
+
+    def all_rows(self):
+        """Return the names of its rows, control and baseline included."""
+        return [*self.rows, *filter(None, (self.control, self.baseline))]
 
 
 @dataclass
@@ -74,36 +72,25 @@ class Curve:
 
 
 @dataclass
-class Comparison:
-    """A table and two pictures of a few models that are timed in turn; the first seed of each."""
-
-    rows: list[str]
-    scenes: dict[str, str] = field(default_factory=dict)  # title of a column to its row
-
-
-@dataclass
 class Grid:
     """A study."""
 
     rows: dict[str, Row]
     seeds: list[int] = field(default_factory=lambda: [1])
-    # Folder in $DETECTRON2_DATASETS to arguments of projects/Shapes/generate.py, for the data sets
-    # that the study generates. All others must exist.
+    # Data sets to generate: folder in $DETECTRON2_DATASETS to arguments of Shapes/generate.py
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     output: str = "output/study"  # the folder of runs and results
     detections: int = 100  # the number at which GMACs and latency are measured
     tables: list[Table] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
-    comparison: Comparison | None = None
+    # Rows whose models, of their first seeds, are timed in turn for a table of AP and cost
+    comparison: list[str] = field(default_factory=list)
+    scenes: dict[str, str] = field(default_factory=dict)  # title of a picture's column to its row
     base: str = ""  # a grid file beside this one, whose entries this one replaces
 
 
 def read_grid(path):
-    """Read a grid file.
-
-    Raises:
-        InputError: the file cannot be read, or has an unknown, missing or wrong entry.
-    """
+    """Read a grid file; an InputError names the entry that is unknown, missing or wrong."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Grid), _load(Path(path)))
         grid = OmegaConf.to_object(merged)
@@ -141,21 +128,18 @@ def _complete(name, grid, pending=()):
 
 
 def _check(grid):
-    for row in grid.rows.values():
-        if not re.fullmatch(r"[\w.-]+", row.name):
-            raise InputError(f"row '{row.name}': a name has letters, digits, '.', '_' and '-' only")
-        if not row.title or not row.config:
-            raise InputError(f"row '{row.name}' has no title or no config")
-        _check_rows(grid, f"row '{row.name}'", row.references())
+    uses = [(f"row '{row.name}'", row.references()) for row in grid.rows.values()]
     for table in grid.tables:
-        others = (table.control, table.baseline, table.reference)
-        _check_rows(grid, f"table '{table.name}'", [*table.rows, *filter(None, others)])
+        uses.append((f"table '{table.name}'", table.all_rows()))
     for curve in grid.curves:
-        points = sum(curve.lines.values(), [])
-        _check_rows(grid, f"curve '{curve.name}'", [*points, *curve.levels.values()])
-    if grid.comparison:
-        rows = [*grid.comparison.rows, *grid.comparison.scenes.values()]
-        _check_rows(grid, "the comparison", rows)
+        rows = [*sum(curve.lines.values(), []), *curve.levels.values()]
+        uses.append((f"curve '{curve.name}'", rows))
+    uses.append(("the comparison", [*grid.comparison, *grid.scenes.values()]))
+    for use in uses:
+        _check_rows(grid, *use)
+    for row in grid.rows.values():
+        if not row.title or not row.config or not re.fullmatch(r"[\w.-]+", row.name):
+            raise InputError(f"row '{row.name}' needs a title, a config and a plain name")
     # 0 stands for rows without a seed, and Detectron2 replaces a negative seed by a random one.
     if min(sum((row.seeds for row in grid.rows.values()), [1])) < 1:
         raise InputError("seeds are whole numbers of 1 or more")

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shlex
 import signal
 import subprocess
 import time
@@ -17,9 +16,7 @@ from msad_kd.utils.errors import InputError
 # Several threads in each of several processes slow one another down more than tenfold.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 CONSOLE = "console.txt"
-POLL_SECONDS = 0.5
-SECONDS_BETWEEN_LINES = 30
-SECONDS_TO_STOP = 10
+POLL_SECONDS, SECONDS_BETWEEN_LINES, SECONDS_TO_STOP = 0.5, 30, 10
 
 
 @dataclass
@@ -45,16 +42,10 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def typed(command):
-    """Return a command as one would type it."""
-    return shlex.join(["python", *map(str, command[1:])])
-
-
 class Screen:
     """Prints lines with the time since the start."""
 
-    def __init__(self, stream=None):
-        self.stream = stream
+    def __init__(self):
         self.start = self.last_status = time.monotonic()
 
     def seconds(self):
@@ -63,22 +54,18 @@ class Screen:
 
     def say(self, text):
         """Print a line."""
-        print(f"[{clock(self.seconds()):>5}] {text}", file=self.stream, flush=True)
+        print(f"[{clock(self.seconds()):>5}] {text}", flush=True)
 
-    def status(self, text):
-        """Print how things stand, every now and then."""
+    def status(self, describe):
+        """Print what `describe` returns, every now and then."""
         if time.monotonic() - self.last_status > SECONDS_BETWEEN_LINES:
             self.last_status = time.monotonic()
-            self.say(text)
+            self.say(describe())
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other runs out of a folder.
-
-    Raises:
-        InputError: another run, or a training that it left behind, is at work in the folder.
-    """
+    """Keep other runs out of a folder, or say that one is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -119,9 +106,6 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
 
     When a job fails, the jobs that do not wait for it still run. Whatever ends this function,
     nothing that it started is left running. `overall` says how far all jobs are together.
-
-    Raises:
-        InputError: jobs failed, or a job's `done` raised it.
     """
     waiting, running, finished, failures = list(jobs), {}, set(), {}
     try:
@@ -145,7 +129,7 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                     finished.add(name)
                     screen.say(f"{name}: done in {clock(time.monotonic() - began)}")
                     job.done()
-            screen.status(f"{', '.join(running)}: {overall()}")
+            screen.status(lambda: f"{', '.join(running)}: {overall()}")
             time.sleep(POLL_SECONDS if running else 0)
     finally:
         _stop([process for _, process, _ in running.values()])
@@ -164,10 +148,9 @@ def _failure(job, code):
 def _stop(processes):
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + SECONDS_TO_STOP
     for process in processes:
         try:
-            process.wait(max(0, deadline - time.monotonic()))
+            process.wait(SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -1,8 +1,7 @@
 """Measures trained models in a process of its own: AP, cost and latency.
 
-The runner writes FOLDER/task.json and starts `python -m projects.study.measure TASK FOLDER`, which
-writes FOLDER/results.json. In task.json a model has a key and what it is loaded from: `config`,
-`options` (KEY VALUE pairs on top) and `weights`.
+The runner starts `python -m projects.study.measure TASK FOLDER`. FOLDER/task.json has the models by
+key: `config`, `options` (KEY VALUE pairs on top) and `weights`. The results go to results.json.
 """
 
 import argparse
@@ -11,7 +10,6 @@ import json
 import math
 import platform
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from msad_kd.checkpoint.files import write_json
 from msad_kd.config.build import build_config
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.cost import count_gmacs, device_name, input_sides, time_models
-from msad_kd.utils.errors import InputError
 from projects.study.jobs import count_cores
 from projects.study.reports import METRICS
 from projects.study.scenes import draw_scenes
@@ -113,7 +110,7 @@ def machine(device):
 
 
 def main(arguments=None):
-    """Run the command line; an expected error ends it with one sentence."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,15 +118,10 @@ def main(arguments=None):
     parser.add_argument("task", choices=tasks)
     parser.add_argument("folder", type=Path, help="holds task.json; gets logs and results.json")
     args = parser.parse_args(arguments)
-    if not (args.folder / "task.json").is_file():
-        parser.error(f"there is no '{args.folder / 'task.json'}'")
     for name in ("detectron2", "msad_kd"):
         setup_logger(str(args.folder), name=name)
-    try:
-        task = json.loads((args.folder / "task.json").read_text())
-        write_json(args.folder / "results.json", tasks[args.task](folder=args.folder, **task))
-    except InputError as error:
-        sys.exit(f"measure.py: {error}")
+    task = json.loads((args.folder / "task.json").read_text())
+    write_json(args.folder / "results.json", tasks[args.task](folder=args.folder, **task))
 
 
 if __name__ == "__main__":

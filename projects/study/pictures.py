@@ -13,14 +13,15 @@ def _figure(title, panels, height, extra=1.5):
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def draw_differences(title, gains):
+def draw_differences(title, control, gains):
     """Draw rows' differences to the control: a bar for the mean, a dot per seed.
 
     `gains` has, by the row's title, a series of differences in box AP and one in mask AP.
     """
     panels = max(map(len, gains.values()))
     figure, axes = _figure(title, panels, 1.4 + 0.3 * len(gains), extra=5)
-    figure.supxlabel("AP less the control's (dots: seeds; hatched: beyond the axis)", fontsize=9)
+    note = f"AP less that of '{control}' (dots: seeds; hatched: beyond the axis)"
+    figure.supxlabel(note, fontsize="medium")
     for panel, axis in enumerate(axes):
         for place, values in enumerate(series[panel] for series in gains.values()):
             if len(values):

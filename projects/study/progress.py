@@ -27,8 +27,8 @@ def iterations_done(folder):
 
 def training_seconds(folder):
     """Return the time that a training's steps took, all stages of a ladder together."""
-    logs = (last_metrics(stage, "time") for stage in stage_folders(folder))
-    return sum(log.get("time", 0) * (log.get("iteration", -1) + 1) for log in logs)
+    logs = [last_metrics(stage, "time") for stage in stage_folders(folder)]
+    return sum(log["time"] * (log["iteration"] + 1) for log in logs if log)
 
 
 def gradient_ratio(folder):

@@ -20,7 +20,7 @@ path. Training: its duration, in steps of the table's baseline.
 Machine: {}.
 """
 COMPARISON_NOTES = """
-GMACs (multiply-adds, heads included) and latency: of one image, with {} detections in every model. \
+GMACs (multiply-adds, heads included) and latency: of one image, {} detections in every model. \
 Latency: from the resized image to the detections, median (quartiles), all models in turn on the \
 same images. Machine: {}. Total time {}.
 """
@@ -104,30 +104,25 @@ def write(grid, cells, results, folder):
     data = frame(cells, results)
     folder.mkdir(parents=True, exist_ok=True)
     data.replace({"seed": {0: None}}).to_csv(folder / "cells.csv", index=False)
-    tables = [table for table in grid.tables if kinds_of(data, table.rows)]
     machines = dict.fromkeys(result["machine"] for result in results["cells"].values())
-    text = "".join(table_text(grid, data, table) for table in tables)
+    text = ""
+    for table in (table for table in grid.tables if kinds_of(data, table.rows)):
+        text += table_text(grid, data, table)
+        if table.picture:
+            gains, kinds = {}, kinds_of(data, table.rows)
+            for row in (grid.rows[name] for name in table.rows if name != table.control):
+                gains[row.title] = [differences(grid, data, table, row.name, k) for k in kinds]
+            figure = pictures.draw_differences(table.title, grid.rows[table.control].title, gains)
+            _save(figure, folder / f"bars_{table.name}.png")
     (folder / "tables.md").write_text(text + NOTES.format("; ".join(machines)))
-    for table in (table for table in tables if table.picture):
-        gains, kinds = {}, kinds_of(data, table.rows)
-        for name in (name for name in table.rows if name != table.control):
-            gains[grid.rows[name].title] = [
-                differences(grid, data, table, name, kind) for kind in kinds
-            ]
-        title = f"{table.title}\nAP less that of the control: {grid.rows[table.control].title}"
-        figure = pictures.draw_differences(title, gains)
-        _save(figure, folder / f"bars_{table.name}.png")
     for curve in grid.curves:
         panels = []
         for kind in (f"{kind} AP" for kind in kinds_of(data, grid.rows)):
             lines = {label: {} for label in curve.lines}
             for label, name in ((label, n) for label, names in curve.lines.items() for n in names):
-                aps = of_row(data, name, kind, curve.seeds)
-                if len(aps):
+                if len(aps := of_row(data, name, kind, curve.seeds)):
                     lines[label][of_row(data, name, "iterations").max()] = aps
-            levels = {
-                label: of_row(data, name, kind).mean() for label, name in curve.levels.items()
-            }
+            levels = {label: of_row(data, n, kind).mean() for label, n in curve.levels.items()}
             panels.append((kind, lines, levels))
         if panels:
             _save(pictures.draw_curves(curve.title, panels), folder / f"curves_{curve.name}.png")

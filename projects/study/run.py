@@ -4,10 +4,9 @@
     python projects/study/run.py --grid projects/Shapes/study.yaml --tables fcos
 
 Each cell, a row with a seed, is an ordinary run of train_net.py in OUTPUT/ROW/seed_SEED, with one
-thread. A study that was stopped goes on when it is started again. A cell that is done counts as
-long as grid and configs mean the same. If they change, its run is set aside as
-ROW/seed_SEED.FINGERPRINT, and taken back when it is meant again. Paths are relative to the
-repository.
+thread. A study that was stopped goes on when it is started again. If grid or configs change, the
+run is set aside as seed_SEED.FINGERPRINT, and taken back when it is meant again. Paths are relative
+to the repository.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from projects.study.cells import make_cells
 from projects.study.grid import read_grid
 from projects.study.jobs import Screen, count_cores, locked, run_jobs
 from projects.study.study import Study
-
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,12 +47,6 @@ def parse_arguments(arguments=None):
     add("--rows", nargs="+", metavar="ROW", help="only these rows")
     add("--seeds", nargs="+", type=natural, metavar="SEED", help="only these seeds")
     add("--slots", type=natural, default=count_cores(), help="runs at a time (default: the cores)")
-    add(
-        "--checkpoint-period",
-        type=natural,
-        default=500,
-        help="iterations that a stop costs at most",
-    )
     add("--reuse", metavar="FILE", help="results.json of another study, to take done cells from")
     add("--report", action="store_true", help="run nothing, only tabulate what is there")
     add("--overwrite", action="store_true", help="replace data sets made with other arguments")
@@ -73,7 +65,7 @@ def choose(cells, grid, args):
     rows = args.rows or ([] if args.tables else grid.rows)
     wanted = {(row, seed) for row in rows for seed in grid.rows[row].seeds or [0]}
     for table in map(tables.get, args.tables or ()):
-        for row in {*table.rows, table.control, table.baseline} - {""}:
+        for row in table.all_rows():
             seeds = grid.rows[row].seeds or [0]
             wanted |= {(row, seed) for seed in seeds if seed in [0, *(table.seeds or seeds)]}
     keys = [key for key, cell in cells.items() if (cell.row.name, cell.seed) in wanted]
@@ -93,7 +85,7 @@ def make_data(grid, cells, keys, overwrite, screen):
         folder = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / name
         screen.say(f"Data: '{folder}'")
         try:
-            generate(folder, **grid.data[name], overwrite=overwrite)
+            generate(folder, **grid.data[name], overwrite=overwrite, progress=False)
         except (ValueError, OSError) as error:
             raise InputError(f"{error} (DETECTRON2_DATASETS says where the folder is)") from None
 
@@ -105,11 +97,11 @@ def run(args, screen):
     cells = make_cells(grid, folder, args.settings)
     keys = choose(cells, grid, args)
     with contextlib.nullcontext() if args.report else locked(folder):
-        study = Study(grid, cells, folder, screen, args.checkpoint_period)
+        study = Study(grid, cells, folder, screen)
         if args.reuse:
             study.take(args.reuse)
         if args.report:
-            study.report()
+            study.write(results=False)
         else:
             make_data(grid, cells, keys, args.overwrite, screen)
             jobs = study.plan(keys)
@@ -117,8 +109,8 @@ def run(args, screen):
             screen.say(f"{len(keys)} cells, {done} of them done; {args.slots} runs at a time")
             run_jobs(jobs, args.slots, screen, study.overall)
             study.write()
-            text = study.compare()
-            print(f"\n{text}" if text else "")
+            if grid.comparison:
+                print(f"\n{study.compare() or 'The comparison waits for other rows.'}\n")
     screen.say(f"Tables and pictures are in '{folder}'")
 
 

@@ -4,11 +4,11 @@ import copy
 
 import cv2
 import numpy as np
-import pycocotools.mask
 import torch
 from detectron2.data import get_detection_dataset_dicts
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from pycocotools import mask as coco_mask
 
 SCENES, FIRST_SCENES = 3, 50
 SCORE_THRESHOLD = 0.5
@@ -20,25 +20,14 @@ COLOURS = ("#ff4d4d", "#33b1ff", "#ffd23f", "#4ee06d", "#c77dff", "#ff8fd0", "#0
 def choose_scenes(counts, scenes=SCENES, first=FIRST_SCENES):
     """Return the indices of the scenes with the most objects among the first few.
 
-    No result has a say in what is shown. Of equals the earlier ones are taken.
-
-    Args:
-        counts: the number of objects in each scene.
-        scenes: how many to choose.
-        first: how many to choose from.
+    No result has a say in what is shown. `counts` has the number of objects in each scene.
     """
     indices = range(min(first, len(counts)))
     return sorted(sorted(indices, key=lambda index: (-counts[index], index))[:scenes])
 
 
 def paint(image, masks, classes):
-    """Return a grey copy of an image with masks in their classes' colours, the first on top.
-
-    Args:
-        image: (H, W, 3) of uint8.
-        masks: N boolean arrays of (H, W).
-        classes: N labels.
-    """
+    """Return a grey copy of an (H, W, 3) image with (N, H, W) masks, the first on top."""
     grey = np.repeat(image.mean(2, keepdims=True), 3, 2)
     painted = grey.copy()
     for mask, label in reversed([*zip(masks, classes)]):
@@ -51,12 +40,11 @@ def paint(image, masks, classes):
 
 def _ground_truth(scene, height, width):
     masks = []
-    for segmentation in (each["segmentation"] for each in scene["annotations"]):
-        if isinstance(segmentation, list):
-            segmentation = pycocotools.mask.merge(
-                pycocotools.mask.frPyObjects(segmentation, scene["height"], scene["width"])
-            )
-        mask = pycocotools.mask.decode(segmentation)
+    for each in scene["annotations"]:
+        rle = each["segmentation"]
+        if isinstance(rle, list):  # of polygons
+            rle = coco_mask.merge(coco_mask.frPyObjects(rle, scene["height"], scene["width"]))
+        mask = coco_mask.decode(rle)
         masks.append(cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR) > 0)
     return masks, [each["category_id"] for each in scene["annotations"]]
 
@@ -71,12 +59,9 @@ def _detections(scene, height, width, model, mapper):
 
 
 def draw_scenes(path, data_set, columns):
-    """Draw scenes as a PNG: a row a scene, the ground truth and each model's detections in columns.
+    """Draw scenes as a PNG, one in a row: the ground truth, and what each model detects.
 
-    Args:
-        path: the file to write.
-        data_set: the name of a registered data set with annotated masks.
-        columns: (title, model, mapper) of each model.
+    `columns` has (title, model, mapper) of each model.
     """
     dicts = get_detection_dataset_dicts(data_set, filter_empty=False)
     chosen = choose_scenes([len(scene["annotations"]) for scene in dicts])

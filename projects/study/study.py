@@ -1,6 +1,7 @@
 """The state of a study: what is done, the jobs for the rest, and results.json."""
 
 import json
+import shlex
 import sys
 import time
 from functools import partial
@@ -9,10 +10,11 @@ from pathlib import Path
 from msad_kd.checkpoint.files import write_json
 from msad_kd.utils.errors import InputError
 from projects.study import progress, reports
-from projects.study.jobs import Job, clock, run_jobs, typed
+from projects.study.jobs import Job, clock, run_jobs
 
 CELL = "cell.json"
 TOLERANCE = 0.2  # AP
+CHECKPOINT_PERIOD = 500  # the iterations that a stop costs at most
 
 
 class Study:
@@ -22,10 +24,9 @@ class Study:
     "other" [key, result] of cells that the grid no longer means but may mean again.
     """
 
-    def __init__(self, grid, cells, folder, screen, checkpoint_period=500):
-        """Read the results that are there; a stop costs at most `checkpoint_period` iterations."""
+    def __init__(self, grid, cells, folder, screen):
+        """Read the results that are there."""
         self.grid, self.cells, self.folder, self.screen = grid, cells, Path(folder), screen
-        self.checkpoint_period = checkpoint_period
         self.path = self.folder / "results.json"
         self.results = {"cells": {}, "other": []}
         self.resumed_at = {}  # key of each cell to train: the iterations before this run
@@ -90,25 +91,23 @@ class Study:
         self._find_folder(cell)
         if not cell.folder.exists():
             write_json(cell.folder / CELL, {"fingerprint": cell.fingerprint})
-        # Detectron2 names a checkpoint here once it is written to its end. A ladder's student.pth
-        # is whole or absent.
+        # Detectron2 names a whole checkpoint here. A ladder's student.pth is whole or absent.
         last, name = cell.weights.with_name("last_checkpoint"), cell.weights.name
         whole = name == "student.pth" or last.is_file() and last.read_text().strip() == name
         return cell.weights.is_file() and whole
 
     def _training(self, cell, after):
         command = [sys.executable, "train_net.py", "--resume", "--config-file", cell.row.config]
-        command += [*cell.options, "KD.TEACHER.EVAL_BEFORE_TRAIN", "False", "DATASETS.TEST", "()"]
-        command += ["SOLVER.CHECKPOINT_PERIOD", str(self.checkpoint_period)]
+        command += ["SOLVER.CHECKPOINT_PERIOD", str(CHECKPOINT_PERIOD), *cell.options]
+        command += ["KD.TEACHER.EVAL_BEFORE_TRAIN", "False", "DATASETS.TEST", "()"]
         command += ["OUTPUT_DIR", str(cell.folder)]
         self.resumed_at[cell.key] = progress.iterations_done(cell.folder)
         return Job(cell.title, command, cell.folder, after)
 
     def _measurement(self, cell, after):
-        job = self._measuring_job(
-            "evaluate", f"{cell.title}: AP", cell.folder / "evaluation", [cell]
-        )
-        job.after, job.done = after, partial(self.finish, cell, job.folder)
+        folder = cell.folder / "evaluation"
+        job = self._measuring_job("evaluate", f"{cell.title}: AP", folder, [cell])
+        job.after, job.done = after, partial(self.finish, cell, folder)
         return job
 
     def _measuring_job(self, task, name, folder, cells, **keywords):
@@ -117,18 +116,13 @@ class Study:
         for cell in cells:
             models[cell.key] = {"config": cell.row.test_config, "options": cell.test_options}
             models[cell.key]["weights"] = str(cell.weights)
-        task_file = {"models": models, "detections": self.grid.detections, **keywords}
-        write_json(folder / "task.json", task_file)
-        return Job(
-            name, [sys.executable, "-m", "projects.study.measure", task, str(folder)], folder
-        )
+        keywords |= {"models": models, "detections": self.grid.detections}
+        write_json(folder / "task.json", keywords)
+        command = [sys.executable, "-m", "projects.study.measure", task, str(folder)]
+        return Job(name, command, folder)
 
     def finish(self, cell, folder):
-        """Record what measure.py has found of a cell.
-
-        Raises:
-            InputError: a checkpoint has not the AP that was recorded beside it.
-        """
+        """Record what measure.py has found of a cell."""
         measured = json.loads((folder / "results.json").read_text())
         result = measured["models"][cell.key]
         kinds = {kind: name for kind, name in reports.KINDS.items() if kind in result}
@@ -139,8 +133,8 @@ class Study:
         self.screen.say(f"{cell.title}: {said}")
         facts = {"fingerprint": cell.fingerprint, "machine": measured["machine"], "command": ""}
         if cell.row.trained:
-            command = ["", "train_net.py", "--config-file", cell.row.config, *cell.options]
-            facts |= {"command": typed(command), "iterations": cell.iterations}
+            command = ["python", "train_net.py", "--config-file", cell.row.config, *cell.options]
+            facts |= {"command": shlex.join(command), "iterations": cell.iterations}
             facts["training_seconds"] = progress.training_seconds(cell.folder)
             facts["gradient_ratio"] = progress.gradient_ratio(cell.folder)
             for old in cell.folder.glob("**/model_0*.pth"):
@@ -149,29 +143,22 @@ class Study:
         self.write()
 
     def compare(self):
-        """Measure the models of the grid's comparison in turn, and write its table and pictures.
-
-        Returns:
-            the table as Markdown; None if the grid has no comparison or a model is not done.
-        """
-        if not self.grid.comparison:
-            return None
-        names = [*self.grid.comparison.rows, *self.grid.comparison.scenes.values()]
-        cells = {}
-        for row in map(self.grid.rows.get, names):
-            cells[row.name] = self.cells[f"{row.name}/{(row.seeds or [0])[0]}"]
+        """Measure the comparison's models in turn, if all are done; write and return its table."""
+        names = [*self.grid.comparison, *self.grid.scenes.values()]
+        first = {cell.row.name: cell for cell in reversed(self.cells.values())}
+        cells = {name: first[name] for name in names}
         if not all(cell.key in self.results["cells"] for cell in cells.values()):
             return None
-        scenes = {title: cells[row].key for title, row in self.grid.comparison.scenes.items()}
+        scenes = {title: cells[row].key for title, row in self.grid.scenes.items()}
         folder = self.folder / "comparison"
         job = self._measuring_job("compare", "costs", folder, cells.values(), scenes=scenes)
         run_jobs([job], 1, self.screen)  # alone, so that nothing disturbs the clock
         measured = json.loads((folder / "results.json").read_text())
-        lines = []
-        for cell in map(cells.get, self.grid.comparison.rows):
-            line = {"row": cell.row.name, "title": cell.row.title}
-            line |= self.results["cells"][cell.key] | measured["models"][cell.key]
-            lines.append(line)
+        lines = [
+            {"row": name, "title": cells[name].row.title, **self.results["cells"][cells[name].key]}
+            | measured["models"][cells[name].key]
+            for name in self.grid.comparison
+        ]
         return reports.write_comparison(self.folder, lines, measured, self.screen.seconds())
 
     def overall(self):
@@ -183,32 +170,22 @@ class Study:
         left = clock(seconds * (total - done) / (done - before)) if done > before else "?"
         return f"{done}/{total} iterations, {left} left" if total else "measuring"
 
-    def write(self):
-        """Write results.json, the tables and the pictures."""
-        write_json(self.path, self.results)
-        self.report()
-
-    def report(self):
-        """Write the tables and the pictures."""
+    def write(self, results=True):
+        """Write the tables, the pictures and, if asked for, results.json."""
+        if results:
+            write_json(self.path, self.results)
         reports.write(self.grid, self.cells, self.results, self.folder)
 
 
 def verify(cell, result):
-    """Compare a checkpoint's AP with the AP that was recorded beside it.
-
-    Raises:
-        InputError: an AP differs by more than `TOLERANCE`, or none was recorded.
-    """
+    """Check that a checkpoint has the AP that was recorded beside it, within `TOLERANCE`."""
     record = cell.weights.with_suffix(".json")
-    try:
-        recorded = json.loads(record.read_text())["results"][cell.row.recorded]
-        pairs = [(reports.KINDS[k], result[k]["AP"], float(recorded[k]["AP"])) for k in recorded]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"'{record}' lacks the AP of '{cell.row.recorded}': restore it") from None
-    for kind, here, there in pairs:
+    if not record.is_file():
+        raise InputError(f"'{record}', which says what AP the checkpoint has, is missing")
+    for kind, recorded in json.loads(record.read_text())["results"][cell.row.recorded].items():
+        here, there = result[kind]["AP"], recorded["AP"]
         if not abs(here - there) <= TOLERANCE:
             raise InputError(
-                f"{cell.row.title} has {kind} AP {here:.1f} here, but {there:.1f} is recorded in "
-                f"'{record}': the checkpoint, the data, a setting (--set) or the installation has "
-                "changed"
+                f"{cell.row.title} has {reports.KINDS[kind]} AP {here:.1f} here, but '{record}' "
+                f"says {there:.1f}: checkpoint, data, settings (--set) or installation have changed"
             )
