@@ -30,7 +30,7 @@ def draw_differences(title, control, gains):
                     min(max(mean, -REACH), REACH),
                     "tab:green" if mean > 0 else "tab:gray",
                 )
-                axis.barh(place, near, color=colour, alpha=0.6, hatch="//" * (near != mean))
+                axis.barh(place, near, color=colour, alpha=0.6, hatch="//" if near != mean else "")
                 axis.plot(values, [place] * len(values), "k.", ms=4)
                 text = f"{mean:+.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
                 axis.text(1.75 * REACH, place, text, ha="right", va="center", fontsize="small")

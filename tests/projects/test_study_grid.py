@@ -1,0 +1,279 @@
+"""What a grid file may say, and the cells it means."""
+
+import pytest
+import yaml
+from helpers import ROOT
+
+from msad_kd.config.build import build_config
+from msad_kd.utils.errors import InputError
+from projects.study.cells import changed_keys, make_cells
+from projects.study.grid import read_grid
+from projects.study.run import choose, parse_arguments
+
+STUDENT, LR = "configs/Shapes/student_one_size.yaml", "configs/Shapes/lr.yaml"
+TEACHER = "configs/Shapes/teacher_one_size.yaml"
+CHECKPOINT = "projects/Shapes/checkpoints/teacher_one_size.pth"
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def content():
+    """A grid: a teacher's checkpoint, a baseline, a student, a student of it, and fresh scenes."""
+    data = {"train": 6, "val": 3}
+    return {
+        "data": {"shapes": data, "shapes_fresh": {**data, "seed": 1}},
+        "seeds": [1, 2],
+        "rows": {
+            "teacher": {"title": "T", "config": TEACHER, "checkpoint": CHECKPOINT},
+            "lr": {"title": "LR", "config": LR},
+            "student": {
+                "title": "S",
+                "config": STUDENT,
+                "test_config": LR,
+                "options": {"KD.TEACHER.WEIGHTS": "{teacher}", "SOLVER.MAX_ITER": 4},
+            },
+            "again": {
+                "title": "S2",
+                "like": "student",
+                "options": {"MODEL.WEIGHTS": "{student}"},
+                "seeds": [2, 3],
+            },
+            "fresh": {
+                "title": "S, fresh",
+                "checkpoint_of": "student",
+                "options": {"DATASETS.TEST": ["shapes_fresh_val"]},
+            },
+        },
+        "tables": [{"name": "t", "title": "T", "rows": ["lr", "student"], "control": "lr"}],
+    }
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(grid, name="study.yaml"):
+        (tmp_path / name).write_text(yaml.safe_dump(grid, sort_keys=False))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def cells_of(written, tmp_path):
+    return lambda grid, extra=(): make_cells(read_grid(written(grid)), tmp_path / "runs", extra)
+
+
+def fingerprints(cells):
+    return {key: cell.fingerprint for key, cell in cells.items()}
+
+
+def test_cells_of_a_grid(cells_of, tmp_path):
+    cells = cells_of(content())
+    assert list(cells) == [
+        *("teacher/0", "lr/1", "lr/2", "student/1", "student/2"),
+        *("again/2", "again/3", "fresh/1", "fresh/2"),
+    ]
+    teacher, again = cells["teacher/0"], cells["again/3"]
+    assert str(teacher.weights) == CHECKPOINT
+    assert teacher.iterations == 0 and again.iterations == 4
+    # Row `student` has no seed 3: its first seed stands in.
+    assert cells["again/2"].needs == ("teacher/0", "student/2")
+    assert again.needs == ("teacher/0", "student/1")
+    options = dict(zip(again.options[::2], again.options[1::2]))
+    assert options["MODEL.WEIGHTS"] == str(tmp_path / "runs/student/seed_1/model_final.pth")
+    assert options["KD.TEACHER.WEIGHTS"] == CHECKPOINT and options["SEED"] == "3"
+    assert again.row.test_config == LR and again.test_options == []
+
+
+def test_checkpoints_of_a_row_are_measured_on_other_images(cells_of):
+    grid = content()
+    ladder = {"title": "L", "config": "projects/MTPD/configs/Shapes/ladder.yaml", "seeds": [1]}
+    grid["rows"] |= {"ladder": ladder, "ladder-fresh": {**grid["rows"]["fresh"]}}
+    grid["rows"]["ladder-fresh"]["checkpoint_of"] = "ladder"
+    cells = cells_of(grid)
+    # The checkpoint of a ladder is its last stage's student.
+    assert cells["ladder/1"].weights.parts[-2:] == ("stage_02_hr", "student.pth")
+    for key, source in (("fresh/2", "student/2"), ("ladder-fresh/1", "ladder/1")):
+        cell = cells[key]
+        assert cell.weights == cells[source].weights and cell.iterations == 0
+        assert source in cell.needs and cell.data == ("shapes_fresh",)
+        cfg = build_config(cell.row.test_config, cell.test_options)
+        assert cfg.DATASETS.TEST == ("shapes_fresh_val",)
+    assert set(cells["student/2"].data) == {"shapes"}
+
+    before = fingerprints(cells)
+    grid["data"]["shapes_fresh"]["seed"] = 2
+    after = fingerprints(cells_of(grid))
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"fresh/1", "fresh/2", "ladder-fresh/1"}
+    grid["rows"]["student"]["options"]["SOLVER.BASE_LR"] = 0.5
+    assert fingerprints(cells_of(grid))["fresh/1"] != after["fresh/1"]
+
+
+def test_a_grid_may_generate_nothing(cells_of):
+    grid = content()
+    del grid["data"]
+    assert all(cell.data == () for cell in cells_of(grid).values())
+
+
+def test_a_fingerprint_stands_for_the_meaning(cells_of):
+    before = fingerprints(cells_of(content()))
+    assert len(set(before.values())) == len(before)
+
+    same = content()
+    same["rows"]["student"]["title"] = "another title"
+    same["rows"]["student"]["options"]["KD.GRADIENT_RATIO_PERIOD"] = 7  # changes no weight
+    same["data"]["shapes"] |= {"classes": 8}  # the default
+    assert fingerprints(cells_of(same)) == before
+    renamed = yaml.safe_load(yaml.safe_dump(content()).replace("student", "pupil"))
+    renamed["rows"]["pupil"]["config"] = STUDENT
+    assert set(fingerprints(cells_of(renamed)).values()) == set(before.values())
+
+    other = content()
+    other["rows"]["student"]["options"]["SOLVER.BASE_LR"] = 0.5
+    after = fingerprints(cells_of(other))
+    # What uses a checkpoint that is trained in another way is another cell, too.
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {key for key in before if not key.startswith(("teacher", "lr"))}
+    other["data"]["shapes"]["train"] = 7
+    assert all(fingerprints(cells_of(other))[key] != after[key] for key in after)
+
+
+def test_a_fingerprint_stands_for_the_content_of_checkpoints(cells_of, tmp_path):
+    grid, weights = content(), tmp_path / "t.pth"
+    stage = {"name": "a", "config_file": TEACHER, "weights": str(weights)}
+    grid["rows"]["student"]["options"] = {"KD.TEACHER.WEIGHTS": str(weights)}
+    grid["rows"]["again"]["options"] = {"KD.LADDER.STAGES": [stage]}
+    # A checkpoint is not changed by what its config would start from.
+    grid["rows"]["teacher"]["options"] = {"MODEL.WEIGHTS": str(weights)}
+    found = []
+    for content_of_file in (b"one", b"other"):
+        weights.write_bytes(content_of_file)
+        found.append(fingerprints(cells_of(grid)))
+    changed = {key.split("/")[0] for key in found[0] if found[0][key] != found[1][key]}
+    assert changed == {"student", "again", "fresh"}
+
+
+def test_settings_hold_for_teachers_too(cells_of):
+    grid, extra = content(), ["MODEL.FPN.OUT_CHANNELS", "128"]
+    stages = [
+        {"name": name, "config_file": "configs/Shapes/hr.yaml", "weights": weights}
+        for name, weights in (("a", "{teacher}"), ("b", "{lr}"))
+    ]
+    grid["rows"]["again"]["options"] = {"KD.LADDER.STAGES": stages}
+    cells = cells_of(grid, extra)
+    assert cells["again/2"].needs == ("teacher/0", "lr/2")
+    for key in ("student/1", "again/2"):
+        cfg = build_config(cells[key].row.config, cells[key].options)
+        assert cfg.MODEL.FPN.OUT_CHANNELS == 128
+        opts = [cfg.KD.TEACHER.OPTS, *(stage["opts"] for stage in cfg.KD.LADDER.STAGES)]
+        assert opts == [extra] * (1 if key == "student/1" else 3)
+    assert cells["lr/1"].test_options == extra
+
+
+def test_changed_keys_leave_out_folders_logging_and_defaults():
+    options = ["OUTPUT_DIR", "x", "KD.GRADIENT_RATIO_PERIOD", "7", "MODEL.DEVICE", "cpu"]
+    changed = changed_keys(build_config(LR, options))
+    assert changed["SOLVER.MAX_ITER"] == 1200
+    assert not {"OUTPUT_DIR", "KD.GRADIENT_RATIO_PERIOD", "SOLVER.GAMMA"} & changed.keys()
+
+
+def test_a_grid_on_the_base_of_another(written):
+    written(content(), "base.yaml")
+    rows = {"lr": {"title": "new", "config": LR, "seeds": [3]}}
+    grid = read_grid(written({"base": "base.yaml", "output": "here", "rows": rows}))
+    assert grid.output == "here" and grid.seeds == [1, 2]
+    assert grid.rows["lr"].title == "new" and grid.rows["lr"].seeds == [3]
+    assert grid.rows["again"].config == STUDENT
+
+
+def changed(path, value):
+    """`content()` with the value at a path of keys."""
+    grid = content()
+    node = grid
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return grid
+
+
+CURVE = {"name": "c", "title": "C"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("rows", "lr", "confg"), "x", r"'confg' not in 'Row'(?s:.*)rows.lr.confg"),
+        (("rows", "lr"), None, "rows.lr"),
+        (("rows", "again", "seeds"), 3, "rows.again.seeds"),
+        (("tables", 0, "colour"), "red", "'colour' not in 'Table'"),
+        (("tables", 0), {"title": "T", "rows": []}, "Table(?s:.*)name"),
+        (("curves",), [{**CURVE, "lines": {"a": ["nil"]}}], "curve 'c' .* row 'nil'"),
+        (("rows", "again", "like"), "studnt", "row 'again' refers to the row 'studnt'"),
+        (("rows", "student", "like"), "again", "row '(student|again)' is like itself"),
+        (("rows", "fresh", "like"), "lr", "row 'fresh' .* both like and checkpoint_of"),
+        (("rows", "lr", "title"), "", "row 'lr' needs a title, a config"),
+        (("rows", "an lr"), {"title": "x", "config": "x"}, "row 'an lr' needs .* plain name"),
+        (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{nothing}"}, "refers to the row 'nothing'"),
+        (("tables", 0, "control"), "base", "table 't' refers to the row 'base'"),
+        (("comparison",), ["base"], "the comparison refers to the row 'base'"),
+        (("seeds",), [1, 0], "seeds are whole numbers of 1 or more"),
+    ],
+)
+def test_errors_of_a_grid_name_the_entry(written, path, value, message):
+    with pytest.raises(InputError, match=message):
+        read_grid(written(changed(path, value)))
+
+
+def test_a_grid_that_is_not_there():
+    with pytest.raises(InputError, match="the grid 'nowhere.yaml'"):
+        read_grid("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("rows", "teacher", "checkpoint"), "t.pth", "'teacher': there is no checkpoint 't.pth'"),
+        (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{lr}"}, "row 'lr' needs its own checkpoint"),
+        (("rows", "lr", "options"), {"SOLVER.MAXITER": 3}, "SOLVER.MAXITER; did you mean"),
+        (("data", "shapes"), {"trian": 3}, "'shapes' .*'trian'"),
+    ],
+)
+def test_errors_of_cells_name_their_row(cells_of, path, value, message):
+    with pytest.raises(InputError, match=message):
+        cells_of(changed(path, value))
+
+
+def test_the_command_line_chooses_cells(cells_of, written):
+    grid = content()
+    grid["tables"].append({"name": "one", "title": "One", "rows": ["student"], "seeds": [2]})
+    grid["tables"][1]["baseline"] = "teacher"
+    cells = cells_of(grid)
+
+    def chosen(*arguments):
+        args = parse_arguments(["--grid", "x", *arguments])
+        return choose(cells, read_grid(written(grid)), args)
+
+    assert chosen() == list(cells)
+    assert chosen("--tables", "t", "--seeds", "1") == ["lr/1", "student/1"]
+    # A table shows some seeds of its rows; checkpoints, which have none, always count.
+    assert chosen("--tables", "one") == ["teacher/0", "student/2"]
+    assert chosen("--tables", "one", "--rows", "again") == [
+        *("teacher/0", "student/2", "again/2", "again/3"),
+    ]
+    for arguments, message in (
+        (["--rows", "lr", "--seeds", "7"], "no row that was chosen has such a seed"),
+        (["--rows", "studnt"], "there is no row 'studnt'; known: teacher, lr, student"),
+        (["--tables", "none"], "there is no table 'none'; known: t, one"),
+    ):
+        with pytest.raises(InputError, match=message):
+            chosen(*arguments)
+
+
+@pytest.mark.parametrize("option", ["--slots", "--seeds"])
+def test_numbers_below_1_are_refused(capsys, option):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--grid", "x", option, "0"])
+    assert f"{option}: '0' is no whole number of 1 or more" in capsys.readouterr().err
