@@ -147,7 +147,7 @@ class Study:
         names = [*self.grid.comparison, *self.grid.scenes.values()]
         first = {cell.row.name: cell for cell in reversed(self.cells.values())}
         cells = {name: first[name] for name in names}
-        if not all(cell.key in self.results["cells"] for cell in cells.values()):
+        if not all(c.weights.is_file() and c.key in self.results["cells"] for c in cells.values()):
             return None
         scenes = {title: cells[row].key for title, row in self.grid.scenes.items()}
         folder = self.folder / "comparison"

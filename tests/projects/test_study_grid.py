@@ -6,13 +6,29 @@ from helpers import ROOT
 
 from msad_kd.config.build import build_config
 from msad_kd.utils.errors import InputError
-from projects.study.cells import changed_keys, make_cells
+from projects.study.cells import make_cells
 from projects.study.grid import read_grid
 from projects.study.run import choose, parse_arguments
 
 STUDENT, LR = "configs/Shapes/student_one_size.yaml", "configs/Shapes/lr.yaml"
 TEACHER = "configs/Shapes/teacher_one_size.yaml"
 CHECKPOINT = "projects/Shapes/checkpoints/teacher_one_size.pth"
+# A teacher's checkpoint, a baseline, a student, a student of it, and the student on fresh scenes.
+CONTENT = f"""
+data: {{shapes: {{train: 6, val: 3}}, shapes_fresh: {{train: 6, val: 3, seed: 1}}}}
+seeds: [1, 2]
+rows:
+  teacher: {{title: T, config: {TEACHER}, checkpoint: {CHECKPOINT}}}
+  lr: {{title: LR, config: {LR}}}
+  student:
+    title: S
+    config: {STUDENT}
+    test_config: {LR}
+    options: {{KD.TEACHER.WEIGHTS: "{{teacher}}", SOLVER.MAX_ITER: 4}}
+  again: {{title: S2, like: student, options: {{MODEL.WEIGHTS: "{{student}}"}}, seeds: [2, 3]}}
+  fresh: {{title: F, checkpoint_of: student, options: {{DATASETS.TEST: [shapes_fresh_val]}}}}
+tables: [{{name: t, title: T, rows: [lr, student], control: lr}}]
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -21,34 +37,7 @@ def in_repository(monkeypatch):
 
 
 def content():
-    """A grid: a teacher's checkpoint, a baseline, a student, a student of it, and fresh scenes."""
-    data = {"train": 6, "val": 3}
-    return {
-        "data": {"shapes": data, "shapes_fresh": {**data, "seed": 1}},
-        "seeds": [1, 2],
-        "rows": {
-            "teacher": {"title": "T", "config": TEACHER, "checkpoint": CHECKPOINT},
-            "lr": {"title": "LR", "config": LR},
-            "student": {
-                "title": "S",
-                "config": STUDENT,
-                "test_config": LR,
-                "options": {"KD.TEACHER.WEIGHTS": "{teacher}", "SOLVER.MAX_ITER": 4},
-            },
-            "again": {
-                "title": "S2",
-                "like": "student",
-                "options": {"MODEL.WEIGHTS": "{student}"},
-                "seeds": [2, 3],
-            },
-            "fresh": {
-                "title": "S, fresh",
-                "checkpoint_of": "student",
-                "options": {"DATASETS.TEST": ["shapes_fresh_val"]},
-            },
-        },
-        "tables": [{"name": "t", "title": "T", "rows": ["lr", "student"], "control": "lr"}],
-    }
+    return yaml.safe_load(CONTENT)
 
 
 @pytest.fixture
@@ -90,8 +79,8 @@ def test_cells_of_a_grid(cells_of, tmp_path):
 def test_checkpoints_of_a_row_are_measured_on_other_images(cells_of):
     grid = content()
     ladder = {"title": "L", "config": "projects/MTPD/configs/Shapes/ladder.yaml", "seeds": [1]}
-    grid["rows"] |= {"ladder": ladder, "ladder-fresh": {**grid["rows"]["fresh"]}}
-    grid["rows"]["ladder-fresh"]["checkpoint_of"] = "ladder"
+    elsewhere = {**grid["rows"]["fresh"], "checkpoint_of": "ladder"}
+    grid["rows"] |= {"ladder": ladder, "ladder-fresh": elsewhere}
     cells = cells_of(grid)
     # The checkpoint of a ladder is its last stage's student.
     assert cells["ladder/1"].weights.parts[-2:] == ("stage_02_hr", "student.pth")
@@ -127,8 +116,8 @@ def test_a_fingerprint_stands_for_the_meaning(cells_of):
     same["rows"]["student"]["options"]["KD.GRADIENT_RATIO_PERIOD"] = 7  # changes no weight
     same["data"]["shapes"] |= {"classes": 8}  # the default
     assert fingerprints(cells_of(same)) == before
-    renamed = yaml.safe_load(yaml.safe_dump(content()).replace("student", "pupil"))
-    renamed["rows"]["pupil"]["config"] = STUDENT
+    renamed = yaml.safe_load(CONTENT.replace("student}", "pupil}").replace(" student", " pupil"))
+    renamed["tables"][0]["rows"] = ["pupil"]
     assert set(fingerprints(cells_of(renamed)).values()) == set(before.values())
 
     other = content()
@@ -173,13 +162,6 @@ def test_settings_hold_for_teachers_too(cells_of):
     assert cells["lr/1"].test_options == extra
 
 
-def test_changed_keys_leave_out_folders_logging_and_defaults():
-    options = ["OUTPUT_DIR", "x", "KD.GRADIENT_RATIO_PERIOD", "7", "MODEL.DEVICE", "cpu"]
-    changed = changed_keys(build_config(LR, options))
-    assert changed["SOLVER.MAX_ITER"] == 1200
-    assert not {"OUTPUT_DIR", "KD.GRADIENT_RATIO_PERIOD", "SOLVER.GAMMA"} & changed.keys()
-
-
 def test_a_grid_on_the_base_of_another(written):
     written(content(), "base.yaml")
     rows = {"lr": {"title": "new", "config": LR, "seeds": [3]}}
@@ -187,16 +169,6 @@ def test_a_grid_on_the_base_of_another(written):
     assert grid.output == "here" and grid.seeds == [1, 2]
     assert grid.rows["lr"].title == "new" and grid.rows["lr"].seeds == [3]
     assert grid.rows["again"].config == STUDENT
-
-
-def changed(path, value):
-    """`content()` with the value at a path of keys."""
-    grid = content()
-    node = grid
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    return grid
 
 
 CURVE = {"name": "c", "title": "C"}
@@ -220,11 +192,19 @@ CURVE = {"name": "c", "title": "C"}
         (("tables", 0, "control"), "base", "table 't' refers to the row 'base'"),
         (("comparison",), ["base"], "the comparison refers to the row 'base'"),
         (("seeds",), [1, 0], "seeds are whole numbers of 1 or more"),
+        (("rows", "teacher", "checkpoint"), "t.pth", "'teacher': there is no checkpoint 't.pth'"),
+        (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{lr}"}, "row 'lr' needs its own checkpoint"),
+        (("rows", "lr", "options"), {"SOLVER.MAXITER": 3}, "SOLVER.MAXITER; did you mean"),
+        (("data", "shapes"), {"trian": 3}, "'shapes' .*'trian'"),
     ],
 )
-def test_errors_of_a_grid_name_the_entry(written, path, value, message):
+def test_errors_name_the_entry(cells_of, path, value, message):
+    grid = node = content()
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
     with pytest.raises(InputError, match=message):
-        read_grid(written(changed(path, value)))
+        cells_of(grid)
 
 
 def test_a_grid_that_is_not_there():
@@ -232,21 +212,7 @@ def test_a_grid_that_is_not_there():
         read_grid("nowhere.yaml")
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("rows", "teacher", "checkpoint"), "t.pth", "'teacher': there is no checkpoint 't.pth'"),
-        (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{lr}"}, "row 'lr' needs its own checkpoint"),
-        (("rows", "lr", "options"), {"SOLVER.MAXITER": 3}, "SOLVER.MAXITER; did you mean"),
-        (("data", "shapes"), {"trian": 3}, "'shapes' .*'trian'"),
-    ],
-)
-def test_errors_of_cells_name_their_row(cells_of, path, value, message):
-    with pytest.raises(InputError, match=message):
-        cells_of(changed(path, value))
-
-
-def test_the_command_line_chooses_cells(cells_of, written):
+def test_the_command_line_chooses_cells(cells_of, written, capsys):
     grid = content()
     grid["tables"].append({"name": "one", "title": "One", "rows": ["student"], "seeds": [2]})
     grid["tables"][1]["baseline"] = "teacher"
@@ -270,10 +236,7 @@ def test_the_command_line_chooses_cells(cells_of, written):
     ):
         with pytest.raises(InputError, match=message):
             chosen(*arguments)
-
-
-@pytest.mark.parametrize("option", ["--slots", "--seeds"])
-def test_numbers_below_1_are_refused(capsys, option):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--grid", "x", option, "0"])
-    assert f"{option}: '0' is no whole number of 1 or more" in capsys.readouterr().err
+    for option in ("--slots", "--seeds"):
+        with pytest.raises(SystemExit):
+            chosen(option, "0")
+        assert f"{option}: '0' is no whole number of 1 or more" in capsys.readouterr().err

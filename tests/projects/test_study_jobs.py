@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT
 
 from msad_kd.utils.errors import InputError
-from projects.study.jobs import CONSOLE, Job, Screen, clock, last_error, locked, run_jobs
+from projects.study.jobs import CONSOLE, Job, Screen, last_error, locked, run_jobs
 from projects.study.progress import gradient_ratio, iterations_done, training_seconds
 
 SLEEPER = """
@@ -81,26 +81,24 @@ write("end")
     assert events.index(["end", "c"]) < events.index(["start", "b"])
 
 
-def test_a_job_has_one_thread_and_a_log(tmp_path, screen):
-    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
-    run_jobs([Job("job", python(code), tmp_path / "job")], 1, screen)
-    assert (tmp_path / "job" / CONSOLE).read_text().strip() == "1"
-
-
 def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path, screen):
+    threads = "import os; print(os.environ['OMP_NUM_THREADS'])"
     jobs = [
         Job("bad", python("raise KeyError('x')"), tmp_path / "bad"),
+        Job("killed", python("import os; os.kill(os.getpid(), 9)"), tmp_path / "killed"),
         Job("after bad", python(""), tmp_path / "after", after=("bad",)),
         Job("after that", python(""), tmp_path / "that", after=("after bad",)),
-        Job("good", python(""), tmp_path / "good"),
+        Job("good", python(threads), tmp_path / "good"),
     ]
     expected = (
         r"bad failed; the end of its log '.*bad/console.txt': KeyError: 'x'; "
-        "after bad could not be run; after that could not be run$"
+        "after bad could not be run; after that could not be run; "
+        "killed was ended by signal 9, perhaps because memory ran out"
     )
     with pytest.raises(InputError, match=expected):
         run_jobs(jobs, 1, screen)
-    assert (tmp_path / "good").exists() and not (tmp_path / "that").exists()
+    assert (tmp_path / "good" / CONSOLE).read_text().strip() == "1"  # thread
+    assert not (tmp_path / "that").exists()
 
 
 def test_an_objection_to_a_result_stops_everything(tmp_path, screen):
@@ -115,12 +113,6 @@ def test_an_objection_to_a_result_stops_everything(tmp_path, screen):
     with pytest.raises(InputError, match="another AP"):
         run_jobs(jobs, 2, screen)
     assert not is_running(wait_for(tmp_path / "pid"))
-
-
-def test_a_killed_job_is_told_as_such(tmp_path, screen):
-    code = "import os; os.kill(os.getpid(), 9)"
-    with pytest.raises(InputError, match="bad was ended by signal 9, perhaps because memory"):
-        run_jobs([Job("bad", python(code), tmp_path / "bad")], 1, screen)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -197,31 +189,22 @@ def test_the_last_error_of_a_log(tmp_path):
     assert last_error(log) == "it printed nothing"
 
 
-def test_clock():
-    assert [clock(s) for s in (0, 65, 3600, 7322.4)] == ["0:00", "1:05", "1:00:00", "2:02:02"]
-
-
-def write_metrics(folder, *lines, end="\n"):
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + end)
-
-
 def test_the_state_of_a_training(tmp_path):
     assert iterations_done(tmp_path) == training_seconds(tmp_path) == 0
     assert gradient_ratio(tmp_path) is None
+
+    def log(folder, *lines, end="\n"):
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + end)
+
     first = {"iteration": 39, "total_loss": 2.4, "time": 0.3, "kd/gradient_ratio": 0.2}
     last = {"iteration": 59, "total_loss": 2.3, "time": 0.5}
     # The last line is being written, the one before is an evaluation's.
-    write_metrics(tmp_path, first, last, {"bbox/AP": 3.0}, end='\n{"iteration": 79, "total_lo')
-    assert iterations_done(tmp_path) == 60
+    log(tmp_path, first, last, {"bbox/AP": 3.0}, end='\n{"iteration": 79, "total_lo')
+    assert iterations_done(tmp_path) == 60 and gradient_ratio(tmp_path) == 0.2
     assert training_seconds(tmp_path) == pytest.approx(30)
-    assert gradient_ratio(tmp_path) == 0.2
-
-
-def test_the_state_of_a_ladder(tmp_path):
-    for stage, iterations, ratio in (("stage_01_a", 600, 0.5), ("stage_02_b", 20, 0.0)):
-        line = {"iteration": iterations - 1, "total_loss": 1.0, "time": 0.1}
-        write_metrics(tmp_path / stage, line | {"kd/gradient_ratio": ratio})
-    assert iterations_done(tmp_path) == 620
-    assert training_seconds(tmp_path) == pytest.approx(62)
-    assert gradient_ratio(tmp_path) == 0.0
+    # The stages of a ladder count together; its gradient ratio is that of the last.
+    log(tmp_path / "stage_01_a", last)
+    log(tmp_path / "stage_02_b", {**first, "kd/gradient_ratio": 0.0})
+    assert iterations_done(tmp_path) == 100 and gradient_ratio(tmp_path) == 0.0
+    assert training_seconds(tmp_path) == pytest.approx(42)

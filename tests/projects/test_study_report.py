@@ -6,9 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from projects.study import reports
+from projects.study import measure, reports
 from projects.study.grid import Curve, Grid, Row, Table
-from projects.study.measure import main, tidy_metrics
 from projects.study.pictures import draw_ap_cost, draw_curves, draw_differences
 from projects.study.scenes import choose_scenes, paint
 
@@ -189,11 +188,12 @@ def test_masks_are_painted_in_the_colours_of_their_classes_the_first_on_top():
 
 def test_nothing_found_is_ap_0_and_nothing_there_is_none():
     metrics = dict.fromkeys(reports.METRICS, 12.5) | {"APl": float("nan")}
-    assert tidy_metrics(metrics)["APl"] is None
-    assert set(tidy_metrics(dict.fromkeys(metrics, float("nan"))).values()) == {0.0}
+    assert measure.tidy_metrics(metrics)["APl"] is None
+    nothing = dict.fromkeys(metrics, float("nan"))
+    assert set(measure.tidy_metrics(nothing).values()) == {0.0}
 
 
 def test_help_of_the_measuring_program(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
+        measure.main(["--help"])
     assert "usage" in capsys.readouterr().out

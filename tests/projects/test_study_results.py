@@ -137,13 +137,13 @@ def test_students_and_baselines_train_as_long_as_they_should(study):
     shown = [*grid.tables, *grid.curves]
     assert all(("one seed" in each.title) == (each.seeds == [1]) for each in shown)
     # The longer baselines have the iterations of everything that made the teacher.
-    parts = {
-        name: build_config(f"configs/Shapes/{name}.yaml", []).SOLVER.MAX_ITER
+    start, one_size, multi_size, lr = (
+        build_config(f"configs/Shapes/{name}.yaml", []).SOLVER.MAX_ITER
         for name in ("hr_start", "teacher_one_size", "teacher_multi_size", "lr")
-    }
-    one_size = parts["hr_start"] + parts["teacher_one_size"] + parts["lr"]
-    assert by_name["lr-long"].iterations == by_name["lr-64-128px-long"].iterations == one_size
-    assert by_name["lr-48-96px-long"].iterations == one_size + parts["teacher_multi_size"]
+    )
+    for name in ("lr-long", "lr-64-128px-long"):
+        assert by_name[name].iterations == start + one_size + lr
+    assert by_name["lr-48-96px-long"].iterations == start + one_size + multi_size + lr
     fcos = sum(by_name[name].iterations for name in ("fcos-hr-start", "fcos-teacher", "fcos-lr"))
     assert by_name["fcos-lr-long"].iterations == fcos
 

@@ -13,62 +13,48 @@ import cv2
 import pytest
 import torch
 import yaml
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import ROOT, differing
 
-from projects.study import run
 from projects.study.jobs import locked
 
-FEW = {"SOLVER.IMS_PER_BATCH": 1, "SOLVER.WARMUP_ITERS": 2}
 DATA = {"train": 4, "val": 3, "classes": 5}
+GRID = """
+data:
+  shapes: {train: 4, val: 3, classes: 5}
+  shapes_fresh: {train: 4, val: 3, classes: 5, seed: 1}
+detections: 4
+rows:
+  teacher:
+    title: the teacher
+    config: configs/Shapes/teacher_one_size.yaml
+    checkpoint: projects/Shapes/checkpoints/teacher_one_size.pth
+  lr:
+    title: the baseline
+    config: configs/Shapes/lr.yaml
+    options: {SOLVER.IMS_PER_BATCH: 1, SOLVER.WARMUP_ITERS: 2, SOLVER.MAX_ITER: 2}
+  student:
+    title: the student
+    like: lr
+    config: configs/Shapes/student_one_size.yaml
+    test_config: configs/Shapes/lr.yaml
+    options: {KD.TEACHER.WEIGHTS: "{teacher}", KD.GRADIENT_RATIO_PERIOD: 20,
+              SOLVER.CHECKPOINT_PERIOD: 5, SOLVER.MAX_ITER: 40}
+  fresh:
+    title: the teacher elsewhere
+    checkpoint_of: teacher
+    options: {DATASETS.TEST: [shapes_fresh_val]}
+tables:
+  - {name: all, title: All, rows: [teacher, lr, student, fresh], control: lr, baseline: lr}
+comparison: [teacher, lr, student]
+scenes: {teacher: teacher, student: student}
+"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a grid of two trainings and a checkpoint."""
+    """A folder with a grid."""
     folder = tmp_path_factory.mktemp("study")
-    grid = {
-        "data": {"shapes": DATA, "shapes_fresh": {**DATA, "seed": 1}},
-        "detections": 4,
-        "rows": {
-            "teacher": {
-                "title": "the teacher",
-                "config": "configs/Shapes/teacher_one_size.yaml",
-                "checkpoint": "projects/Shapes/checkpoints/teacher_one_size.pth",
-            },
-            "lr": {
-                "title": "the baseline",
-                "config": "configs/Shapes/lr.yaml",
-                "options": {**FEW, "SOLVER.MAX_ITER": 2},
-            },
-            "student": {
-                "title": "the student",
-                "config": "configs/Shapes/student_one_size.yaml",
-                "test_config": "configs/Shapes/lr.yaml",
-                "options": {
-                    **FEW,
-                    "KD.TEACHER.WEIGHTS": "{teacher}",
-                    "KD.GRADIENT_RATIO_PERIOD": 20,
-                    "SOLVER.CHECKPOINT_PERIOD": 5,
-                    "SOLVER.MAX_ITER": 40,
-                },
-            },
-            "fresh": {
-                "title": "the teacher elsewhere",
-                "checkpoint_of": "teacher",
-                "options": {"DATASETS.TEST": ["shapes_fresh_val"]},
-            },
-        },
-        "tables": [
-            {
-                **{"name": "all", "title": "All", "rows": ["teacher", "lr", "student", "fresh"]},
-                **{"control": "lr", "baseline": "lr"},
-            }
-        ],
-        "comparison": ["teacher", "lr", "student"],
-        "scenes": {"teacher": "teacher", "student": "student"},
-    }
-    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    (folder / "grid.yaml").write_text(GRID)
     return folder
 
 
@@ -123,6 +109,8 @@ def test_stopped_and_resumed(place, stopped):
     text = (place / "runs" / "tables.md").read_text()
     assert "not run" not in text and "the student" in text
     assert "lr: box AP" in printed
+    teacher, elsewhere = cells["teacher/0"], cells["fresh/0"]
+    assert 0 < teacher["bbox"]["AP"] != elsewhere["bbox"]["AP"] > 0
 
 
 def test_a_comparison_is_at_equal_detections(place, stopped):
@@ -141,17 +129,6 @@ def test_a_comparison_is_at_equal_detections(place, stopped):
         assert cv2.imread(str(folder / name)).std() > 10
 
 
-def test_other_scenes_are_measured(place, stopped):
-    cells = json.loads((place / "runs" / "results.json").read_text())["cells"]
-    teacher, elsewhere = cells["teacher/0"], cells["fresh/0"]
-    assert 0 < teacher["bbox"]["AP"] != elsewhere["bbox"]["AP"] > 0
-    assert teacher["params_m"] == elsewhere["params_m"]
-    annotations = "annotations/instances_val.json"
-    names = ("shapes", "shapes_fresh")
-    one, other = ((place / "datasets" / n / annotations).read_text() for n in names)
-    assert one != other
-
-
 @pytest.mark.long
 def test_a_stop_changes_no_bit(place, stopped):
     status, printed = finish(start(place, "--rows", "student", output="whole"))
@@ -163,61 +140,25 @@ def test_a_stop_changes_no_bit(place, stopped):
     assert differing(one, other) == []
 
 
-@pytest.fixture
-def call(place, capsys, monkeypatch):
-    """call(...): what `run.py` prints, and how it ends, in this process."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(place / "datasets"))
-    # Other tests have data of the same names in another place.
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        monkeypatch.setattr(catalog, "data", dict(catalog))
-        for name in ("shapes_train", "shapes_val", "shapes_fresh_val"):
-            catalog.data.pop(name, None)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments, output="runs"):
-        grid = ["--grid", str(place / "grid.yaml"), "--output", str(place / output)]
-        try:
-            run.main([*grid, *arguments])
-        except SystemExit as end:
-            return str(end)
-        return capsys.readouterr().out
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-
-
-def test_a_report_changes_no_result(place, stopped, call):
+def test_a_report_changes_no_result(place, stopped):
     results, tables = place / "runs" / "results.json", place / "runs" / "tables.md"
     before = results.read_bytes(), tables.read_text()
-    # A setting means other trainings, and none of these is done.
-    call("--report", "--set", "SOLVER.BASE_LR", "0.002")
-    assert "the student" not in tables.read_text()
-    call("--report")
+    with locked(place / "runs"):  # it does not disturb a run
+        # A setting means other trainings, and none of these is done.
+        finish(start(place, "--report", "--set", "SOLVER.BASE_LR", "0.002"))
+        assert re.search(r"the student +\| 0 +\| not run", tables.read_text())
+        finish(start(place, "--report"))
     assert (results.read_bytes(), tables.read_text()) == before
 
 
-def test_done_cells_are_taken_over(place, stopped, call, monkeypatch):
-    monkeypatch.setattr(run.Study, "compare", lambda study: None)
-    printed = call("--reuse", str(place / "runs" / "results.json"), output="taken")
-    assert "4 cells, 4 of them done" in printed
-    one, other = (json.loads((place / n / "results.json").read_text()) for n in ("runs", "taken"))
-    assert one == other
-
-
-def test_one_study_at_a_time(place, stopped, call):
-    with locked(place / "runs"):
-        assert call().startswith("run.py: another run, or a training that it left behind")
-        assert "Tables and pictures are in" in call("--report")
-
-
-def test_other_data_are_replaced_on_request_only(place, stopped, call):
-    text = (place / "grid.yaml").read_text()
-    try:
-        (place / "grid.yaml").write_text(text.replace("train: 4", "train: 5"))
-        said = call("--rows", "teacher", output="other")
-    finally:
-        (place / "grid.yaml").write_text(text)
-    assert re.search(r"other arguments.*--overwrite.*DETECTRON2_DATASETS", said)
+def test_done_cells_are_taken_over_but_other_data_are_not_replaced(place, stopped):
+    reuse = ["--rows", "lr", "--reuse", str(place / "runs" / "results.json")]
+    status, printed = finish(start(place, *reuse, output="taken"))
+    assert status == 0 and "1 cells, 1 of them done" in printed
+    (place / "other.yaml").write_text(GRID.replace("train: 4", "train: 5"))
+    status, printed = finish(start(place, *reuse, grid="other.yaml", output="other"))
+    assert status == 1
+    assert re.search(r"run.py: .*other arguments.*--overwrite.*DETECTRON2_DATASETS", printed)
 
 
 def tiny_demo(place, name, **rows):
