@@ -56,13 +56,8 @@ def write(event):
     with open(path, "a") as log:
         log.write(f"{event} {name}\\n")
 write("start")
-deadline = time.monotonic() + 60
-while name in "ac" and time.monotonic() < deadline:
-    if {"start a", "start c"} <= set(open(path).read().splitlines()):
-        break
+while name in "ac" and not {"start a", "start c"} <= set(open(path).read().splitlines()):
     time.sleep(0.05)
-else:
-    assert name not in "ac"
 write("end")
 """
 
@@ -101,20 +96,6 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path, screen):
     assert not (tmp_path / "that").exists()
 
 
-def test_an_objection_to_a_result_stops_everything(tmp_path, screen):
-    def object_to_it():
-        wait_for(tmp_path / "pid")
-        raise InputError("another AP than recorded")
-
-    jobs = [
-        Job("sleeper", python(SLEEPER, tmp_path / "pid"), tmp_path / "sleeper"),
-        Job("checked", python(""), tmp_path / "checked", done=object_to_it),
-    ]
-    with pytest.raises(InputError, match="another AP"):
-        run_jobs(jobs, 2, screen)
-    assert not is_running(wait_for(tmp_path / "pid"))
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_end_of_a_run_ends_what_it_started(tmp_path, number):
     code = f"""
@@ -144,15 +125,6 @@ run.main(["--grid", "x"])
     assert process.returncode == 1
     assert output.endswith("run.py: stopped; started again, it goes on where it was\n")
     assert not is_running(pid)
-
-
-def test_one_run_at_a_time_in_a_folder(tmp_path):
-    with locked(tmp_path / "runs"):
-        with pytest.raises(InputError, match="another run, .* is at work in '.*runs': wait"):
-            with locked(tmp_path / "runs"):
-                pass
-    with locked(tmp_path / "runs"):
-        pass
 
 
 def test_what_outlives_a_killed_run_keeps_others_out(tmp_path):

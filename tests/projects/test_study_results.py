@@ -166,8 +166,4 @@ def test_the_other_grids_can_be_read(name, tmp_path):
     ((folder, data),) = grid.data.items()
     for cell in cells.values():
         cfg = build_config(cell.row.config, ["MODEL.DEVICE", "cpu"])
-        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == data["classes"]
-        assert cell.data == (folder,) * len(cell.data) and cell.data
-    if name == "study_large":
-        before = cells["teacher/2"].iterations + cells["hr/1"].iterations
-        assert cells["lr-long/1"].iterations == cells["lr/1"].iterations + before
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == data["classes"] and {*cell.data} == {folder}
