@@ -1,6 +1,6 @@
 """Low-resolution detectors that learn from high- and multi-resolution teachers, on Detectron2."""
 
-from msad_kd.checkpoint.checkpoint import init_from_teacher
+from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.config.build import build_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.data.coco_format import register_coco_format
@@ -15,7 +15,6 @@ from msad_kd.distill.student import (
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY
-from msad_kd.modeling import fpn, swin, torchvision_backbone  # noqa: F401  they register backbones
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.fusion import CrossingFeatureFusion
 from msad_kd.modeling.multi_resolution import (

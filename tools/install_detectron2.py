@@ -1,17 +1,14 @@
 #!/usr/bin/env python3
-"""Install Detectron2 0.6 into the Python that runs this file, mended for today's libraries.
+"""Install Detectron2 0.6, mended for today's libraries, into the Python that runs this file.
 
     python tools/install_detectron2.py
 
-A Detectron2 that works is left alone, whatever its version and however it was built. Where there
-is none, pip fetches the source of release 0.6 from the package index (published there as
-``pb1-detectron2``); its sha256 is checked, the mends below are applied (each follows a change the
-Detectron2 project made after the release), and the result is installed as an ordinary pure-Python
-wheel. It has no compiled operators: boxes, masks and keypoints need none, and what does need one
-(rotated boxes, for instance) raises an ImportError when called.
+A Detectron2 that works is left alone, whatever its version. Otherwise pip downloads the source of
+release 0.6 from the package index (published as ``pb1-detectron2``). Its SHA-256 is checked, the
+mends below are applied (each follows a later change of the Detectron2 project), and the result is
+installed as a pure-Python wheel. The wheel has no compiled operators. Boxes, masks and keypoints
+need none; what does need one, such as rotated boxes, raises an ImportError when it is called.
 """
-
-from __future__ import annotations
 
 import argparse
 import base64
@@ -30,15 +27,15 @@ from pathlib import Path
 PROJECT, VERSION = "pb1-detectron2", "0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
 
-# What pip needs to read the source, whatever the environment has: pip 26.3 refuses its metadata,
-# and its setup.py wants setuptools.
+# What it takes to read the source, whatever is installed: pip 26.3 refuses its metadata, and its
+# setup.py needs setuptools.
 BUILD_TOOLS = ["pip==25.3", "setuptools<82", "wheel"]
 
 REQUIRES = """torch torchvision numpy Pillow>=7.1 matplotlib pycocotools>=2.0.2 termcolor>=1.1
 yacs>=0.1.8 tabulate cloudpickle tqdm>4.29.0 tensorboard fvcore>=0.1.5,<0.1.6 iopath>=0.1.7
 omegaconf>=2.1 hydra-core>=1.1""".split()
 
-# Folders of the source, and where they go in the wheel.
+# Folders of the source and their place in the wheel.
 PACKAGES = {
     "detectron2": "detectron2",
     "projects/PointRend/point_rend": "detectron2/projects/point_rend",
@@ -52,7 +49,7 @@ import detectron2.model_zoo, detectron2.modeling
 print("\\ndetectron2", detectron2.__version__)
 """
 
-# One more file for the wheel: what the operators call where nothing was compiled.
+# A file that is added to the wheel: what operators call instead of compiled code.
 COMPILED_FILE = "detectron2/layers/compiled.py"
 COMPILED_TEXT = '''\
 """The compiled operators, or a stand-in that says what is missing when one is called."""
@@ -75,17 +72,13 @@ except ImportError:
 
 # numpy 1.24 dropped its aliases of the builtin types.
 NUMPY = (r"\bnp\.(bool|int|float|str|object)\b", r"\1")
+NUMPY_FILES = """data/build data/datasets/pascal_voc evaluation/pascal_voc_evaluation
+evaluation/sem_seg_evaluation structures/masks utils/video_visualizer utils/visualizer""".split()
 OPTIONAL_C = (r"^from detectron2 import _C$", "from detectron2.layers.compiled import _C")
 
-# file of the source: (pattern, replacement), ...
+# File of the source: (pattern, replacement) pairs.
 MENDS = {
-    "detectron2/data/build.py": [NUMPY],
-    "detectron2/data/datasets/pascal_voc.py": [NUMPY],
-    "detectron2/evaluation/pascal_voc_evaluation.py": [NUMPY],
-    "detectron2/evaluation/sem_seg_evaluation.py": [NUMPY],
-    "detectron2/structures/masks.py": [NUMPY],
-    "detectron2/utils/video_visualizer.py": [NUMPY],
-    "detectron2/utils/visualizer.py": [NUMPY],
+    **{f"detectron2/{file}.py": [NUMPY] for file in NUMPY_FILES},
     # In numpy 2, copy=False means "fail when a copy is needed".
     "detectron2/layers/mask_ops.py": [(r"np\.array\(mask, copy=False\)", "np.asarray(mask)")],
     # Pillow 10 dropped Image.LINEAR, the old name of Image.BILINEAR.
@@ -108,7 +101,7 @@ MENDS = {
             r"\1 and COCOeval_opt is not COCOeval",
         ),
     ],
-    # torch 2 has no caffe2: what needs it in detectron2.export is left out.
+    # torch 2 has no caffe2, so the parts of detectron2.export that need it are left out.
     "detectron2/export/__init__.py": [
         (
             r"^(from \.api import \*)$",
@@ -123,7 +116,7 @@ MENDS = {
             r"str(resources.files(\1).joinpath(\2))",
         ),
     ],
-    # torch 2 warns of these, at the start or at every step.
+    # torch 2 warns about these, at the start or at every step.
     "detectron2/modeling/anchor_generator.py": [
         (r"meshgrid\(shifts_y, shifts_x\)", 'meshgrid(shifts_y, shifts_x, indexing="ij")'),
     ],
@@ -135,35 +128,35 @@ MENDS = {
 
 
 class InstallError(Exception):
-    """What went wrong, in a sentence the user can act on."""
+    """A failed installation; the message says what to do."""
 
 
 def check_sha256(path: Path, expected: str = SHA256) -> None:
-    """Raise InstallError unless the file at ``path`` has the ``expected`` sha256."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
+    """Raise an InstallError unless the file has the expected SHA-256."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != expected:
         raise InstallError(
-            f"{path.name} has the sha256 {found}, not {expected}: it is not the release this tool "
-            "knows, so nothing was installed."
+            f"{path.name} has the sha256 {digest}, not {expected}: it is another release than this "
+            "tool expects, so nothing was installed."
         )
 
 
 def mend(source: Path) -> None:
-    """Mend the unpacked Detectron2 0.6 at ``source`` in place.
+    """Mend the unpacked Detectron2 0.6 at ``source`` in place, completely or not at all.
 
-    Raises InstallError, naming the file, when one is missing or a pattern is not found in it;
-    nothing is written then.
+    Raises:
+        InstallError: if a file is missing, or a pattern is not found in it.
     """
     texts = {COMPILED_FILE: COMPILED_TEXT}
     for file, replacements in MENDS.items():
         if not (source / file).is_file():
-            raise InstallError(f"{file} is missing in the source: it is not Detectron2 {VERSION}.")
+            raise InstallError(f"{file} is missing: the source is not Detectron2 {VERSION}.")
         text = (source / file).read_text(encoding="utf-8")
         for pattern, new in replacements:
-            text, found = re.subn(pattern, new, text, flags=re.MULTILINE)
-            if not found:
+            text, count = re.subn(pattern, new, text, flags=re.MULTILINE)
+            if not count:
                 raise InstallError(
-                    f"{file}: {pattern!r} is not found in it: it is not the file of Detectron2 "
+                    f"{file}: {pattern!r} is not found in it: the source is not Detectron2 "
                     f"{VERSION}, or is mended already."
                 )
         texts[file] = text
@@ -172,15 +165,16 @@ def mend(source: Path) -> None:
 
 
 def generator() -> str:
-    """What the wheel says it was made by: this tool, and a fingerprint of what it puts in."""
+    """Return the wheel's "Generator": this tool and a fingerprint of what it changes."""
     content = repr((MENDS, COMPILED_TEXT, REQUIRES, PACKAGES)).encode()
     return f"install_detectron2 ({hashlib.sha256(content).hexdigest()[:12]})"
 
 
 def build_wheel(source: Path, folder: Path) -> Path:
-    """Write the PACKAGES of the tree at ``source`` as a pure-Python wheel into ``folder``.
+    """Write the Python files and YAML configs of ``source`` as a wheel to ``folder``.
 
-    Python files and the configs of the model zoo go in. Returns the wheel's path.
+    Returns:
+        The path of the wheel.
     """
     files = {
         f"{target}/{path.relative_to(source / package).as_posix()}": path.read_bytes()
@@ -188,21 +182,19 @@ def build_wheel(source: Path, folder: Path) -> Path:
         for path in sorted((source / package).rglob("*"))
         if path.suffix in (".py", ".yaml")
     }
-    metadata = [
-        "Metadata-Version: 2.1",
-        "Name: detectron2",
-        f"Version: {VERSION}",
-        "Summary: Detectron2, pure Python, mended for today's libraries",
-        "License: Apache-2.0",
-        "Requires-Python: >=3.9",
-        *(f"Requires-Dist: {requirement}" for requirement in REQUIRES),
-    ]
-    wheel = ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"]
-    wheel += [f"Generator: {generator()}"]
+    metadata = f"""Metadata-Version: 2.1
+Name: detectron2
+Version: {VERSION}
+Summary: Detectron2, pure Python, mended for today's libraries
+License: Apache-2.0
+Requires-Python: >=3.9
+"""
+    metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in REQUIRES)
+    wheel = f"Wheel-Version: 1.0\nGenerator: {generator()}\n"
+    wheel += "Root-Is-Purelib: true\nTag: py3-none-any\n"
     info = f"detectron2-{VERSION}.dist-info"
     files[f"{info}/LICENSE"] = (source / "LICENSE").read_bytes()
-    files[f"{info}/METADATA"] = "\n".join([*metadata, ""]).encode()
-    files[f"{info}/WHEEL"] = "\n".join([*wheel, ""]).encode()
+    files[f"{info}/METADATA"], files[f"{info}/WHEEL"] = metadata.encode(), wheel.encode()
     record = ""
     for name, data in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
@@ -217,17 +209,17 @@ def build_wheel(source: Path, folder: Path) -> Path:
 
 
 def run(*command: str, first: Path | None = None) -> subprocess.CompletedProcess:
-    """Run this Python with ``command``, the folder ``first`` leading its path; output as text."""
+    """Run this Python with a command and capture its output; ``first`` leads its path."""
     path = os.pathsep.join(filter(None, [str(first or ""), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    # Elsewhere than in the current folder, where a 'detectron2' folder would hide the installed.
+    # Not in the current folder, where a folder called 'detectron2' would hide the installed one.
     return subprocess.run(
         [sys.executable, *command], env=env, cwd=sys.prefix, text=True, capture_output=True
     )
 
 
 def check(process: subprocess.CompletedProcess, sentence: str) -> None:
-    """Raise InstallError with ``sentence`` and the last error of ``process`` if that failed."""
+    """Raise an InstallError of ``sentence`` and the last error message if ``process`` failed."""
     if process.returncode:
         lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"(ERROR|error|\w*Error):", line)]
@@ -235,18 +227,18 @@ def check(process: subprocess.CompletedProcess, sentence: str) -> None:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the source of the release into ``folder`` with pip; return the path of the archive."""
-    tools, wanted = folder / "tools", folder / "wanted.txt"
+    """Download the source of the release to ``folder`` with pip; return the archive's path."""
+    tools, requirements = folder / "tools", folder / "requirements.txt"
     check(
         run("-m", "pip", "install", "--quiet", "--target", str(tools), *BUILD_TOOLS),
         f"{' '.join(BUILD_TOOLS)} could not be downloaded: is a package index reachable, and does "
         "this Python have pip (python -m ensurepip)?",
     )
-    # Given the hash, pip checks the archive before it runs the setup.py inside.
-    wanted.write_text(f"{PROJECT}=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
+    # With the hash, pip checks the archive before it runs the setup.py in it.
+    requirements.write_text(f"{PROJECT}=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
     options = ["--no-deps", "--no-build-isolation", "--no-binary", PROJECT, "--dest", str(folder)]
     check(
-        run("-m", "pip", "download", "--quiet", *options, "-r", str(wanted), first=tools),
+        run("-m", "pip", "download", "--quiet", *options, "-r", str(requirements), first=tools),
         f"{PROJECT} {VERSION} with the sha256 {SHA256} could not be downloaded from the package "
         "index, so nothing was installed.",
     )
@@ -254,29 +246,36 @@ def download(folder: Path) -> Path:
 
 
 def installed(module: str) -> bool:
-    """Whether this Python finds ``module`` (an empty folder of that name does not count)."""
+    """Return whether this Python finds a module; an empty folder of that name does not count."""
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
 
 
 def installed_generator() -> str:
-    """The generator() that made the installed Detectron2, '' when it is not this tool's."""
+    """Return the generator() of the installed Detectron2, or "" if it is not from this tool."""
     try:
         wheel = importlib.metadata.distribution("detectron2").read_text("WHEEL") or ""
     except importlib.metadata.PackageNotFoundError:
         return ""
-    found = re.search(r"^Generator: (install_detectron2 .*)$", wheel, re.MULTILINE)
-    return found.group(1) if found else ""
+    match = re.search(r"^Generator: (install_detectron2 .*)$", wheel, re.MULTILINE)
+    return match[1] if match else ""
 
 
 def install(sdist: Path | None = None, wheel_dir: Path | None = None) -> str:
-    """Install Detectron2 unless one works, or only write the wheel into ``wheel_dir``.
+    """Install Detectron2 unless one works here.
 
-    ``sdist`` is the source archive where it need not be downloaded. Returns what was done, in one
-    line; raises InstallError.
+    Args:
+        sdist: the source archive; it is downloaded if None.
+        wheel_dir: only write the wheel to this folder.
+
+    Returns:
+        One line that says what was done.
+
+    Raises:
+        InstallError: if it cannot be installed.
     """
     ours = installed_generator()
-    # One that this tool made with other mends is not left alone, but replaced.
+    # A working one is left alone, unless this tool made it with other mends.
     if not wheel_dir and installed("detectron2") and ours in ("", generator()):
         process = run("-c", PROBE)
         if process.returncode == 0:
@@ -284,8 +283,8 @@ def install(sdist: Path | None = None, wheel_dir: Path | None = None) -> str:
         if not ours:
             check(
                 process,
-                "A Detectron2 is installed that cannot be imported: repair it, or run 'pip "
-                f"uninstall detectron2' and this again, to have {VERSION} installed.",
+                "The installed Detectron2 cannot be imported: repair it, or run 'pip uninstall "
+                f"detectron2' and then this tool to install {VERSION}.",
             )
     if not installed("torch"):
         raise InstallError(
@@ -313,10 +312,10 @@ def install(sdist: Path | None = None, wheel_dir: Path | None = None) -> str:
 
 
 def main() -> int:
-    """Installs Detectron2, or only writes its wheel; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sdist", type=Path, help=f"{PROJECT}-{VERSION}.tar.gz, if at hand")
-    parser.add_argument("--wheel-dir", type=Path, help="only write the wheel into this folder")
+    parser.add_argument("--sdist", type=Path, help=f"a local {PROJECT}-{VERSION}.tar.gz")
+    parser.add_argument("--wheel-dir", type=Path, help="only write the wheel to this folder")
     arguments = parser.parse_args()
     try:
         print(install(arguments.sdist, arguments.wheel_dir))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from itertools import accumulate, chain
 
 import torch
 import yaml
@@ -19,9 +20,11 @@ from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.config.stages import read_stages
 from msad_kd.data.coco_format import register_coco_format
 from msad_kd.evaluation.coco import choose_implementation
-from msad_kd.losses.terms import read_losses, yaml_number
+from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.errors import InputError, nearest
+from msad_kd.utils.flat_config import flatten_config
+from msad_kd.utils.schema import yaml_number
 
 __all__ = ["build_config", "check_name", "check_parts", "import_module", "merge_config"]
 
@@ -63,19 +66,16 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
         if not unknown:
             raise InputError(f"the config{source} cannot be read: {error}") from error
         key = unknown[1]
-        known = _keys(cfg)
+        known = _known_keys(cfg)
         last, last_known = key.rsplit(".", 1)[-1], (name.rsplit(".", 1)[-1] for name in known)
         hint = nearest(key, known) or nearest(last, last_known)
         raise InputError(f"unknown config key{source}: {key}{hint}") from error
 
 
-def _keys(node: CfgNode, prefix: str = "") -> list[str]:
-    names = []
-    for name, value in node.items():
-        names.append(prefix + name)
-        if isinstance(value, CfgNode):
-            names.extend(_keys(value, f"{prefix}{name}."))
-    return names
+def _known_keys(cfg: CfgNode) -> list[str]:
+    """Return every key of a config, sections such as "MODEL.RPN" included."""
+    paths = (accumulate(key.split("."), "{}.{}".format) for key in flatten_config(cfg))
+    return list(dict.fromkeys(chain(*paths)))
 
 
 def build_config(config_file: str, opts: list) -> CfgNode:

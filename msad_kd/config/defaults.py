@@ -49,22 +49,6 @@ def add_msad_kd_config(cfg: CN) -> None:
     # The branch that predicts at test time: "fused", "hr" or "lr".
     cfg.MODEL.MULTI_RESOLUTION.TEST_BRANCH = "fused"
 
-    # ---- Swin Transformers (MODEL.BACKBONE.NAME: build_*swin_fpn_backbone) ----
-    # The stages are called res2..res5 and have strides 4..32. MODEL.BACKBONE.FREEZE_AT counts as
-    # with a ResNet: 0 trains everything, 1 freezes the patches' embedding, 2 the first stage, too.
-    cfg.MODEL.SWIN = CN()
-    # Channels of the first stage, doubled from stage to stage; blocks and attention heads of each
-    # stage. Swin-T is the default; Swin-S has DEPTHS [2, 2, 18, 2], and Swin-B that and EMBED_DIM
-    # 128, NUM_HEADS [4, 8, 16, 32].
-    cfg.MODEL.SWIN.EMBED_DIM = 96
-    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
-    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
-    # Side of the windows of attention, in cells.
-    cfg.MODEL.SWIN.WINDOW_SIZE = 7
-    # Probability that training skips the last block; it rises linearly from 0 at the first one.
-    # Larger nets and longer schedules take more: 0.1 to 0.3.
-    cfg.MODEL.SWIN.STOCHASTIC_DEPTH_PROB = 0.2
-
     # ---- Distillation (MODEL.META_ARCHITECTURE: Distilled*) ----
     cfg.KD = CN()
     # k, high-resolution side / low-resolution side: a power of two; m = log2 k is the level shift.
@@ -122,18 +106,28 @@ def _add_model_keys(cfg: CN) -> None:
     # itself builds have one way each, and do not read this.
     cfg.MODEL.FPN.TOP_BLOCK = "maxpool"
 
-    # ---- A torchvision network under an FPN (MODEL.BACKBONE.NAME: build_torchvision_fpn_backbone,
-    # and build_aligned_torchvision_fpn_backbone for its teacher) ----
-    # It wants INPUT.FORMAT RGB, PIXEL_MEAN [123.675, 116.28, 103.53], PIXEL_STD [58.395, 57.12,
-    # 57.375]. FPN.IN_FEATURES are [res2, res3, res4, res5] (strides 4 to 32), whatever it calls
-    # them, and BACKBONE.FREEZE_AT n freezes what leads to strides up to 2^n.
-    cfg.MODEL.TORCHVISION = CN()
-    # The name of a classifier in torchvision.models.
-    cfg.MODEL.TORCHVISION.NAME = "mobilenet_v3_large"
-    # Arguments of its function, names and values in turn: [width_mult, 0.5].
-    cfg.MODEL.TORCHVISION.ARGUMENTS = []
-    # What its batch normalisation is: "BN", "SyncBN" or "FrozenBN".
-    cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
+    # ---- A classifier of timm under an FPN (MODEL.BACKBONE.NAME: build_timm_fpn_backbone, and
+    # build_aligned_timm_fpn_backbone for a multi-resolution teacher) ----
+    # Its feature maps of strides 4 to 32 are FPN.IN_FEATURES [res2, res3, res4, res5].
+    # BACKBONE.FREEZE_AT n freezes the layers that lead to strides up to 2^n; 0 freezes none.
+    # timm's weights are for RGB images; with INPUT.FORMAT BGR, the first convolution's are reversed
+    # when they are read. PIXEL_MEAN and PIXEL_STD, in the order of INPUT.FORMAT, have to be 255
+    # times the mean and std of timm.get_pretrained_cfg(NAME): for most [123.675, 116.28, 103.53]
+    # and [58.395, 57.12, 57.375] (RGB).
+    cfg.MODEL.TIMM = CN()
+    # A classifier's name in timm (timm.list_models()); a tag chooses among its weights:
+    # "resnet50.a1_in1k".
+    cfg.MODEL.TIMM.NAME = "mobilenetv3_large_100"
+    # Arguments of timm.create_model, a list of [name, value]: [[drop_path_rate, 0.2]].
+    cfg.MODEL.TIMM.ARGUMENTS = []
+    # What its batch normalisation becomes: "BN", "SyncBN" or "FrozenBN".
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # The weights that training starts from: PRETRAINED takes timm's from its hub, CHECKPOINT takes
+    # a file (.pth or .safetensors) of the classifier instead, whose head is left out. Neither is
+    # read if MODEL.WEIGHTS is set, as it is for a teacher and in an evaluation. A resumed run reads
+    # them again before it loads its checkpoint; set them back to do without.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TIMM.CHECKPOINT = ""
 
     # ---- FCOS (MODEL.META_ARCHITECTURE: FCOS), which Detectron2 cannot build from a config ----
     # Its sizes of interest follow the strides: on a level of stride s, boxes whose farthest side is

@@ -1,130 +1,100 @@
-"""KD.LADDER.STAGES, read and checked, and the ordinary run that each stage is."""
+"""Read KD.LADDER.STAGES, and make the config of the training run that each stage is."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 from detectron2.config import CfgNode
 
-from msad_kd.losses.terms import read_losses, yaml_number
+from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.schema import read_dataclass
 
-__all__ = ["STUDENT", "Stage", "read_stages", "stage_config"]
-
-# What a stage leaves: the model alone, without optimizer and adapters.
+# The checkpoint that a stage leaves: the model alone, without optimizer and adapters.
 STUDENT = "student.pth"
-STARTS = ("previous", "teacher", "teacher_heads")
+_STARTS = ("previous", "teacher", "teacher_heads")
+_Text = Annotated[str, len, "a text"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of KD.LADDER.STAGES; None is as in the config around it."""
+    """One entry of KD.LADDER.STAGES; None stands for the value of the ladder's config."""
 
-    name: str
-    config_file: str  # the teacher's
-    weights: str  # the teacher's
-    opts: list = field(default_factory=list)  # on top of the teacher's config
-    kind: str = "fused"  # "fused": multi-resolution; "plain": single-resolution
-    image: str = "hr"  # which image a plain teacher reads, "hr" or "lr"
+    name: Annotated[str, re.compile(r"[\w-]+").fullmatch, "letters, digits, - or _"]
+    config_file: _Text  # the teacher's
+    weights: _Text  # the teacher's
+    opts: list = field(default_factory=list)  # KEY, VALUE, ... for the teacher's config
+    kind: Literal["fused", "plain"] = "fused"  # multi- or single-resolution teacher
+    image: Literal["hr", "lr"] = "hr"  # which image a plain teacher reads
     losses: list | None = None  # KD.LOSSES
-    iterations: int | None = None  # SOLVER.MAX_ITER; SOLVER.STEPS follow
-    base_lr: float | None = None  # SOLVER.BASE_LR
-    # "previous" (in the first stage: MODEL.WEIGHTS), "teacher" (all that fits), "teacher_heads"
-    # (all that fits but the backbone's bottom-up path, which is as "previous"), or a checkpoint
-    start: str = "previous"
+    # SOLVER.MAX_ITER, which SOLVER.STEPS follow.
+    iterations: Annotated[int, lambda count: count > 0, "a whole number above 0"] | None = None
+    base_lr: Annotated[float, lambda rate: rate > 0, "a number above 0"] | None = None
+    # The student starts from "previous" (in the first stage: MODEL.WEIGHTS), from a checkpoint,
+    # from all that fits of the "teacher", or from that without its bottom-up path: "teacher_heads".
+    start: Annotated[str, len, f"{', '.join(_STARTS)} or a checkpoint"] = "previous"
 
     def folder(self, output: str, index: int) -> Path:
-        """Where stage ``index``, counting from 0, is trained."""
+        """Return the folder under ``output`` in which stage ``index``, from 0, is trained."""
         return Path(output) / f"stage_{index + 1:02d}_{self.name}"
 
 
 def read_stages(entries: list[dict]) -> list[Stage]:
-    """Check and read KD.LADDER.STAGES.
+    """Check KD.LADDER.STAGES and return its entries.
 
     Raises:
-        InputError: if they are no list, or if an entry is not a dict, has an unknown field, lacks
-            one, has one of the wrong kind, or has the name of another.
+        InputError: if it is not a list of dicts, a field is unknown, missing or of another type,
+            or two stages have one name.
     """
     if not isinstance(entries, (list, tuple)):
-        raise InputError(f"KD.LADDER.STAGES: {entries} should be a list of dicts")
+        raise InputError(f"KD.LADDER.STAGES: {entries!r} should be a list of dicts")
     stages: list[Stage] = []
     for number, entry in enumerate(entries, start=1):
-        stage = _read(entry, f"KD.LADDER.STAGES, stage {number}")
+        stage = read_dataclass(Stage, entry, "KD.LADDER.STAGES", f"stage {number}")
+        try:
+            read_losses(stage.losses or [])
+        except InputError as error:
+            raise InputError(f"KD.LADDER.STAGES: stage {number}: {error}") from error
         if stage.name in [other.name for other in stages]:
-            raise InputError(
-                f"KD.LADDER.STAGES: two stages have the name '{stage.name}'; their folders are "
-                "called by it"
-            )
+            raise InputError(f"KD.LADDER.STAGES: two stages are named '{stage.name}'; rename one")
         stages.append(stage)
     return stages
 
 
-def _read(entry: Any, place: str) -> Stage:
-    if not isinstance(entry, dict):
-        raise InputError(f"{place}: {entry!r} should be a dict")
-    known = [f.name for f in fields(Stage)]
-    for key in entry:
-        if key not in known:
-            raise InputError(f"{place} has no field '{key}'; known: {', '.join(known)}")
-    for key in ("name", "config_file", "weights"):
-        if not isinstance(entry.get(key), str) or not entry[key]:
-            raise InputError(f"{place} needs '{key}', a text")
-    stage = Stage(**{**entry, "base_lr": yaml_number(entry.get("base_lr"))})
-    whole = isinstance(stage.iterations, int) and stage.iterations > 0
-    number = isinstance(stage.base_lr, (int, float)) and stage.base_lr > 0
-    for fits, key, kind in (
-        (stage.name.replace("-", "").replace("_", "").isalnum(), "name", "letters, digits, - or _"),
-        (isinstance(stage.opts, (list, tuple)), "opts", "a list of KEY, VALUE, ..."),
-        (stage.kind in ("fused", "plain"), "kind", "fused or plain"),
-        (stage.image in ("hr", "lr"), "image", "hr or lr"),
-        (stage.iterations is None or whole, "iterations", "a whole number above 0"),
-        (stage.base_lr is None or number, "base_lr", "a number above 0"),
-        (isinstance(stage.start, str) and bool(stage.start), "start", f"{STARTS} or a checkpoint"),
-    ):
-        if not fits:
-            raise InputError(f"{place}: {key} should be {kind}, not {getattr(stage, key)!r}")
-    if stage.losses is not None:
-        try:
-            read_losses(stage.losses)
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from error
-    return stage
-
-
 def stage_config(cfg: CfgNode, stages: list[Stage], index: int) -> CfgNode:
-    """The config of the ordinary run that a stage is.
+    """Return the frozen config of one stage's training run.
 
     Args:
-        cfg: of the ladder.
-        stages: all of them.
+        cfg: the ladder's config.
+        stages: all of its stages.
         index: the stage's, counting from 0.
     """
-    stage, own = stages[index], cfg.clone()
-    own.defrost()
-    own.KD.LADDER.STAGES = []
-    teacher = own.KD.TEACHER
+    stage, stage_cfg = stages[index], cfg.clone()
+    stage_cfg.defrost()
+    stage_cfg.KD.LADDER.STAGES = []
+    teacher = stage_cfg.KD.TEACHER
     teacher.CONFIG_FILE, teacher.WEIGHTS = stage.config_file, stage.weights
     teacher.OPTS = list(stage.opts)
     teacher.BRANCH = "fused" if stage.kind == "fused" else stage.image
     if stage.losses is not None:
-        own.KD.LOSSES = stage.losses
+        stage_cfg.KD.LOSSES = stage.losses
     teacher.INIT_STUDENT = stage.start in ("teacher", "teacher_heads")
     teacher.INIT_BACKBONE = stage.start == "teacher"
-    if stage.start not in STARTS:
-        own.MODEL.WEIGHTS = stage.start
+    if stage.start not in _STARTS:
+        stage_cfg.MODEL.WEIGHTS = stage.start
     elif index > 0:
-        own.MODEL.WEIGHTS = str(stages[index - 1].folder(cfg.OUTPUT_DIR, index - 1) / STUDENT)
+        previous = stages[index - 1].folder(cfg.OUTPUT_DIR, index - 1)
+        stage_cfg.MODEL.WEIGHTS = str(previous / STUDENT)
     if stage.iterations is not None:
-        share = stage.iterations / own.SOLVER.MAX_ITER
-        own.SOLVER.STEPS = tuple(round(step * share) for step in own.SOLVER.STEPS)
-        own.SOLVER.MAX_ITER = stage.iterations
+        share = stage.iterations / cfg.SOLVER.MAX_ITER
+        stage_cfg.SOLVER.STEPS = tuple(round(step * share) for step in cfg.SOLVER.STEPS)
+        stage_cfg.SOLVER.MAX_ITER = stage.iterations
     if stage.base_lr is not None:
-        own.SOLVER.BASE_LR = float(stage.base_lr)
-    if own.SEED >= 0:
-        # The data come in another order in each stage, and in that of no other ladder's.
-        own.SEED += 1000 * index
-    own.OUTPUT_DIR = str(stage.folder(cfg.OUTPUT_DIR, index))
-    own.freeze()
-    return own
+        stage_cfg.SOLVER.BASE_LR = float(stage.base_lr)
+    if stage_cfg.SEED >= 0:
+        # Each stage sees the data in another order, which no other ladder has.
+        stage_cfg.SEED += 1000 * index
+    stage_cfg.OUTPUT_DIR = str(stage.folder(cfg.OUTPUT_DIR, index))
+    stage_cfg.freeze()
+    return stage_cfg

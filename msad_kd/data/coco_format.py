@@ -1,6 +1,4 @@
-"""Data sets in COCO format, registered by the config and checked before anything trains on them."""
-
-from __future__ import annotations
+"""Data sets in COCO format, registered from the config and checked before training starts."""
 
 import os
 
@@ -11,15 +9,13 @@ from detectron2.utils.file_io import PathManager
 
 from msad_kd.utils.errors import InputError
 
-__all__ = ["register_coco_format", "load_checked"]
-
 _FIELDS = {"name", "json", "images"}
 
 
 def register_coco_format(cfg: CfgNode) -> None:
-    """Register the data sets of ``DATASETS.COCO_FORMAT`` under their names.
+    """Register the data sets of DATASETS.COCO_FORMAT under their names.
 
-    A name that is registered already with the same files is left alone.
+    Registering the same files under the same name twice is allowed.
 
     Raises:
         InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
@@ -31,10 +27,10 @@ def register_coco_format(cfg: CfgNode) -> None:
             raise InputError(
                 f"DATASETS.COCO_FORMAT: {entry} should have the fields name, json and images"
             )
-        name, json_file, images = (entry["name"], _locate(entry["json"]), _locate(entry["images"]))
+        name, json_file, images = entry["name"], _locate(entry["json"]), _locate(entry["images"])
         if name in DatasetCatalog.list():
-            known = MetadataCatalog.get(name)
-            if (known.get("json_file"), known.get("image_root")) == (json_file, images):
+            registered = MetadataCatalog.get(name)
+            if (registered.get("json_file"), registered.get("image_root")) == (json_file, images):
                 continue
             raise InputError(
                 f"DATASETS.COCO_FORMAT: a data set called '{name}' exists already; rename yours"
@@ -50,15 +46,15 @@ def _locate(path: str) -> str:
 
 
 def load_checked(json_file: str, images: str, name: str) -> list[dict]:
-    """Detectron2's dicts of a COCO-format data set, all of whose images exist.
+    """Load a COCO-format data set as Detectron2's dicts, and check that every image exists.
 
     Args:
         json_file: the annotation file.
-        images: the folder its ``file_name`` entries start at.
-        name: the data set's name, whose metadata get the class names.
+        images: the folder that ``file_name`` entries are relative to.
+        name: the data set's name; its metadata receive the class names.
 
     Raises:
-        InputError: if the file, the folder or an image is absent, or if the file is not in COCO
+        InputError: if the file, the folder or an image is missing, or if the file is not in COCO
             format.
     """
     for path, kind in ((json_file, "annotation file"), (images, "image folder")):
@@ -76,10 +72,10 @@ def load_checked(json_file: str, images: str, name: str) -> list[dict]:
         ) from error
     if not dicts:
         raise InputError(f"data set '{name}': '{json_file}' is not in COCO format, or is empty")
-    absent = [d["file_name"] for d in dicts if not PathManager.exists(d["file_name"])]
-    if absent:
+    missing = [d["file_name"] for d in dicts if not PathManager.exists(d["file_name"])]
+    if missing:
         raise InputError(
-            f"data set '{name}': {len(absent)} of the {len(dicts)} images in '{json_file}' are "
-            f"absent, e.g. '{absent[0]}'"
+            f"data set '{name}': {len(missing)} of the {len(dicts)} images in '{json_file}' are "
+            f"missing, e.g. '{missing[0]}'"
         )
     return dicts

@@ -1,10 +1,11 @@
-"""A training loader whose batches are a function of (seed, rank, iteration) and nothing else."""
-
-from __future__ import annotations
+"""A training loader whose batches depend on (seed, rank, iteration) and on nothing else."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 
 import cv2
 import torch
@@ -20,55 +21,60 @@ from detectron2.data.samplers import (
 )
 from detectron2.utils import comm
 
+from msad_kd.utils.compat import repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
 
-__all__ = ["ResumableLoader", "build_train_loader", "clear_absence", "clear_errors"]
 
+@dataclass
+class CheckedMapper:  # a class, since spawned workers cannot unpickle a closure
+    """Wraps a mapper so that an unreadable image raises an ``InputError`` that names its file."""
 
-class clear_errors:  # lower case: used as a function; a class can be pickled for spawned workers
-    """The mapper, but an image that cannot be read is an ``InputError`` that names its file."""
-
-    def __init__(self, mapper: Callable[[dict], dict]):
-        self.mapper = mapper
+    mapper: Callable[[dict], dict]
 
     def __call__(self, dataset_dict: dict) -> dict:
+        """Map a dict."""
         try:
             return self.mapper(dataset_dict)
-        except (OSError, SizeMismatchError) as error:  # Pillow's are OSErrors
+        except (OSError, SizeMismatchError) as error:  # Pillow raises OSErrors
             raise InputError(
                 f"image '{dataset_dict.get('file_name')}' cannot be read ({error}); restore it or "
-                "take it out of the annotation file"
+                "remove it from the annotation file"
             ) from error
 
 
 @contextmanager
-def clear_absence(names: tuple[str, ...]):
-    """A builtin data set that is not on disk is an ``InputError`` that says where it should be."""
+def explain_missing_data(names: tuple[str, ...]):
+    """Turn Detectron2's errors about missing data into an ``InputError`` that says what to do.
+
+    Args:
+        names: the data sets that the block reads.
+    """
     if not names:
         raise InputError("no data set is named; set DATASETS.TRAIN")
+    data_sets = f"data set {', '.join(names)}"
     try:
         yield
     except FileNotFoundError as error:
         raise InputError(
-            f"data set {', '.join(names)}: '{error.filename}' does not exist; set "
-            "DETECTRON2_DATASETS to the folder that has it"
+            f"{data_sets}: '{error.filename}' does not exist; set DETECTRON2_DATASETS to the "
+            "folder that has it"
         ) from error
     except ImportError as error:
         raise InputError(
-            f"data set {', '.join(names)}: {error}; install the package, for Cityscapes "
-            "cityscapesScripts and shapely"
+            f"{data_sets}: {error}; install the package, for Cityscapes cityscapesScripts and "
+            "shapely"
         ) from error
-    except AssertionError as error:  # empty, or nothing left after images without boxes went
-        raise InputError(f"data set {', '.join(names)}: {error}") from error
+    except AssertionError as error:  # empty, or empty without the images that have no boxes
+        raise InputError(f"{data_sets}: {error}") from error
 
 
+@dataclass
 class _SeededDataset(torchdata.Dataset):
-    """Maps (index, seed) to a mapped sample; the seed decides every random number in the mapper."""
+    """Maps (index, seed) to a sample; the seed decides every random number of the mapper."""
 
-    def __init__(self, dicts: list[dict], mapper: Callable[[dict], dict | None]):
-        self.dicts = DatasetFromList(dicts, copy=False)
-        self.mapper = mapper
+    dicts: DatasetFromList
+    mapper: Callable[[dict], dict | None]
 
     def __len__(self) -> int:
         return len(self.dicts)
@@ -78,70 +84,56 @@ class _SeededDataset(torchdata.Dataset):
         with preserved_rng(devices=False):
             for attempt in range(100):
                 seed_all(derive_seed(seed, attempt), devices=False)
-                mapped = self.mapper(self.dicts[index])
-                if mapped is not None:
-                    return mapped
-                # A mapper may refuse a sample: go on with another, which the seed chooses.
+                sample = self.mapper(self.dicts[index])
+                if sample is not None:
+                    return sample
+                # A mapper may refuse an image. The seed chooses another.
                 index = derive_seed(seed, attempt, index) % len(self.dicts)
-        raise InputError("the mapper refused 100 samples in a row; is there any it accepts?")
+        raise InputError("the mapper refused 100 samples in a row; does it accept any?")
 
 
-class _BatchSampler(torchdata.Sampler):
-    """Batches of (index, seed) from an infinite sampler, grouped by aspect ratio."""
-
-    def __init__(self, sampler, batch_size: int, groups: list[int], seed: int, start: int):
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.groups = groups
-        self.seed = seed
-        self.start = start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        waiting: dict[int, list[tuple[int, int]]] = {}
-        batches = 0
-        for draw, index in enumerate(self.sampler):
-            group = waiting.setdefault(self.groups[index], [])
-            group.append((index, draw))
-            if len(group) == self.batch_size:
-                if batches >= self.start:
-                    rank = comm.get_rank()
-                    yield [(i, derive_seed(self.seed, rank, d)) for i, d in group]
-                batches += 1
-                group.clear()
+def _group_draws(sampler, groups: list[int], size: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield batches of (index, number of the draw), each from one of the groups of images."""
+    waiting = defaultdict(list)
+    for draw, index in enumerate(sampler):
+        waiting[groups[index]].append((index, draw))
+        if len(waiting[groups[index]]) == size:
+            yield waiting.pop(groups[index])
 
 
+@dataclass
 class ResumableLoader:
-    """Batches of mapped samples, for ever; iteration i always gets the same batch.
+    """Endless batches of mapped samples; iteration i always gets the same batch.
 
-    ``start`` may be set until the first batch is asked for: Detectron2 0.6 asks for the iterator
-    before it knows at which iteration the run resumes, so the work begins with the first batch.
+    Set ``start``, the first iteration, before the first batch is drawn. Detectron2 0.6 asks for
+    the iterator before it knows where the run resumes; a generator reads ``start`` later.
     """
 
-    def __init__(self, dicts, mapper, sampler, *, batch_size, groups, seed, num_workers):
-        self.dataset = _SeededDataset(dicts, mapper)
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.groups = groups
-        self.seed = seed
-        self.num_workers = num_workers
-        self.start = 0
+    dataset: torchdata.Dataset  # maps (index, seed) to a sample
+    sampler: Iterable[int]  # endless
+    batch_size: int  # of this process
+    groups: list[int]  # the group of each image; a batch holds images of one group
+    seed: int  # with the rank, decides the augmentations
+    num_workers: int
+    start: int = 0
 
     def __iter__(self) -> Iterator[list[dict]]:
-        batches = _BatchSampler(self.sampler, self.batch_size, self.groups, self.seed, self.start)
-        # The loader draws a seed for its workers when it starts. That must not come from the global
-        # generator: a resumed run starts it at another iteration than an uninterrupted one.
+        seed, rank = self.seed, comm.get_rank()
+        batches = islice(_group_draws(self.sampler, self.groups, self.batch_size), self.start, None)
+        # The loader draws its workers' seed at its start. A global generator would then differ
+        # between a resumed and an uninterrupted run, which start it at different iterations.
         yield from torchdata.DataLoader(
             self.dataset,
-            batch_sampler=batches,
+            batch_sampler=([(i, derive_seed(seed, rank, d)) for i, d in x] for x in batches),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_limit_threads,
             generator=torch.Generator(),
         )
 
 
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(0)  # workers are the parallelism; OpenCV's threads would fight over the cores
+def _limit_threads(worker: int) -> None:
+    cv2.setNumThreads(0)  # the workers already run in parallel; OpenCV's threads would compete
 
 
 def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
@@ -149,10 +141,8 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
     if name == "TrainingSampler":
         return TrainingSampler(len(dicts), seed=seed)
     if name == "RepeatFactorTrainingSampler":
-        # Detectron2 0.6 knows the square root alone, and has no key for it.
-        choice = {"sqrt": cfg.DATALOADER.REPEAT_SQRT} if "REPEAT_SQRT" in cfg.DATALOADER else {}
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **choice
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **repeat_factor_options(cfg)
         )
         return RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
@@ -165,21 +155,25 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> ResumableLoader:
-    """The training loader of a config, by Detectron2's keys (``DATASETS``, ``DATALOADER``).
+    """Build the training loader from Detectron2's keys under DATASETS and DATALOADER.
 
-    Its order and its augmentations follow ``SEED``; a negative one draws a seed, so that a resumed
-    run is then another run.
+    SEED decides the order of the images and their augmentations. With a negative SEED a new seed is
+    drawn, and a resumed run then differs from an uninterrupted one.
+
+    Args:
+        cfg: the config.
+        mapper: turns a data set dict into a sample, or returns None to refuse it.
 
     Raises:
-        InputError: if the sampler is unknown or the batch cannot be divided among the processes.
+        InputError: if the sampler is unknown, a data set is missing, or the processes cannot share
+            a batch equally.
     """
-    with clear_absence(cfg.DATASETS.TRAIN):
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD
+    with explain_missing_data(cfg.DATASETS.TRAIN):
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON
-            else 0,
+            min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -190,12 +184,10 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
             "cannot share equally"
         )
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    logging.getLogger(__name__).info(
-        "Training on %d images in the order of seed %d", len(dicts), seed
-    )
+    logger = logging.getLogger(__name__)
+    logger.info("Training on %d images in the order of seed %d", len(dicts), seed)
     return ResumableLoader(
-        dicts,
-        clear_errors(mapper),
+        _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper)),
         _build_sampler(cfg, dicts, seed),
         batch_size=cfg.SOLVER.IMS_PER_BATCH // world_size,
         groups=[int(d["width"] > d["height"]) if grouped else 0 for d in dicts],

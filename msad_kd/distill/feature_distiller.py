@@ -170,7 +170,7 @@ class Distiller(nn.Module):
                 if due:
                     self._log(term, level, (s.detach(), t, *parts))
             key = f"loss_kd_{term.name}"
-            losses[key] = losses.get(key, 0.0) + term.weight_at(iteration) * total
+            losses[key] = losses.get(key, 0.0) + term.warmup_weight(iteration) * total
         return losses
 
     @staticmethod

@@ -69,7 +69,7 @@ class RoIDistiller:
                 raise InputError(f"KD.LOSSES: '{term.name}': {error}") from error
             self._values[term.name] = self._values.get(term.name, 0.0) + value.detach()
             key = f"loss_kd_{term.name}"
-            losses[key] = losses.get(key, 0.0) + term.weight_at(iteration) * value
+            losses[key] = losses.get(key, 0.0) + term.warmup_weight(iteration) * value
         if due:
             for name, value in self._values.items():
                 get_event_storage().put_scalar(f"kd/{name}", value)

@@ -7,12 +7,14 @@ import os
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch import nn
 
 from msad_kd.distill.teacher import teacher_config
 from msad_kd.modeling.classes import number_of_classes
+from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
 
-__all__ = ["EvaluateTeacher", "SeedEachStep"]
+__all__ = ["EvaluateTeacher", "KeepNormalizer", "SeedEachStep"]
 
 
 class SeedEachStep(HookBase):
@@ -52,3 +54,39 @@ class EvaluateTeacher(HookBase):
         logger.info("Evaluating the teacher before the first iteration")
         with preserved_rng():
             trainer.test(cfg, trainer.teacher.model)
+
+
+class KeepNormalizer(HookBase):
+    """Keep the loss normalizer of every process in the training checkpoints, not in the model's.
+
+    It has to stand before the hook that writes checkpoints, in all processes.
+    """
+
+    def __init__(self, period: int):
+        """Keep the iterations between two checkpoints, ``period``."""
+        self.period = period
+        self._gathered: tuple[int, list[float | None]] = (-1, [])
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self.trainer.model
+        return getattr(model, "module", model)
+
+    def after_step(self):
+        """Gather the normalizers if a checkpoint is due: only one process writes it."""
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done >= self.trainer.max_iter:
+            self._gathered = done, comm.all_gather(get_normalizer(self._model))
+
+    def state_dict(self) -> dict:
+        """Return the normalizers, of this process alone if the checkpoint was not due."""
+        done, values = self._gathered
+        if done != self.trainer.iter + 1:
+            values = [get_normalizer(self._model)]
+        return {} if values[0] is None else {"values": values}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Give this process its normalizer back, or the first one if it is new."""
+        values = state["values"]
+        rank = comm.get_rank()
+        set_normalizer(self._model, values[rank] if rank < len(values) else values[0])

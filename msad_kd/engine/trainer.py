@@ -12,20 +12,19 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.solver import build_optimizer, get_default_optimizer_params
-from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
-from msad_kd.checkpoint.checkpoint import check_exists, init_from_teacher, load_strictly
-from msad_kd.data.loader import build_train_loader, clear_absence, clear_errors
+from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.start import init_from_teacher
+from msad_kd.data.loader import CheckedMapper, build_train_loader, explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin, attach_teacher
 from msad_kd.distill.teacher import teacher_config
-from msad_kd.engine.hooks import EvaluateTeacher, SeedEachStep
+from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep
 from msad_kd.engine.launch import ddp_on_cpu
+from msad_kd.engine.optimizer import build_optimizer
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.modeling.classes import check_classes, is_a
-from msad_kd.modeling.loss_normalizer import KeepNormalizer
 from msad_kd.utils.errors import InputError
 
 __all__ = ["KDTrainer"]
@@ -139,23 +138,7 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER == "ADAMW":
-            parameters = get_default_optimizer_params(
-                model,
-                base_lr=cfg.SOLVER.BASE_LR,
-                weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-                bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-                weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-                # A Swin's, which its authors do not decay either.
-                overrides={"relative_position_bias_table": {"weight_decay": 0.0}},
-            )
-            optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-            return optimizer(
-                parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
-            )
-        raise InputError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; use SGD or ADAMW")
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -165,8 +148,8 @@ class KDTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        mapper = clear_errors(build_mapper(cfg, is_train=False))
-        with clear_absence((dataset_name,)):
+        mapper = CheckedMapper(build_mapper(cfg, is_train=False))
+        with explain_missing_data((dataset_name,)):
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_classes(cfg, (dataset_name,))
         return loader
@@ -211,6 +194,7 @@ class KDTrainer(DefaultTrainer):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.KD.LOSSES = []
+        cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS  # so MODEL.TIMM's weights are not read
         model = cls.build_model(cfg)
         if weights is not None:
             load_strictly(model, weights, told)

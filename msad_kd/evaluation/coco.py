@@ -1,25 +1,19 @@
-"""COCO's AP by whichever implementation is at hand; all give the same numbers.
+"""COCO's AP by the fastest implementation that is installed; all give the same numbers.
 
-faster-coco-eval is several times as fast as pycocotools and comes as a wheel; Detectron2's C++ is
-in builds with a compiler only; pycocotools is always there.
+faster-coco-eval is several times as fast as pycocotools and comes as a wheel. Only a compiled
+Detectron2 has its C++ code. pycocotools is always installed.
 """
 
-from __future__ import annotations
-
-import itertools
+import contextlib
 import logging
 
 from detectron2.evaluation import COCOEvaluator
 
+from msad_kd.utils.compat import coco_eval_class
 from msad_kd.utils.errors import InputError
 
-__all__ = ["IMPLEMENTATIONS", "MetricsEvaluator", "choose_implementation", "within_classes"]
-
 FASTER, COMPILED, OFFICIAL = IMPLEMENTATIONS = ("faster-coco-eval", "detectron2", "pycocotools")
-_WAYS_OUT = {
-    FASTER: "pip install faster-coco-eval",
-    COMPILED: "it takes a Detectron2 that was compiled",
-}
+_HINTS = {FASTER: "pip install faster-coco-eval", COMPILED: "it needs a compiled Detectron2"}
 
 
 def _is_installed(implementation: str) -> bool:
@@ -34,10 +28,10 @@ def _is_installed(implementation: str) -> bool:
 
 
 def choose_implementation(wanted: str) -> str:
-    """The implementation for a value of TEST.COCO_EVALUATOR: for "auto" the fastest installed.
+    """Return the implementation for a value of TEST.COCO_EVALUATOR; "auto" is the fastest.
 
     Raises:
-        InputError: if there is no such implementation, or it is not installed.
+        InputError: if the implementation is unknown or not installed.
     """
     if wanted == "auto":
         return next(name for name in IMPLEMENTATIONS if _is_installed(name))
@@ -47,17 +41,17 @@ def choose_implementation(wanted: str) -> str:
         )
     if not _is_installed(wanted):
         raise InputError(
-            f"TEST.COCO_EVALUATOR is '{wanted}', which is not installed ({_WAYS_OUT[wanted]}); "
-            "auto takes what there is"
+            f"TEST.COCO_EVALUATOR is '{wanted}', which is not installed ({_HINTS[wanted]}); "
+            "auto takes the fastest that is installed"
         )
     return wanted
 
 
 def within_classes(outputs: list[dict], classes: int) -> list[dict]:
-    """A model's outputs without the instances of classes that the data set does not have.
+    """Drop the instances of classes that the data set does not have from a model's outputs.
 
-    A model may have more classes than the data. Those without ground truth are in no AP, but
-    Detectron2's evaluators stop at them.
+    A model may have more classes than the data. They count in no AP, but Detectron2's evaluators
+    fail on them.
     """
     kept = []
     for output in outputs:
@@ -69,82 +63,55 @@ def within_classes(outputs: list[dict], classes: int) -> list[dict]:
 
 
 class MetricsEvaluator(COCOEvaluator):
-    """Detectron2's ``COCOEvaluator`` with a choice of what computes the AP of boxes and masks."""
+    """Detectron2's ``COCOEvaluator`` with a choice of what computes AP."""
 
     def __init__(
-        self,
-        dataset_name: str,
-        *,
-        implementation: str = "auto",
-        masks: bool = True,
-        **kwargs,
+        self, dataset_name: str, *, implementation: str = "auto", masks: bool = True, **kwargs
     ):
-        """
+        """Build the evaluator.
+
         Args:
             dataset_name: as for ``COCOEvaluator``.
             implementation: "auto" or one of ``IMPLEMENTATIONS``.
-            masks: whether the model predicts masks. This matters where it predicts nothing at
-                all: the mask AP is then NaN, as the box AP is, and not absent.
-            kwargs: further arguments of ``COCOEvaluator``.
+            masks: whether the model predicts masks. If it finds nothing at all, its mask AP is
+                then NaN instead of missing.
+            **kwargs: further arguments of ``COCOEvaluator``.
 
         Raises:
-            InputError: as ``choose_implementation``, and if faster-coco-eval is forced on a data
-                set whose image ids are no integers.
+            InputError: as ``choose_implementation``, and if faster-coco-eval is required for a
+                data set whose image ids are not integers.
         """
         chosen = choose_implementation(implementation)
         super().__init__(dataset_name, use_fast_impl=chosen == COMPILED, **kwargs)
-        if chosen == FASTER and not all(isinstance(each, int) for each in self._coco_api.imgs):
+        if chosen == FASTER and not all(isinstance(image, int) for image in self._coco_api.imgs):
             if implementation == FASTER:
                 raise InputError(
                     f"data set '{dataset_name}': faster-coco-eval needs integers as image ids; set "
                     "TEST.COCO_EVALUATOR pycocotools"
                 )
             chosen = OFFICIAL
+        self._patch = contextlib.nullcontext()
+        if chosen == FASTER:
+            from faster_coco_eval import COCO, COCOeval_faster
+
+            self._coco_api = COCO(self._coco_api.dataset)
+            self._patch = coco_eval_class(COCOeval_faster)
+        self._use_fast_impl = chosen != OFFICIAL
         self._implementation = chosen
-        self._use_fast_impl = chosen != OFFICIAL  # what Detectron2 logs as the "unofficial" API
         self._masks = masks
-        self._stock_tasks = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Collect the outputs of a batch."""
         if names := self._metadata.get("thing_classes"):
             outputs = within_classes(outputs, len(names))
         super().process(inputs, outputs)
 
     def _tasks_from_predictions(self, predictions):
-        return self._stock_tasks
+        if not predictions:
+            return ["bbox", "segm"] if self._masks else ["bbox"]
+        return super()._tasks_from_predictions(predictions)
 
     def _eval_predictions(self, predictions, img_ids=None):
-        results = list(itertools.chain(*(each["instances"] for each in predictions)))
-        if results:
-            tasks = super()._tasks_from_predictions(results)
-        else:
-            tasks = ["bbox", "segm"] if self._masks else ["bbox"]
-        ours = []
-        if self._implementation == FASTER and self._do_evaluation and results:
-            ours = [task for task in tasks if task != "keypoints"]
-        self._stock_tasks = [task for task in tasks if task not in ours]
         logging.getLogger(__name__).info("COCO-style AP is computed by %s", self._implementation)
-        # It maps the classes to the data set's (in these very dicts) and writes the results, too.
-        super()._eval_predictions(predictions, img_ids)
-        for task in ours:
-            evaluation = self._evaluate_faster(results, task, img_ids)
-            self._results[task] = self._derive_coco_results(
-                evaluation, task, class_names=self._metadata.get("thing_classes")
-            )
-
-    def _evaluate_faster(self, results, task, img_ids):
-        from faster_coco_eval import COCO, COCOeval_faster
-
-        # As in Detectron2: without its box, the size of a result is that of its mask. Copies, since
-        # loading adds fields.
-        left_out = {"bbox"} if task == "segm" else set()
-        results = [{k: v for k, v in each.items() if k not in left_out} for each in results]
-        truth = COCO(self._coco_api.dataset)
-        evaluation = COCOeval_faster(truth, truth.loadRes(results), task)
-        evaluation.params.maxDets = self._max_dets_per_image
-        if img_ids is not None:
-            evaluation.params.imgIds = img_ids
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        return evaluation
+        with self._patch:
+            super()._eval_predictions(predictions, img_ids)

@@ -16,8 +16,9 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from msad_kd.checkpoint.checkpoint import check_exists, export_weights
+from msad_kd.checkpoint.checkpoint import check_exists
 from msad_kd.checkpoint.files import write_json
+from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.config.stages import STUDENT, Stage, read_stages, stage_config
 from msad_kd.distill.student import DistilledMixin, check_losses
 from msad_kd.distill.teacher import teacher_config
@@ -173,7 +174,7 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
         results = _run_stage(own, resume=resume)
         resume = False
         if comm.is_main_process():
-            export_weights(str(folder / "model_final.pth"), str(folder / STUDENT))
+            strip_checkpoint(str(folder / "model_final.pth"), str(folder / STUDENT))
             state[stage.name] = {
                 "folder": folder.name,
                 **sources,

@@ -1,91 +1,60 @@
 """Losses between two feature maps, and the registry that names them.
 
-N: images, C: channels, H, W: height and width of a level. Every function takes the student's map
-first and the teacher's second, both (N, C, H, W), and returns a scalar; the gradient goes to the
-student's.
+N: images, C: channels, H, W: height and width of a level. Every loss takes the student's and the
+teacher's map, (N, C, H, W), and returns a scalar whose gradient flows to the student's map.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from msad_kd.losses.ssim import functional as similarity
+from msad_kd.losses.ssim import functional
 
-__all__ = [
-    "DISTILL_LOSS_REGISTRY",
-    "cwd",
-    "diagnosed",
-    "generator",
-    "l1",
-    "mgd",
-    "mse",
-    "pkd",
-    "ssim",
-    "with_parts",
-]
-
+# A loss's name in KD.LOSSES is its function's name; KD.LOSSES can set the arguments with a default.
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
-DISTILL_LOSS_REGISTRY.__doc__ = """
-Losses by the name KD.LOSSES calls them, which is the function's. They take (student, teacher,
-**arguments), both maps of shape (N, C, H, W), and return a scalar. An argument with a default is a
-field of KD.LOSSES.
-"""
 
 
 def with_parts(build: Callable[[int], nn.Module]) -> Callable:
-    """Decorates a loss that trains a module of its own, which it takes as its third argument.
+    """Declare that a loss trains a module of its own, which it takes as its third argument.
 
-    Args:
-        build: from C, the teacher's channels, to the module. Each level has one; they live in the
-            student's ``distiller``, are trained with it, and are in no exported model.
+    ``build`` makes it from the teacher's channels C. Each level has its own module; they belong to
+    the student's ``distiller``, are trained with it, and are not part of an exported model.
     """
-
-    def decorate(loss: Callable) -> Callable:
-        loss.parts = build
-        return loss
-
-    return decorate
+    return partial(_add_attributes, parts=build)
 
 
 def diagnosed(**measures: Callable) -> Callable:
-    """Decorates a loss with what is worth watching beside its value.
+    """Declare what is logged for each level every KD.DIAGNOSTICS_PERIOD iterations, by name.
 
-    Args:
-        measures: by name, functions of the loss's own arguments that return a scalar; they are
-            logged for each level every KD.DIAGNOSTICS_PERIOD iterations.
+    The ``measures`` are functions that take the loss's arguments and return a scalar.
     """
+    return partial(_add_attributes, measures=measures)
 
-    def decorate(loss: Callable) -> Callable:
-        loss.measures = measures
-        return loss
 
-    return decorate
+def _add_attributes(loss: Callable, **attributes) -> Callable:
+    vars(loss).update(attributes)
+    return loss
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean of |S - T|: MSAD's loss (arXiv 2109.06875, sec. 3.3), 0 when the maps are equal."""
+    """Return the mean of |S - T|, MSAD's loss (arXiv 2109.06875, sec. 3.3)."""
     return F.l1_loss(student, teacher)
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean of (S - T)^2."""
+    """Return the mean of (S - T)^2."""
     return F.mse_loss(student, teacher)
 
 
-def _blind_share(
-    student: torch.Tensor, teacher: torch.Tensor, rescale: str = "channel", **arguments
-) -> torch.Tensor:
-    arguments.pop("exponents", None)
-    return similarity.blind_share(
-        *(similarity.rescale(x, rescale) for x in (student, teacher)), **arguments
-    )
+def _blind_share(student, teacher, rescale="channel", exponents=None, **arguments):
+    maps = (functional.rescale(x, rescale) for x in (student, teacher))
+    return functional.blind_share(*maps, **arguments)
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -100,22 +69,15 @@ def ssim(
     data_range: float = 1.0,
     padding: str = "reflect",
 ) -> torch.Tensor:
-    """Mean of (1 - SSIM) / 2 of the rescaled maps: structural distillation (arXiv 2211.13133).
+    """Return the mean of (1 - SSIM) / 2 of the rescaled maps (Structural KD, arXiv 2211.13133).
 
-    Between 0 (equal, up to what the rescaling takes away) and 1. Weight 4 is the paper's, 2 does as
-    well there. ``kd/ssim_blind_share_<level>`` tells the share of windows that are too flat to have
-    a structure in SSIM's eyes.
-
-    Args:
-        rescale: psi, to [0, 1] by least and greatest value: "channel" (of each image and channel),
-            "image" or "none".
-        exponents: of luminance, contrast and structure; 0 leaves one out.
-        window_size, sigma: of the Gaussian window, in cells; on small maps the window shrinks.
-        data_range: of the maps after rescaling.
-        padding: "reflect", "zero" or "valid".
+    It is from 0 (equal after rescaling) to 1. The paper's weight is 4; 2 works as well there.
+    ``kd/ssim_blind_share_<level>`` logs the share of windows that are too flat for SSIM to see
+    structure. ``rescale`` is psi, to [0, 1] by minimum and maximum per "channel" of each image, per
+    "image", or "none". The other arguments are those of ``functional.ssim``.
     """
-    return similarity.ssim_loss(
-        *(similarity.rescale(x, rescale) for x in (student, teacher)),
+    return functional.ssim_loss(
+        *(functional.rescale(x, rescale) for x in (student, teacher)),
         exponents=tuple(exponents),
         window_size=window_size,
         sigma=sigma,
@@ -126,36 +88,29 @@ def ssim(
 
 @DISTILL_LOSS_REGISTRY.register()
 def pkd(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """1 - Pearson correlation of each channel over (N, H, W), mean over channels (PKD, NeurIPS'22).
+    """Return 1 - Pearson correlation per channel over (N, H, W), averaged (PKD, NeurIPS 2022).
 
-    Half the mean squared difference of the two maps after each channel has been brought to mean 0
-    and variance 1: between 0 (equal up to a positive scale and an offset) and 2 (opposite).
-
-    Args:
-        eps: added to the standard deviation, for channels that are constant.
+    This is half the mean squared difference of the maps after each channel is standardised to mean
+    0 and variance 1: from 0 (equal up to a positive scale and an offset) to 2 (opposite). ``eps``,
+    added to the standard deviation, is for constant channels.
     """
 
-    def standardised(x: torch.Tensor) -> torch.Tensor:
+    def standardise(x: torch.Tensor) -> torch.Tensor:
         x = x.float()
         mean = x.mean(dim=(0, 2, 3), keepdim=True)
-        # Not the root of the variance, whose gradient is NaN where a channel is constant.
+        # Not the root of the variance: its gradient is NaN where a channel is constant.
         std = x.std(dim=(0, 2, 3), keepdim=True, correction=0)
         return (x - mean) / (std + eps)
 
-    return F.mse_loss(standardised(student), standardised(teacher)) / 2
+    return F.mse_loss(standardise(student), standardise(teacher)) / 2
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
-    """tau^2 KL(T || S) of each channel's softmax over its cells, mean over (N, C) (CWD, ICCV'21).
+    """Return tau^2 KL(T || S) of each channel's softmax over cells, averaged (CWD, ICCV 2021).
 
-    It compares where a channel is strong: an offset of a channel does not matter.
-
-    Args:
-        tau: the temperature, above 0; the maps are divided by it first.
-
-    Raises:
-        ValueError: of tau.
+    It compares where a channel is strong, whatever its offset. The temperature tau divides the
+    maps; a ValueError says that it has to be above 0.
     """
     if not tau > 0:
         raise ValueError(f"tau is {tau}; it has to be above 0")
@@ -164,7 +119,7 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0) -> torch
 
 
 def generator(channels: int) -> nn.Module:
-    """MGD's generation block: 3x3 convolution, ReLU, 3x3 convolution, of as many channels."""
+    """Build MGD's generation block: 3x3 convolution, ReLU, 3x3 convolution."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1),
         nn.ReLU(inplace=True),
@@ -177,22 +132,15 @@ def generator(channels: int) -> nn.Module:
 def mgd(
     student: torch.Tensor, teacher: torch.Tensor, parts: nn.Module, mask_ratio: float = 0.65
 ) -> torch.Tensor:
-    """Sum of (T - G(S masked))^2 over N: masked generative distillation (MGD, ECCV'22).
+    """Return the sum of (T - G(masked S))^2 over N: masked generative distillation (ECCV 2022).
 
-    A sum and not a mean, as published, so its weight is small: 2e-5 for RetinaNet with
-    ``mask_ratio`` 0.65, 5e-7 for Mask R-CNN with 0.45.
-
-    Args:
-        parts: G, which makes the teacher's map from what is left of the student's.
-        mask_ratio: lambda, the share of cells that are set to 0 (in all channels alike), from 0 to
-            below 1.
-
-    Raises:
-        ValueError: of mask_ratio.
+    It is a sum, as published, so the weights are small: 2e-5 for RetinaNet with ``mask_ratio``
+    0.65, 5e-7 for Mask R-CNN with 0.45. ``parts`` is G, which generates the teacher's map from the
+    student's; ``mask_ratio`` is lambda, the share of cells set to 0 in all channels, in [0, 1); a
+    ValueError refuses others.
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}; it has to be from 0 to below 1")
     kept = torch.rand_like(student[:, :1]) >= mask_ratio
-    return F.mse_loss(parts(student * kept).float(), teacher.float(), reduction="sum") / len(
-        student
-    )
+    generated = parts(student * kept).float()
+    return F.mse_loss(generated, teacher.float(), reduction="sum") / len(student)

@@ -1,22 +1,14 @@
-"""KD.LOSSES, read and checked: which loss, on which levels, with what weight, from when on."""
-
-from __future__ import annotations
+"""Read KD.LOSSES: which loss, on which levels, with which weight and warm-up."""
 
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY
-from msad_kd.utils.errors import InputError
-
-__all__ = ["LossTerm", "read_losses", "yaml_number"]
-
-# The fields of an entry that are not arguments of its loss.
-FIELDS = ("name", "weight", "levels", "warmup_iters", "adapter")
-LEVEL_FIELDS = ("levels", "adapter")  # of losses between feature maps alone
+from msad_kd.utils.errors import InputError, nearest
+from msad_kd.utils.schema import read_fields
 
 
 @dataclass(frozen=True)
@@ -24,98 +16,78 @@ class LossTerm:
     """One entry of KD.LOSSES."""
 
     name: str  # in DISTILL_LOSS_REGISTRY or ROI_LOSS_REGISTRY
-    weight: float  # of the sum over levels, or of the loss between regions
+    weight: float  # of the sum over levels, or of the loss between RoI predictions
     levels: tuple[str, ...] = ()  # the student's; empty: all that have a partner
-    warmup_iters: int = 0  # iterations over which the weight rises linearly from 0
-    adapter: bool | str = "auto"  # a 1x1 convolution on the student's map; "auto": if C differs
-    arguments: dict = field(default_factory=dict)  # of the loss
+    # Iterations over which the weight rises linearly from 0.
+    warmup_iters: Annotated[int, lambda count: count >= 0, "a whole number of 0 or more"] = 0
+    # Whether a 1x1 convolution adapts the student's map; "auto": where the channels differ.
+    adapter: Literal["auto", True, False] = "auto"
+    arguments: dict = field(default_factory=dict)  # of the loss function
 
-    def weight_at(self, iteration: int) -> float:
-        """The weight at an iteration of the trainer, which counts from 0."""
+    def warmup_weight(self, iteration: int) -> float:
+        """Return the weight at an iteration of the trainer (from 0), lower during the warm-up."""
         if iteration >= self.warmup_iters:
             return self.weight
         return self.weight * iteration / self.warmup_iters
 
     def adapts(self, student_channels: int, teacher_channels: int) -> bool:
-        """Whether the student's map passes an adapter first."""
+        """Return whether an adapter comes before the loss."""
         if self.adapter == "auto":
             return student_channels != teacher_channels
         return self.adapter
 
     @property
     def of_regions(self) -> bool:
-        """Whether it compares what RoI heads predict, and not feature maps."""
+        """Whether the loss compares RoI predictions, not feature maps."""
         return self.name in ROI_LOSS_REGISTRY
 
     @property
     def function(self) -> Callable:
-        """The loss itself, from its registry."""
+        """The loss function of the registry."""
         return (ROI_LOSS_REGISTRY if self.of_regions else DISTILL_LOSS_REGISTRY).get(self.name)
 
 
-def yaml_number(value: Any) -> Any:
-    """A number that YAML 1.1 reads as text, such as 5e-7, as that number; any other value as it is.
-
-    Detectron2's reader takes only 5.0e-7 and 5.0e+7 for numbers.
-    """
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value, re.IGNORECASE):
-        return float(value)
-    return value
-
-
 def read_losses(entries: list[dict]) -> list[LossTerm]:
-    """Check and read KD.LOSSES.
+    """Check KD.LOSSES and return its entries.
 
     Raises:
-        InputError: if an entry is not a dict, names no loss or an unknown one, has no weight, has a
-            field of the wrong kind, or passes an argument the loss does not take.
+        InputError: if an entry is not a dict, has no name or weight, names an unknown loss, or has
+            a field that its loss does not take or that is of another type.
     """
     if not isinstance(entries, (list, tuple)):
-        raise InputError(f"KD.LOSSES: {entries} should be a list of dicts")
-    return [_read(entry) for entry in entries]
+        raise InputError(f"KD.LOSSES: {entries!r} should be a list of dicts")
+    return [_read_term(entry) for entry in entries]
 
 
-def _read(entry: Any) -> LossTerm:
-    if isinstance(entry, dict):
-        entry = {key: yaml_number(value) for key, value in entry.items()}
-    weighted = isinstance(entry, dict) and isinstance(entry.get("weight"), (int, float))
-    if not weighted or "name" not in entry:
-        raise InputError(f"KD.LOSSES: {entry} should be a dict with a name and a weight")
+def _read_term(entry: Any) -> LossTerm:
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise InputError(f"KD.LOSSES: {entry!r} should be a dict with a name and a weight")
     name = entry["name"]
     names = sorted(name for name, _ in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY))
     if name not in names:
-        raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(names)}")
+        raise InputError(
+            f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(names)}"
+            f"{nearest(str(name), names)}"
+        )
     if names.count(name) > 1:
         raise InputError(
-            f"KD.LOSSES: '{name}' is registered as a loss of feature maps and as one of regions; "
-            "rename one of the two"
+            f"KD.LOSSES: '{name}' is registered as a loss of feature maps and as one of RoI "
+            "predictions; rename one of the two"
         )
-    fields = [each for each in FIELDS if name not in ROI_LOSS_REGISTRY or each not in LEVEL_FIELDS]
-
-    def checked(key: str, default: Any, fits: Callable[[Any], bool], kind: str) -> Any:
-        value = entry.get(key, default)
-        if not fits(value):
-            raise InputError(f"KD.LOSSES: {key} of '{name}' should be {kind}, not {value!r}")
-        return value
-
-    levels = checked("levels", (), lambda x: isinstance(x, (list, tuple)), "a list")
-    warmup = checked(
-        "warmup_iters", 0, lambda x: isinstance(x, int) and x >= 0, "a whole number from 0"
-    )
-    adapter = checked(
-        "adapter", "auto", lambda x: x == "auto" or isinstance(x, bool), "auto, true or false"
-    )
-    arguments = {key: value for key, value in entry.items() if key not in fields}
-    term = LossTerm(name, float(entry["weight"]), tuple(levels), warmup, adapter, arguments)
-    parameters = inspect.signature(term.function).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    for argument in arguments:
-        if argument not in defaults and not takes_any:
-            raise InputError(
-                f"KD.LOSSES: '{name}' has no field '{argument}'; known: "
-                f"{', '.join([*fields, *defaults])}"
-            )
-        if type(defaults.get(argument)) in (int, float):
-            checked(argument, None, lambda x: isinstance(x, (int, float)), "a number")
-    return term
+    annotations = get_type_hints(LossTerm, include_extras=True)
+    del annotations["arguments"]
+    if name in ROI_LOSS_REGISTRY:
+        del annotations["levels"], annotations["adapter"]
+    settings = set(annotations)
+    for parameter in inspect.signature(LossTerm(name, 0.0).function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            annotations = dict.fromkeys(entry, Any) | annotations
+        elif parameter.default is not parameter.empty:
+            annotation = parameter.annotation
+            if annotation is parameter.empty or isinstance(annotation, str):
+                annotation = float if type(parameter.default) in (int, float) else Any
+            annotations[parameter.name] = annotation
+    values = read_fields(entry, "KD.LOSSES", f"'{name}'", annotations, ("name", "weight"))
+    arguments = {key: values.pop(key) for key in entry if key not in settings}
+    values |= {"weight": float(values["weight"]), "levels": tuple(values.get("levels", ()))}
+    return LossTerm(**values, arguments=arguments)

@@ -1,1 +1,22 @@
-"""Teachers and the parts of detectors: backbones, pyramids, fusion, FCOS."""
+"""Multi-resolution teachers and the parts of detectors: backbones, pyramids, fusion, FCOS."""
+
+from msad_kd.modeling.fcos import FCOS
+from msad_kd.modeling.fpn import build_aligned_fpn, build_five_level_fpn
+from msad_kd.modeling.fusion import CrossingFeatureFusion
+from msad_kd.modeling.multi_resolution import (
+    MultiResolutionFCOS,
+    MultiResolutionRCNN,
+    MultiResolutionRetinaNet,
+)
+from msad_kd.modeling.timm_backbone import TimmBackbone
+
+__all__ = [
+    "FCOS",
+    "CrossingFeatureFusion",
+    "MultiResolutionFCOS",
+    "MultiResolutionRCNN",
+    "MultiResolutionRetinaNet",
+    "TimmBackbone",
+    "build_aligned_fpn",
+    "build_five_level_fpn",
+]

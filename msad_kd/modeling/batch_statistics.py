@@ -1,17 +1,13 @@
-"""Batch normalisation of a backbone that sees two resolutions: statistics of its own for each.
+"""Separate running statistics of batch normalisation for each resolution of one backbone.
 
-In training both resolutions are normalised by their own batch, whatever is kept; at test time one
+In training, both resolutions are normalised by the statistics of their own batch. At test time one
 shared set of running statistics would fit neither.
 """
-
-from __future__ import annotations
 
 from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-__all__ = ["LOW_SUFFIX", "add_low_resolution_statistics", "low_resolution_statistics"]
 
 # The low resolution's running_mean is called running_mean_lr, and so on.
 LOW_SUFFIX = "_lr"
@@ -24,10 +20,10 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 def add_low_resolution_statistics(module: nn.Module) -> int:
-    """Give each batch normalisation in a module a second set of running statistics (in place).
+    """Give each batch normalisation in a module a second set of running statistics, in place.
 
     Returns:
-        how many there are.
+        the number of batch normalisations.
     """
     norms = _batch_norms(module)
     for norm in norms:
@@ -38,7 +34,7 @@ def add_low_resolution_statistics(module: nn.Module) -> int:
 
 @contextmanager
 def low_resolution_statistics(module: nn.Module):
-    """Within the context, a module reads and updates the second set, if it has one."""
+    """Let a module read and update the second set of statistics, if it has one."""
     norms = [m for m in _batch_norms(module) if _STATISTICS[0] + LOW_SUFFIX in m._buffers]
 
     def swap():

@@ -1,21 +1,20 @@
-"""Context managers that let a stock detector's ``forward`` be used whole, from outside."""
+"""Context managers that listen to a module or answer in its place, and leave no trace."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
-__all__ = ["answering", "computing", "recording"]
-
 
 @contextmanager
 def recording(module: nn.Module):
-    """Yields an object whose ``inputs``, a tuple, and ``output`` are those of the module's last
-    call."""
+    """Record the last call of a module.
+
+    Yields:
+        an object with ``inputs``, the tuple of positional arguments, and ``output``.
+    """
     call = SimpleNamespace(inputs=(), output=None)
 
     def keep(_, inputs, output):
@@ -29,28 +28,31 @@ def recording(module: nn.Module):
 
 
 @contextmanager
-def answering(module: nn.Module, output: Any):
-    """Calling the module returns ``output``, which was computed before, instead of computing."""
-    module.forward = lambda *args, **kwargs: output
+def replacing_method(module: nn.Module, name: str, function: Callable):
+    """Call a function instead of one method of a module."""
+    setattr(module, name, function)
     try:
         yield
     finally:
-        del module.forward  # the class's own is visible again
+        delattr(module, name)  # the class's method is visible again
+
+
+def answering(module: nn.Module, output: Any):
+    """Let the module return ``output``, which was computed before, instead of computing."""
+    return replacing_method(module, "forward", lambda *args, **kwargs: output)
 
 
 @contextmanager
 def computing(backbone: nn.Module, levels: Iterable[str]):
-    """Within the context, an FPN computes these levels and what they are made of; others are None.
+    """Let an FPN compute only these levels and what they are made of; the others are None.
 
-    p2's output convolution alone is a quarter of the multiply-adds of an R-50 FPN.
+    It saves time: p2's output convolution alone is a quarter of the multiply-adds of an R-50 FPN.
     """
     top_block = getattr(backbone, "top_block", None)
     source = getattr(top_block, "in_feature", None)  # of all levels above p5
     with ExitStack() as skipped:
         for name in backbone.output_shape().keys() - {source, *levels}:
-            output = getattr(backbone, f"fpn_output{name[1:]}", None)
-            if output is None:
-                output = getattr(top_block, name, None)
-            if output is not None:  # else it costs nothing, as a maximum does
-                skipped.enter_context(answering(output, None))
+            layer = getattr(backbone, f"fpn_output{name[1:]}", getattr(top_block, name, None))
+            if layer is not None:  # a level without a layer, a maximum, costs nothing
+                skipped.enter_context(answering(layer, None))
         yield

@@ -1,6 +1,4 @@
-"""Detectron2's FCOS, built from a yacs config, that survives images without boxes."""
-
-from __future__ import annotations
+"""Detectron2's FCOS, built from a yacs config and trained on images without boxes, too."""
 
 import math
 
@@ -11,13 +9,12 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-__all__ = ["FCOS", "group_norm"]
-
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Detectron2's "GN", 32 groups, or as many as narrow maps allow with two channels in each.
+    """Return Detectron2's "GN", 32 groups, or fewer so that each has at least two channels.
 
-    In its head, Detectron2 0.6 tries a normalisation on one channel, which torch no longer takes.
+    To learn its type, Detectron2 0.6 builds a head's normalisation for one channel, too, which 32
+    groups cannot share.
     """
     groups = math.gcd(32, channels)
     return nn.GroupNorm(max(channels // 2, 1) if groups == channels else groups, channels)
@@ -29,14 +26,12 @@ class FCOS(fcos.FCOS):
 
     @configurable
     def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: arguments of Detectron2's FCOS.
-        """
+        """Take the arguments of Detectron2's FCOS."""
         super().__init__(**kwargs)
 
     @classmethod
     def from_config(cls, cfg):
+        """Return the constructor's arguments."""
         keys = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
@@ -65,11 +60,12 @@ class FCOS(fcos.FCOS):
 
     @torch.no_grad()
     def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]):
-        # Detectron2 0.6 crashes on an image without boxes. A box of no area, of the background's
-        # class, matches no location and so stands for none.
+        """Match anchors with boxes, as Detectron2 does, also in images without boxes."""
         return super().label_anchors(anchors, [self._not_empty(x) for x in gt_instances])
 
     def _not_empty(self, instances: Instances) -> Instances:
+        # Detectron2 0.6 crashes on an image without boxes. A background box without area matches no
+        # location, so it stands for none.
         if len(instances):
             return instances
         boxes = instances.gt_boxes.tensor

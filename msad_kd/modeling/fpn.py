@@ -4,8 +4,6 @@ A detector reads five levels: p2..p6 when its FPN starts at res2, p3..p7 when it
 multi-resolution teacher's backbone serves two resolutions and has m = log2 k levels more.
 """
 
-from __future__ import annotations
-
 import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
@@ -17,29 +15,21 @@ from torch import nn
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.errors import InputError
 
-__all__ = [
-    "AlignedFPN",
-    "LastLevelsConv",
-    "LastLevelsMaxPool",
-    "build_aligned_fpn",
-    "build_aligned_resnet_fpn_backbone",
-    "build_five_level_fpn",
-    "build_five_level_resnet_fpn_backbone",
-]
-
-LEVELS = 5
+_DETECTOR_LEVELS = 5
 
 
 class LastLevelsMaxPool(nn.Module):
-    """Detectron2's ``LastLevelMaxPool``, several times: p6, p7, ... by subsampling p5."""
+    """Make p6, p7, ... by subsampling p5, as Detectron2's ``LastLevelMaxPool`` makes p6."""
 
     in_feature = "p5"
 
     def __init__(self, num_levels: int):
+        """Make ``num_levels`` levels."""
         super().__init__()
         self.num_levels = num_levels
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the levels above p5, (N, C, H, W)."""
         levels = []
         for _ in range(self.num_levels):
             x = F.max_pool2d(x, kernel_size=1, stride=2)
@@ -48,23 +38,16 @@ class LastLevelsMaxPool(nn.Module):
 
 
 class LastLevelsConv(nn.Module):
-    """Detectron2's ``LastLevelP6P7``, of any length: p6, p7, ... by strided convolutions.
+    """Make p6, p7, ... by strided convolutions, as Detectron2's ``LastLevelP6P7`` makes two.
 
-    Without normalisation its parameters are the stock block's. With it the levels stay on the scale
-    of the others; without, a feature loss may see little beside them.
+    Without normalisation its parameters are those of the stock block, but its levels can be so
+    large that a feature loss sees little beside them; with it they are on the others' scale.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, num_levels: int, in_feature: str, norm: str = ""
     ):
-        """
-        Args:
-            in_channels: of ``in_feature``.
-            out_channels: of each level.
-            num_levels: how many there are, from p6 on.
-            in_feature: "p5" or "res5".
-            norm: a normalisation of Detectron2's, or "".
-        """
+        """Build the convolutions that start from ``in_feature``, which has ``in_channels``."""
         super().__init__()
         self.num_levels = num_levels
         self.in_feature = in_feature
@@ -82,9 +65,10 @@ class LastLevelsConv(nn.Module):
             self.add_module(f"p{6 + i}", convolution)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return the levels above p5, (N, C, H, W); None for those that ``computing`` skips."""
         levels: list[torch.Tensor | None] = []
         for convolution in self.children():
-            if levels and x is not None:  # None: a level its caller skips, see hooking.answering
+            if levels and x is not None:
                 x = F.relu(x)
             x = convolution(x)
             levels.append(x)
@@ -92,24 +76,21 @@ class LastLevelsConv(nn.Module):
 
 
 class AlignedFPN(FPN):
-    """An FPN whose images are padded so that k times smaller ones are padded rightly, too.
+    """An FPN that pads images so that those of 1/k the size are padded to the same cells.
 
-    Its parameters have the names of the stock FPN's.
+    Its parameters have the stock FPN's names.
     """
 
     def __init__(self, *, scale: int, **kwargs):
-        """
-        Args:
-            scale: k, high-resolution side / low-resolution side.
-            kwargs: arguments of ``FPN``.
-        """
+        """Build the stock FPN of ``kwargs``; ``scale`` is k."""
         super().__init__(**kwargs)
         self.scale = scale
 
     @property
     def size_divisibility(self) -> int:
-        # 32 k and not 32: the low-resolution image, padded to 1/k of this, is then a multiple of 32
-        # itself, and both pyramids have the same cells.
+        """Return the number of pixels that the padded images' sides are multiples of."""
+        # 32 k instead of 32: the low-resolution image, padded to 1/k of the size, is then a
+        # multiple of 32 as well.
         return self.scale * super().size_divisibility
 
 
@@ -119,11 +100,9 @@ def _fpn_arguments(cfg: CfgNode, bottom_up: Backbone, levels: int) -> dict:
     if kind == "maxpool":
         top_block = LastLevelsMaxPool(top_levels)
     elif kind in ("conv_p5", "conv_res5"):
-        source = kind.removeprefix("conv_")
-        channels = (
-            keys.OUT_CHANNELS if source == "p5" else bottom_up.output_shape()[source].channels
-        )
-        top_block = LastLevelsConv(channels, keys.OUT_CHANNELS, top_levels, source, keys.NORM)
+        channels, source = keys.OUT_CHANNELS, kind.removeprefix("conv_")
+        in_channels = channels if source == "p5" else bottom_up.output_shape()[source].channels
+        top_block = LastLevelsConv(in_channels, channels, top_levels, source, keys.NORM)
     else:
         raise InputError(f"MODEL.FPN.TOP_BLOCK is '{kind}'; use maxpool, conv_p5 or conv_res5")
     return {
@@ -137,31 +116,31 @@ def _fpn_arguments(cfg: CfgNode, bottom_up: Backbone, levels: int) -> dict:
 
 
 def build_five_level_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """An FPN of ``MODEL.FPN`` on any backbone: p2..p6, or p3..p7 without res2.
+    """Build the FPN of ``MODEL.FPN`` on any backbone: p2..p6, or p3..p7 without res2.
 
     Raises:
-        InputError: if there is no such ``MODEL.FPN.TOP_BLOCK``.
+        InputError: if ``MODEL.FPN.TOP_BLOCK`` is unknown.
     """
-    return FPN(**_fpn_arguments(cfg, bottom_up, LEVELS))
+    return FPN(**_fpn_arguments(cfg, bottom_up, _DETECTOR_LEVELS))
 
 
 def build_aligned_fpn(cfg: CfgNode, bottom_up: Backbone) -> AlignedFPN:
-    """The same for a multi-resolution teacher: five levels at low resolution, m more at high.
+    """Build the FPN of a multi-resolution teacher: five levels at low resolution, m more at high.
 
     Raises:
-        InputError: as ``build_five_level_fpn``.
+        InputError: if ``MODEL.FPN.TOP_BLOCK`` is unknown.
     """
-    arguments = _fpn_arguments(cfg, bottom_up, LEVELS + level_shift(cfg.KD.SCALE))
+    arguments = _fpn_arguments(cfg, bottom_up, _DETECTOR_LEVELS + level_shift(cfg.KD.SCALE))
     return AlignedFPN(scale=cfg.KD.SCALE, **arguments)
 
 
 @BACKBONE_REGISTRY.register()
-def build_five_level_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """A ResNet FPN whose coarsest levels are made as ``MODEL.FPN.TOP_BLOCK`` says."""
+def build_five_level_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Build a ResNet FPN whose coarsest levels are made as ``MODEL.FPN.TOP_BLOCK`` says."""
     return build_five_level_fpn(cfg, build_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
-def build_aligned_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> AlignedFPN:
-    """A ResNet FPN with levels p2..p6 at low resolution and m more at high: p2..p7 for k = 2."""
+def build_aligned_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AlignedFPN:
+    """Build a ResNet FPN with levels p2..p6 at low resolution and m more at high."""
     return build_aligned_fpn(cfg, build_resnet_backbone(cfg, input_shape))

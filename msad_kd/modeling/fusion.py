@@ -3,8 +3,6 @@
 N: images, C: channels of a level, H, W: its height and width.
 """
 
-from __future__ import annotations
-
 import torch
 from fvcore.nn import weight_init
 from torch import nn
@@ -12,26 +10,28 @@ from torch import nn
 from msad_kd.modeling.pyramid import Pyramid
 from msad_kd.utils.errors import InputError
 
-__all__ = ["CrossingFeatureFusion", "masked_mean"]
-
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over the cells of (N, C, H, W) where ``mask`` (N, 1, H, W) is 1, or all: (N, C)."""
+    """Return the mean (N, C) of (N, C, H, W) over the cells where ``mask`` (N, 1, H, W) is 1.
+
+    Without a mask it is the mean over all cells; a mask of zeros gives 0.
+    """
     if mask is None:
         return x.mean(dim=(2, 3))
     return (x * mask).sum(dim=(2, 3)) / mask.sum(dim=(2, 3)).clamp(min=1)
 
 
 class CrossingFeatureFusion(nn.Module):
-    """Fuse the levels of a high- and a low-resolution pyramid by weights each image chooses.
+    """Fuse a high- and a low-resolution pyramid level by level, with weights for each image.
 
-    Per image and level, both maps are averaged to one vector of 2C; a linear map to 2C/reduction
-    units, ReLU and a linear map to 2, both without bias, and a softmax give h_0 and h_1; the fused
-    map is h_0 HR + h_1 LR. One module serves all levels.
+    Both maps of a level are averaged to one vector of 2C. A linear map to 2C/reduction units, ReLU,
+    a linear map to 2 (both without bias) and a softmax give h_0 and h_1; the fused map is
+    h_0 HR + h_1 LR. The same two linear maps serve all levels.
     """
 
     def __init__(self, in_channels: int, reduction: int = 16):
-        """
+        """Build the linear maps.
+
         Args:
             in_channels: C, equal at all levels.
             reduction: 2C over the number of hidden units.
@@ -46,19 +46,21 @@ class CrossingFeatureFusion(nn.Module):
     def weights(
         self, hr: torch.Tensor, lr: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """h_0 and h_1 of each image: (N, 2), rows summing to 1, for two maps (N, C, H, W)."""
+        """Return h_0 and h_1 of each image, (N, 2) with rows summing to 1, for (N, C, H, W)."""
         pooled = torch.cat([masked_mean(hr, mask), masked_mean(lr, mask)], dim=1)
         return self.excite(self.squeeze(pooled).relu()).softmax(dim=1)
 
     def forward(self, hr: Pyramid, lr: Pyramid, masks: Pyramid | None = None) -> Pyramid:
-        """
+        """Return the fused pyramid.
+
         Args:
-            hr, lr: level name to (N, C, H, W), the same names and shapes in both.
-            masks: level name to (N, 1, H, W), 1 where there is image and 0 where there is padding;
-                None pools whole maps.
+            hr: level name to (N, C, H, W).
+            lr: the same names and shapes.
+            masks: level name to (N, 1, H, W), 1 inside an image and 0 in its padding; None averages
+                over whole maps.
 
         Returns:
-            level name to the fused map (N, C, H, W).
+            level name to (N, C, H, W).
 
         Raises:
             InputError: if names or shapes differ.

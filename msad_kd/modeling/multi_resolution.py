@@ -1,11 +1,12 @@
 """The multi-resolution teacher: MSAD, arXiv 2109.06875, sec. 3.1 and 3.2.
 
-k: high-resolution side / low-resolution side, m = log2 k. A teacher lives in the high-resolution
-frame: its heads are a stock detector's, reading p3..p7 (strides 8..128) with high-resolution boxes;
-the low-resolution pyramid P'2..P'6 is renamed to p3..p7, and both are fused level by level.
-"""
+N: images, C: channels, H, W: height and width of the low-resolution images, k: high-resolution side
+/ low-resolution side, m = log2 k.
 
-from __future__ import annotations
+A teacher works in pixels of the high-resolution image: its heads are a stock detector's that read
+p3..p7 (strides 8..128 for k = 2) with high-resolution boxes. The low-resolution pyramid P'2..P'6 is
+renamed to p3..p7, and both pyramids are fused level by level.
+"""
 
 import torch
 from detectron2.config import configurable
@@ -15,7 +16,7 @@ from msad_kd.modeling.batch_statistics import (
     add_low_resolution_statistics,
     low_resolution_statistics,
 )
-from msad_kd.modeling.capture import answering, computing
+from msad_kd.modeling.capture import answering, computing, replacing_method
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.fusion import CrossingFeatureFusion
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
@@ -31,25 +32,17 @@ from msad_kd.modeling.pyramid import (
 )
 from msad_kd.utils.errors import InputError
 
-__all__ = [
-    "BRANCHES",
-    "MultiResolutionFCOS",
-    "MultiResolutionMixin",
-    "MultiResolutionRCNN",
-    "MultiResolutionRetinaNet",
-]
-
 BRANCHES = ("hr", "lr", "fused")
 
 
 class MultiResolutionMixin:
-    """Makes a stock detector a multi-resolution teacher: one backbone, two passes, one head.
+    """Make a stock detector a multi-resolution teacher: one backbone, two passes, one head.
 
-    Training: the sum of the detection losses of three branches, L_HR + L_LR + w L_fused, named
-    ``<loss>_hr``, ``<loss>_lr``, ``<loss>_fused``. Inference: one branch, ``test_branch``.
+    Its training losses are those of three branches, L_HR + L_LR + w L_fused, named ``<loss>_hr``,
+    ``<loss>_lr`` and ``<loss>_fused``. In evaluation it predicts with one branch, ``test_branch``.
 
-    Inputs have ``image`` (3, kH, kW) and, but for the "hr" branch, ``image_lr`` (3, H, W), as made
-    by ``TwoResolutionMapper(frame="hr")``.
+    Inputs have ``image`` (3, kH, kW) and, except for the "hr" branch, ``image_lr`` (3, H, W), as
+    ``TwoResolutionMapper(frame="hr")`` makes them.
     """
 
     frame = "hr"
@@ -58,29 +51,28 @@ class MultiResolutionMixin:
     def __init__(
         self,
         *,
-        fusion,
-        fused_weight,
-        mask_padding,
-        separate_statistics,
-        test_branch,
-        scale,
+        fusion: CrossingFeatureFusion,
+        fused_weight: float,
+        mask_padding: bool,
+        separate_statistics: bool,
+        test_branch: str,
+        scale: int,
         **kwargs,
     ):
-        """
+        """Build the stock detector and check its parts.
+
         Args:
-            fusion (CrossingFeatureFusion):
-            fused_weight (float): w.
-            mask_padding (bool): whether the fusion leaves padding out of its averages.
-            separate_statistics (bool): whether the backbone's batch normalisation keeps running
-                statistics for each resolution.
-            test_branch (str): "fused", "hr" or "lr".
-            scale (int): k.
+            fusion: the module that fuses the pyramids.
+            fused_weight: w.
+            mask_padding: whether the fusion leaves padding out of its averages.
+            separate_statistics: whether the backbone's batch normalisation keeps running statistics
+                for each resolution.
+            test_branch: "fused", "hr" or "lr".
+            scale: k.
             kwargs: arguments of the stock detector.
 
         Raises:
-            InputError: if there is no such branch, if the backbone pads images for one resolution
-                only or has no statistics to keep apart, or if a head reads a level that only one
-                resolution has.
+            InputError: if the branch, the backbone or the levels that the heads read do not fit.
         """
         super().__init__(**kwargs)
         if test_branch not in BRANCHES:
@@ -94,29 +86,21 @@ class MultiResolutionMixin:
             raise InputError(
                 "MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS is True, but no normalisation of the "
                 "backbone keeps statistics (FrozenBN does not); set it to False, or "
-                "MODEL.RESNETS.NORM to BN or SyncBN"
+                "MODEL.RESNETS.NORM (MODEL.TIMM.NORM) to BN or SyncBN"
             )
         self.test_branch = test_branch
         self.scale = scale
         if getattr(self.backbone, "scale", 1) != scale:
             raise InputError(
                 f"MODEL.BACKBONE.NAME: a {type(self.backbone).__name__} pads images for one "
-                "resolution; use build_aligned_resnet_fpn_backbone, or one that makes an AlignedFPN"
+                "resolution; use build_aligned_resnet_fpn_backbone, or another that builds an "
+                "AlignedFPN"
             )
-        offered = self.strides()
-        readers = [(self, "head_in_features")]
-        for part in ("proposal_generator", "roi_heads"):
-            readers.append((getattr(self, part, None), "in_features"))
-        for reader, levels in readers:
-            absent = [name for name in getattr(reader, levels, ()) if name not in offered]
-            if absent:
-                raise InputError(
-                    f"IN_FEATURES: the {type(reader).__name__} reads {', '.join(absent)}, but the "
-                    f"levels that both resolutions have are {', '.join(offered)}"
-                )
+        self._check_heads()
 
     @classmethod
     def from_config(cls, cfg):
+        """Return the constructor's arguments."""
         keys = cfg.MODEL.MULTI_RESOLUTION
         return {
             **super().from_config(cfg),
@@ -128,8 +112,21 @@ class MultiResolutionMixin:
             "scale": cfg.KD.SCALE,
         }
 
+    def _check_heads(self) -> None:
+        levels = self.strides()
+        readers = [(self, "head_in_features")]  # a dense detector
+        for part in ("proposal_generator", "roi_heads"):  # an R-CNN
+            readers.append((getattr(self, part, None), "in_features"))
+        for reader, attribute in readers:
+            absent = [name for name in getattr(reader, attribute, ()) if name not in levels]
+            if absent:
+                raise InputError(
+                    f"IN_FEATURES: the {type(reader).__name__} reads {', '.join(absent)}, but the "
+                    f"levels that both resolutions have are {', '.join(levels)}"
+                )
+
     def strides(self) -> dict[str, int]:
-        """Level name to stride in pixels of the high-resolution image, alike for all branches."""
+        """Return each level's stride in pixels of the high-resolution image, for all branches."""
         levels = aligned_levels(self.backbone.output_shape(), self.scale)
         return {name: shape.stride for name, shape in levels.items()}
 
@@ -140,43 +137,45 @@ class MultiResolutionMixin:
         sizes: list[tuple[int, int]],
         branches: tuple[str, ...],
     ) -> dict[str, Pyramid]:
-        """The aligned pyramids, p3..p7 for k = 2.
+        """Return the aligned pyramids, p3..p7 for k = 2.
 
         Args:
-            high: padded, normalised images (N, 3, kH, kW); None where no branch needs them.
+            high: padded, normalised images (N, 3, kH, kW); None if no branch needs them.
             low: the same at low resolution, (N, 3, H, W).
             sizes: (height, width) of each high-resolution image without padding.
-            branches: those wanted.
+            branches: the branches to return.
 
         Returns:
             branch to level name to (N, C, H / 4, W / 4) and coarser.
         """
-        levels, shift, found = self.strides(), level_shift(self.scale), {}
+        levels, shift = self.strides(), level_shift(self.scale)
+        pyramids: dict[str, Pyramid] = {}
         if high is not None:
-            with computing(self.backbone, levels):  # the finest have no partner at low resolution
+            # The finest levels have no partner at low resolution.
+            with computing(self.backbone, levels):
                 features = self.backbone(high)
-            found["hr"] = {name: features[name] for name in levels}
+            pyramids["hr"] = {name: features[name] for name in levels}
         if low is not None:
-            # The coarsest have none at high resolution; computed, they would only move p7's batch
-            # statistics, if it has any.
+            # The coarsest have no partner at high resolution. Computing them would change nothing
+            # but the batch statistics of a normalised p7.
             with (
                 low_resolution_statistics(self.backbone),
                 computing(self.backbone, shift_levels(levels, -shift)),
             ):
                 features = shift_levels(self.backbone(low), shift)
-            found["lr"] = {name: features[name] for name in levels}
+            pyramids["lr"] = {name: features[name] for name in levels}
         if "fused" in branches:
             masks = None
             if self.mask_padding:
-                masks = valid_masks(sizes, tuple(high.shape[-2:]), found["hr"])
-            found["fused"] = self.fusion(found["hr"], found["lr"], masks)
-        return {branch: found[branch] for branch in branches}
+                masks = valid_masks(sizes, tuple(high.shape[-2:]), pyramids["hr"])
+            pyramids["fused"] = self.fusion(pyramids["hr"], pyramids["lr"], masks)
+        return {branch: pyramids[branch] for branch in branches}
 
     def low_resolution_batch(self, batched_inputs: list[dict], high: torch.Tensor) -> torch.Tensor:
-        """The ``image_lr`` of the inputs, normalised and padded to 1/k of ``high``: (N, 3, H, W).
+        """Return the inputs' ``image_lr``, normalised and padded to 1/k of ``high``: (N, 3, H, W).
 
         Raises:
-            InputError: if there is none, or if an image isn't exactly k times its ``image_lr``.
+            InputError: if it is missing, or if an image isn't exactly k times its ``image_lr``.
         """
         if "image_lr" not in batched_inputs[0]:
             raise InputError(
@@ -191,6 +190,7 @@ class MultiResolutionMixin:
         return pad_batch(normalize(self, [x["image_lr"] for x in batched_inputs]), height, width)
 
     def forward(self, batched_inputs: list[dict]):
+        """Return the losses of all branches in training, else the predictions of one."""
         branches = BRANCHES if self.training else (self.test_branch,)
         images = self.preprocess_image(batched_inputs)
         high, low = images.tensor, None
@@ -199,14 +199,19 @@ class MultiResolutionMixin:
         if branches == ("lr",):
             high = None
         pyramids = self.pyramids(high, low, images.image_sizes, branches)
-        if not self.training:
+        # The stock detector works on what is there: the images and, in turn, each pyramid.
+        with replacing_method(self, "preprocess_image", lambda *_: images):
+            if self.training:
+                return self._losses(batched_inputs, pyramids)
             with answering(self.backbone, pyramids[self.test_branch]):
                 return super().forward(batched_inputs)
+
+    def _losses(self, batched_inputs: list[dict], pyramids: dict[str, Pyramid]) -> dict:
         losses, normalizer = {}, get_normalizer(self)
         for branch, pyramid in pyramids.items():
             weight = self.fused_weight if branch == "fused" else 1.0
-            # All branches see the same boxes, so the same number of positives: from the same moving
-            # average, each has a stock detector's loss, and it moves once a step.
+            # All branches see the same boxes, so the same number of positives. Starting each from
+            # the same moving average gives it a stock detector's loss and moves it once a step.
             set_normalizer(self, normalizer)
             with answering(self.backbone, pyramid):
                 for name, loss in super().forward(batched_inputs).items():

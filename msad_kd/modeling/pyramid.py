@@ -1,10 +1,8 @@
-"""Feature pyramids of two resolutions: which level meets which, and how the images are padded.
+"""Feature pyramids of two resolutions: how their levels are paired and their images padded.
 
 N: images, C: channels, H, W: height and width, k: high-resolution side / low-resolution side.
 Level p<s> has stride 2^s in pixels of the image it was computed from.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -14,24 +12,11 @@ from torch import nn
 
 from msad_kd.utils.errors import InputError
 
-__all__ = [
-    "aligned_levels",
-    "cells_in_boxes",
-    "check_sizes",
-    "in_high_resolution",
-    "level_shift",
-    "normalize",
-    "pad_batch",
-    "pair_levels",
-    "shift_levels",
-    "valid_masks",
-]
-
 Pyramid = dict[str, torch.Tensor]
 
 
 def level_shift(scale: int) -> int:
-    """The level shift m = log2 k.
+    """Return the level shift m = log2 k.
 
     Raises:
         InputError: if ``scale`` is not a power of two, 1 included.
@@ -50,7 +35,7 @@ def shift_levels(pyramid: dict[str, Any], shift: int) -> dict[str, Any]:
 
 
 def in_high_resolution(levels: dict[str, ShapeSpec], factor: int) -> dict[str, ShapeSpec]:
-    """A backbone's levels, their strides in pixels of an image ``factor`` times as large."""
+    """Return a backbone's levels with strides in pixels of an image ``factor`` times as large."""
     return {
         name: ShapeSpec(channels=shape.channels, stride=shape.stride * factor)
         for name, shape in levels.items()
@@ -58,7 +43,7 @@ def in_high_resolution(levels: dict[str, ShapeSpec], factor: int) -> dict[str, S
 
 
 def aligned_levels(levels: dict[str, ShapeSpec], scale: int) -> dict[str, ShapeSpec]:
-    """Those of a backbone's levels that both resolutions have: p3..p7 of p2..p7 for k = 2."""
+    """Return a backbone's levels that both resolutions have: p3..p7 of p2..p7 for k = 2."""
     renamed = shift_levels(levels, level_shift(scale))
     return {name: shape for name, shape in levels.items() if name in renamed}
 
@@ -69,11 +54,12 @@ def pair_levels(
     """Pair the levels of two pyramids that have the same stride.
 
     Args:
-        student, teacher: level name to stride, both in pixels of the high-resolution image.
+        student: level name to stride in pixels of the high-resolution image.
+        teacher: the same of the teacher.
 
     Returns:
-        the pairs (student level, teacher level), finest first, and the student's levels that have
-        no partner.
+        the pairs (student level, teacher level), finest first, and the student's levels without a
+        partner.
 
     Raises:
         InputError: if no level has a partner.
@@ -91,28 +77,29 @@ def pair_levels(
 
 
 def normalize(model: nn.Module, images: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Images of (3, H, W), 0..255, on a detector's device, by its mean and deviation."""
+    """Normalise images (3, H, W) in 0..255 by a detector's mean and std, on its device."""
     mean, std = model.pixel_mean, model.pixel_std
     return [(image.to(mean.device) - mean) / std for image in images]
 
 
 def check_sizes(images: list[torch.Tensor], expected: list[tuple[int, int]]) -> None:
-    """See that images of (3, H, W) have the (height, width) their other resolution asks for.
+    """Check that images (3, H, W) have the sizes that their other resolution asks for.
 
     Raises:
-        InputError: if one has not: its features would be shifted, and nobody would notice.
+        InputError: if a size differs from ``expected``, (height, width): the features would be
+            shifted, and nobody would notice.
     """
     for image, size in zip(images, expected):
         if tuple(image.shape[-2:]) != tuple(size):
             raise InputError(
-                f"an image of {tuple(image.shape[-2:])} stands beside one that asks for "
-                f"{tuple(size)}: the high-resolution image has to be exactly KD.SCALE times the "
+                f"an image of {tuple(image.shape[-2:])} px should have {tuple(size)} px beside its "
+                "other resolution: the high-resolution image has to be exactly KD.SCALE times the "
                 "low-resolution one, as TwoResolutionMapper makes it"
             )
 
 
 def pad_batch(images: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
-    """Batch images of (C, h, w), each padded with zeros at right and bottom, to (N, C, H, W).
+    """Batch images (C, h, w), padded with zeros at the right and bottom, to (N, C, H, W).
 
     Raises:
         InputError: if an image is larger than (height, width).
@@ -130,7 +117,7 @@ def pad_batch(images: list[torch.Tensor], height: int, width: int) -> torch.Tens
 
 
 def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: Pyramid) -> Pyramid:
-    """Masks of the cells that see image, not only padding.
+    """Return masks of the cells that see an image and not only its padding.
 
     Args:
         sizes: (height, width) of each of the N images, in pixels.
@@ -138,30 +125,25 @@ def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: 
         pyramid: level name to a map of shape (N, C, H, W).
 
     Returns:
-        level name to a mask of shape (N, 1, H, W), 1 inside an image and 0 outside, in the dtype
-        of the map. A cell that the image touches is inside.
+        level name to a mask of shape (N, 1, H, W) in the dtype of the map: 1 where a cell touches
+        the image, else 0.
     """
     masks = {}
     for name, feature in pyramid.items():
         rows, columns = feature.shape[-2:]
         mask = feature.new_zeros(len(sizes), 1, rows, columns)
         for slot, (height, width) in zip(mask, sizes):
-            # Ceiling division: heights / stride, the stride being padded / cells.
+            # Ceiling division by the stride, which is padded[0] / rows.
             slot[:, : -(-height * rows // padded[0]), : -(-width * columns // padded[1])] = 1
         masks[name] = mask
     return masks
 
 
 def cells_in_boxes(boxes: torch.Tensor, stride: float, height: int, width: int) -> torch.Tensor:
-    """The cells of a map that boxes touch.
+    """Return a mask (height, width) of the cells that boxes touch, on the CPU, to analyse losses.
 
-    Args:
-        boxes: (n, 4), left, top, right and bottom in pixels.
-        stride: pixels of a cell's side.
-        height, width: of the map, in cells.
-
-    Returns:
-        (height, width) of bool, on the CPU.
+    ``boxes`` is (n, 4): left, top, right and bottom in pixels; ``stride`` is a cell's side in
+    pixels.
     """
     cells = torch.zeros(height, width, dtype=torch.bool)
     for left, top, right, bottom in (boxes / stride).tolist():

@@ -1,1 +1,6 @@
-"""What every room needs: errors, seeds, and the differences between two versions of Detectron2."""
+"""Errors, seeds, flat configs, and the differences between versions of the libraries below us."""
+
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
+
+__all__ = ["InputError", "derive_seed", "preserved_rng", "seed_all"]

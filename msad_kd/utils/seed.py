@@ -1,6 +1,4 @@
-"""Random numbers as a function of where they are used, not of what ran before."""
-
-from __future__ import annotations
+"""Random numbers that depend on where they are drawn, not on what ran before."""
 
 import random
 from contextlib import contextmanager
@@ -8,16 +6,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "seed_all", "preserved_rng"]
-
 
 def derive_seed(*parts: int) -> int:
-    """One well-mixed 31-bit seed from non-negative integers, such as (seed, rank, iteration)."""
+    """Mix non-negative integers, such as (seed, rank, iteration), into one 31-bit seed."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
 
 
 def seed_all(seed: int, *, devices: bool = True) -> None:
-    """Seed the generators of Python, NumPy and torch, those of the GPUs included or not."""
+    """Seed the generators of Python, NumPy and torch; those of the GPUs only with ``devices``."""
     random.seed(seed)
     np.random.seed(seed)
     (torch if devices else torch.default_generator).manual_seed(seed)
@@ -25,16 +21,18 @@ def seed_all(seed: int, *, devices: bool = True) -> None:
 
 @contextmanager
 def preserved_rng(*, devices: bool = True):
-    """Leave the generators of Python, NumPy and torch (with or without GPUs) as they were.
+    """Restore the generators of Python, NumPy and torch when the block ends.
 
-    A data loader's worker is a fork, in which CUDA cannot be touched: it passes ``devices=False``.
+    Args:
+        devices: also restore the current GPU's generator. Must be False in a data loader's worker:
+            it is a fork, in which CUDA cannot be used.
     """
-    states = random.getstate(), np.random.get_state()
-    # Only this process's GPU: forking the generators of all would make contexts on all.
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Only this process's GPU: forking the generators of all GPUs would create a context on each.
     gpus = [torch.cuda.current_device()] if devices and torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus):
         try:
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,50 +1,48 @@
 #!/usr/bin/env python
-"""Write the controls of a ladder, all of the ladder's total of iterations, as configs.
+"""Write the configs of a ladder's controls: runs as long as the ladder that lack one part of it.
 
     python projects/MTPD/controls.py projects/MTPD/configs/Shapes/ladder.yaml
 
-What a ladder gains over its strongest teacher alone may be the longer training, the restarts of the
-learning rate or the start; each control takes one of them away. It prints how to run them.
+A ladder may beat its last teacher alone because of its sequence of teachers, its longer training,
+the restarts of its learning rate or its start. Each control removes one of these. The command
+prints how to train them.
 
-In the controls' names `strongest` means the last stage's teacher; which one is, is not measured.
+A control named `strongest` uses the last stage's teacher; the command does not measure which
+teacher is the strongest.
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
-
-if not __package__:  # run as a script, which does not put the repository on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import yaml
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import DistilledMixin, InputError, build_config
-from msad_kd.ladder.controls import control_stages
+from msad_kd.ladder import control_stages
 
 
 def stock_name(name: str) -> str:
-    """The meta-architecture that a student is without distillation."""
+    """Return the name of a student's stock meta-architecture."""
     for parent in META_ARCH_REGISTRY.get(name).__mro__[1:]:
         if parent.__name__ in META_ARCH_REGISTRY and not issubclass(parent, DistilledMixin):
             return parent.__name__
-    raise InputError(f"MODEL.META_ARCHITECTURE '{name}' is no student")
+    raise InputError(f"MODEL.META_ARCHITECTURE '{name}' is not a student")
 
 
 def main(args):
-    """Writes the controls' configs beside one another; an InputError says what the ladder lacks."""
-    # As it stands in the file: each run scales its schedule to its processes.
+    """Write one config per control, and print the commands that train them."""
+    # Unscaled: each run scales its own schedule to its number of processes.
     cfg = build_config(args.ladder, ["SOLVER.REFERENCE_WORLD_SIZE", 0])
     stages, solver = cfg.KD.LADDER.STAGES, cfg.SOLVER
     if not stages:
         raise InputError(f"'{args.ladder}' has no KD.LADDER.STAGES")
-    contents = {
-        name: {"KD": {"LADDER": {"STAGES": own}}}
-        for name, own in control_stages(stages, solver.MAX_ITER).items()
-    }
     total = sum(stage.get("iterations") or solver.MAX_ITER for stage in stages)
-    contents["no_kd"] = {
+    changes = {
+        name: {"KD": {"LADDER": {"STAGES": control}}}
+        for name, control in control_stages(stages, solver.MAX_ITER).items()
+    }
+    changes["no_kd"] = {
         "MODEL": {"META_ARCHITECTURE": stock_name(cfg.MODEL.META_ARCHITECTURE)},
         "KD": {"LADDER": {"STAGES": []}},
         "SOLVER": {
@@ -54,19 +52,21 @@ def main(args):
     }
     output = Path(args.output or f"{cfg.OUTPUT_DIR}_controls")
     output.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
+    base = os.path.relpath(args.ladder, output)
+    for name, change in changes.items():
         file = output / f"{name}.yaml"
-        base = os.path.relpath(args.ladder, output)
-        own = {"_BASE_": base, **content, "OUTPUT_DIR": str(output / name)}
-        file.write_text(yaml.safe_dump(own, sort_keys=False))
+        content = {"_BASE_": base, **change, "OUTPUT_DIR": str(output / name)}
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
         print(f"python train_net.py --config-file {file}")
 
 
 if __name__ == "__main__":
     first, *_, last = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(description=first, epilog=last)
-    parser.add_argument("ladder", help="a student's config with KD.LADDER.STAGES")
-    parser.add_argument("--output", help="folder for configs and runs; else <OUTPUT_DIR>_controls")
+    parser.add_argument("ladder", help="config of a student with KD.LADDER.STAGES")
+    parser.add_argument(
+        "--output", help="folder for the configs and their runs (default: <OUTPUT_DIR>_controls)"
+    )
     try:
         main(parser.parse_args())
     except InputError as error:

@@ -1,12 +1,13 @@
-"""Losses of the cells inside or outside of objects' boxes alone, to see where a loss gains.
+"""MSE inside or outside of the objects' boxes alone, to see where a loss helps or hurts.
 
     python train_net.py --import projects.Shapes.box_losses \
-        --config-file configs/Shapes/student_one_size.yaml MODEL.META_ARCHITECTURE BoxAwareRCNN SEED 1 \
+        --config-file configs/Shapes/student_one_size.yaml \
+        MODEL.META_ARCHITECTURE BoxAwareRCNN SEED 1 \
         KD.TEACHER.WEIGHTS projects/Shapes/checkpoints/teacher_one_size.pth \
         KD.LOSSES "[{'name': 'mse_inside', 'weight': 20.0, 'levels': ['p2'], 'warmup_iters': 100}]"
 
-The maps are (N, C, H, W), the student's and the teacher's at a level; boxes are in pixels of the
-low-resolution image. A box has the cells that it touches.
+Maps are (N, C, H, W); boxes are in pixels of the low-resolution image. A cell is inside a box when
+the box touches it.
 """
 
 import math
@@ -14,48 +15,42 @@ import math
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from msad_kd import DistilledRCNN
-from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
-from msad_kd.losses.ssim.functional import rescale, ssim_loss
+from msad_kd import DISTILL_LOSS_REGISTRY, DistilledRCNN
 from msad_kd.modeling.pyramid import cells_in_boxes
 
-# Losses are functions of two maps, so the boxes come to them by this.
+# A loss is a function of two maps, so the boxes reach it through this list.
 _batch = []
 
 
 @META_ARCH_REGISTRY.register()
 class BoxAwareRCNN(DistilledRCNN):
-    """A student that tells the losses of this file which images it sees."""
+    """A student that hands its batch to the losses of this file."""
 
     def forward(self, batched_inputs):
+        """Run the student."""
         _batch[:] = batched_inputs
         return super().forward(batched_inputs)
 
 
-def _share(values, *, outside=False):
-    """What the cells inside boxes, or outside of them, add to the mean of (N, C, H, W)."""
-    height, width = values.shape[-2:]
-    found = [each["instances"] for each in _batch]
-    # Images are padded, so a map has cells for more than they have.
-    seen = max(side / cells for x in found for side, cells in zip(x.image_size, (height, width)))
-    stride = 2 ** math.ceil(math.log2(seen))
-    masks = [cells_in_boxes(x.gt_boxes.tensor, stride, height, width) for x in found]
-    return (values * (torch.stack(masks).unsqueeze(1) != outside)).mean()
+def _masked_mse(student, teacher, *, inside):
+    """Return the part of the mean of (S - T)^2 that comes from cells inside or outside of boxes."""
+    square = (student - teacher).float().square()
+    cells = square.shape[-2:]
+    instances = [image["instances"] for image in _batch]
+    # The map covers the padding, too, so side / cells of an image is at most the stride.
+    quotient = max(side / n for x in instances for side, n in zip(x.image_size, cells))
+    stride = 2 ** math.ceil(math.log2(quotient))
+    masks = [cells_in_boxes(x.gt_boxes.tensor, stride, *cells) for x in instances]
+    return (square * (torch.stack(masks).unsqueeze(1) == inside)).mean()
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def mse_inside(student, teacher):
-    """The share of mean (S - T)^2 that is inside boxes; with `mse_outside` it is `mse`."""
-    return _share((student - teacher).float().square())
+    """Return the part of `mse` inside of boxes; with `mse_outside` it adds up to `mse`."""
+    return _masked_mse(student, teacher, inside=True)
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def mse_outside(student, teacher):
-    """The share of mean (S - T)^2 that is outside of boxes."""
-    return _share((student - teacher).float().square(), outside=True)
-
-
-@DISTILL_LOSS_REGISTRY.register()
-def ssim_inside(student, teacher):
-    """The share of mean (1 - SSIM) / 2, of the rescaled maps, that is inside boxes."""
-    return _share(ssim_loss(rescale(student), rescale(teacher), reduction="none"))
+    """Return the part of `mse` outside of boxes."""
+    return _masked_mse(student, teacher, inside=False)

@@ -1,8 +1,8 @@
-"""Writes Shapes scenes in the layout of Cityscapes, below `cityscapes/`.
+"""Write Shapes scenes in the layout of Cityscapes, below `cityscapes/`.
 
 The i-th class of the shapes becomes the i-th thing class of Cityscapes: circles are `person`,
-triangles `rider`, and so on to the pentagons, which are `bicycle`. Cityscapes' evaluation leaves
-out instances of fewer than 100 pixels, so at 128 px it passes over the smallest shapes.
+triangles `rider`, and so on to pentagons, `bicycle`. The evaluation of Cityscapes ignores instances
+of fewer than 100 pixels, so at 128 px it leaves out the smallest shapes.
 """
 
 import json
@@ -13,21 +13,15 @@ from cityscapesscripts.preparation.json2instanceImg import createInstanceImage
 from cityscapesscripts.preparation.json2labelImg import createLabelImage
 
 THING_CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
-# Not `static` or another label that the evaluation ignores: it would then forgive all false
-# positives on the background.
+# A label that the evaluation ignores, such as `static`, would forgive false positives on it.
 BACKGROUND = "road"
-FRAME = 19  # of the 30 frames of a Cityscapes snippet, the annotated one
+FRAME = 19  # the annotated one of the 30 frames of a Cityscapes snippet
 
 
 def pixel_outline(mask, size):
-    """The outline of a shape through the centres of its border pixels, as Cityscapes draws it.
+    """Return the outline through the border pixels of a (H*S, W*S) uint8 mask, as a list of [x, y].
 
-    Args:
-        mask: (H*S, W*S) uint8 of 0 and 1.
-        size: (H, W).
-
-    Returns:
-        a list of [x, y], whole pixels, of the largest part where at least half a pixel is covered.
+    It is that of the largest part of the pixels that are at least half covered; `size` is (H, W).
     """
     covered = cv2.resize(255 * mask, size[::-1], interpolation=cv2.INTER_AREA) > 127
     contours, _ = cv2.findContours(
@@ -39,13 +33,8 @@ def pixel_outline(mask, size):
 class CityscapesWriter:
     """Writes one split: `leftImg8bit/` the images, `gtFine/` the polygons and label images.
 
-    As in Cityscapes the polygons are whole outlines, and a later one hides what is below; the label
-    images are made from them by Cityscapes' own scripts.
-
-    Args:
-        folder: pathlib.Path of the data set.
-        split: the split's name; its only "city" is `shapes{split}`.
-        options: the `SceneOptions` of its scenes.
+    As in Cityscapes a polygon is a whole outline, and a later one hides what is below. Cityscapes'
+    own scripts make the label images from them. The only "city" is `shapes{split}`.
     """
 
     def __init__(self, folder, split, options):
@@ -56,7 +45,7 @@ class CityscapesWriter:
         self.labels.mkdir(parents=True)
 
     def add(self, index, scene):
-        """Writes the files of scene `index`."""
+        """Write the files of scene `index`."""
         name = f"{self.city}_{index:06d}_{FRAME:06d}"
         height, width = scene.image.shape[:2]
         cv2.imwrite(str(self.images / f"{name}_leftImg8bit.png"), scene.image[..., ::-1])
@@ -72,9 +61,9 @@ class CityscapesWriter:
         annotation.fromJsonText(text)
         labels = createLabelImage(annotation, "ids")
         labels.save(self.labels / f"{name}_gtFine_labelIds.png")
-        # Pillow 13 no longer writes the 32-bit image that the script makes as a 16-bit PNG.
+        # Pillow 13 cannot write the 32-bit image of the script as a 16-bit PNG.
         instances = createInstanceImage(annotation, "ids").convert("I;16")
         instances.save(self.labels / f"{name}_gtFine_instanceIds.png")
 
     def close(self):
-        """Nothing is left to write."""
+        """Do nothing: every file is written."""

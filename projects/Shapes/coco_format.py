@@ -1,4 +1,4 @@
-"""Writes Shapes scenes as a COCO-format data set."""
+"""Write Shapes scenes as a COCO-format data set."""
 
 import json
 
@@ -8,25 +8,25 @@ from pycocotools import mask as mask_util
 
 from projects.Shapes.placement import CLASS_NAMES, SUPERSAMPLING
 
-# In supersampled pixels: how far a polygon may stray from the drawn edge, and the smallest part.
+# Largest distance of a polygon from the drawn edge and least area of a part, supersampled pixels.
 TOLERANCE = 0.75
 MIN_PART_AREA = SUPERSAMPLING**2 / 4
 
 
 def polygons_of(mask):
-    """The outlines of a supersampled mask as COCO polygons.
+    """Return the outlines of a supersampled mask as COCO polygons.
 
-    Holes, which COCO's polygons cannot have, are removed by cutting the mask through them.
+    COCO polygons have no holes, so a mask with a hole is cut in two through the hole.
 
     Args:
         mask: (H*S, W*S) uint8 of 0 and 1, S being SUPERSAMPLING.
 
     Returns:
-        a list of flat lists [x0, y0, x1, y1, ...] in pixels; parts below a quarter of a pixel are
-        left out.
+        a list of flat lists [x0, y0, x1, y1, ...] in pixels, without parts of less than a quarter
+        of a pixel.
     """
-    # Grown by one to the right and below, the contour through the pixels' centres becomes the one
-    # around the pixels themselves, shifted by half a (supersampled) pixel.
+    # OpenCV's contour runs through the centres of the border pixels. Growing the mask by one pixel
+    # to the right and below makes it run around the pixels, shifted by half a supersampled pixel.
     grown = cv2.copyMakeBorder(mask, 0, 1, 0, 1, cv2.BORDER_CONSTANT)
     grown = cv2.dilate(grown, np.ones((2, 2), np.uint8), anchor=(1, 1))
     contours, hierarchy = cv2.findContours(grown, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
@@ -48,13 +48,7 @@ def polygons_of(mask):
 
 
 class CocoWriter:
-    """Writes one split: `{split}/000000.png` and so on, `annotations/instances_{split}.json`.
-
-    Args:
-        folder: pathlib.Path of the data set.
-        split: the split's name.
-        options: the `SceneOptions` of its scenes.
-    """
+    """Writes the images and annotations of one split below a folder, a pathlib.Path."""
 
     def __init__(self, folder, split, options):
         self.images = folder / split
@@ -73,16 +67,17 @@ class CocoWriter:
         }
 
     def add(self, index, scene):
-        """Writes the image of scene `index` and collects its annotations.
+        """Write the image of scene `index` and collect its annotations.
 
-        They tell of what is visible of each shape. As in COCO, `bbox` is the extent of the polygons
-        and `area` that of the mask which they rasterise to.
+        They hold the visible part of each shape. As in COCO, `bbox` is the extent of the polygons
+        and `area` that of the mask they rasterise to.
         """
         name = f"{index:06d}.png"
         height, width = scene.image.shape[:2]
         cv2.imwrite(str(self.images / name), scene.image[..., ::-1])
-        image = {"id": index, "file_name": name, "width": width, "height": height}
-        self.content["images"].append(image)
+        self.content["images"].append(
+            {"id": index, "file_name": name, "width": width, "height": height}
+        )
         annotations = self.content["annotations"]
         for order, shape in enumerate(scene.shapes):
             polygons = polygons_of(scene.visible_mask(order))
@@ -91,7 +86,7 @@ class CocoWriter:
             mask = mask_util.merge(mask_util.frPyObjects(polygons, height, width))
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # pycocotools takes an id of 0 for "no match"
+                    "id": len(annotations) + 1,  # to pycocotools an id of 0 means "no match"
                     "image_id": index,
                     "category_id": shape.label + 1,
                     "bbox": [*low.tolist(), *(high - low).tolist()],
@@ -102,5 +97,5 @@ class CocoWriter:
             )
 
     def close(self):
-        """Writes the annotations."""
+        """Write the annotations."""
         self.json.write_text(json.dumps(self.content))

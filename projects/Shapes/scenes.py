@@ -1,8 +1,9 @@
-"""Draws the scenes of the Shapes data set.
+"""Draw the scenes of the Shapes data set.
 
-A scene is a textured background with a few overlapping shapes. Textures, sizes and orientations are
-drawn alike for all classes. The hue is a hint, as vague as `hue_spread` makes it; for certain, the
-outline alone tells the class, and a lower resolution takes that away from small shapes first.
+A scene is a textured background with a few overlapping shapes. Textures, sizes and orientations
+follow the same distribution for all classes, and the hue is a hint whose strength `hue_spread`
+sets. Only the outline tells the class for certain, and low resolution blurs it in small shapes
+first.
 
 H, W and S (SUPERSAMPLING) are those of `placement.py`.
 """
@@ -19,26 +20,25 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Scene:
-    """`image` is (H, W, 3) uint8 RGB; `shapes` are in drawing order, the last on top; `owner` is
-    (H*S, W*S) int16: the index of the shape seen there, -1 for the background."""
+    """A drawn scene."""
 
-    image: np.ndarray
-    shapes: list[Shape]
-    owner: np.ndarray
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    shapes: list[Shape]  # in drawing order, the last on top
+    owner: np.ndarray  # (H*S, W*S) int16: index of the visible shape, -1 for the background
 
     def visible_mask(self, index):
-        """(H*S, W*S) uint8, 1 where shape `index` is seen."""
+        """Return (H*S, W*S) uint8, 1 where shape `index` is visible."""
         return (self.owner == index).view(np.uint8)
 
     def full_mask(self, index):
-        """(H*S, W*S) uint8, 1 where shape `index` is, seen or occluded."""
+        """Return (H*S, W*S) uint8, 1 where shape `index` is, visible or occluded."""
         mask = np.zeros(self.owner.shape, np.uint8)
         mask[self.shapes[index].box] = self.shapes[index].mask
         return mask
 
 
 def _background(rng, options):
-    """A colour gradient with smooth noise and distractor strokes; (H*S, W*S, 3) uint8."""
+    """Return a colour gradient with smooth noise and strokes, (H*S, W*S, 3) uint8."""
     height, width = options.size
     colours = rng.uniform(30, 225, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
@@ -49,37 +49,29 @@ def _background(rng, options):
     for cells in (6, 24):
         grid = rng.standard_normal((cells, cells, 3), dtype=np.float32) * amplitude
         image += cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
-    canvas = cv2.resize(
-        np.clip(image, 0, 255).astype(np.uint8),
-        (width * SUPERSAMPLING, height * SUPERSAMPLING),
-        interpolation=cv2.INTER_LINEAR,
-    )
+    image = np.clip(image, 0, 255).astype(np.uint8)
+    canvas = cv2.resize(image, (width * SUPERSAMPLING, height * SUPERSAMPLING))
     for _ in range(rng.poisson(2 + 10 * options.difficulty)):
         _stroke(rng, canvas, options)
     return canvas
 
 
 def _stroke(rng, canvas, options):
-    """Draws an open arc: edges and corners that belong to no class."""
+    """Draw an open arc: edges and corners that belong to no class."""
     centre = rng.uniform(0, 1, 2) * canvas.shape[1::-1]
     axes = rng.uniform(5, 40, 2) * options.scale * SUPERSAMPLING
     start, turn = rng.uniform(0, 360, 2)
-    cv2.ellipse(
-        canvas,
-        tuple(int(v) for v in centre),
-        tuple(int(v) for v in axes),
-        turn,
-        start,
-        start + rng.uniform(20, 140),
-        rng.uniform(0, 255, 3).tolist(),
-        max(1, int(rng.uniform(0.5, 2.0) * options.scale * SUPERSAMPLING)),
-    )
+    end, colour = start + rng.uniform(20, 140), rng.uniform(0, 255, 3).tolist()
+    thickness = max(1, int(rng.uniform(0.5, 2.0) * options.scale * SUPERSAMPLING))
+    centre, axes = centre.astype(int).tolist(), axes.astype(int).tolist()
+    cv2.ellipse(canvas, centre, axes, turn, start, end, colour, thickness)
 
 
 def _contrasting_colour(rng, against, distance, hue, spread):
-    """A random RGB colour whose hue is within `spread` degrees of `hue`, one to three times
-    `distance` away from the colour `against`: less only where none of 16 tries is so far away;
-    one that is further away is mixed with `against`."""
+    """Return a random RGB colour within `spread` degrees of `hue` that differs from `against`.
+
+    Its distance from `against` is one to three times `distance`, or the largest of 16 tries.
+    """
     hsv = np.empty((16, 1, 3), np.float32)
     hsv[..., 0] = (hue + rng.uniform(-spread, spread, (16, 1))) % 360
     hsv[..., 1:] = rng.uniform(0.45, 1, (16, 1, 2))
@@ -91,7 +83,7 @@ def _contrasting_colour(rng, against, distance, hue, spread):
 
 
 def _texture(rng, shape):
-    """Where on the shape's box its second colour goes: plain, stripes, checker or dots; boolean."""
+    """Return where in its box a shape has its second colour: nowhere, stripes, checker or dots."""
     kind = rng.integers(4)
     period = rng.uniform(0.35, 0.9) * shape.radius * SUPERSAMPLING
     angle = rng.uniform(0, np.pi)
@@ -109,7 +101,7 @@ def _texture(rng, shape):
 
 
 def _paint(rng, canvas, shape, options):
-    """Paints a shape over what the canvas shows so far."""
+    """Paint a shape on the canvas."""
     region = canvas[shape.box]
     distance = 140 - 100 * options.difficulty
     behind = region[shape.mask].mean(axis=0)
@@ -117,7 +109,7 @@ def _paint(rng, canvas, shape, options):
     first = _contrasting_colour(rng, behind, distance, hue, options.hue_spread)
     second = first + rng.uniform(0.25, 0.6) * (rng.uniform(0, 255, 3) - first)
     if np.linalg.norm(second - behind) < distance:
-        # Mirrored at the first colour, so that a spot at the edge does not look like a dent.
+        # Mirror it at the first colour: else a spot at the edge would look like a dent.
         second = np.clip(2 * first - second, 0, 255)
     texture = _texture(rng, shape)
     region[shape.mask & ~texture] = first
@@ -125,17 +117,7 @@ def _paint(rng, canvas, shape, options):
 
 
 def draw_scene(seed, split, index, options):
-    """Draws one scene: a pure function of its arguments.
-
-    Args:
-        seed: non-negative integer.
-        split: one of SPLITS.
-        index: of the scene in its split, from 0; the total number of scenes does not matter.
-        options: a `SceneOptions`.
-
-    Returns:
-        a `Scene`.
-    """
+    """Return a `Scene`, a pure function of seed, split (of SPLITS), index and `SceneOptions`."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     shapes, owner = place_shapes(rng, options)
     canvas = _background(rng, options)

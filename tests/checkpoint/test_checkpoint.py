@@ -1,4 +1,4 @@
-"""Starting from a teacher, and weights for other programs."""
+"""Strict loading, a student's start from its teacher, and stripped checkpoints."""
 
 import logging
 import runpy
@@ -12,35 +12,34 @@ from detectron2.modeling import build_model
 from helpers import ROOT, differing
 from torch import nn
 
-from msad_kd.checkpoint.checkpoint import (
-    check_exists,
-    export_weights,
-    init_from_teacher,
-    load_strictly,
-)
+from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.start import init_from_teacher
+from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.utils.errors import InputError
 
 
 class Net(nn.Module):
-    def __init__(self, outputs=2, extra=False):
+    def __init__(self, outputs=2, extra=False, more=False):
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
         self.head = nn.Linear(3, outputs)
         if extra:
             self.distiller = nn.Linear(3, 3)
+        if more:
+            self.more = nn.Linear(3, 3)
 
 
-def test_a_student_inherits_weights_and_buffers():
+def test_weights_and_buffers_are_copied():
     teacher, student = Net(), Net(extra=True)
     teacher.norm.running_mean.fill_(7.0)
     assert init_from_teacher(student, teacher) == []
-    inherited = {k: v for k, v in student.state_dict().items() if not k.startswith("distiller")}
-    assert differing(inherited, teacher.state_dict()) == []
+    copied = {k: v for k, v in student.state_dict().items() if not k.startswith("distiller")}
+    assert differing(copied, teacher.state_dict()) == []
     teacher.head.weight.data.zero_()
     assert student.head.weight.any()  # a copy, not the same tensors
 
 
-def test_what_is_not_inherited_is_named_once(caplog):
+def test_what_is_not_copied_is_named_once(caplog):
     student = Net(outputs=5)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     with caplog.at_level(logging.WARNING):
@@ -50,7 +49,7 @@ def test_what_is_not_inherited_is_named_once(caplog):
     assert torch.equal(student.head.weight, before["head.weight"])
 
 
-def test_a_student_inherits_all_of_an_aligned_teacher(config):
+def test_a_student_takes_all_of_its_weights_from_an_aligned_teacher(config):
     teacher, student = build_model(config("teacher")), build_model(config("student"))
     assert init_from_teacher(student, teacher) == []
 
@@ -64,7 +63,7 @@ class Detector(nn.Module):
         self.backbone.neck, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
 
 
-def test_a_backbone_of_another_net_is_refused_unless_it_stays_behind(caplog):
+def test_another_backbone_is_refused_unless_it_is_left_out(caplog):
     for teacher, student in ((Detector(2), Detector()), (Detector(), Detector(2))):
         with pytest.raises(InputError, match="(in 4|5) weights, e.g. .*bottom_up.1.*INIT_BACKBONE"):
             init_from_teacher(student, teacher)
@@ -79,26 +78,13 @@ def save(net, path, **more):
     return str(path)
 
 
-def test_strict_loading_takes_what_fits(tmp_path):
-    net, other = Net(), Net()
-    load_strictly(other, save(net, tmp_path / "a.pth", iteration=3), "x")
-    assert differing(net.state_dict(), other.state_dict()) == []
-
-
-def test_strict_loading_allows_a_students_distiller(tmp_path):
-    net = Net()
-    load_strictly(net, save(Net(extra=True), tmp_path / "a.pth"), "x")
-
-
-def test_strict_loading_allows_what_old_checkpoints_hold(tmp_path):
-    net = Net()
-    state = {
-        **net.state_dict(),
-        "pixel_mean": torch.zeros(3, 1, 1),
-        "pixel_std": torch.ones(3, 1, 1),
-    }
-    torch.save({"model": state}, tmp_path / "a.pth")
-    load_strictly(net, str(tmp_path / "a.pth"), "x")
+def test_strict_loading_ignores_a_distiller_and_what_old_checkpoints_hold(tmp_path):
+    saved, loaded = Net(extra=True), Net()
+    saved.register_buffer("pixel_mean", torch.zeros(3, 1, 1))
+    saved.register_buffer("pixel_std", torch.ones(3, 1, 1))
+    load_strictly(loaded, save(saved, tmp_path / "a.pth", iteration=3), "x")
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[key])
 
 
 @pytest.mark.parametrize(
@@ -106,20 +92,21 @@ def test_strict_loading_allows_what_old_checkpoints_hold(tmp_path):
     [
         ({"outputs": 4}, {}, r"2 of its keys have another shape.*head.weight \(4, 3\) -> \(2, 3\)"),
         ({}, {"extra": True}, "2 keys of the model are absent from it, e.g. distiller.weight"),
+        ({"more": True}, {}, "2 of its keys are not in the model, e.g. more.weight"),
     ],
 )
-def test_strict_loading_counts_and_names_what_does_not_fit(tmp_path, saved, built, words):
+def test_strict_loading_counts_and_names_keys_that_do_not_fit(tmp_path, saved, built, words):
     path = save(Net(**saved), tmp_path / "a.pth")
     with pytest.raises(InputError, match=f"'{path}' does not fit my.yaml: {words}.*another config"):
         load_strictly(Net(**built), path, "my.yaml")
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_export_is_the_model_alone(tmp_path, half):
+def test_a_stripped_checkpoint_is_the_model_alone(tmp_path, half):
     net = Net(extra=True)
     source = save(net, tmp_path / "train.pth", optimizer={"state": [1]}, iteration=9)
     target = tmp_path / "model.pth"
-    export_weights(source, str(target), half=half)
+    strip_checkpoint(source, str(target), half=half)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pth", "train.pth"]
     content = torch.load(target, weights_only=True)
     assert content.keys() == {"model"}
@@ -133,48 +120,32 @@ def test_export_is_the_model_alone(tmp_path, half):
     assert torch.equal(other.norm.num_batches_tracked, net.norm.num_batches_tracked)
 
 
-def test_export_that_fails_leaves_no_half_file(tmp_path, monkeypatch):
-    source = save(Net(), tmp_path / "train.pth")
-    target = tmp_path / "model.pth"
-
-    def fail(state, path):
-        open(path, "wb").close()
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="full"):
-        export_weights(source, str(target))
-    assert not target.exists()
-
-
-def test_export_keeps_what_fp16_cannot_hold(tmp_path):
+def test_values_beyond_fp16_stay_in_fp32(tmp_path):
     net = Net()
     net.norm.running_var.fill_(1e6)
-    export_weights(save(net, tmp_path / "train.pth"), str(tmp_path / "model.pth"), half=True)
-    found = torch.load(tmp_path / "model.pth", weights_only=True)["model"]["norm.running_var"]
-    assert torch.equal(found, net.norm.running_var)
+    strip_checkpoint(save(net, tmp_path / "train.pth"), str(tmp_path / "model.pth"), half=True)
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    assert torch.equal(state["norm.running_var"], net.norm.running_var)
 
 
-def test_export_of_something_else(tmp_path):
+def test_files_that_are_not_checkpoints(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(InputError, match="list.pth' is no checkpoint"):
-        export_weights(str(tmp_path / "list.pth"), str(tmp_path / "model.pth"))
-
-
-def test_files_that_are_no_checkpoint(tmp_path):
-    with pytest.raises(InputError, match="'nowhere.pth' does not exist"):
-        export_weights("nowhere.pth", str(tmp_path / "model.pth"))
     (tmp_path / "short.pth").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(InputError, match="short.pth' cannot be read as a checkpoint"):
-        export_weights(str(tmp_path / "short.pth"), str(tmp_path / "model.pth"))
-    assert [path.name for path in tmp_path.iterdir()] == ["short.pth"]
+    for name, words in {
+        "list.pth": "is not a Detectron2 checkpoint",
+        "nowhere.pth": "does not exist",
+        "short.pth": "cannot be read as a checkpoint",
+    }.items():
+        with pytest.raises(InputError, match=f"{name}' {words}"):
+            strip_checkpoint(str(tmp_path / name), str(tmp_path / "model.pth"))
+    assert not (tmp_path / "model.pth").exists()
 
 
-def test_the_export_tool(tmp_path, monkeypatch, capsys):
+def test_the_tool(tmp_path, monkeypatch, capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export_model.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["strip_checkpoint.py", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", [*sys.path])
-        runpy.run_path(str(ROOT / "tools" / "export_model.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools" / "strip_checkpoint.py"), run_name="__main__")
 
     source, target = save(Net(extra=True), tmp_path / "train.pth"), tmp_path / "new" / "model.pth"
     run(source, target, "--half")
@@ -186,7 +157,7 @@ def test_the_export_tool(tmp_path, monkeypatch, capsys):
     assert "the file 'nowhere.pth' does not exist" in capsys.readouterr().err
 
 
-def test_no_checkpoint_named_or_there():
+def test_a_checkpoint_without_a_name_or_a_file():
     with pytest.raises(InputError, match="no checkpoint is named for the model; give"):
         check_exists("", "the model")
     with pytest.raises(InputError, match="'nowhere.pth' for the model does not exist"):

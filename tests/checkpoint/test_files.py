@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or absent."""
 
 import json
 import os
@@ -6,10 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from msad_kd.checkpoint.files import replacing, write_json
+from msad_kd.checkpoint.files import hash_file, replacing, write_json
 
 
-def test_a_file_is_replaced_when_all_is_written(tmp_path):
+def test_a_file_is_replaced_at_the_end(tmp_path):
     path = tmp_path / "new" / "table.md"
     for text in ("old", "new"):
         with replacing(path) as part:
@@ -19,7 +19,7 @@ def test_a_file_is_replaced_when_all_is_written(tmp_path):
     assert os.listdir(path.parent) == ["table.md"]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path):
+def test_a_failure_leaves_the_old_file(tmp_path):
     path = tmp_path / "table.json"
     path.write_text("{}")
     with pytest.raises(TypeError):
@@ -33,3 +33,9 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 def test_numbers_of_numpy_are_written_as_floats(tmp_path):
     write_json(tmp_path / "a.json", {"ap": np.float32(0.5)})
     assert json.loads((tmp_path / "a.json").read_text()) == {"ap": 0.5}
+
+
+def test_a_hash_depends_on_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert hash_file(tmp_path / "a") == digest

@@ -1,4 +1,4 @@
-"""Training batches: a function of (seed, rank, iteration), whole, and clear about bad images."""
+"""Training batches depend on (seed, rank, iteration) alone; errors name unreadable images."""
 
 import itertools
 import pickle
@@ -12,7 +12,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
-from msad_kd.data.loader import build_train_loader, clear_errors
+from msad_kd.data.loader import CheckedMapper, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.errors import InputError
@@ -21,7 +21,7 @@ SAMPLERS = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrain
 
 
 def light(entry):
-    """Stands for a mapper: an image's name, and what every generator gives it."""
+    """A cheap mapper: the image's name, and a number from every generator."""
     return entry["file_name"], random.random(), np.random.rand(), torch.rand(1).item()
 
 
@@ -30,13 +30,13 @@ def batches(cfg, count, start=0, mapper=light):
     # The iterator is asked for before the start is known, as Detectron2 0.6 does it.
     iterator = iter(loader)
     loader.start = start
-    found = list(itertools.islice(iterator, count))
+    drawn = list(itertools.islice(iterator, count))
     iterator.close()  # which ends the workers
-    return found
+    return drawn
 
 
 def shuffled_groups(count=12):
-    """A registered data set's dicts, every third of which is portrait."""
+    """Dicts of a data set; every third image is portrait."""
     return [
         {"file_name": str(i), "height": 40, "width": 30 if i % 3 == 0 else 50, "annotations": [0]}
         for i in range(count)
@@ -44,15 +44,15 @@ def shuffled_groups(count=12):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_iteration_i_is_the_same_whatever_the_start(config, sampler):
+def test_a_resumed_loader_goes_on_with_the_same_batches(config, sampler):
     cfg = config("lr", "DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.RANDOM_SUBSET_RATIO", 0.7)
     whole = batches(cfg, 9)
     for start in (1, 5):
         assert batches(cfg, 9 - start, start) == whole[start:]
-    assert len({draw for batch in whole for draw in batch}) == 18  # no draw comes twice
+    assert len({draw for batch in whole for draw in batch}) == 18  # all draws differ
 
 
-def test_mapped_images_are_the_same_whatever_the_start_and_the_workers(student_config):
+def test_mapped_images_depend_on_neither_start_nor_workers(student_config):
     crop = ["INPUT.CROP.ENABLED", True, "INPUT.MIN_SIZE_TRAIN", (29, 32, 41)]
     found = []
     for workers, start in ((0, 0), (0, 2), (2, 0), (2, 2)):
@@ -67,7 +67,7 @@ def test_mapped_images_are_the_same_whatever_the_start_and_the_workers(student_c
     assert len({entry["image"].shape for batch in found[0] for entry in batch}) > 1
 
 
-def test_another_seed_is_another_order(config):
+def test_seeds_have_different_orders(config):
     assert batches(config("lr", "SEED", 1), 3) != batches(config("lr", "SEED", 2), 3)
 
 
@@ -80,7 +80,7 @@ def test_ranks_differ(config, monkeypatch):
         found.append([draw for batch in batches(cfg, 6) for draw in batch])
     assert len(found[0]) == len(found[1]) == 6  # one image each
     assert not {draw[1:] for draw in found[0]} & {draw[1:] for draw in found[1]}
-    for step in range(0, 6, 3):  # together they see every image before one comes again
+    for step in range(0, 6, 3):  # together they see every image once
         seen = {draw[0] for ranks in found for draw in ranks[step : step + 3]}
         assert len(seen) == 6
 
@@ -113,7 +113,7 @@ def test_a_batch_is_all_portrait_or_all_landscape(config, portraits):
     assert frozenset([True, False]) in map(frozenset, batches(ungrouped, 12, mapper=orientation))
 
 
-def test_a_sample_that_the_mapper_refuses_is_replaced(config):
+def test_a_refused_sample_is_replaced(config):
     refused = []
 
     def picky(entry):
@@ -132,8 +132,8 @@ def test_a_mapper_that_refuses_everything(config):
         batches(config("lr"), 1, mapper=lambda entry: None)
 
 
-def test_mappers_reach_spawned_workers(student_config):
-    mapper = clear_errors(build_mapper(student_config(), is_train=True))
+def test_mappers_can_be_pickled_for_spawned_workers(student_config):
+    mapper = CheckedMapper(build_mapper(student_config(), is_train=True))
     assert pickle.loads(pickle.dumps(mapper)).mapper.augmentations.frame == "lr"
 
 
@@ -142,7 +142,7 @@ def test_no_data_set(config):
         build_train_loader(config("lr", "DATASETS.TRAIN", ()), light)
 
 
-def test_a_data_set_without_annotations_cannot_be_trained_on(config):
+def test_a_data_set_without_annotations(config):
     DatasetCatalog.register("bare", lambda: [{"file_name": "a.png", "annotations": []}])
     try:
         with pytest.raises(InputError, match="data set bare: No valid data found"):
@@ -171,31 +171,23 @@ def test_images_with_too_few_keypoints_are_left_out(config):
     assert {name for batch in found for name, *_ in batch} == {"with"}
 
 
-def test_batch_that_processes_cannot_share(config, monkeypatch):
+def test_a_batch_that_processes_cannot_share(config, monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 4)
     with pytest.raises(InputError, match="IMS_PER_BATCH is 2, which 4 processes"):
         build_train_loader(config("lr"), light)
 
 
-def truncated(file):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def no_image(file):
-    file.write_text("<html>404 Not Found</html>")
-
-
-def empty(file):
-    file.write_bytes(b"")
-
-
-def another_size(file):
-    cv2.imwrite(str(file), np.zeros((50, 50, 3), np.uint8))
+SPOILS = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "no image": lambda file: file.write_text("<html>404 Not Found</html>"),
+    "empty": lambda file: file.write_bytes(b""),
+    "another size": lambda file: cv2.imwrite(str(file), np.zeros((50, 50, 3), np.uint8)),
+}
 
 
 @pytest.fixture
 def spoiled(data, tmp_path):
-    """spoiled(spoil): keys of a copy of the data set, one image of which was spoiled, its name."""
+    """spoiled(spoil): config keys of a copy of the data set with one bad image, and its name."""
 
     def make(spoil):
         folder = tmp_path / "spoiled"
@@ -216,13 +208,13 @@ def spoiled(data, tmp_path):
         DatasetCatalog.remove(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "spoil", [truncated, no_image, empty, another_size], ids=lambda f: f.__name__
-)
-def test_a_spoiled_image_is_named(config, spoiled, spoil):
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
+def test_an_unreadable_image_is_named(config, spoiled, spoil):
     keys, victim = spoiled(spoil)
     cfg = config("lr", *keys)
-    with pytest.raises(InputError, match=f"image '{victim}' cannot be read"):
-        batches(cfg, 3, mapper=build_mapper(cfg, is_train=True))
-    with pytest.raises(InputError, match=f"image '{victim}' cannot be read"):
-        list(KDTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]))
+    for read in (
+        lambda: batches(cfg, 3, mapper=build_mapper(cfg, is_train=True)),
+        lambda: list(KDTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])),
+    ):
+        with pytest.raises(InputError, match=f"image '{victim}' cannot be read"):
+            read()

@@ -1,4 +1,4 @@
-"""The two-resolution mapper: the stock mapper's image, and the same picture k times as large.
+"""The two-resolution mapper: the stock mapper's image, and the same image k times as large.
 
 H, W: of the low-resolution image, k: high-resolution side / low-resolution side.
 """
@@ -17,10 +17,11 @@ from helpers import same_instances
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
-from msad_kd.data.mapper import build_mapper, jitter_arguments, scale_transform, scale_transforms
+from msad_kd.data.mapper import build_mapper, jitter_arguments
+from msad_kd.data.transforms import scale_transform, scale_transforms
 from msad_kd.utils.errors import InputError
 
-# Flips, crops before the resize, several odd sizes: all that Detectron2's own keys switch on.
+# Flips, crops before the resize and several odd sizes: all that Detectron2's own keys offer.
 LIVELY = [
     *("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative_range"),
     *("INPUT.MIN_SIZE_TRAIN", (31, 40, 47), "INPUT.MAX_SIZE_TRAIN", 61),
@@ -67,7 +68,7 @@ def mapper_with(augmentations, frame="lr", scale=2, is_train=True):
 
 
 @pytest.mark.parametrize("options", [[], LIVELY], ids=["plain", "lively"])
-def test_low_resolution_is_bitwise_the_stock_mappers(config, dicts, options):
+def test_the_low_resolution_image_is_bitwise_the_stock_mappers(config, dicts, options):
     cfg = config("lr", *options)
     stock, ours = DatasetMapper(cfg, True), TwoResolutionMapper(cfg, True, frame="lr")
     shapes, flips = set(), 0
@@ -176,13 +177,6 @@ def test_segmentation_follows_the_frame(smooth, tmp_path):
         assert torch.equal(low["sem_seg"][0, ::20], high["sem_seg"][0, ::40])
 
 
-def test_large_scale_jitter_can_be_scaled(smooth):
-    jitter = [T.ResizeScale(0.3, 1.5, 40, 40), T.FixedSizeCrop((40, 40))]
-    for seed in range(6):
-        found = mapped(mapper_with(jitter), smooth, seed)
-        assert found["image"].shape == (3, 40, 40) and found["image_hr"].shape == (3, 80, 80)
-
-
 SCALABLE = {
     "nothing": T.NoOpTransform(),
     "blend": base.BlendTransform(np.array([10.0, 20.0, 30.0]), 0.3, 0.7),
@@ -199,7 +193,7 @@ SCALABLE = {
 
 @pytest.mark.parametrize("kind", SCALABLE)
 @pytest.mark.parametrize("scale", [2, 4])
-def test_scaled_transforms_land_k_times_as_far(kind, scale):
+def test_scaled_transforms_move_points_k_times_as_far(kind, scale):
     low = base.TransformList([T.ResizeTransform(55, 77, 20, 30), SCALABLE[kind]])
     high = scale_transforms(low, scale)
     points = np.random.default_rng(0).uniform((0, 0), (77, 55), (50, 2))
@@ -210,7 +204,7 @@ def test_scaled_transforms_land_k_times_as_far(kind, scale):
     assert high.apply_image(image).shape == (scale * height, scale * width, 3)
 
 
-def test_what_precedes_the_last_resize_is_as_it_was():
+def test_what_precedes_the_last_resize_stays():
     first = [base.CropTransform(5, 5, 60, 40), T.ResizeTransform(40, 60, 30, 45)]
     low = base.TransformList([*first, T.ResizeTransform(30, 45, 20, 30), base.HFlipTransform(30)])
     high = scale_transforms(low, 2).transforms
@@ -219,26 +213,23 @@ def test_what_precedes_the_last_resize_is_as_it_was():
     assert high[3].width == 60
 
 
-def test_what_cannot_be_scaled_is_named(smooth):
-    rotate = T.RandomRotation([10, 20])
-    with pytest.raises(InputError, match="RotationTransform follows the last resize.*before"):
-        mapped(mapper_with([T.ResizeShortestEdge(30, 60), rotate]), smooth, 0)
+@pytest.mark.parametrize(
+    ("augmentation", "name"),
+    [(T.RandomRotation([10, 20]), "Rotation"), (T.RandomSaturation(0.5, 0.6), "Blend")],
+)
+def test_what_cannot_be_scaled_is_named(smooth, augmentation, name):
+    resize = T.ResizeShortestEdge(30, 60)
+    with pytest.raises(InputError, match=f"{name}Transform follows the last resize.*before"):
+        mapped(mapper_with([resize, augmentation]), smooth, 0)
     # Before the resize there is nothing to scale.
-    found = mapped(mapper_with([rotate, T.ResizeShortestEdge(30, 60)]), smooth, 0)
+    found = mapped(mapper_with([augmentation, resize]), smooth, 0)
     shrunk = torch.nn.functional.avg_pool2d(found["image_hr"].float(), 2)
     assert (shrunk - found["image"].float()).abs().mean() < 3
 
 
-def test_blending_with_an_image_cannot_be_scaled(smooth):
-    saturate = T.RandomSaturation(0.5, 0.6)
-    with pytest.raises(InputError, match="BlendTransform follows the last resize"):
-        mapped(mapper_with([T.ResizeShortestEdge(30, 60), saturate]), smooth, 0)
-    mapped(mapper_with([saturate, T.ResizeShortestEdge(30, 60)]), smooth, 0)
-
-
-def test_another_kind_can_be_taught(smooth):
+def test_another_kind_can_be_registered():
     class Swap(base.HFlipTransform):
-        """Not known by name, but through the class it is made from."""
+        """Known through its base class."""
 
     class Shift(base.Transform):
         def __init__(self, by):
@@ -251,7 +242,11 @@ def test_another_kind_can_be_taught(smooth):
         def apply_coords(self, coords):
             return coords + [self.by, 0]
 
-    assert scale_transform(Swap(10), 2).width == 20
+    assert scale_transform(Swap(10), 2).width == 20 and isinstance(
+        scale_transform(Swap(1), 2), Swap
+    )
+    pad = base.PadTransform(1, 1, 1, 1, pad_value=9)
+    assert scale_transform(pad, 2).pad_value == 9 and (pad.x0, pad.orig_w) == (1, None)
     with pytest.raises(InputError, match="Shift"):
         scale_transform(Shift(3), 2)
     scale_transform.register(Shift, lambda transform, scale: Shift(transform.by * scale))
@@ -264,12 +259,9 @@ def test_without_resize_there_is_no_second_resolution(config, dicts):
         TwoResolutionMapper(cfg, False, frame="lr")(dicts[0])
 
 
-def test_scale_3_is_refused(config):
+def test_a_wrong_scale_or_frame_is_refused(config):
     with pytest.raises(InputError, match="KD.SCALE is 3"):
         mapper_with([], scale=3)
-
-
-def test_an_unknown_frame_is_refused(config):
     with pytest.raises(InputError, match="'lr' or 'hr', not 'both'"):
         TwoResolutionMapper(config("lr"), True, frame="both")
 
@@ -323,6 +315,6 @@ def test_a_stock_model_jitters_too(config, dicts):
         (["INPUT.CROP.ENABLED", True], "INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop"),
     ],
 )
-def test_jitter_that_does_not_do(config, options, words):
+def test_wrong_jitter(config, options, words):
     with pytest.raises(InputError, match=words):
         TwoResolutionMapper(config("lr", "INPUT.JITTER.SIZE", 40, *options), True, frame="lr")

@@ -136,11 +136,11 @@ def test_a_name_that_two_losses_have_is_refused():
     [
         ({"name": "l3", "weight": 1.0}, "no loss 'l3'; known: .*l1.*mse"),
         ({"name": "l1", "weight": 1.0, "wiehgt": 2}, "'l1' has no field 'wiehgt'; known: .*levels"),
-        ({"name": "l1"}, "should be a dict with a name and a weight"),
+        ({"name": "l1"}, "'l1' needs 'weight', a number"),
         ({"weight": 1.0}, "should be a dict with a name and a weight"),
         ("l1", "should be a dict with a name and a weight"),
-        ({"name": "l1", "weight": "much"}, "should be a dict with a name and a weight"),
-        ({"name": "l1", "weight": 1, "levels": "p2"}, "levels of 'l1' should be a list, not 'p2'"),
+        ({"name": "l1", "weight": "much"}, "weight of 'l1' should be a number, not 'much'"),
+        ({"name": "l1", "weight": 1, "levels": "p2"}, "levels of 'l1' should be a list of texts"),
         ({"name": "l1", "weight": 1, "warmup_iters": -1}, "warmup_iters of 'l1' should be a whole"),
         (
             {"name": "l1", "weight": 1, "warmup_iters": 2.5},
@@ -194,7 +194,7 @@ def test_unequal_shapes_name_both_levels():
         ({"padding": "mirror"}, "padding is 'mirror'; it must be one of"),
         ({"rescale": "level"}, "scope is 'level'; it must be one of"),
         ({"window_size": 4}, "window_size is 4; it must be odd"),
-        ({"exponents": [1, 1]}, r"exponents are \(1, 1\); give three"),
+        ({"exponents": [1, 1, -1]}, r"exponents are \(1, 1, -1\); give three"),
     ],
 )
 def test_a_field_that_the_loss_refuses(field, words):

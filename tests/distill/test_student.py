@@ -7,7 +7,7 @@ from detectron2.utils.events import EventStorage
 from helpers import WARMUP, build, differing, losses_of, same_instances, tensors_of
 
 from msad_kd import DistilledMixin, DistilledRCNN, KDTrainer, attach_teacher
-from msad_kd.checkpoint.checkpoint import export_weights
+from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.distill.student import last_layer
 from msad_kd.distill.teacher import Teacher
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
@@ -156,7 +156,7 @@ def test_a_narrower_student_has_adapters_and_exports_without(student_config, bat
     sum(losses_of(model, batch(cfg, "lr"), WARMUP).values()).backward()
     assert all(p.grad is not None for p in model.distiller.parameters())
     torch.save({"model": model.state_dict()}, tmp_path / "trained.pth")
-    export_weights(tmp_path / "trained.pth", tmp_path / "student.pth")
+    strip_checkpoint(tmp_path / "trained.pth", tmp_path / "student.pth")
     exported = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
     stock = build(student_config("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *width))
     assert set(exported) == set(stock.state_dict())

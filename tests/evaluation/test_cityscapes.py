@@ -1,4 +1,4 @@
-"""Cityscapes' AP by cityscapesScripts and by COCO's rules, on a generated tree."""
+"""Cityscapes' AP by cityscapesScripts and by COCO's rules, on generated data."""
 
 import glob
 import json
@@ -36,7 +36,7 @@ SUFFIX = "gtFine_instanceIds.png"
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A folder with `cityscapes/` in it, whose validation set is registered as NAME."""
+    """A folder with `cityscapes/` in it; its validation set is registered as NAME."""
     folder = tmp_path_factory.mktemp("tree") / "datasets"
     shapes = {"min_radius": 10, "max_radius": 30, "max_shapes": 7}
     generate(folder, train=4, val=5, size=SIZE, format="cityscapes", progress=False, **shapes)
@@ -52,12 +52,12 @@ def tree(tmp_path_factory):
 
 
 def instances_of(ids):
-    """The instances, without groups, of an image of instance ids: (number, mask)."""
-    return [(each, ids == each) for each in np.unique(ids).tolist() if each >= 1000]
+    """The instances, without groups, in an image of ids: (id, mask)."""
+    return [(number, ids == number) for number in np.unique(ids).tolist() if number >= 1000]
 
 
 def make_group_and_void(labels):
-    """Turns the first instance of the first image into a group, and the next into void."""
+    """Turn the first instance of the first image into a group, and the second into void."""
     path = sorted(glob.glob(f"{labels}/*/*{SUFFIX}"))[0]
     ids = np.array(Image.open(path))
     (group, where), (_, void) = instances_of(ids)[:2]
@@ -66,7 +66,7 @@ def make_group_and_void(labels):
 
 
 def predict(change=lambda mask: mask, spurious=()):
-    """The ground truth as a model's prediction: (inputs, outputs) of each image.
+    """The ground truth as predictions: (inputs, outputs) of each image.
 
     Args:
         change: is applied to each mask.
@@ -79,8 +79,8 @@ def predict(change=lambda mask: mask, spurious=()):
         truth = entry["file_name"].replace("leftImg8bit/", "gtFine/")
         ids = np.array(Image.open(truth.replace("leftImg8bit.png", SUFFIX)))
         objects = [
-            (CLASSES.index(id2label[each // 1000].name), change(mask))
-            for each, mask in instances_of(ids)
+            (CLASSES.index(id2label[number // 1000].name), change(mask))
+            for number, mask in instances_of(ids)
         ]
         objects += spurious if number == 0 else []
         masks = torch.from_numpy(np.stack([mask for _, mask in objects]))
@@ -145,14 +145,14 @@ def test_numpy_without_in1d(tree, monkeypatch):
     expected = evaluate(predict(eroded), CityscapesEvaluator(NAME))["segm"]
     from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as scripts
 
-    monkeypatch.setattr(scripts, "np", np)  # as it is when nothing was evaluated yet
+    monkeypatch.setattr(scripts, "np", np)
     monkeypatch.delattr(np, "in1d", raising=False)
     found = evaluate(predict(eroded), CityscapesEvaluator(NAME))["segm"]
     assert found == pytest.approx(expected, nan_ok=True)
     assert not hasattr(np, "in1d")
 
 
-def test_predictions_on_groups_and_void_are_no_mistakes(tree, tmp_path):
+def test_predictions_on_groups_and_void_do_not_count(tree, tmp_path):
     ids = first_image()
     (group,) = [label for label in np.unique(ids) if 24 <= label < 1000]
     on_group = [(CLASSES.index("person") + int(group) - 24, ids == group)]
@@ -172,7 +172,7 @@ def test_classes_that_cityscapes_lacks_do_not_count(tree):
     assert found["segm"]["AP"] == pytest.approx(100.0)
 
 
-def test_absent_ground_truth(tree, tmp_path):
+def test_missing_ground_truth(tree, tmp_path):
     name = "cityscapes_nowhere"
     MetadataCatalog.get(name).set(gt_dir=str(tmp_path), thing_classes=CLASSES)
     with pytest.raises(InputError, match="'cityscapes_nowhere': there is no .*DETECTRON2_DATASETS"):
@@ -220,7 +220,7 @@ def test_without_cityscapesscripts(tree, config, monkeypatch):
 def test_a_student_is_trained_and_evaluated_on_the_tree(
     tree, config_files, teacher_weights, tmp_path
 ):
-    """train_net.py as a process of its own, with the names of Detectron2."""
+    """Run train_net.py with Detectron2's names of the data sets."""
     sets = [f"DATASETS.{key.upper()}" for key in ("train", "test")]
     options = [
         *(sets[0], "('cityscapes_fine_instance_seg_train',)"),

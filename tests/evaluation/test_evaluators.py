@@ -1,4 +1,4 @@
-"""Evaluators by the data set's kind."""
+"""The evaluator for a data set."""
 
 import pytest
 from detectron2.data import MetadataCatalog
@@ -10,7 +10,7 @@ from msad_kd.utils.errors import InputError
 
 @pytest.fixture
 def kind():
-    """kind(evaluator type): a data set of that kind, which exists in name only."""
+    """kind(evaluator type): the name of a data set of that kind."""
     names = []
 
     def make(value):
@@ -35,5 +35,5 @@ def test_cityscapes(config, kind):
 
 
 def test_another_kind_is_refused(config, kind):
-    with pytest.raises(InputError, match="evaluator 'lvis'; there are coco and cityscapes"):
+    with pytest.raises(InputError, match="evaluator 'lvis'; only coco and cityscapes"):
         build_evaluator(config("lr"), kind("lvis"))

@@ -1,4 +1,4 @@
-"""TEST.AUG: after a training, with --eval-only, and where it cannot be done."""
+"""TEST.AUG: after a training, with --eval-only, and for models without it."""
 
 import json
 
@@ -15,7 +15,7 @@ AUGMENTED = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (32, 40), "TEST.AUG
 
 @pytest.fixture(scope="module")
 def trained(config_files, tmp_path_factory):
-    """The folder of a model that was trained for a step, and evaluated in both ways."""
+    """The folder of a model that was trained for a step and evaluated both ways."""
     folder = tmp_path_factory.mktemp("augmented")
     options = [*AUGMENTED, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", str(folder)]
     train(train_net.build_config(str(config_files["lr"]), options))
@@ -67,7 +67,7 @@ def test_of_several_data_sets(trained, config_files, tmp_path):
         ("lr", ["MODEL.KEYPOINT_ON", True], "GeneralizedRCNN"),
     ],
 )
-def test_where_it_cannot_be_done(config, config_files, tmp_path, role, options, named):
+def test_models_without_it(config, config_files, tmp_path, role, options, named):
     words = f"TEST.AUG.ENABLED is True, but a {named} cannot .*; set it to False"
     with pytest.raises(InputError, match=words):
         KDTrainer(config(role, *AUGMENTED, *options))

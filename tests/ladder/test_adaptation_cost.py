@@ -1,9 +1,8 @@
-"""The adaptation cost: known costs, invariances; the order it gives, worked out by hand."""
+"""The adaptation cost: known costs, invariances, and orders worked out by hand."""
 
 import pytest
 import torch
 
-from msad_kd.ladder import adaptation_cost as adaptation
 from msad_kd.ladder.adaptation_cost import (
     AffineMap,
     adaptation_cost,
@@ -26,8 +25,8 @@ def counts(images=IMAGES, rows=ROWS):
     return torch.full((images,), rows)
 
 
-def noise(channels, rows=IMAGES * ROWS):
-    return torch.randn(rows, channels)
+def noise(channels):
+    return torch.randn(IMAGES * ROWS, channels)
 
 
 def cost(source, target, **options):
@@ -44,25 +43,16 @@ def spectrum(channels):
     return noise(channels) * scales @ rotation(channels) + 3 * torch.randn(channels)
 
 
-# A model that knows the first n of 16 independent facts, in a basis of its own.
-FACTS = {"student": 4, "weak": 8, "middle": 12, "strong": 16}
-
-
-def chain():
-    facts = noise(16)
-    return {name: facts[:, :n] @ rotation(n) + 5 for name, n in FACTS.items()}
-
-
-def test_a_chain_has_its_known_costs_and_order():
-    models = chain()
+def test_a_chain_of_models_has_its_known_costs_and_order():
+    """Each model knows the first n of 16 independent facts, in a basis of its own."""
+    known, facts = {"student": 4, "weak": 8, "middle": 12, "strong": 16}, noise(16)
+    models = {name: facts[:, :n] @ rotation(n) + 5 for name, n in known.items()}
     costs = {a: {b: cost(x, y).value for b, y in models.items()} for a, x in models.items()}
-    for a, own in FACTS.items():
-        for b, others in FACTS.items():
+    for a in known:
+        for b in known:
             # What b knows and a does not, as a share of what b knows.
-            assert costs[a][b] == pytest.approx(max(0, 1 - own / others), abs=0.02), (a, b)
-    order, excluded = greedy_order(costs, "student", "strong")
-    assert order == ["weak", "middle", "strong"]
-    assert excluded == {}
+            assert costs[a][b] == pytest.approx(max(0, 1 - known[a] / known[b]), abs=0.02), (a, b)
+    assert greedy_order(costs, "student", "strong") == (["weak", "middle", "strong"], {})
 
 
 def with_twins(x):
@@ -92,32 +82,22 @@ def test_an_affine_change_of_the_source_changes_nothing():
         assert cost(changed, target).value == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_tells_nothing_costs_one():
+def test_unrelated_and_constant_sources_cost_one():
     assert cost(noise(8), noise(8)).value == pytest.approx(1, abs=0.02)
     assert cost(torch.ones(IMAGES * ROWS, 8), noise(8)).value == pytest.approx(1, abs=0.02)
 
 
-def test_known_noise_is_the_cost():
+def test_levels_are_averaged():
     signal = noise(6)
-    # Variance 1 of the signal's own, 0.25 of noise: 0.25 / 1.25 remain.
-    assert cost(signal, signal + 0.5 * noise(6)).value == pytest.approx(0.2, abs=0.02)
+    noisy = signal + 0.5 * noise(6)  # variance 1 of the signal, 0.25 of noise: 0.25 / 1.25 remain
+    result = adaptation_cost({"p3": (signal, noisy, counts()), "p4": (signal, noise(6), counts())})
+    assert result.levels == pytest.approx({"p3": 0.2, "p4": 1.0}, abs=0.02)
+    assert result.value == pytest.approx(sum(result.levels.values()) / 2)
+    assert result.low < result.value < result.high < result.low + 0.05
 
 
-def test_the_mean_over_levels_and_its_interval():
-    signal = noise(6)
-    pairs = {
-        "p3": (signal, signal + 0.5 * noise(6), counts()),
-        "p4": (signal, noise(6), counts()),
-    }
-    found = adaptation_cost(pairs)
-    assert found.levels["p3"] == pytest.approx(0.2, abs=0.02)
-    assert found.levels["p4"] == pytest.approx(1.0, abs=0.02)
-    assert found.value == pytest.approx(sum(found.levels.values()) / 2)
-    assert found.low < found.value < found.high < found.low + 0.05
-
-
-def test_the_interval_is_of_images():
-    """Images that differ make it wide; as many rows of images that are alike don't."""
+def test_the_interval_is_over_images():
+    """Images that differ make it wide; as many rows of similar images do not."""
     signal = noise(6)
     one_in_two = torch.tensor([0.1, 1.0]).repeat(IMAGES // 2).repeat_interleave(ROWS)[:, None]
     mixed = cost(signal, signal + one_in_two * noise(6))
@@ -128,13 +108,12 @@ def test_the_interval_is_of_images():
     assert again.low != mixed.low
 
 
-def test_features_are_read_some_rows_at_a_time(monkeypatch):
+def test_blocks_of_rows_give_the_same_cost(monkeypatch):
     source, target = spectrum(12), noise(5)
     whole = cost(source, target)
-    monkeypatch.setattr(adaptation, "ROWS_AT_ONCE", 33)
-    in_pieces = cost(source, target)
-    assert in_pieces.value == pytest.approx(whole.value, abs=1e-12)
-    assert in_pieces.low == pytest.approx(whole.low, abs=1e-12)
+    monkeypatch.setattr("msad_kd.ladder.adaptation_cost.ROWS_AT_ONCE", 33)
+    in_blocks = cost(source, target)
+    assert (in_blocks.value, in_blocks.low) == pytest.approx((whole.value, whole.low), abs=1e-12)
 
 
 def test_a_line_through_three_points():
@@ -150,7 +129,7 @@ def test_errors_of_each_image():
     fitted = AffineMap(
         torch.zeros(1).double(), torch.ones(1, 1).double(), torch.tensor([2.0]).double()
     )
-    source = torch.tensor([[0.0], [1.0], [5.0]])  # answers 2, 3, 7
+    source = torch.tensor([[0.0], [1.0], [5.0]])  # mapped to 2, 3, 7
     target = torch.tensor([[2.0], [5.0], [6.0]])
     errors = image_errors(fitted, source, target, torch.tensor([2, 1]))
     assert errors.tolist() == [[4.0, 9.0], [1.0, 16.0]]
@@ -162,25 +141,20 @@ def test_how_many_rows_are_enough():
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "told", "words"),
+    ("source", "target", "counts", "message"),
     [
-        (torch.zeros(8, 1), torch.zeros(8, 1), counts(4, 2), "five images or more.*there are 4"),
+        (torch.zeros(8, 1), torch.zeros(8, 1), counts(4, 2), "five images.*there are 4"),
         (torch.zeros(20, 9), torch.zeros(20, 1), counts(5, 4), "level p3: .*map from 9 channels"),
         (torch.randn(50, 2), torch.ones(50, 3), counts(5, 10), "level p3: the target is the same"),
     ],
 )
-def test_features_that_do_not_do(source, target, told, words):
-    with pytest.raises(InputError, match=words):
-        adaptation_cost({"p3": (source, target, told)})
+def test_unusable_features(source, target, counts, message):
+    with pytest.raises(InputError, match=message):
+        adaptation_cost({"p3": (source, target, counts)})
 
 
-def test_rows_that_do_not_belong_together():
-    with pytest.raises(ValueError, match="p3: 50 and 40 rows"):
-        adaptation_cost({"p3": (torch.zeros(50, 2), torch.zeros(40, 2), counts(5, 10))})
-
-
-# costs[a][b]: from a to b. C is the strongest.
-MATRIX = {
+# COSTS[a][b] is C(a->b). C is the strongest.
+COSTS = {
     "student": {"A": 0.3, "B": 0.5, "C": 0.8, "D": 0.9, "E": 0.4},
     "A": {"B": 0.2, "C": 0.6, "D": 0.1, "E": 0.3},
     "B": {"A": 0.0, "C": 0.1, "D": 0.1, "E": 0.1},
@@ -191,19 +165,17 @@ MATRIX = {
 
 
 def test_an_order_worked_out_by_hand():
-    """To C: D is cheapest (0.01) but farther from the student; of A, B and E, it is B (0.1).
+    """Before C: D is cheapest (0.01) but farther from the student; of A, B and E, it is B (0.1).
 
-    To B: A and E cost the same (0.2), so the name decides. E is then not closer than A.
+    Before B: A and E cost the same (0.2), so the name decides. E is then not closer than A.
     """
-    order, excluded = greedy_order(MATRIX, "student", "C")
+    order, excluded = greedy_order(COSTS, "student", "C")
     assert order == ["A", "B", "C"]
     assert excluded.keys() == {"D", "E"}
     assert "not closer to the student than A: C(student->D) = 0.9000" in excluded["D"]
     assert "C(student->A) = 0.3000" in excluded["E"]
-    cheaper = {**MATRIX, "E": {**MATRIX["E"], "B": 0.15}}
+    cheaper = {**COSTS, "E": {**COSTS["E"], "B": 0.15}}
     assert greedy_order(cheaper, "student", "C")[0] == ["A", "E", "B", "C"]
-
-
-def test_the_strongest_may_be_the_nearest():
-    order, excluded = greedy_order(MATRIX, "student", "A")
+    # The strongest may be the closest.
+    order, excluded = greedy_order(COSTS, "student", "A")
     assert order == ["A"] and set(excluded) == {"B", "C", "D", "E"}

@@ -1,4 +1,4 @@
-"""The controls of a ladder are what they say."""
+"""The ladder controls: their teachers, iterations and starts."""
 
 import copy
 
@@ -17,8 +17,10 @@ LADDER[1] |= {"losses": [{"name": "ssim", "weight": 4.0}]}
 
 
 def test_they_have_the_ladders_total_and_start():
-    found = control_stages(LADDER, max_iter=50)
-    teachers = {name: [stage["weights"][0] for stage in own] for name, own in found.items()}
+    controls = control_stages(LADDER, max_iter=50)
+    teachers = {
+        name: [stage["weights"][0] for stage in stages] for name, stages in controls.items()
+    }
     assert teachers == {
         "no_kd_same_start": ["a"],
         "strongest": ["b"],
@@ -26,33 +28,33 @@ def test_they_have_the_ladders_total_and_start():
         "first_restarted": ["a", "a"],
         "reversed": ["b", "a"],
     }
-    for own in found.values():
-        assert sum(stage.get("iterations", 50) for stage in own) == 80
-        assert own[0]["start"] == "a.pth" and own[0]["base_lr"] == 0.1
-        assert all("start" not in stage for stage in own[1:])
-        assert len({stage["name"] for stage in own}) == len(own)
-    assert found["reversed"][0]["losses"] == LADDER[1]["losses"]
-    assert "losses" not in found["reversed"][1]
-    assert [loss["weight"] for loss in found["no_kd_same_start"][0]["losses"]] == [0]
+    for stages in controls.values():
+        assert sum(stage.get("iterations", 50) for stage in stages) == 80
+        assert stages[0]["start"] == "a.pth" and stages[0]["base_lr"] == 0.1
+        assert all("start" not in stage for stage in stages[1:])
+        assert len({stage["name"] for stage in stages}) == len(stages)
+    assert controls["reversed"][0]["losses"] == LADDER[1]["losses"]
+    assert "losses" not in controls["reversed"][1]
+    assert [loss["weight"] for loss in controls["no_kd_same_start"][0]["losses"]] == [0]
     heads = [{**LADDER[0], "start": "teacher_heads"}, LADDER[1]]
     assert control_stages(heads, 50)["strongest"][0]["start"] == "teacher_heads"
+    default = [{**LADDER[0], "iterations": None}, LADDER[1]]
+    assert control_stages(default, 50)["strongest"][0]["iterations"] == 100
 
 
-def test_they_are_ladders_and_leave_the_ladder_alone():
+def test_they_are_valid_ladders_and_share_no_list_with_the_original():
     before = copy.deepcopy(LADDER)
-    for own in control_stages(LADDER, 50).values():
-        read_stages(own)
-        for stage in own:
+    for stages in control_stages(LADDER, 50).values():
+        read_stages(stages)
+        for stage in stages:
             stage.get("losses", []).clear()
     assert before == LADDER
-    unsaid = [{**LADDER[0], "iterations": None}, LADDER[1]]
-    assert control_stages(unsaid, 50)["strongest"][0]["iterations"] == 100
 
 
 @pytest.mark.parametrize(
-    ("stages", "words"),
+    ("stages", "message"),
     [([], "KD.LADDER.STAGES is empty"), ([{"name": "a"}], "stage 1 needs 'config_file'")],
 )
-def test_what_has_no_controls(stages, words):
-    with pytest.raises(InputError, match=words):
+def test_an_invalid_ladder(stages, message):
+    with pytest.raises(InputError, match=message):
         control_stages(stages, 50)

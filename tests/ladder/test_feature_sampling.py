@@ -15,25 +15,25 @@ from msad_kd.ladder.feature_sampling import (
 from msad_kd.utils.errors import InputError
 
 
-def levels(*strides, channels=2):
-    return {f"p{i}": ShapeSpec(channels=channels, stride=s) for i, s in enumerate(strides, 2)}
+def levels(*strides):
+    return {f"p{i}": ShapeSpec(channels=2, stride=s) for i, s in enumerate(strides, 2)}
 
 
 class Coordinates:
-    """A model whose features are where the cell's corner lies in the high-resolution image."""
+    """A model whose features are the position of the cell's corner in the high-resolution image."""
 
     scale = 2
 
-    def __init__(self, reads, strides):
-        self.reads, self.strides = reads, strides
+    def __init__(self, image, strides):
+        self.image, self.strides = image, strides
 
     def levels(self):
         return levels(*self.strides)
 
     def pyramid(self, inputs, padded):
         (entry,) = inputs
-        factor = 2 if self.reads == "image" else 1
-        assert entry[self.reads].shape[-1] * factor == 2 * entry["image"].shape[-1]
+        factor = 2 if self.image == "image" else 1
+        assert entry[self.image].shape[-1] * factor == 2 * entry["image"].shape[-1]
         pyramid = {}
         for name, shape in self.levels().items():
             axes = [torch.arange(-(-2 * side // shape.stride)) * shape.stride for side in padded]
@@ -41,29 +41,29 @@ class Coordinates:
         return pyramid
 
 
-def images(*sizes):
-    return [
+def write(model, folder, sizes, strides, cells):
+    inputs = [
         {"image": torch.zeros(3, h, w), "image_hr": torch.zeros(3, 2 * h, 2 * w)} for h, w in sizes
     ]
+    return write_features(
+        model, inputs, strides, cells=cells, divisibility=32, seed=0, folder=folder
+    )
 
 
 def test_all_models_are_read_at_the_same_cells(tmp_path):
-    inputs, strides = images((30, 45), (32, 20)), [8, 16, 64]
-    found = {}
+    strides, features = [8, 16, 64], {}
     for name, model in {
         "low": Coordinates("image", [8, 16, 32, 64]),
         "high": Coordinates("image_hr", [4, 8, 16, 64]),
     }.items():
-        sizes = write_features(
-            model, inputs, strides, cells=10, divisibility=32, seed=0, folder=tmp_path / name
-        )
+        sizes = write(model, tmp_path / name, [(30, 45), (32, 20)], strides, 10)
         assert sizes == [(60, 90), (64, 40)]
-        found[name] = {s: read_features(tmp_path / name, s, 2) for s in strides}
+        features[name] = {s: read_features(tmp_path / name, s, 2) for s in strides}
     for stride in strides:
-        assert torch.equal(found["low"][stride], found["high"][stride])
+        assert torch.equal(features["low"][stride], features["high"][stride])
         counts = cell_counts(sizes, stride, 10)
-        assert len(found["low"][stride]) == counts.sum()
-        for rows, size in zip(found["low"][stride].split(counts.tolist()), sizes):
+        assert len(features["low"][stride]) == counts.sum()
+        for rows, size in zip(features["low"][stride].split(counts.tolist()), sizes):
             assert (rows % stride == 0).all()
             assert (rows < torch.tensor(size)).all()  # inside the image, not in its padding
             assert len(rows.unique(dim=0)) == len(rows)
@@ -74,33 +74,29 @@ def test_all_models_are_read_at_the_same_cells(tmp_path):
 def test_other_images_and_seeds_have_other_cells(tmp_path):
     drawn = {tuple(sample_cells((640, 640), 8, 5, seed).flatten().tolist()) for seed in range(4)}
     assert len(drawn) == 4
-    same, other = (sample_cells((640, 640), 8, 5, 0) for _ in range(2))
-    assert torch.equal(same, other)
-    model, inputs = Coordinates("image", [8]), images((320, 320), (320, 320))
-    write_features(model, inputs, [8], cells=5, divisibility=32, seed=0, folder=tmp_path)
-    first, second = read_features(tmp_path, 8, 2).split(5)
-    assert not torch.equal(first, second)
+    assert torch.equal(*(sample_cells((640, 640), 8, 5, 0) for _ in range(2)))
+    write(Coordinates("image", [8]), tmp_path, [(320, 320)] * 2, [8], 5)
+    assert not torch.equal(*read_features(tmp_path, 8, 2).split(5))
 
 
-def test_all_cells_where_there_are_few():
+def test_a_small_level_gives_all_its_cells():
     drawn = sample_cells((30, 70), 32, 64, 0)
     assert sorted(map(tuple, drawn.tolist())) == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_strides_that_all_have():
+def test_common_strides():
     common, left_out = common_strides(
         {"student": levels(8, 16, 32, 64, 128), "plain": levels(4, 8, 16, 32, 64)}
     )
     assert common == [8, 16, 32, 64]
     assert left_out == {"student": ["p6"], "plain": ["p2"]}
-    with pytest.raises(InputError, match=r"no stride is common.*one: \[4, 8\]; other: \[16\]"):
+    with pytest.raises(InputError, match=r"no stride in common.*one: \[4, 8\]; other: \[16\]"):
         common_strides({"one": levels(4, 8), "other": levels(16)})
 
 
-def test_a_gigabyte_a_model():
-    assert cells_per_image(2000, 5, 256, 64) == 64
-    assert 2000 * 5 * 256 * 64 * 4 == 655_360_000
+def test_a_model_takes_at_most_a_gigabyte():
+    assert cells_per_image(2000, 5, 256, 64) == 64  # 655 MB
     assert cells_per_image(2000, 5, 256, 1000) == 97
     assert 2000 * 5 * 256 * 97 * 4 <= 10**9 < 2000 * 5 * 256 * 98 * 4
-    with pytest.raises(InputError, match="more than 1 GB; use fewer images"):
+    with pytest.raises(InputError, match="more than 1 GB.*use fewer images"):
         cells_per_image(1_000_000, 5, 256, 64)

@@ -19,10 +19,8 @@ from msad_kd.distill.teacher import Teacher
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.ladder import run as ladder
 from msad_kd.ladder.run import run_ladder
-from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
 
-FEW = {"name": "a", "config_file": "t.yaml", "weights": "t.pth"}
 STAGES = ("first", "second", "third")
 MGD = [{"name": "mgd", "weight": 1e-4}, {"name": "l1", "weight": 0.1, "adapter": True}]
 
@@ -252,51 +250,6 @@ def test_one_teacher_at_a_time(ladder_config, stages, monkeypatch):
     assert len(alive) == 2
 
 
-def test_a_stages_config(config_files, tmp_path):
-    entries = [
-        {**FEW, "losses": MGD, "iterations": 45000, "base_lr": 0.01, "opts": ["KD.SCALE", 2]},
-        {**FEW, "name": "b", "kind": "plain", "image": "lr", "start": "teacher_heads"},
-        {**FEW, "name": "c", "kind": "plain", "start": "x.pth"},
-    ]
-    keys = ["SOLVER.STEPS", [60, 80], "SOLVER.MAX_ITER", 90, "MODEL.WEIGHTS", "r50.pkl"]
-    cfg = build_config(str(config_files["student"]), [*keys, "OUTPUT_DIR", "out"])
-    one, two, three = (stage_config(cfg, read_stages(entries), i) for i in range(3))
-    assert (one.SOLVER.MAX_ITER, one.SOLVER.STEPS) == (45000, (30000, 40000))
-    assert (one.SOLVER.BASE_LR, two.SOLVER.BASE_LR) == (0.01, cfg.SOLVER.BASE_LR)
-    assert (one.KD.LOSSES, two.KD.LOSSES) == (MGD, cfg.KD.LOSSES)
-    assert [c.KD.TEACHER.BRANCH for c in (one, two, three)] == ["fused", "lr", "hr"]
-    assert (one.KD.TEACHER.CONFIG_FILE, one.KD.TEACHER.OPTS) == ("t.yaml", ["KD.SCALE", 2])
-    starts = [(c.KD.TEACHER.INIT_STUDENT, c.KD.TEACHER.INIT_BACKBONE) for c in (one, two, three)]
-    assert starts == [(False, False), (True, False), (False, False)]
-    weights = [c.MODEL.WEIGHTS for c in (one, two, three)]
-    assert weights == ["r50.pkl", "out/stage_01_a/student.pth", "x.pth"]
-    assert [c.SEED - cfg.SEED for c in (one, two, three)] == [0, 1000, 2000]
-    assert three.OUTPUT_DIR == "out/stage_03_c"
-
-
-@pytest.mark.parametrize(
-    ("entries", "words"),
-    [
-        ([{**FEW, "wieghts": "x"}], "stage 1 has no field 'wieghts'; known: name, config_file"),
-        ([FEW, {**FEW, "name": "b", "weights": ""}], "stage 2 needs 'weights'"),
-        ([{"name": "a", "weights": "t.pth"}], "stage 1 needs 'config_file'"),
-        ([FEW, FEW], "two stages have the name 'a'"),
-        (["a"], "stage 1: 'a' should be a dict"),
-        ([{**FEW, "name": "a/b"}], "name should be letters, digits"),
-        ([{**FEW, "kind": "both"}], "kind should be fused or plain, not 'both'"),
-        ([{**FEW, "image": "mr"}], "image should be hr or lr, not 'mr'"),
-        ([{**FEW, "iterations": 0}], "iterations should be a whole number above 0, not 0"),
-        ([{**FEW, "base_lr": "much"}], "base_lr should be a number above 0, not 'much'"),
-        ([{**FEW, "opts": None}], "opts should be a list of KEY, VALUE, ..., not None"),
-        ([{**FEW, "start": ""}], "start should be .* or a checkpoint, not ''"),
-        ([{**FEW, "losses": [{"name": "l3", "weight": 1}]}], "stage 1: KD.LOSSES: there is no"),
-    ],
-)
-def test_stages_that_cannot_be_read(entries, words):
-    with pytest.raises(InputError, match=f"KD.LADDER.STAGES.*{words}"):
-        build_config("", ["KD.LADDER.STAGES", entries])
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -389,7 +342,3 @@ def test_the_hash_heeds_when_the_statistics_are_recomputed(ladder_config, stages
         cfg = ladder_config("x", "TEST.PRECISE_BN.ENABLED", True, "TEST.EVAL_PERIOD", period)
         hashes.add(ladder._hash_config(stage_config(cfg, read_stages(stages), 0)))
     assert len(hashes) == 2
-
-
-def test_losses_of_a_stage_are_read_as_those_of_a_run():
-    assert read_losses(MGD)[1].adapter is True

@@ -1,4 +1,4 @@
-"""The losses between predictions for regions: worked-out values, and what has no regions."""
+"""The losses between RoI predictions: worked-out values, gradients, and no regions."""
 
 import math
 
@@ -6,54 +6,53 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from msad_kd.losses.roi import ROI_LOSS_REGISTRY, RoIPredictions, roi_box, roi_class, roi_mask
+from msad_kd.losses import ROI_LOSS_REGISTRY, RoIPredictions
+from msad_kd.losses.roi import roi_box, roi_class, roi_mask
 
-ALL = sorted(name for name, _ in ROI_LOSS_REGISTRY)
+ALL = ("roi_class", "roi_box", "roi_mask")
 
 
 def predictions(probabilities=((0.5, 0.5),), deltas=None, masks=((0.5,),)):
-    """Of probabilities, which the losses see as logits; a mask is a row of cells."""
+    """Return the predictions of given probabilities; a mask is a row of cells."""
     classes = torch.tensor(probabilities).log()
     if deltas is None:
         deltas = [[0.0] * 4] * len(classes)
     return RoIPredictions(classes, torch.tensor(deltas), torch.tensor(masks)[:, None].logit())
 
 
-def random_predictions(regions=6, classes=3):
-    masks = torch.randn(regions // 2, 4, 4)
-    return RoIPredictions(
-        torch.randn(regions, classes + 1), torch.randn(regions, 4 * classes), masks
-    )
+def random_predictions(regions=6):
+    shapes = (regions, 4), (regions, 12), (regions // 2, 4, 4)
+    return RoIPredictions(*map(torch.randn, shapes))
 
 
-def test_names():
-    assert set(ALL) == {"roi_class", "roi_box", "roi_mask"}
+def parts_of(predictions):
+    """Return the three tensors as leaves that want a gradient."""
+    return [part.clone().requires_grad_() for part in vars(predictions).values()]
 
 
 def test_class_worked_out():
     student, teacher = predictions([[0.5, 0.5]]), predictions([[0.75, 0.25]])
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert roi_class(student, teacher).item() == pytest.approx(expected, rel=1e-5)
-    # At temperature 2 the odds of 3 are those of their root.
+    # Temperature 2 takes the root of the odds, which are 3.
     p = math.sqrt(3) / (1 + math.sqrt(3))
     expected = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)))
     assert roi_class(student, teacher, temperature=2.0).item() == pytest.approx(expected, rel=1e-5)
     # A second region on which both agree halves the mean.
-    one, other = ([[0.5, 0.5], [0.9, 0.1]], [[0.75, 0.25], [0.9, 0.1]])
-    both = roi_class(predictions(one), predictions(other))
-    assert_close(both, roi_class(student, teacher) / 2)
+    pair = predictions([[0.5, 0.5], [0.9, 0.1]]), predictions([[0.75, 0.25], [0.9, 0.1]])
+    assert_close(roi_class(*pair), roi_class(student, teacher) / 2)
 
 
 def test_box_worked_out():
     probabilities = [[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]  # class 1, and background
-    theirs = [[9.0, 9.0, 9.0, 9.0, 1.0, -2.0, 0.0, 1.0], [1.0] + [0.0] * 7]
-    teacher = predictions(probabilities, theirs)
+    deltas = [[9.0, 9.0, 9.0, 9.0, 1.0, -2.0, 0.0, 1.0], [1.0] + [0.0] * 7]
     student = predictions([[0.3, 0.3, 0.4]] * 2, [[0.0] * 8] * 2)
-    # 0.7 (1 + 2 + 0 + 1) of the first region, 0.1 x 1 of the second.
-    assert roi_box(student, teacher).item() == pytest.approx((2.8 + 0.1) / 2, rel=1e-5)
-    alike = predictions(probabilities, [each[4:] for each in theirs])
-    student = predictions(probabilities, [[0.0] * 4] * 2)
-    assert roi_box(student, alike).item() == pytest.approx(2.8 / 2, rel=1e-5)
+    # 0.7 (1 + 2 + 0 + 1) for the first region, 0.1 x 1 for the second.
+    loss = roi_box(student, predictions(probabilities, deltas))
+    assert loss.item() == pytest.approx((2.8 + 0.1) / 2, rel=1e-5)
+    agnostic = predictions(probabilities, [row[4:] for row in deltas])
+    loss = roi_box(predictions(probabilities, [[0.0] * 4] * 2), agnostic)
+    assert loss.item() == pytest.approx(2.8 / 2, rel=1e-5)
 
 
 def test_mask_worked_out():
@@ -64,52 +63,42 @@ def test_mask_worked_out():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_equal_predictions_pull_nowhere(name):
+def test_the_gradient_goes_to_what_is_compared_and_is_0_for_equal_predictions(name):
     torch.manual_seed(0)
-    teacher = random_predictions()
-    parts = [each.clone().requires_grad_() for each in vars(teacher).values()]
-    loss = ROI_LOSS_REGISTRY.get(name)(RoIPredictions(*parts), teacher)
-    assert loss.shape == ()
-    if name != "roi_mask":  # which has the entropy
-        assert_close(loss, torch.tensor(0.0))
-    found = torch.autograd.grad(loss, parts, allow_unused=True)
-    assert all(each is None or each.abs().max() < 1e-7 for each in found)
+    loss, teacher = ROI_LOSS_REGISTRY.get(name), random_predictions()
+    parts = parts_of(random_predictions())
+    gradients = torch.autograd.grad(loss(RoIPredictions(*parts), teacher), parts, allow_unused=True)
+    assert [x is not None and bool(x.any()) for x in gradients] == [name == other for other in ALL]
+    parts = parts_of(teacher)
+    value = loss(RoIPredictions(*parts), teacher)
+    assert value.shape == ()
+    if name != "roi_mask":  # which has the teacher's entropy
+        assert_close(value, torch.tensor(0.0))
+    gradients = torch.autograd.grad(value, parts, allow_unused=True)
+    assert all(x is None or x.abs().max() < 1e-7 for x in gradients)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_gradient_goes_to_what_is_compared(name):
-    torch.manual_seed(0)
-    student, teacher = random_predictions(), random_predictions()
-    parts = [each.requires_grad_() for each in vars(student).values()]
-    found = torch.autograd.grad(
-        ROI_LOSS_REGISTRY.get(name)(student, teacher), parts, allow_unused=True
-    )
-    moved = {key for key, each in zip(vars(student), found) if each is not None and each.any()}
-    assert moved == {{"roi_class": "classes", "roi_box": "deltas", "roi_mask": "masks"}[name]}
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_without_regions_it_is_nothing(name):
-    student, teacher = random_predictions(0), random_predictions(0)
-    parts = [each.requires_grad_() for each in vars(student).values()]
-    loss = ROI_LOSS_REGISTRY.get(name)(student, teacher)
+def test_without_regions_the_loss_is_0_with_a_graph(name):
+    parts = parts_of(random_predictions(0))
+    loss = ROI_LOSS_REGISTRY.get(name)(RoIPredictions(*parts), random_predictions(0))
     assert loss.item() == 0
-    loss.backward()  # a graph that some processes have and others do not stops them all
+    loss.backward()  # processes whose graphs differ wait for each other for ever
     assert sum(part.grad is not None for part in parts) == 1
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_half_precision_is_compared_in_full(name):
+def test_half_precision_is_compared_in_fp32(name):
     torch.manual_seed(0)
     student, teacher = (
-        RoIPredictions(*(each.half() for each in vars(random_predictions()).values()))
+        RoIPredictions(*(part.half() for part in vars(random_predictions()).values()))
         for _ in range(2)
     )
     loss = ROI_LOSS_REGISTRY.get(name)(student, teacher)
     assert loss.dtype == torch.float32 and loss.isfinite()
 
 
-def test_what_they_refuse():
+def test_errors():
     both = random_predictions()
     with pytest.raises(ValueError, match="temperature is 0; it should be above 0"):
         roi_class(both, both, temperature=0)

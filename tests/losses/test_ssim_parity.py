@@ -1,13 +1,15 @@
-"""SSIM against other people's implementations, in fp64."""
+"""SSIM against other implementations in fp64, and in lower precision against itself in fp64."""
 
 import numpy as np
 import pytest
 import torch
-from ssim_reference import SIZES, maps, plain, plain_mean
+from ssim_reference import FRACTIONAL, SIZES, maps, plain, plain_mean
 from torch.testing import assert_close
 
+from msad_kd.losses.ssim import ssim
 from msad_kd.losses.ssim.blur import PADDINGS, fitting_window
-from msad_kd.losses.ssim.functional import ssim
+
+REFLECT_SIZES = [(6, 6), (7, 11), (8, 9), (17, 23)]  # with the full window
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -24,28 +26,20 @@ def test_equals_the_plain_formula_with_its_gradients(size, padding):
     assert_close(gradients, expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(6, 6), (7, 11), (8, 9), (17, 23)], ids=str)
-def test_equals_kornia(size):
+@pytest.mark.parametrize("size", REFLECT_SIZES, ids=str)
+def test_equals_kornia_and_torchmetrics(size):
     from kornia.metrics import ssim as kornia_ssim
-
-    x, y = maps(2, 3, *size)
-    expected = kornia_ssim(x, y, 11)
-    # It adds 1e-12 to the denominator, which is at least C1 C2 = 9e-8.
-    assert_close(ssim(x, y, reduction="none"), expected, atol=1e-10 + 1e-12 / 9e-8, rtol=0)
-    mx, my = (plain_mean(z) for z in (x, y))
-    d1 = mx**2 + my**2 + 1e-4
-    d2 = plain_mean(x * x) - mx**2 + plain_mean(y * y) - my**2 + 9e-4
-    without_eps = expected * (d1 * d2 + 1e-12) / (d1 * d2)
-    assert_close(ssim(x, y, reduction="none"), without_eps, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("size", [(6, 6), (7, 11), (8, 9), (17, 23)], ids=str)
-def test_equals_torchmetrics(size):
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     x, y = maps(2, 3, *size)
     expected = structural_similarity_index_measure(x, y, data_range=1.0)
     assert_close(ssim(x, y), expected, atol=1e-10, rtol=0)
+    # kornia adds 1e-12 to the denominator, which the last factor takes away.
+    mx, my = (plain_mean(z) for z in (x, y))
+    d1 = mx**2 + my**2 + 1e-4
+    d2 = plain_mean(x * x) - mx**2 + plain_mean(y * y) - my**2 + 9e-4
+    expected = kornia_ssim(x, y, 11) * (d1 * d2 + 1e-12) / (d1 * d2)
+    assert_close(ssim(x, y, reduction="none"), expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(11, 11), (17, 23)], ids=str)
@@ -53,11 +47,54 @@ def test_valid_equals_scikit_image(size):
     from skimage.metrics import structural_similarity
 
     x, y = maps(1, 1, *size)
+    arguments = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     _, expected = structural_similarity(
-        *(x[0, 0].numpy(), y[0, 0].numpy()),
-        **{"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "full": True},
-        use_sample_covariance=False,
+        x[0, 0].numpy(), y[0, 0].numpy(), data_range=1.0, full=True, **arguments
     )
     expected = torch.from_numpy(np.ascontiguousarray(expected[5:-5, 5:-5]))
     result = ssim(x, y, padding="valid", reduction="none")[0, 0]
     assert_close(result, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_only_what_the_input_has_lost_is_lost(dtype, padding):
+    for offset in (0.0, 20.0):
+        exact = [z + offset for z in maps(1, 4, 20, 24)]
+        x, y = (z.to(dtype) for z in exact)
+        arguments = {"padding": padding, "reduction": "none"}
+        result = ssim(x, y, **arguments)
+        assert result.dtype == torch.float32 and result.abs().max() <= 1
+        if not offset:
+            assert_close(result.double(), ssim(*exact, **arguments), atol=2e-2, rtol=0)
+        # Zero padding forbids subtracting the mean.
+        tolerance = 2e-2 if offset and padding == "zero" else 2e-5
+        expected = ssim(x.double(), y.double(), **arguments)
+        assert_close(result.double(), expected, atol=tolerance, rtol=0)
+
+
+def test_gradient_has_the_dtype_of_its_input():
+    x, y = maps(1, 2, 8, 9, dtype=torch.float32)
+    x, y = x.half().requires_grad_(), y.bfloat16().requires_grad_()
+    ssim(x, y).backward()
+    assert (x.grad.dtype, y.grad.dtype) == (torch.float16, torch.bfloat16)
+    reference = [z.detach().double().requires_grad_() for z in (x, y)]
+    ssim(*reference).backward()
+    for z, r in zip((x, y), reference):
+        assert_close(z.grad.double(), r.grad, atol=1e-2 * r.grad.abs().max().item(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("exponents", [(1, 1, 1), FRACTIONAL], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_changes_nothing(reduction, exponents):
+    results = []
+    for enabled in (False, True):
+        x, y = (z.requires_grad_() for z in maps(1, 20, 33, 34, dtype=torch.float32))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = ssim(x, y, reduction=reduction, exponents=exponents)
+            if exponents == (1, 1, 1):
+                result.sum().backward()
+        if exponents != (1, 1, 1):
+            result.sum().backward()
+        results.append((result, x.grad, y.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results))

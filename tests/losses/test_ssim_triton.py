@@ -13,17 +13,16 @@ import pytest
 from helpers import ROOT
 from ssim_reference import maps
 
-from msad_kd.losses.ssim import moments as ssim_moments
+from msad_kd.losses.ssim import moments
 
-WINDOW = ssim_moments.Window(size=5, sigma=1.5, c1=1e-4, c2=9e-4, padding="reflect")
+WINDOW = moments.Window(size=5, sigma=1.5, c1=1e-4, c2=9e-4, padding="reflect")
 
 INTERPRETED = """
 import torch
-from msad_kd.losses.ssim import moments as ssim_moments
-from msad_kd.losses.ssim.functional import ssim
+from msad_kd.losses.ssim import moments, ssim
 
 torch.set_num_threads(1)
-kernels = ssim_moments.ssim_triton
+kernels = moments.ssim_triton
 calls = []
 similarity = kernels.similarity
 kernels.similarity = lambda *args, **kwargs: calls.append(1) or similarity(*args, **kwargs)
@@ -32,7 +31,7 @@ def compare(padding, size, reduction, wanted, dtype, window_size):
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.rand(1, 2, *size, generator=generator).to(dtype) for _ in range(2))
     results = []
-    for ssim_moments.ssim_triton in (kernels, None):
+    for moments.ssim_triton in (kernels, None):
         inputs = [z.clone().requires_grad_(want) for z, want in zip((x, y), wanted)]
         result = ssim(*inputs, padding=padding, reduction=reduction, window_size=window_size)
         (result * torch.linspace(0.1, 1, result.numel()).view(result.shape)).sum().backward()
@@ -52,7 +51,7 @@ for padding in ("reflect", "zero", "valid"):
     compare(padding, (24, 30), "none", other, torch.float32, 11)
     compare(padding, (24, 26), "none", both, torch.float16, 5)
 assert len(calls) == 3 * (3 + 2 * 2)  # a call for "mean", two for "none"
-ssim_moments.ssim_triton = kernels
+moments.ssim_triton = kernels
 ssim(torch.rand(1, 1, 40, 40), torch.rand(1, 1, 40, 40), window_size=19)  # no kernel for so large
 ssim(torch.rand(1, 1, 9, 9).double(), torch.rand(1, 1, 9, 9))  # nor for fp64
 assert len(calls) == 21
@@ -75,7 +74,7 @@ def test_triton_kernels_compile_to_machine_code(kernel, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(ssim_moments.ssim_triton, kernel)
+    function = getattr(moments.ssim_triton, kernel)
     options = {"TILE": 22, "WEIGHTED": True, "STORE_MAP": False, "X_WANTED": True, "Y_WANTED": True}
     options = {name: value for name, value in options.items() if name in function.arg_names}
     # A size of 1 becomes a constant, whose methods are fewer than a number's.
@@ -97,7 +96,7 @@ def test_triton_kernels_compile_to_machine_code(kernel, tmp_path, monkeypatch):
 
 
 def test_without_triton_torch_does_it(monkeypatch):
-    expected = ssim_moments.similarity(*maps(1, 2, 9, 9), WINDOW)
+    expected = moments.similarity(*maps(1, 2, 9, 9), WINDOW)
     monkeypatch.setitem(sys.modules, "msad_kd.losses.ssim.triton", None)  # importing it fails
     monkeypatch.delattr("msad_kd.losses.ssim.triton", raising=False)
     spec = importlib.util.find_spec("msad_kd.losses.ssim.moments")

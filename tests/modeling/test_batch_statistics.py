@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation, for each resolution by itself."""
+"""Separate running statistics of batch normalisation for each resolution."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from helpers import ROOT, load_tool, train
 from torch import nn
 
 from msad_kd import KDTrainer, build_config
-from msad_kd.checkpoint.checkpoint import init_from_teacher
+from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.modeling.batch_statistics import (
     add_low_resolution_statistics,
     low_resolution_statistics,
@@ -40,10 +40,10 @@ def test_each_resolution_updates_and_uses_its_own():
 
 
 def test_without_a_second_set_nothing_changes():
-    norm = nn.Sequential(nn.BatchNorm2d(1))
+    norm = nn.BatchNorm2d(1)
     with low_resolution_statistics(norm):
         norm(torch.rand(2, 1, 3, 3))
-    assert norm[0].num_batches_tracked == 1
+    assert norm.num_batches_tracked == 1
     assert not any("_lr" in key for key in norm.state_dict())
 
 
@@ -93,7 +93,7 @@ def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
     ("role", "keys", "words"),
     [
         ("teacher", None, "the file '.*source.pth' does not exist"),
-        ("lr", [], "lr.yaml' is no multi-resolution teacher"),
+        ("lr", [], "lr.yaml' is not a multi-resolution teacher"),
         ("teacher", [], "does not fit the config .*keys of the model are absent"),
         ("shared", [], "share their statistics; add MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS"),
     ],

@@ -1,4 +1,4 @@
-"""Listening to a module, and answering in its place, without a trace afterwards."""
+"""Recording a module's calls and answering in its place leave no trace."""
 
 import pytest
 import torch

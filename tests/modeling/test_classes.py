@@ -1,4 +1,4 @@
-"""A model has to have the data's classes, and may have more."""
+"""A model needs all classes of the data, and may have more."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What RetinaNet and FCOS alone have: a normalizer, p3..p7, images without boxes."""
+"""RetinaNet and FCOS: the loss normalizer, levels p3..p7, images without boxes."""
 
 import pytest
 import torch

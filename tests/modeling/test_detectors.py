@@ -1,4 +1,4 @@
-"""Every detector beside Mask R-CNN as a teacher and as a student: Faster R-CNN, RetinaNet, FCOS."""
+"""Faster R-CNN, RetinaNet and FCOS as teachers and students; other files test Mask R-CNN."""
 
 import shutil
 from collections import Counter
@@ -12,12 +12,8 @@ from helpers import NO_TEST, build, differing, losses_of, same_instances, tensor
 from msad_kd import KDTrainer, attach_teacher, init_from_teacher
 from msad_kd.distill.teacher import Teacher
 from msad_kd.modeling.loss_normalizer import get_normalizer
-from msad_kd.modeling.multi_resolution import BRANCHES
 
 pytestmark = pytest.mark.parametrize("detector", OTHERS, indirect=True)
-
-
-# ---- A teacher and a student are trained, resumed and evaluated ----
 
 
 def test_a_student_is_trained_resumed_and_evaluated(student_config, tmp_path, detector):
@@ -82,9 +78,6 @@ def test_a_teacher_of_other_classes_is_not_evaluated(
     assert "predicts 5 classes, the student 8: the teacher is not evaluated" in caplog.text
 
 
-# ---- The student is a stock detector ----
-
-
 def test_a_student_is_the_stock_detector_but_for_its_loss(student_config, config, batch):
     cfg = student_config()
     student, stock = build(cfg), build(config("lr"))
@@ -141,25 +134,3 @@ def test_every_parameter_that_trains_gets_a_gradient(role, student_config, confi
     inputs = batch(cfg, getattr(model, "frame", None))
     sum(losses_of(model, inputs).values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-
-
-# ---- The teacher ----
-
-
-def test_a_teacher_has_three_branches(config, batch):
-    losses = losses_of(build(config("teacher")), batch(config("teacher"), "hr"))
-    names = {name.rpartition("_")[0] for name in losses}
-    assert losses.keys() == {f"{name}_{branch}" for name in names for branch in BRANCHES}
-    assert all(loss.isfinite() for loss in losses.values())
-
-
-def test_the_lr_branch_is_the_low_resolution_detector(config, batch):
-    model = build(config("teacher", "MODEL.MULTI_RESOLUTION.TEST_BRANCH", "lr")).eval()
-    stock = build_model(config("lr")).eval()
-    assert not stock.load_state_dict(model.state_dict(), strict=False).missing_keys
-    with torch.no_grad():
-        found = model(batch(config("teacher"), "hr", count=3, is_train=False))
-        expected = stock(batch(config("lr"), None, count=3, is_train=False))
-    for one, other in zip(found, expected, strict=True):
-        assert len(one["instances"]) > 0
-        assert same_instances(one["instances"], other["instances"])

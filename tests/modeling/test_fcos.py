@@ -1,4 +1,4 @@
-"""FCOS is Detectron2's own; its head's normalisation; a student unlike its teacher."""
+"""FCOS equals Detectron2's; the normalisation of its head; a student unlike its teacher."""
 
 import pytest
 import torch
@@ -64,5 +64,7 @@ def test_a_student_of_another_depth_and_width(student_config, caplog):
         train(student_config(*other))
     trainer = train(student_config(*other, "KD.TEACHER.INIT_BACKBONE", False))
     assert trainer.storage.latest()["loss_kd_l1"][0] > 0
-    (told,) = [r.getMessage() for r in caplog.records if "Not in the teacher" in r.getMessage()]
-    assert "fpn_lateral2.weight" in told and "bottom_up" not in told and "head." not in told
+    messages = [record.getMessage() for record in caplog.records]
+    (warning,) = [message for message in messages if "Not in the teacher" in message]
+    assert "fpn_lateral2.weight" in warning
+    assert "bottom_up" not in warning and "head." not in warning

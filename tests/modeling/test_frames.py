@@ -1,4 +1,4 @@
-"""A detector in the frame of high resolution does to scaled boxes what the stock one does."""
+"""Heads in high-resolution pixels do to scaled boxes what the stock heads do."""
 
 import numpy as np
 import pytest
@@ -24,9 +24,8 @@ def in_frame(factor, masks):
         truth.gt_boxes = Boxes(torch.tensor(corners, dtype=torch.float32))
         truth.gt_classes = torch.arange(len(corners))
         if masks:
-            truth.gt_masks = PolygonMasks(
-                [[np.array([x0, y0, x1, y0, x1, y1], np.float64)] for x0, y0, x1, y1 in corners]
-            )
+            triangles = corners[:, None, [0, 1, 2, 1, 2, 3]].astype(np.float64)
+            truth.gt_masks = PolygonMasks([list(polygons) for polygons in triangles])
         inputs.append({"image": torch.zeros(3, *size), "instances": truth})
     return inputs
 

@@ -49,50 +49,28 @@ def test_high_resolution_comes_first(worked_out):
     assert_close(worked_out.weights(lr, hr), torch.tensor([[0.5, 0.5]]))
 
 
-def test_weights_sum_to_one():
-    fusion = CrossingFeatureFusion(8)
-    hr, lr = random_pyramid(seed=0), random_pyramid(seed=1)
-    for level in hr:
-        weights = fusion.weights(100 * hr[level], lr[level])
-        assert weights.shape == (2, 2) and (weights >= 0).all()
-        assert_close(weights.sum(dim=1), torch.ones(2))
-
-
-def test_each_image_has_its_own_weights():
+def test_each_image_and_level_has_its_own_weights():
     fusion = CrossingFeatureFusion(8, reduction=2)
     hr, lr = random_pyramid(seed=0), random_pyramid(seed=1)
     weights = fusion.weights(10 * hr["p3"], 10 * lr["p3"])
+    assert weights.shape == (2, 2) and (weights >= 0).all()
+    assert_close(weights.sum(dim=1), torch.ones(2))
     assert not torch.allclose(weights[0], weights[1])
-    together = fusion(hr, lr)
-    for i in range(2):
-        alone = fusion(*({k: v[i : i + 1] for k, v in p.items()} for p in (hr, lr)))
-        for level in hr:
-            assert_close(together[level][i : i + 1], alone[level])
-
-
-def test_one_module_serves_all_levels():
-    fusion = CrossingFeatureFusion(8)
-    hr, lr = random_pyramid(seed=0), random_pyramid(seed=1)
     together = fusion(hr, lr)
     assert together.keys() == hr.keys()
     for level in hr:
-        assert together[level].shape == hr[level].shape
         assert torch.equal(together[level], fusion({"x": hr[level]}, {"x": lr[level]})["x"])
+        for i in range(2):
+            alone = fusion(*({level: p[level][i : i + 1]} for p in (hr, lr)))
+            assert_close(together[level][i : i + 1], alone[level])
 
 
-def test_parameters_of_the_paper():
+def test_parameters_and_initialisation_of_the_paper():
     fusion = CrossingFeatureFusion(256)
-    assert sum(p.numel() for p in fusion.parameters()) == 16448
-    assert {n: tuple(p.shape) for n, p in fusion.named_parameters()} == {
-        "squeeze.weight": (32, 512),
-        "excite.weight": (2, 32),
-    }
-
-
-def test_initialised_kaiming_uniform_with_a_1():
-    weight = CrossingFeatureFusion(256).squeeze.weight
-    bound = math.sqrt(3 / 512)  # of a uniform distribution whose variance is 1 / fan-in
-    assert 0.99 * bound < weight.abs().max() <= bound
+    shapes = {name: tuple(p.shape) for name, p in fusion.named_parameters()}
+    assert shapes == {"squeeze.weight": (32, 512), "excite.weight": (2, 32)}
+    bound = math.sqrt(3 / 512)  # Kaiming-uniform with a = 1: the variance is 1 / fan-in
+    assert 0.99 * bound < fusion.squeeze.weight.abs().max() <= bound
 
 
 def test_masked_mean():
@@ -135,13 +113,8 @@ def test_gradient_reaches_both_maps_and_both_layers():
 
 
 def test_unequal_levels_are_named():
-    fusion = CrossingFeatureFusion(4)
-    level = torch.zeros(1, 4, 2, 2)
+    fusion, level = CrossingFeatureFusion(4), torch.zeros(1, 4, 2, 2)
     with pytest.raises(InputError, match=r"\['p3'\].*\['p4'\]"):
         fusion({"p3": level}, {"p4": level})
-
-
-def test_unequal_shapes_are_named():
-    fusion = CrossingFeatureFusion(4)
     with pytest.raises(InputError, match=r"p3.*\(1, 4, 2, 2\).*\(1, 4, 2, 3\)"):
-        fusion({"p3": torch.zeros(1, 4, 2, 2)}, {"p3": torch.zeros(1, 4, 2, 3)})
+        fusion({"p3": level}, {"p3": torch.zeros(1, 4, 2, 3)})

@@ -40,27 +40,18 @@ def test_shift_levels_renames_and_keeps_the_maps():
     assert shifted["p7"] is pyramid["p6"]
 
 
-def test_pairs_at_k_2():
-    pairs, alone = pair_levels(strides(2, 6, 2), strides(3, 7))
-    assert pairs == [("p2", "p3"), ("p3", "p4"), ("p4", "p5"), ("p5", "p6"), ("p6", "p7")]
-    assert alone == []
-
-
-def test_pairs_at_k_4():
-    pairs, alone = pair_levels(strides(2, 6, 4), strides(2, 7))
-    assert pairs == [("p2", "p4"), ("p3", "p5"), ("p4", "p6"), ("p5", "p7")]
-    assert alone == ["p6"]
-
-
-def test_pairs_at_one_resolution():
-    pairs, alone = pair_levels(strides(2, 6), strides(2, 6))
-    assert pairs == [(f"p{s}", f"p{s}") for s in range(2, 7)]
-    assert alone == []
-
-
-def test_pairs_go_by_stride_whatever_the_names():
-    pairs, _ = pair_levels({"fine": 8, "coarse": 16}, {"a": 16, "b": 8})
-    assert pairs == [("fine", "b"), ("coarse", "a")]
+@pytest.mark.parametrize(
+    ("student", "teacher", "pairs", "alone"),
+    [
+        (strides(2, 6, 2), strides(3, 7), {f"p{s}": f"p{s + 1}" for s in range(2, 7)}, []),
+        (strides(2, 6, 4), strides(2, 7), {f"p{s}": f"p{s + 2}" for s in range(2, 6)}, ["p6"]),
+        (strides(2, 6), strides(2, 6), {f"p{s}": f"p{s}" for s in range(2, 7)}, []),
+        # The names do not matter.
+        ({"fine": 8, "coarse": 16}, {"a": 16, "b": 8}, {"fine": "b", "coarse": "a"}, []),
+    ],
+)
+def test_levels_are_paired_by_stride(student, teacher, pairs, alone):
+    assert pair_levels(student, teacher) == (list(pairs.items()), alone)
 
 
 def test_no_pair_is_an_error_that_names_the_levels():
@@ -75,9 +66,6 @@ def test_pad_batch():
     assert torch.equal(padded[0, :, :2, :5], images[0])
     assert torch.equal(padded[1, :, :, :3], images[1])
     assert padded.sum() == images[0].sum() + images[1].sum()
-
-
-def test_pad_batch_refuses_what_does_not_fit():
     with pytest.raises(InputError, match="5 x 4.*4 x 4"):
         pad_batch([torch.ones(3, 5, 4)], 4, 4)
 
@@ -90,11 +78,8 @@ def test_valid_masks_of_odd_sizes():
     assert masks["p3"][0, 0, :, :11].all() and not masks["p3"][0, 0, :, 11:].any()
     assert masks["p3"][1, 0, :, :8].all() and not masks["p3"][1, 0, :, 8:].any()
     assert masks["p6"][:, 0, 0].tolist() == [[1, 1], [1, 0]]
-
-
-def test_valid_masks_of_an_unpadded_image_are_full():
     masks = valid_masks([(64, 96)], (64, 96), {"p2": torch.zeros(1, 4, 16, 24)})
-    assert masks["p2"].all() and masks["p2"].shape == (1, 1, 16, 24)
+    assert masks["p2"].all() and masks["p2"].shape == (1, 1, 16, 24)  # no padding
 
 
 def test_normalize_by_the_models_own_mean_and_deviation():
@@ -109,7 +94,7 @@ def test_normalize_by_the_models_own_mean_and_deviation():
 def test_check_sizes():
     images = [torch.zeros(3, 64, 96), torch.zeros(3, 62, 80)]
     check_sizes(images, [(64, 96), (62, 80)])
-    with pytest.raises(InputError, match=r"\(62, 80\) stands beside .* \(62, 82\).*KD.SCALE"):
+    with pytest.raises(InputError, match=r"\(62, 80\) px should have \(62, 82\).*KD.SCALE"):
         check_sizes(images, [(64, 96), (62, 82)])
 
 

@@ -8,8 +8,12 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, load_tool
+from torch import nn
 
 from msad_kd import KDTrainer
+from msad_kd.evaluation.cost import count_gmacs
+
+tool = load_tool("analyze_model")
 
 
 def cells(line):
@@ -19,19 +23,15 @@ def cells(line):
 def test_a_teacher_by_branches(config_files, teacher_weights, config, tmp_path):
     command = [sys.executable, ROOT / "tools/analysis/analyze_model.py", "--config-file"]
     options = ["--weights", teacher_weights, "--test-images", 2, "--json", "costs.json"]
-    process = subprocess.run(
-        [str(word) for word in (*command, config_files["teacher"], *options)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    words = [str(word) for word in (*command, config_files["teacher"], *options)]
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    found = json.loads((tmp_path / "costs.json").read_text())
-    assert list(found["branches"]) == ["hr", "lr", "fused"] and found["images"] == 2
-    fused = found["branches"]["fused"]
-    assert fused["side"] == "64 + 32" and fused["detections"] > 0
+    result = json.loads((tmp_path / "costs.json").read_text())
+    assert list(result["branches"]) == ["hr", "lr", "fused"] and result["images"] == 2
+    fused = result["branches"]["fused"]
+    assert fused["side"] == "64 + 32"
     model = KDTrainer.build_model(config("teacher"))
-    params = sum(each.numel() for each in model.parameters()) / 1e6
+    params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert fused["params_m"]["total"] == pytest.approx(params)
     header, _, *lines = [line for line in process.stdout.splitlines() if line.startswith("|")]
     assert cells(header)[:4] == ["part", "params (M)", "GMACs hr", "activations (M) hr"]
@@ -40,25 +40,37 @@ def test_a_teacher_by_branches(config_files, teacher_weights, config, tmp_path):
     assert cells(lines[-1])[-2:] == [
         f"{fused[kind]['total']:.3f}" for kind in ("gmacs", "activations_m")
     ]
-    assert "mean over 2" in process.stdout and "sees 64 + 32 px" in process.stdout
+    assert "mean over 2" in process.stdout and "fused: 64 + 32 px" in process.stdout
 
 
-def test_a_student_sees_noise_without_weights(config_files, tmp_path, capsys):
-    options = ["--json", str(tmp_path / "costs.json"), "--image-size", "64", "128"]
-    load_tool("analyze_model").main(["--config-file", str(config_files["student"]), *options])
-    (costs,) = json.loads((tmp_path / "costs.json").read_text())["branches"].values()
-    assert costs["side"] == "32" and costs["gmacs"]["RoI heads"] > 0
-    assert "weights random: the model sees 32 px" in capsys.readouterr().out
+def test_a_student_costs_what_its_baseline_costs(config_files, tmp_path, capsys):
+    costs = []
+    for role in ("student", "lr"):
+        options = ["--json", str(tmp_path / "costs.json"), "--image-size", "64", "128"]
+        tool.main(["--config-file", str(config_files[role]), *options])
+        costs += json.loads((tmp_path / "costs.json").read_text())["branches"].values()
+    assert costs[0] == costs[1] and costs[0]["side"] == "32" and costs[0]["gmacs"]["RoI heads"] > 0
+    out = capsys.readouterr().out
+    assert "at 10 detections" in out and "the model: 32 px" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json"]
 
 
-def test_an_exported_student_lacks_the_parts_of_its_losses(config, config_files, tmp_path, capsys):
-    weights = tmp_path / "exported.pth"
+def test_a_stripped_student_needs_no_parts_of_its_losses(config, config_files, tmp_path):
+    weights = tmp_path / "stripped.pth"
     torch.save({"model": KDTrainer.build_model(config("lr")).state_dict()}, weights)
     arguments = ["--config-file", str(config_files["student"]), "--weights", str(weights)]
     losses = ["KD.LOSSES", "[{'name': 'mgd', 'weight': 1.0}]", "KD.TEACHER.CONFIG_FILE", "no.yaml"]
-    load_tool("analyze_model").main([*arguments, "--image-size", "64", "128", *losses])
-    assert f"weights of '{weights}'" in capsys.readouterr().out
+    tool.main([*arguments, "--image-size", "64", "128", *losses])
+
+
+def test_masks_cost_by_the_number_of_detections(config_files, tmp_path):
+    heads = []
+    for count in ("1", "3", "5"):
+        arguments = ["--config-file", str(config_files["lr"]), "--detections", count]
+        tool.main([*arguments, "--json", str(tmp_path / "costs.json")])
+        costs = json.loads((tmp_path / "costs.json").read_text())["branches"][""]
+        heads.append(costs["gmacs"]["RoI heads"])
+    assert heads[2] - heads[1] == pytest.approx(heads[1] - heads[0]) and heads[0] < heads[1]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +82,75 @@ def test_an_exported_student_lacks_the_parts_of_its_losses(config, config_files,
         (["MODEL.FPNN", "3"], "unknown config key: MODEL.FPNN"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(config_files, capsys, arguments, words):
+def test_mistakes_end_in_one_sentence(config_files, capsys, arguments, words):
     with pytest.raises(SystemExit, match="2"):
-        load_tool("analyze_model").main(["--config-file", str(config_files["lr"]), *arguments])
+        tool.main(["--config-file", str(config_files["lr"]), *arguments])
     assert re.search(words, capsys.readouterr().err.splitlines()[-1])
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bottom_up = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.lateral = nn.Conv2d(4, 2, 1)
+
+    def forward(self, image):
+        return self.lateral(self.bottom_up(image))
+
+
+class Toy(nn.Module):
+    """A detector of three layers, and a matrix product that belongs to no part."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone()
+        self.head = nn.Linear(2, 5)
+
+    def forward(self, batch):
+        logits = self.head(self.backbone(batch[0]).mean(dim=(2, 3)))
+        return logits.T @ logits
+
+
+def test_cost_by_part_by_hand():
+    costs = tool.cost_by_part(Toy(), [torch.zeros(1, 3, 8, side) for side in (8, 16)])
+    pixels = (8 * 8 + 8 * 16) / 2
+    parts = {
+        "gmacs": ([pixels * 3 * 4 * 9, pixels * 4 * 2, 2 * 5, 5 * 5], 1e9),
+        "activations_m": ([pixels * 4, pixels * 2, 5, 5 * 5], 1e6),
+        "params_m": ([3 * 4 * 9, 4 * 2 + 2, 2 * 5 + 5, 0], 1e6),
+    }
+    assert costs.keys() == parts.keys()
+    for kind, (expected, unit) in parts.items():
+        assert list(costs[kind]) == ["bottom-up", "FPN", "dense head", "rest", "total"]
+        values = [unit * value for value in costs[kind].values()]
+        assert values == pytest.approx([*expected, sum(expected)], abs=1e-3)
+
+
+def built(cfg):
+    """A model in eval mode, and mapped test images."""
+    return KDTrainer.build_model(cfg).eval(), next(
+        iter(KDTrainer.build_test_loader(cfg, "tiny_val"))
+    )
+
+
+def test_parts_of_real_models_add_up(config):
+    model, inputs = built(config("lr"))
+    costs = tool.cost_by_part(model, inputs)
+    assert costs["gmacs"]["total"] == pytest.approx(count_gmacs(model, inputs))
+    for by_part in costs.values():
+        assert list(by_part) == ["bottom-up", "FPN", "RPN", "RoI heads", "rest", "total"]
+        *parts, total = by_part.values()
+        assert sum(parts) == pytest.approx(total) and min(parts[:-1]) > 0
+        assert by_part["rest"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_teacher_costs_what_its_branch_needs(config):
+    model, inputs = built(config("teacher"))
+    gmacs = {}
+    for model.test_branch in ("hr", "lr", "fused"):
+        gmacs[model.test_branch] = tool.cost_by_part(model, inputs)["gmacs"]
+    for part in ("bottom-up", "FPN"):
+        high, low, fused = (gmacs[branch][part] for branch in ("hr", "lr", "fused"))
+        assert 0 < low < high and fused == pytest.approx(high + low)
+    assert gmacs["hr"]["bottom-up"] == pytest.approx(4 * gmacs["lr"]["bottom-up"])
+    assert gmacs["hr"]["fusion"] == gmacs["lr"]["fusion"] == 0 < gmacs["fused"]["fusion"]

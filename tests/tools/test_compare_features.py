@@ -1,5 +1,6 @@
 """tools/analysis/compare_features.py: of models that are the target, near it and far from it."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from detectron2.modeling import build_model
 from helpers import ROOT, load_tool
 
-from msad_kd.checkpoint.checkpoint import init_from_teacher
+from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.distill.teacher import build_teacher
 from msad_kd.utils.errors import InputError
 
@@ -45,13 +46,8 @@ def test_distances(tool):
     assert tool.distances(target + 1, target) == {"distance": 1.0, "r2": pytest.approx(1 - 6 / 14)}
 
 
-def test_of_two_plain_models(config_files, weights, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "analysis" / "compare_features.py"),
-        "--split",
-        "train",
-    ]
+def test_plain_models(config_files, weights, tmp_path):
+    command = [sys.executable, str(ROOT / "tools/analysis/compare_features.py"), "--split", "train"]
     command += ["--config-file", str(config_files["student"])]
     command += ["--json", str(tmp_path / "new" / "f.json")]
     for name, file in weights.items():
@@ -61,11 +57,11 @@ def test_of_two_plain_models(config_files, weights, tmp_path):
         [*command, "KD.TEACHER.WEIGHTS", weights["first"]], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "new" / "f.json").read_text())
-    assert found["images"] == 6 and len(found["data"]) == 1
-    assert list(found["levels"]) == ["p2", "p3", "p4", "p5", "p6"]
-    for level, entries in found["levels"].items():
-        magnitude = found["magnitude"][level]
+    result = json.loads((tmp_path / "new" / "f.json").read_text())
+    assert result["images"] == 6 and len(result["data"]) == 1
+    assert list(result["levels"]) == ["p2", "p3", "p4", "p5", "p6"]
+    for level, entries in result["levels"].items():
+        magnitude = result["magnitude"][level]
         assert magnitude > 0
         assert entries["first"]["distance"] == 0 and entries["first"]["r2"] == 1
         assert entries["second"]["distance"] > 0 and entries["second"]["r2"] < 1
@@ -73,11 +69,13 @@ def test_of_two_plain_models(config_files, weights, tmp_path):
         assert entries["scaled"]["distance"] == pytest.approx(scaled, rel=1e-5)
         assert re.search(rf"^\| {level} +\| +{magnitude:.3f} \| first ", done.stdout, re.M)
     # Doubled, the features are not the target's, and a convolution makes them so.
-    p2 = found["levels"]["p2"]
+    p2 = result["levels"]["p2"]
     assert p2["scaled"]["r2"] < 0.9 and p2["scaled"]["fitted"] > 0.999
     assert p2["second"]["fitted"] < 0.9
-    assert "fitted" not in found["levels"]["p6"]["first"]  # a cell or two of an image: too few
-    assert "6 images of" in done.stdout
+    assert "fitted" not in result["levels"]["p6"]["first"]  # a cell or two of an image: too few
+    assert "6 images of" in done.stdout and "R2: share of the target's variance" in done.stdout
+    for name in weights:  # each progress bar names its model
+        assert f"{name}: 100%" in done.stderr
 
 
 def test_a_fused_teacher_and_where_its_student_started(
@@ -94,9 +92,9 @@ def test_a_fused_teacher_and_where_its_student_started(
     options = ["KD.TEACHER.WEIGHTS", str(teacher_weights), "DATASETS.TEST", f"('{train}',)"]
     tool.main(tool.build_parser().parse_args([*arguments, *options]))
     printed = capsys.readouterr().out
-    found = json.loads(file.read_text())
-    assert found["cells"] == 7 and "5 images of" in printed and "branch fused" in printed
-    for entries in found["levels"].values():
+    result = json.loads(file.read_text())
+    assert result["cells"] == 7 and "5 images of" in printed and "branch fused" in printed
+    for entries in result["levels"].values():
         assert list(entries) == ["start", tool.START]
         assert entries["start"] == pytest.approx(entries[tool.START])
         assert entries["start"]["distance"] > 0
@@ -124,8 +122,11 @@ def test_a_teacher_of_another_width(tool, config_files, weights, config, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "first", "other.pth"], "--model first: names differ"),
-        (["--model", "teacher, LR branch", "other.pth"], "names differ, from 'teacher, LR branch'"),
+        (["--model", "first", "other.pth"], "--model first: names must differ"),
+        (
+            ["--model", "teacher, LR branch", "other.pth"],
+            "names must differ, also from 'teacher, LR branch'",
+        ),
         (["--model", "a|b", "other.pth"], r"--model a\|b: names .* have no"),
         (["--model", "other", "gone.pth"], "'gone.pth' for --model other does not exist"),
         (["--model", "other", ""], "no checkpoint is named for --model other"),
@@ -136,18 +137,18 @@ def test_a_teacher_of_another_width(tool, config_files, weights, config, tmp_pat
         (["KD.TEACHER.WEIGHTS", "gone.pth"], "'gone.pth' .* does not exist"),
     ],
 )
-def test_what_does_not_do(tool, config_files, weights, teacher_weights, arguments, words):
+def test_mistakes(tool, config_files, weights, teacher_weights, arguments, words):
     given = ["--config-file", str(config_files["student"]), "--model", "first", weights["first"]]
     given += ["--split", "train", "--images", "5"]
     options = ["KD.TEACHER.WEIGHTS", str(teacher_weights)]
-    keys = next((i for i, each in enumerate(arguments) if "." in each and each[0].isupper()), None)
-    flags, opts = (arguments, []) if keys is None else (arguments[:keys], arguments[keys:])
+    flags = list(itertools.takewhile(lambda word: not word.startswith(("KD.", "DATA")), arguments))
+    opts = arguments[len(flags) :]
     with pytest.raises(InputError, match=words):
         tool.main(tool.build_parser().parse_args([*given, *flags, *options, *opts]))
 
 
 @pytest.mark.parametrize("arguments", [["--images", "0"], ["--cells", "-1"]])
-def test_numbers_that_do_not_do(tool, arguments, capsys):
+def test_numbers_below_1(tool, arguments, capsys):
     given = ["--config-file", "x.yaml", "--model", "first", "x.pth"]
     with pytest.raises(SystemExit):
         tool.build_parser().parse_args([*given, *arguments])

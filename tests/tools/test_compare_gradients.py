@@ -22,23 +22,18 @@ def tool():
 
 
 def test_summary(tool):
-    # Ten images of two batches: one has 11 of 20, and of these one in boxes, as each of the others.
+    # Ten images in two batches. One has 11 of the 20; each has 1 in boxes.
     few, many = torch.ones(4, 2), torch.ones(6, 2)
     many[0, 0] = 11.0
     detection = [torch.full((4, 2), 4.0), torch.full((6, 2), 2 / 3)]
-    told = {"in_boxes": 0.5, "in_tenth": 0.55, "norm": pytest.approx((0.5 + 2.0) / 2)}
-    assert tool.summary([few, many], detection) == told
+    expected = {"in_boxes": 0.5, "in_tenth": 0.55, "norm": pytest.approx((0.5 + 2.0) / 2)}
+    assert tool.summary([few, many], detection) == expected
     nothing = torch.zeros(4, 2)
     assert set(tool.summary([nothing], [nothing]).values()) == {None}
 
 
 def test_where_the_losses_of_a_student_pull(config_files, teacher_weights, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "analysis" / "compare_gradients.py"),
-        "--batches",
-        "2",
-    ]
+    command = [sys.executable, str(ROOT / "tools/analysis/compare_gradients.py"), "--batches", "2"]
     command += ["--config-file", str(config_files["student"]), "--json", str(tmp_path / "g.json")]
     command += ["KD.LOSSES", LOSSES % "'levels': ['p2']", "KD.TEACHER.WEIGHTS"]
     done = subprocess.run([*command, str(teacher_weights)], capture_output=True, text=True)
@@ -69,8 +64,10 @@ def test_at_a_checkpoint(tool, config, config_files, teacher_weights, tmp_path):
 
 
 @pytest.mark.parametrize(("role", "losses"), [("lr", LOSSES % ""), ("student", "[]")])
-def test_what_has_no_losses_to_compare(tool, config_files, role, losses):
+def test_a_config_without_losses(tool, config_files, role, losses):
     args = SimpleNamespace(config_file=str(config_files[role]), weights="", batches=1)
     args.opts = ["KD.LOSSES", losses.replace(", }", "}")]
-    with pytest.raises(InputError, match=f"{role}.yaml' is of no student that has KD.LOSSES"):
+    with pytest.raises(
+        InputError, match=f"{role}.yaml' is not the config of a student with KD.LOSSES"
+    ):
         tool.measure(args)

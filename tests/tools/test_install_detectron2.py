@@ -1,4 +1,4 @@
-"""tools/install_detectron2.py: what it mends, what it leaves alone, and what it says."""
+"""tools/install_detectron2.py: what it mends, what it leaves alone, and its errors."""
 
 import base64
 import csv
@@ -20,7 +20,7 @@ spec = importlib.util.spec_from_file_location("install_detectron2", TOOL)
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
-# For every file that is mended: lines as they are in release 0.6, and as they have to become.
+# Each mended file: lines of release 0.6, and what they have to become.
 BEFORE_AFTER = {
     "data/build.py": ("np.zeros((n,), dtype=np.int)", "np.zeros((n,), dtype=int)"),
     "data/common.py": (
@@ -78,7 +78,7 @@ for name in ("deform_conv", "roi_align_rotated", "rotated_boxes"):
 
 @pytest.fixture
 def source(tmp_path):
-    """A source tree with the lines that get mended, and what build_wheel takes besides."""
+    """A source tree with the lines to mend, and the other files that build_wheel reads."""
     root = tmp_path / "source"
     for file, (before, _) in BEFORE_AFTER.items():
         path = root / "detectron2" / file
@@ -102,12 +102,14 @@ def failed(stderr):
     return subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
 
 
-def test_every_mend_gives_the_text_it_should(source):
+def test_every_mend_once(source):
     assert {f"detectron2/{file}" for file in BEFORE_AFTER} == set(tool.MENDS)
     tool.mend(source)
     for file, (_, after) in BEFORE_AFTER.items():
         assert (source / "detectron2" / file).read_text() == after, file
     assert (source / tool.COMPILED_FILE).read_text() == tool.COMPILED_TEXT
+    with pytest.raises(tool.InstallError, match="mended already"):
+        tool.mend(source)
 
 
 @pytest.mark.parametrize("file", sorted(tool.MENDS))
@@ -122,12 +124,6 @@ def test_a_mend_that_is_not_found_names_its_file_and_writes_nothing(source, file
 def test_a_missing_file_is_named(source):
     (source / "detectron2/layers/mask_ops.py").unlink()
     with pytest.raises(tool.InstallError, match="detectron2/layers/mask_ops.py is missing"):
-        tool.mend(source)
-
-
-def test_a_mended_tree_is_not_mended_again(source):
-    tool.mend(source)
-    with pytest.raises(tool.InstallError, match="mended already"):
         tool.mend(source)
 
 
@@ -208,7 +204,7 @@ def test_an_archive_pip_refuses_is_reported_with_its_reason(tmp_path, monkeypatc
         tool.download(tmp_path)
 
 
-def test_torch_has_to_be_there_first(monkeypatch):
+def test_torch_has_to_be_installed_first(monkeypatch):
     monkeypatch.setattr(tool, "installed", lambda module: False)
     with pytest.raises(tool.InstallError, match="PyTorch is missing here"):
         tool.install()

@@ -73,12 +73,13 @@ def test_a_row_for_every_model_and_size(swept, expected):
         assert 0 < low <= middle <= high
 
 
-def test_all_files_tell_the_same(swept):
+def test_all_files_agree(swept):
     folder, process = swept
     names = ["sweep.csv", "sweep.json", "sweep.md", "sweep.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
     content = json.loads((folder / "sweep.json").read_text())
     assert "swept_val, 4 images" in content["note"] and "2 images, all models" in content["note"]
+    assert "10 detections" in content["note"] and "PARTIAL" not in content["note"]
     with open(folder / "sweep.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert table == [{name: str(value) for name, value in row.items()} for row in content["rows"]]
@@ -87,24 +88,33 @@ def test_all_files_tell_the_same(swept):
     assert cv2.imread(str(folder / "sweep.png")).std() > 10
 
 
-def test_progress_is_told(swept):
+def test_progress_is_shown(swept):
     total = 4 * (2 + 4)
     assert f"{total}/{total}" in swept[1].stderr and "teacher, 128 px" in swept[1].stderr
 
 
 def test_a_model_without_masks(tmp_path):
     row = dict.fromkeys(report.HEADINGS, 1.0) | {"model": "boxes", "side": "32", "mask_ap": None}
-    report.write_files(str(tmp_path), [row], "a note")
+    report.write_files(str(tmp_path), [row], "a note", 1)
     header, _, line = (tmp_path / "sweep.md").read_text().splitlines()[:3]
-    cells = [[cell.strip() for cell in each.strip("|").split("|")] for each in (header, line)]
-    told = dict(zip(*cells))
-    assert (told["model"], told["box AP"], told["mask AP"]) == ("boxes", "1.00", "-")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, line)]
+    shown = dict(zip(*cells))
+    assert (shown["model"], shown["box AP"], shown["mask AP"]) == ("boxes", "1.00", "-")
     alone = cv2.imread(str(tmp_path / "sweep.png")).shape[1]
-    report.write_files(str(tmp_path), [row, {**row, "model": "masks", "mask_ap": 2.0}], "a note")
+    report.write_files(str(tmp_path), [row, {**row, "model": "masks", "mask_ap": 2.0}], "", 2)
     assert cv2.imread(str(tmp_path / "sweep.png")).shape[1] == 2 * alone
 
 
-def test_mistakes_are_told_in_a_sentence(config_files, tmp_path, capsys):
+def test_an_unfinished_sweep_says_so(tmp_path):
+    row = dict.fromkeys(report.HEADINGS, 1.0) | {"model": "boxes", "side": "32"}
+    report.write_files(str(tmp_path), [row], "a note", 3)
+    for name in ("sweep.md", "sweep.json"):
+        assert "PARTIAL: 1 of 3 rows" in (tmp_path / name).read_text()
+    report.write_files(str(tmp_path), [row] * 3, "a note", 3)
+    assert "PARTIAL" not in (tmp_path / "sweep.md").read_text()
+
+
+def test_mistakes_end_in_one_sentence(config_files, tmp_path, capsys):
     low = [str(config_files["lr"]), str(tmp_path / "lr.pth")]
     model = KDTrainer.build_model(build_config(low[0], []))
     torch.save({"model": model.state_dict()}, low[1])

@@ -1,9 +1,11 @@
-"""Seeds that say where they are used, and generators left alone."""
+"""Seeds that depend on where they are used, and generators that are restored."""
 
 import itertools
 import random
+from contextlib import suppress
 
 import numpy as np
+import pytest
 import torch
 
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
@@ -13,7 +15,7 @@ def draws():
     return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def test_each_place_has_a_seed_of_its_own():
+def test_each_place_has_its_own_seed():
     places = list(itertools.product(range(10), repeat=3))
     seeds = {derive_seed(*place) for place in places}
     assert len(seeds) == len(places)
@@ -31,25 +33,15 @@ def test_a_seed_decides_every_generator():
     assert not set(draws()) & set(first)
 
 
-def test_generators_are_left_as_they_were():
-    seed_all(5)
-    expected = draws()
-    for devices in (True, False):
-        seed_all(5)
-        with preserved_rng(devices=devices):
-            seed_all(9)
-            draws()
-        assert draws() == expected
-
-
-def test_generators_are_left_as_they_were_after_an_error():
+@pytest.mark.parametrize("error", [None, RuntimeError])
+@pytest.mark.parametrize("devices", [True, False])
+def test_generators_are_restored(devices, error):
     seed_all(5)
     expected = draws()
     seed_all(5)
-    try:
-        with preserved_rng():
-            seed_all(9)
-            raise RuntimeError
-    except RuntimeError:
-        pass
+    with suppress(RuntimeError), preserved_rng(devices=devices):
+        seed_all(9)
+        draws()
+        if error:
+            raise error
     assert draws() == expected

@@ -1,10 +1,10 @@
-"""Kinds of command-line arguments that several tools take."""
+"""Types of command-line arguments."""
 
 import argparse
 
 
 def positive(text):
-    """A command-line argument that is an integer above 0."""
+    """Convert a command-line argument to an integer above 0."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Time our SSIM against kornia, torchmetrics, pytorch-msssim and piqa, each with its own padding.
+"""Time our SSIM against kornia, torchmetrics, pytorch-msssim and piqa, for each one's paddings.
 
     python tools/analysis/benchmark_ssim.py --output output/ssim.md
     python tools/analysis/benchmark_ssim.py --shapes 7x11 13x21 --dtypes float32 --blurs
 
-Forward and backward of the loss for one input, on maps of the pyramid's levels P2 to P6 of a
-400x672 and of an 800x1344 image (P3 to P6 of the second are P2 to P5 of the first). In every round
-all take their turn, in an order drawn anew, and the ratio peer / ours is taken within the round:
-what disturbs the machine for longer than a round disturbs both. Reported are the median ratio and
-its quartiles. The memory is all that the graph holds from the forward to the backward, the inputs
-too where it holds them, in units of one fp32 input. Writes Markdown, and JSON of the same name.
+It measures forward and backward of the loss with a gradient for one input, on maps of the size of
+the levels P2 to P6 of a 400x672 and an 800x1344 image. Every round calls all implementations in
+random order, and the ratio peer / ours is taken within a round, so that a longer disturbance of the
+machine hits both. The report has the median ratio and its quartiles. The memory is all that the
+graph holds from forward to backward, inputs included, in units of one fp32 input. The output is
+Markdown, and JSON of the same name.
 """
 
 import argparse
@@ -31,8 +31,7 @@ from ssim_benchmark_report import markdown, write
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from msad_kd.losses.ssim import blur
-from msad_kd.losses.ssim.functional import ssim_loss
+from msad_kd.losses.ssim import blur, ssim_loss
 from msad_kd.utils.errors import InputError
 
 # H and W of P2 to P6 at strides 4 to 64.
@@ -42,7 +41,7 @@ PACKAGES = ["torch", "kornia", "torchmetrics", "pytorch-msssim", "piqa"]
 
 
 def piqa(x, y, padding):
-    """PIQA's mean similarity of each channel by itself."""
+    """Return PIQA's similarity of each channel by itself, averaged."""
     kernel = gaussian_kernel(11, 1.5).to(x).repeat(x.shape[1], 1, 1)
     return piqa_ssim(x, y, kernel, padding=padding)[0].mean()
 
@@ -62,13 +61,13 @@ PEERS = {
 
 
 def synchronise(x):
-    """Waits until what was begun on the device of x is done."""
+    """Wait until the device of x has finished its work."""
     if x.is_cuda:
         torch.cuda.synchronize()
 
 
 def seconds(function, x, y, calls=1):
-    """Mean time of a forward and backward."""
+    """Return the mean time of a forward and backward."""
     synchronise(x)
     start = time.perf_counter()
     for _ in range(calls):
@@ -79,7 +78,7 @@ def seconds(function, x, y, calls=1):
 
 
 def kept(function, x, y):
-    """Bytes that the graph holds between forward and backward, over those of x in fp32."""
+    """Return the bytes that the graph holds before the backward, over those of x in fp32."""
     storages = {}
 
     def pack(tensor):
@@ -93,10 +92,10 @@ def kept(function, x, y):
     return sum(storages.values()) / (4 * x.numel())
 
 
-def works(function, x, y):
-    """None, or the reason why it can't do this map."""
+def failure(function, x, y):
+    """Return the reason why a peer cannot compute this map, or None."""
     with warnings.catch_warnings():
-        # pytorch-msssim blurs no axis that is shorter than its window: another function, then.
+        # pytorch-msssim does not blur an axis shorter than its window, which is another function.
         warnings.filterwarnings("error", message="Skipping Gaussian")
         try:
             function(x, y).backward()
@@ -105,7 +104,7 @@ def works(function, x, y):
 
 
 def spread(values):
-    """Median and quartiles."""
+    """Return the median and the quartiles."""
     if len(values) == 1:
         return [values[0]] * 3
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -113,7 +112,7 @@ def spread(values):
 
 
 def maps(args, device, dtype, shape):
-    """Two random maps (N, C, H, W) in [0, 1), the first of which wants a gradient."""
+    """Return two random maps (N, C, H, W) in [0, 1), the first with a gradient."""
     generator = torch.Generator().manual_seed(0)
     size = args.batch, args.channels, *map(int, shape.split("x"))
     x, y = (torch.rand(size, generator=generator).to(device, dtype) for _ in range(2))
@@ -121,47 +120,36 @@ def maps(args, device, dtype, shape):
 
 
 def measure(args, device, dtype, shape, padding, progress):
-    """Rows of one shape and padding, one a peer."""
+    """Return the rows of one shape and padding, one for each peer."""
     x, y = maps(args, device, getattr(torch, dtype), shape)
     place = {"device": device, "dtype": dtype, "shape": shape, "padding": padding}
     place["maps"] = args.batch * args.channels
-    functions, rows = {"ours": lambda x, y: ssim_loss(x, y, padding=padding)}, []
-    for name, function in PEERS[padding].items():
-        reason = works(function, x, y)
-        if reason is None:
-            functions[name] = function
-        else:
-            rows.append({**place, "peer": name, "cannot": reason})
-    times, memory, calls = {}, {}, {}
-    for name, function in functions.items():
-        memory[name] = kept(function, x, y)
-        calls[name] = max(1, int(MIN_SECONDS / seconds(function, x, y)))
-        times[name] = []
+    peers = PEERS[padding]
+    reasons = {name: failure(function, x, y) for name, function in peers.items()}
+    rows = [{**place, "peer": name, "cannot": why} for name, why in reasons.items() if why]
+    functions = {name: function for name, function in peers.items() if not reasons[name]}
+    functions = {"ours": lambda x, y: ssim_loss(x, y, padding=padding), **functions}
     names = list(functions)
+    memory = {name: kept(functions[name], x, y) for name in names}
+    calls = {n: max(1, int(MIN_SECONDS / seconds(functions[n], x, y))) for n in names}
+    times = {name: [] for name in names}
     for _ in range(args.rounds):
         random.shuffle(names)
         for name in names:
             times[name].append(seconds(functions[name], x, y, calls[name]))
         progress.update()
-    for name in PEERS[padding]:
-        if name in functions:
-            ratios = [peer / ours for peer, ours in zip(times[name], times["ours"])]
-            rows.append(
-                {
-                    **place,
-                    "peer": name,
-                    "ours_ms": [1e3 * t for t in spread(times["ours"])],
-                    "peer_ms": [1e3 * t for t in spread(times[name])],
-                    "ratio": spread(ratios),
-                    "ours_kept": memory["ours"],
-                    "peer_kept": memory[name],
-                }
-            )
+    for name in [name for name in functions if name != "ours"]:
+        row = {**place, "peer": name}
+        row["ours_ms"], row["peer_ms"] = (
+            [1e3 * t for t in spread(times[side])] for side in ("ours", name)
+        )
+        row["ratio"] = spread([peer / ours for peer, ours in zip(times[name], times["ours"])])
+        rows.append({**row, "ours_kept": memory["ours"], "peer_kept": memory[name]})
     return rows
 
 
 def measure_blurs(args, shape, padding):
-    """Ours with either blur, whatever the size of the map: where CONV_CELLS comes from."""
+    """Return the times of both blurs for one shape, by which CONV_CELLS was chosen."""
     x, y = maps(args, "cpu", torch.float32, shape)
     usual, times = blur.CONV_CELLS, {"matrix": [], "conv": []}
     for _ in range(args.rounds + 1):
@@ -173,17 +161,13 @@ def measure_blurs(args, shape, padding):
     blur.CONV_CELLS = usual
     blur.blur_for.cache_clear()
     ratios = [conv / matrix for conv, matrix in zip(times["conv"][1:], times["matrix"][1:])]
-    row = {
-        "shape": shape,
-        "maps": args.batch * args.channels,
-        "padding": padding,
-        "conv_over_matrix": spread(ratios),
-    }
+    row = {"shape": shape, "maps": args.batch * args.channels, "padding": padding}
+    row["conv_over_matrix"] = spread(ratios)
     return {**row, **{f"{name}_ms": 1e3 * statistics.median(t[1:]) for name, t in times.items()}}
 
 
 def machine():
-    """What the numbers depend on: processor or GPU, threads, versions."""
+    """Return what the numbers depend on: processor or GPU, threads, versions."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         name = next(line.split(":")[1] for line in text.splitlines() if "model name" in line)
@@ -196,13 +180,13 @@ def machine():
 
 
 def main(args):
-    """Measures every case in turn, and writes or prints the report."""
+    """Measure all cases, and write or print the report."""
     if args.quick:
         args.shapes, args.dtypes = ["7x11", "13x21"], ["float32"]
         args.rounds, args.channels, args.devices = 2, 16, ["cpu"]
     torch.set_num_threads(args.threads)
     random.seed(0)
-    # As in any training: once a large block was freed, malloc keeps what smaller ones return.
+    # As in training: once a large block was freed, malloc keeps the memory of smaller ones.
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     devices = [d for d in args.devices if d == "cpu" or torch.cuda.is_available()]
     content = {"machine": machine(), "rows": [], "blurs": []}

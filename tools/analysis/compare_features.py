@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""Tell how near models' features are to what a student should learn, level by level, in Markdown.
+"""Measure how near models' features are to what a student should learn, in Markdown.
 
     python tools/analysis/compare_features.py --config-file configs/Shapes/student_one_size.yaml \
         --model student output/shapes/student/model_final.pth
 
-The target is what the config's student learns from: KD.TEACHER, at its BRANCH. The models are
-checkpoints of the student's net, of the student itself (without its adapters) or of its baselines;
-where a multi-resolution teacher has the student's net, its branch of low resolution is measured,
-too: that is where the student started. Images are of test size. At each level of the student that
-has a partner in the teacher:
+The target is what the config's student learns from: branch KD.TEACHER.BRANCH of its teacher. The
+models are checkpoints of the student's net: students (their adapters are ignored) or baselines. If
+a multi-resolution teacher has the student's net, its low-resolution branch, from which the student
+started, is measured too. Images have the test size. Every level that student and teacher share has
+these values:
 
-    |T|       mean absolute value of the target: what a weight of an lp loss is to be seen beside
-    |S - T|   mean absolute difference
-    R2        the share of the target's variance that the features explain as they are
-    fitted    the share that they explain after the best 1x1 convolution, which is fitted to 80 % of
-              the images and measured on the others
+    |T|       mean absolute value of the target's features, the scale of an lp loss
+    |S - T|   mean absolute difference between the model's features and the target's
+    R2        share of the target's variance that the model's features explain as they are
+    fitted    share that they explain after the best 1x1 convolution, fitted to 80 % of the images
+              and measured on the others
 
-A high "fitted" beside a low "R2" is a student that has what the teacher has, in other channels.
+A high "fitted" beside a low "R2" means that the model has the target's content in other channels.
 """
 
 import argparse
@@ -40,18 +40,25 @@ from msad_kd.ladder.adaptation_cost import ROWS_AT_ONCE, adaptation_cost, traini
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
 TARGET, START = "target", "teacher, LR branch"
-ROWS_PER_CHANNEL = 10  # of those that are fitted to; with 2, a tenth of the variance is lost
+ROWS_PER_CHANNEL = 10  # needed to fit; with only 2, a tenth of the variance is lost
 VALUES = {"distance": "|S - T|", "r2": "R2", "fitted": "fitted"}
+LEGEND = (
+    "|T|: mean absolute value of the target's features. |S - T|: mean absolute difference of the "
+    "model's features from them. R2: share of the target's variance that the model's features "
+    "explain (1 is best). fitted: the same after the best 1x1 convolution. '-': the model has "
+    "another number of channels than the target, or too few cells to fit."
+)
 
 
 def distances(source: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """How far features are from the target's, as they are.
+    """Compare features with the target's as they are.
 
     Args:
-        source, target: (r, C), the same cells.
+        source: features, (r, C).
+        target: the target's features at the same cells, (r, C).
 
     Returns:
-        ``distance``, the mean absolute difference, and, if the target varies, ``r2``: 1 - squared
+        "distance", the mean absolute difference, and, if the target varies, "r2": 1 - squared
         error / squared deviation of the target from its channels' means.
     """
     mean = sum(t.double().sum(0) for t in target.split(ROWS_AT_ONCE)) / len(target)
@@ -66,15 +73,15 @@ def distances(source: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
 
 
 def magnitude(target: torch.Tensor) -> float:
-    """Mean absolute value of (r, C)."""
+    """Return the mean absolute value of features, (r, C)."""
     return sum(float(t.double().abs().sum()) for t in target.split(ROWS_AT_ONCE)) / target.numel()
 
 
 def compare(measurement: Measurement, stride: int) -> dict[str, float]:
-    """The values of the model whose features have just been written, at one level.
+    """Return the values at one level of the model whose features were written last.
 
-    ``distance`` and ``r2`` are absent where the numbers of channels differ, ``fitted`` where rows
-    are too few.
+    "distance" and "r2" are missing if the numbers of channels differ, "fitted" if there are too
+    few rows.
     """
     source, target = (measurement.rows(name, stride) for name in (STUDENT, TARGET))
     counts = measurement.counts(stride)
@@ -86,21 +93,21 @@ def compare(measurement: Measurement, stride: int) -> dict[str, float]:
 
 
 def measure(cfg, models, names, args, folder):
-    """What is written as JSON.
+    """Return what is written as JSON.
 
     Args:
-        cfg: the student's.
-        models: name to checkpoint.
-        names: of the data sets.
+        cfg: the student's config.
+        models: checkpoints by name.
+        names: the data sets.
         args: the command line.
-        folder: for the features, those of two models at a time.
+        folder: the folder for the features, of two models at a time.
 
     Raises:
         InputError: as ``Measurement``, ``build_teacher`` and ``build_student``.
     """
     measurement = Measurement(cfg, names, images=args.images, seed=args.seed, folder=folder)
     teacher = build_teacher(cfg)
-    levels, found = {}, {}
+    levels, values = {}, {}
     for name, weights in [*models.items(), (START, None)]:
         if weights is not None:
             model = build_student(cfg, args.config_file, weights)
@@ -113,12 +120,12 @@ def measure(cfg, models, names, args, folder):
             levels = {shape.stride: level for level, shape in model.levels().items()}
             measurement.plan({STUDENT: model.levels(), TARGET: teacher.levels()}, args.cells)
             measurement.add(TARGET, teacher, divisibility)
-        measurement.add(STUDENT, model, divisibility)
+        measurement.add(STUDENT, model, divisibility, label=name)
         for stride in measurement.strides:
-            found.setdefault(levels[stride], {})[name] = compare(measurement, stride)
+            values.setdefault(levels[stride], {})[name] = compare(measurement, stride)
         shutil.rmtree(folder / STUDENT)
         del model
-        gc.collect()  # models hold themselves in circles
+        gc.collect()  # models contain reference cycles
     keys = cfg.KD.TEACHER
     return {
         "target": {key.lower(): keys[key] for key in ("CONFIG_FILE", "WEIGHTS", "BRANCH")},
@@ -131,45 +138,46 @@ def measure(cfg, models, names, args, folder):
             levels[stride]: magnitude(measurement.rows(TARGET, stride))
             for stride in measurement.strides
         },
-        "levels": found,
+        "levels": values,
     }
 
 
 def markdown(result):
-    """The table of ``measure``'s result, and of what it is."""
+    """Return the result of ``measure`` as a table with a legend."""
     rows = []
     for level, entries in result["levels"].items():
         for name, values in entries.items():
-            told = [f"{values[key]:.3f}" if key in values else "-" for key in VALUES]
-            rows.append([level, f"{result['magnitude'][level]:.3f}", name, *told])
+            cells = [f"{values[key]:.3f}" if key in values else "-" for key in VALUES]
+            rows.append([level, f"{result['magnitude'][level]:.3f}", name, *cells])
     headings = ["level", "|T|", "model", *VALUES.values()]
     align = ["left", "right", "left", "right", "right", "right"]
     table = tabulate(rows, headings, "pipe", colalign=align, disable_numparse=True)
     return (
-        f"{table}\n\n'-': other channels than the target's, or too few cells to fit to. "
-        f"{result['images']} images of {', '.join(result['data'])}, up to {result['cells']} cells "
-        f"of each at a level, seed {result['seed']}; target: {result['target']['weights']}, branch "
-        f"{result['target']['branch']}.\n"
+        f"{table}\n\n{LEGEND} Target: branch {result['target']['branch']} of "
+        f"{result['target']['weights']}. {result['images']} images of {', '.join(result['data'])}, "
+        f"up to {result['cells']} cells per image and level, seed {result['seed']}.\n"
     )
 
 
 def read_models(given):
-    """Name to checkpoint.
+    """Return checkpoints by name.
 
     Raises:
-        InputError: if a name is used twice or would break the table, or a checkpoint is absent.
+        InputError: if a name is used twice or would break the table, or a checkpoint is missing.
     """
     models = {}
     for name, weights in given:
         if not re.fullmatch(r"[^|\n]+", name) or name in models or name == START:
-            raise InputError(f"--model {name}: names differ, from '{START}' too, and have no '|'")
+            raise InputError(
+                f"--model {name}: names must differ, also from '{START}', and have no '|'"
+            )
         check_exists(weights, f"--model {name}")
         models[name] = weights
     return models
 
 
 def build_parser():
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--config-file", required=True, help="the student's config")
@@ -179,7 +187,7 @@ def build_parser():
         action="append",
         required=True,
         metavar=("NAME", "WEIGHTS"),
-        help="a checkpoint of the student's net; give several",
+        help="a checkpoint of the student's net; may be repeated",
     )
     add("--split", choices=("test", "train"), default="test", help="DATASETS.TEST or TRAIN")
     add("--images", type=positive, default=200, help="how many of its images (default: 200)")
@@ -187,20 +195,20 @@ def build_parser():
         "--cells",
         type=positive,
         default=1024,
-        help="of each image and level, as far as a gigabyte a model takes, of which two are in the "
-        "system's temporary folder at a time (default: 1024)",
+        help="most cells per image and level (default: 1024); a model's features take at most a "
+        "gigabyte of the temporary folder, and those of two models are there at a time",
     )
-    add("--seed", type=int, default=0, help="of images and cells")
-    add("--json", type=Path, help="write the numbers to this file, too")
+    add("--seed", type=int, default=0, help="decides images and cells (default: 0)")
+    add("--json", type=Path, help="also write the numbers to this file")
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     return parser
 
 
 def main(args):
-    """Runs the command line.
+    """Run the command line.
 
     Raises:
-        InputError: as ``read_models`` and ``measure``, and if the split is of no data set.
+        InputError: as ``read_models`` and ``measure``, and if the split names no data set.
     """
     cfg = build_config(args.config_file, args.opts)
     models = read_models(args.model)

@@ -1,4 +1,4 @@
-"""The features of several models on the same images, measured for the tools that compare them."""
+"""Features of several models on the same images, for the tools that compare them."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from tqdm import tqdm
 
 from msad_kd import InputError, TwoResolutionMapper
-from msad_kd.data.loader import clear_absence, clear_errors
+from msad_kd.data.loader import CheckedMapper, explain_missing_data
 from msad_kd.distill.teacher import Teacher
 from msad_kd.ladder.adaptation_cost import Cost, adaptation_cost, enough_rows, training_images
 from msad_kd.ladder.feature_sampling import (
@@ -23,44 +23,58 @@ from msad_kd.utils.seed import derive_seed
 
 
 class Measurement:
-    """The features of all models, in files, and the costs between them."""
+    """Writes the features of models to files, and computes the costs between models."""
 
     def __init__(
         self, cfg: CfgNode, names: tuple[str, ...], *, images: int, seed: int, folder: Path
     ):
-        """
+        """Draw the images.
+
         Args:
-            cfg: the student's.
+            cfg: the student's config.
             names: the data sets.
             images: how many of their images to draw.
-            seed: of images, cells and intervals.
-            folder: for the files.
+            seed: decides images, cells and intervals.
+            folder: the folder for the files.
 
         Raises:
-            InputError: if a data set is absent, or has fewer than five images.
+            InputError: if a data set is missing or has fewer than five images.
         """
-        with clear_absence(names):
+        with explain_missing_data(names):
             dicts = get_detection_dataset_dicts(names, filter_empty=False)
         generator = torch.Generator().manual_seed(derive_seed(seed))
-        drawn = torch.randperm(len(dicts), generator=generator)[:images]
-        self.dicts = [dicts[i] for i in drawn]
+        indices = torch.randperm(len(dicts), generator=generator)[:images]
+        self.dicts = [dicts[i] for i in indices]
         training_images(len(self.dicts))
-        self.mapper = clear_errors(TwoResolutionMapper(cfg, is_train=False, frame="lr"))
+        self.mapper = CheckedMapper(TwoResolutionMapper(cfg, is_train=False, frame="lr"))
         self.folder, self.seed, self.sizes = folder, seed, []
 
     def plan(self, levels: dict[str, dict[str, ShapeSpec]], cells: int) -> None:
-        """Which levels are compared, and how many cells of each."""
+        """Choose the levels that all models have, and the number of cells per image and level.
+
+        Args:
+            levels: the levels of each model.
+            cells: the most cells to draw.
+        """
         self.strides, left_out = common_strides(levels)
         for name, unused in left_out.items():
             if unused:
                 print(f"{name}: {', '.join(unused)} left out: not every model has such a level")
-        self.channels = {name: next(iter(own.values())).channels for name, own in levels.items()}
+        self.channels = {name: next(iter(x.values())).channels for name, x in levels.items()}
         widest = max(self.channels.values())
         self.cells = cells_per_image(len(self.dicts), len(self.strides), widest, cells)
 
-    def add(self, name: str, model: Teacher, divisibility: int) -> None:
-        """Write one model's features."""
-        inputs = (self.mapper(entry) for entry in tqdm(self.dicts, desc=name, unit="image"))
+    def add(self, name: str, model: Teacher, divisibility: int, label: str = "") -> None:
+        """Write the features of one model.
+
+        Args:
+            name: the name of its files, as in ``plan``.
+            model: the model.
+            divisibility: images are padded to a multiple of this at low resolution.
+            label: the label of the progress bar; by default the name.
+        """
+        bar = tqdm(self.dicts, desc=label or name, unit="image")
+        inputs = (self.mapper(entry) for entry in bar)
         self.sizes = write_features(
             model,
             inputs,
@@ -72,22 +86,22 @@ class Measurement:
         )
 
     def one_width(self) -> bool:
-        """Whether all models have as many channels."""
+        """Return whether all models have the same number of channels."""
         return len(set(self.channels.values())) == 1
 
     def rows(self, name: str, stride: int) -> torch.Tensor:
-        """(r, C): one model's features at a level."""
+        """Return the features of a model at a level, (r, C)."""
         return read_features(self.folder / name, stride, self.channels[name])
 
     def counts(self, stride: int) -> torch.Tensor:
-        """(I,): how many of the rows are of each image."""
+        """Return how many of the rows belong to each image, (I,)."""
         return cell_counts(self.sizes, stride, self.cells)
 
     def costs(self) -> dict[str, dict[str, Cost]]:
-        """``costs[a][b]``: C(a->b), of every model to every model; to itself it has to be 0.
+        """Return ``costs[a][b]``, C(a->b), for every pair of models; C(a->a) should be 0.
 
         Raises:
-            InputError: if no level has rows enough.
+            InputError: if no level has enough rows.
         """
         counts = {stride: self.counts(stride) for stride in self.strides}
         widest = max(self.channels.values())
@@ -107,13 +121,6 @@ class Measurement:
         pairs = [(a, b) for a in self.channels for b in self.channels]
         costs = {name: {} for name in self.channels}
         for a, b in tqdm(pairs, desc="costs", unit="pair"):
-            levels = {
-                f"stride {stride}": (
-                    self.rows(a, stride),
-                    self.rows(b, stride),
-                    counts[stride],
-                )
-                for stride in used
-            }
+            levels = {f"stride {x}": (self.rows(a, x), self.rows(b, x), counts[x]) for x in used}
             costs[a][b] = adaptation_cost(levels, seed=derive_seed(self.seed, 1))
         return costs

@@ -1,19 +1,19 @@
-"""A student whose features are read, and suggest_ladder.py's pool of teachers: checked, built."""
+"""The student and the pool of teachers of suggest_ladder.py: read, checked and built."""
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import InputError, KDTrainer
 from msad_kd.checkpoint.checkpoint import check_exists
-from msad_kd.data.loader import clear_absence
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.distill.teacher import Teacher, teacher_config, teacher_levels
+from msad_kd.modeling.classes import is_a, number_of_classes
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
 STUDENT = "student"
@@ -24,72 +24,77 @@ class Entry:
     """One teacher of the pool."""
 
     name: str
-    cfg: CfgNode  # the student's, with this teacher in KD.TEACHER
+    cfg: CfgNode  # the student's config with this teacher in KD.TEACHER
     levels: dict[str, ShapeSpec]
-    stage: dict = field(default_factory=dict)  # its part of KD.LADDER.STAGES
+    stage: dict  # the teacher's fields in KD.LADDER.STAGES
 
 
-def read_pairs(pairs: list[str], key: str, names: list[str]) -> dict[str, str]:
-    """NAME=VALUE texts of an option that is about teachers."""
-    read = {}
+def _read_pairs(pairs: list[str], option: str, names: list[str]) -> dict[str, str]:
+    values = {}
     for pair in pairs:
         name, mark, value = pair.partition("=")
         if not mark or name not in names:
-            raise InputError(f"--{key} {pair}: give NAME=VALUE; the teachers are {names}")
-        read[name] = value
-    return read
+            raise InputError(f"--{option} {pair}: give NAME=VALUE; the teachers are {names}")
+        values[name] = value
+    return values
 
 
 def read_teachers(teachers: list[list[str]], images: list[str], cfg: CfgNode) -> list[Entry]:
-    """The pool, each teacher checked against the student as far as its config tells.
+    """Read the pool, and check each teacher's config against the student's.
 
     Args:
-        teachers: a NAME, CONFIG, WEIGHTS, KEY, VALUE, ... for each.
-        images: NAME=hr or NAME=lr, for those it is given for.
-        cfg: the student's.
+        teachers: NAME, CONFIG, WEIGHTS, KEY, VALUE, ... of each teacher.
+        images: NAME=hr or NAME=lr, for some of the teachers.
+        cfg: the student's config.
     """
-    names = [each[0] for each in teachers]
-    for number, name in enumerate(names):
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == STUDENT or name in names[:number]:
+    names = [name for name, *_ in teachers]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == STUDENT or names.count(name) > 1:
             raise InputError(
-                f"--teacher {name}: names are of letters, digits, - and _, no two alike and none "
-                f"'{STUDENT}'"
+                f"--teacher {name}: give each teacher its own name of letters, digits, - and _, "
+                f"other than '{STUDENT}'"
             )
-    chosen = read_pairs(images, "image", names)
+    chosen_images = _read_pairs(images, "image", names)
     entries = []
-    for given in teachers:
-        if len(given) % 2 == 0 or len(given) < 3:
+    for values in teachers:
+        if len(values) % 2 == 0 or len(values) < 3:
             raise InputError(
-                f"--teacher {given[0]}: give NAME CONFIG WEIGHTS, and KEY VALUE pairs if need be"
+                f"--teacher {values[0]}: give NAME CONFIG WEIGHTS, then KEY VALUE pairs, if any"
             )
-        name, config_file, weights, *options = given
-        own = cfg.clone()
-        own.KD.TEACHER.CONFIG_FILE, own.KD.TEACHER.WEIGHTS = config_file, weights
-        own.KD.TEACHER.OPTS, own.KD.TEACHER.BRANCH = options, "hr"  # any teacher has it
-        image = chosen.get(name, "hr")
         try:
-            meta = META_ARCH_REGISTRY.get(teacher_config(own).MODEL.META_ARCHITECTURE)
-            fused = isinstance(meta, type) and issubclass(meta, MultiResolutionMixin)
-            own.KD.TEACHER.BRANCH = "fused" if fused else image
-            if image not in ("hr", "lr") or (fused and name in chosen):
-                raise InputError(
-                    f"its image is '{image}'; a single-resolution teacher reads hr or lr, and a "
-                    "multi-resolution one both"
-                )
-            levels = teacher_levels(own)
-            check_exists(weights, f"'{config_file}'")  # rather than after other models' turns
+            entries.append(_read_teacher(*values[:3], values[3:], chosen_images, cfg))
         except InputError as error:
-            raise InputError(f"--teacher {name}: {error}") from error
-        stage = {"name": name, "config_file": config_file, "weights": weights}
-        if options:
-            stage["opts"] = options
-        stage |= {"kind": "fused" if fused else "plain", "image": image}
-        entries.append(Entry(name, own, levels, stage))
+            raise InputError(f"--teacher {values[0]}: {error}") from error
     return entries
 
 
+def _read_teacher(
+    name: str, config_file: str, weights: str, opts: list[str], images: dict[str, str], cfg: CfgNode
+) -> Entry:
+    cfg, image = cfg.clone(), images.get(name, "hr")
+    keys = cfg.KD.TEACHER
+    keys.CONFIG_FILE, keys.WEIGHTS, keys.OPTS = config_file, weights, opts
+    keys.BRANCH = "hr"  # every teacher has this one
+    fused = is_a(teacher_config(cfg), MultiResolutionMixin)
+    keys.BRANCH = "fused" if fused else image
+    if image not in ("hr", "lr") or (fused and name in images):
+        raise InputError(
+            f"its image is '{image}'; a single-resolution teacher reads hr or lr, and a "
+            "multi-resolution one both"
+        )
+    levels = teacher_levels(cfg)
+    check_exists(weights, f"'{config_file}'")  # now, not after the other models' turns
+    stage = {"name": name, "config_file": config_file, "weights": weights}
+    stage |= {"opts": opts} if opts else {}
+    stage |= {"kind": "fused" if fused else "plain", "image": image}
+    return Entry(name, cfg, levels, stage)
+
+
 def build_student(cfg: CfgNode, config_file: str, weights: str) -> Teacher:
-    """The student as what its features are read from: a frozen detector, at low resolution."""
+    """Build the student as a frozen detector whose features at low resolution can be read.
+
+    If ``weights`` is "", MODEL.WEIGHTS initialise it. ``config_file`` is for error messages.
+    """
     model = KDTrainer.load_model(cfg, weights or None, f"the student's config '{config_file}'")
     if not weights:
         if cfg.MODEL.WEIGHTS:
@@ -98,38 +103,37 @@ def build_student(cfg: CfgNode, config_file: str, weights: str) -> Teacher:
     return Teacher(model, branch="lr", scale=cfg.KD.SCALE)
 
 
-def known_aps(given: list[str], entries: list[Entry]) -> dict[str, float]:
-    """Box AP as given, or as TEST.EXPECTED_RESULTS of a teacher's config has it."""
-    found = {}
+def known_aps(pairs: list[str], entries: list[Entry]) -> dict[str, float]:
+    """Return teachers' box AP from NAME=AP pairs, or from their TEST.EXPECTED_RESULTS."""
+    aps = {}
     for entry in entries:
         for task, metric, value, *_ in teacher_config(entry.cfg).TEST.EXPECTED_RESULTS:
             if (task, metric) == ("bbox", "AP"):
-                found[entry.name] = float(value)
-    for name, value in read_pairs(given, "ap", [entry.name for entry in entries]).items():
+                aps[entry.name] = float(value)
+    for name, value in _read_pairs(pairs, "ap", [entry.name for entry in entries]).items():
         try:
-            found[name] = float(value)
+            aps[name] = float(value)
         except ValueError as error:
-            raise InputError(f"--ap {name}={value}: the AP should be a number") from error
-    return found
+            raise InputError(f"--ap {name}={value}: the AP must be a number") from error
+    return aps
 
 
 def evaluate(entry: Entry, teacher: Teacher, folder: str) -> float:
-    """A teacher's box AP on the first of DATASETS.TEST."""
+    """Return a teacher's box AP on the first of DATASETS.TEST, with the files in ``folder``."""
     cfg = teacher_config(entry.cfg).clone()
     cfg.defrost()
     cfg.OUTPUT_DIR, cfg.DATASETS.TEST = folder, cfg.DATASETS.TEST[:1]
-    advice = f"give it by --ap {entry.name}=..."
+    advice = f"so its AP cannot be measured; give it as --ap {entry.name}=..."
     if not cfg.DATASETS.TEST:
-        raise InputError(f"DATASETS.TEST is empty, so no AP can be measured; {advice}")
-    model = teacher.model
-    predicted = getattr(getattr(model, "roi_heads", model), "num_classes", None)
-    with clear_absence(cfg.DATASETS.TEST):
+        raise InputError(f"--teacher {entry.name}: DATASETS.TEST is empty, {advice}")
+    with explain_missing_data(cfg.DATASETS.TEST):
         DatasetCatalog.get(cfg.DATASETS.TEST[0])  # reads the classes' names
-    known = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
-    if known is not None and predicted not in (None, len(known)):
+    classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
+    predicted = number_of_classes(cfg)
+    if classes is not None and predicted not in (None, len(classes)):
         raise InputError(
-            f"--teacher {entry.name} predicts {predicted} classes and the data have {len(known)}, "
-            f"so its AP cannot be measured; {advice}"
+            f"--teacher {entry.name} predicts {predicted} classes and the data have "
+            f"{len(classes)}, {advice}"
         )
-    ap = KDTrainer.test(cfg, model)["bbox"]["AP"]
-    return ap if math.isfinite(ap) else 0.0  # where nothing was found
+    ap = KDTrainer.test(cfg, teacher.model)["bbox"]["AP"]
+    return ap if math.isfinite(ap) else 0.0  # NaN if the teacher detects nothing

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Recompute the running statistics of a multi-resolution teacher, each resolution by itself.
+"""Recompute a multi-resolution teacher's running statistics, separately for each resolution.
 
     python tools/analysis/precise_statistics.py --batches 40 \
         --config-file configs/Shapes/teacher_one_size.yaml \
         output/shapes/teacher/model_final.pth output/shapes/teacher/model_precise.pth
 
-Training keeps exponential averages of the last batches; this averages evenly over
-training batches, at the final weights. It also gives each resolution its own to a teacher that was
-trained with one shared set (MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS False), whose weights are
-the same: in training, batch normalisation never reads them.
+Training keeps exponential averages of the last batches. This tool averages evenly over training
+batches at the final weights. It can also give a teacher that shared its statistics between the
+resolutions (MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS False) one set for each: batch normalisation
+does not read them in training, so its weights fit both.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
 
 def main(args):
-    """Averages over training batches, first at high and then at low resolution."""
+    """Average over training batches, first at high and then at low resolution."""
     state = read_model(args.source)
     cfg = build_config(args.config_file, args.opts)
     model = KDTrainer.build_model(cfg)
     if not isinstance(model, MultiResolutionMixin):
-        raise InputError(f"'{args.config_file}' is no multi-resolution teacher")
+        raise InputError(f"'{args.config_file}' is not a multi-resolution teacher")
     if not any(key.endswith(LOW_SUFFIX) for key in model.state_dict()):
         raise InputError(
             f"the resolutions of '{args.config_file}' share their statistics; add "
             "MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS True (frozen ones are never recomputed)"
         )
     for key in model.state_dict():
-        # What lacks the other key, too, is told by load_strictly.
+        # If the shared key is missing as well, load_strictly reports it.
         if key.endswith(LOW_SUFFIX) and (shared := key.removesuffix(LOW_SUFFIX)) in state:
             state.setdefault(key, state[shared])
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def main(args):
         torch.save({"model": state}, completed)
         load_strictly(model, completed, f"the config '{args.config_file}'")
 
-    # Frozen layers keep their statistics: only the backbone's normalisation is put in train mode.
+    # Only the backbone's normalisation is in train mode; frozen layers keep their statistics.
     model.eval().backbone.train()
     batches = KDTrainer.build_train_loader(cfg)
     with torch.no_grad():

@@ -5,10 +5,11 @@
         --model "stock HR" configs/Shapes/hr.yaml projects/Shapes/checkpoints/hr.pth \
         --model student configs/Shapes/lr.yaml output/shapes/student/model_final.pth
 
-writes sweep.md, sweep.json, sweep.csv and sweep.png to the folder, after every evaluation what is
-known by then. A size is that of the shorter side (INPUT.MIN_SIZE_TEST), and the longest side keeps
-its ratio to it; a multi-resolution teacher's is that of its high-resolution image. All models are
-timed in turn on the same images. KEY VALUE pairs may follow the weights.
+The folder receives sweep.md, sweep.json, sweep.csv and sweep.png. They are written anew after every
+evaluation, and say how many rows are missing. A size is that of the shorter side
+(INPUT.MIN_SIZE_TEST); the limit of the longer side grows with it. For a multi-resolution teacher it
+is the size of the high-resolution image. All models are timed in turn on the same images. Costs are
+measured at the same number of detections for all models, AP with each model's own config.
 """
 
 import argparse
@@ -27,9 +28,15 @@ from sweep_report import markdown, write_files
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
-from msad_kd.data.loader import clear_absence, clear_errors
+from msad_kd.data.loader import CheckedMapper, explain_missing_data
 from msad_kd.data.mapper import build_mapper
-from msad_kd.evaluation.cost import count_gmacs, device_name, input_sides, time_models
+from msad_kd.evaluation.cost import (
+    count_gmacs,
+    device_name,
+    fix_detections,
+    input_sides,
+    time_models,
+)
 
 
 @dataclass
@@ -40,19 +47,21 @@ class Candidate:
     size: int
     cfg: CfgNode
     model: torch.nn.Module
+    cost_model: torch.nn.Module  # the same with a fixed number of detections
 
 
-def read_candidates(models, sizes, folder):
-    """Every model at every size; a model is built once.
+def read_candidates(models, sizes, detections, folder):
+    """Return every model at every size; a model is built once for all sizes.
 
     Args:
         models: lists of words, NAME CONFIG WEIGHTS [KEY VALUE ...].
-        sizes: in pixels.
-        folder: for what an evaluation writes.
+        sizes: test sizes in pixels.
+        detections: per image, for the costs.
+        folder: the folder for what an evaluation writes.
 
     Raises:
-        InputError: if a model is incomplete or cannot be built, if two have one name, or if they
-            are not of the same test set.
+        InputError: if a model is incomplete or cannot be built, if a name is used twice, or if the
+            models have different test sets.
     """
     candidates, data_sets = [], {}
     for words in models:
@@ -60,52 +69,55 @@ def read_candidates(models, sizes, folder):
             raise InputError(f"--model {' '.join(words)}: NAME, CONFIG and WEIGHTS are needed")
         name, config, weights, *options = words
         if name in data_sets:
-            raise InputError(f"--model {name}: the name is given twice; tell the models apart")
+            raise InputError(f"--model {name}: the name is given twice; use different names")
         cfg = build_config(config, options)
         data_sets[name] = cfg.DATASETS.TEST
-        model = KDTrainer.load_model(cfg, weights, f"the config '{config}'")
+        model, cost_model = (
+            KDTrainer.load_model(x, weights, f"the config '{config}'")
+            for x in (cfg, fix_detections(cfg, detections))
+        )
+        ratio = cfg.INPUT.MAX_SIZE_TEST / max(cfg.INPUT.MIN_SIZE_TEST, 1)
         for size in sizes:
-            own = cfg.clone()
-            own.defrost()
-            ratio = cfg.INPUT.MAX_SIZE_TEST / max(cfg.INPUT.MIN_SIZE_TEST, 1)
-            own.INPUT.MIN_SIZE_TEST, own.INPUT.MAX_SIZE_TEST = size, round(size * ratio)
-            own.OUTPUT_DIR = folder
-            candidates.append(Candidate(name, size, own, model))
-    first, *others = data_sets
-    for name in data_sets:
-        if len(data_sets[name]) != 1 or data_sets[name] != data_sets[first]:
+            sized = cfg.clone()
+            sized.defrost()
+            sized.INPUT.MIN_SIZE_TEST, sized.INPUT.MAX_SIZE_TEST = size, round(size * ratio)
+            sized.OUTPUT_DIR = folder
+            candidates.append(Candidate(name, size, sized, model, cost_model))
+    first, *_ = data_sets.values()
+    for name, data_set in data_sets.items():
+        if len(data_set) != 1 or data_set != first:
             raise InputError(
-                f"--model {name}: DATASETS.TEST is {tuple(data_sets[name])}, but all models are to "
-                "be compared on the same single data set"
+                f"--model {name}: DATASETS.TEST is {tuple(data_set)}, but all models need the "
+                "same single data set"
             )
     return candidates
 
 
 def measure_costs(candidates, dicts, bar):
-    """The rows of the table, still without AP.
+    """Return the rows of the table without AP.
 
     Args:
         candidates: from ``read_candidates``.
-        dicts: Detectron2's dicts of the images, each of which every candidate sees.
-        bar: a progress bar, advanced by one an image.
+        dicts: Detectron2's dicts of the images that every candidate sees.
+        bar: a progress bar, advanced by one per image.
     """
     inputs = {}
-    for index, each in enumerate(candidates):
-        mapper = clear_errors(build_mapper(each.cfg, is_train=False))
+    for index, candidate in enumerate(candidates):
+        mapper = CheckedMapper(build_mapper(candidate.cfg, is_train=False))
         inputs[index] = [mapper(copy.deepcopy(entry)) for entry in dicts]
-    models = {index: each.model for index, each in enumerate(candidates)}
+    models = {index: candidate.cost_model for index, candidate in enumerate(candidates)}
     latency = time_models(models, inputs, after_round=lambda: bar.update(len(candidates)))
     rows = []
-    for index, each in enumerate(candidates):
-        branch = getattr(each.model, "test_branch", None)
+    for index, candidate in enumerate(candidates):
+        branch = getattr(candidate.model, "test_branch", None)
         rows.append(
             {
-                "model": each.name,
-                "size": each.size,
+                "model": candidate.name,
+                "size": candidate.size,
                 "side": input_sides(inputs[index][0], branch),
                 "box_ap": None,
                 "mask_ap": None,
-                "gmacs": count_gmacs(each.model, inputs[index]),
+                "gmacs": count_gmacs(candidate.cost_model, inputs[index]),
                 "latency_ms": latency[index]["median"],
                 "latency_low_ms": latency[index]["low"],
                 "latency_high_ms": latency[index]["high"],
@@ -114,8 +126,8 @@ def measure_costs(candidates, dicts, bar):
     return rows
 
 
-class Counted:
-    """A loader that advances a progress bar by one a batch."""
+class CountedLoader:
+    """A loader that advances a progress bar by one per batch."""
 
     def __init__(self, loader, bar):
         self.loader, self.bar = loader, bar
@@ -130,37 +142,38 @@ class Counted:
 
 
 def average_precision(candidate, bar):
-    """Box and mask AP in percent: 0 where nothing is found, None for the masks of a model without.
+    """Return box and mask AP in percent: 0 if nothing is found, None for a model without masks.
 
     Args:
         candidate: the model and its config.
-        bar: a progress bar, advanced by one an image.
+        bar: a progress bar, advanced by one per image.
     """
     cfg = candidate.cfg
     (name,) = cfg.DATASETS.TEST
     loader = KDTrainer.build_test_loader(cfg, name)
     evaluator = KDTrainer.build_evaluator(cfg, name)
-    metrics = inference_on_dataset(candidate.model, Counted(loader, bar), evaluator)
-    found = (metrics.get(task, {}).get("AP") for task in ("bbox", "segm"))
-    return [None if ap is None else ap if math.isfinite(ap) else 0.0 for ap in found]
+    metrics = inference_on_dataset(candidate.model, CountedLoader(loader, bar), evaluator)
+    aps = (metrics.get(task, {}).get("AP") for task in ("bbox", "segm"))
+    return [None if ap is None else ap if math.isfinite(ap) else 0.0 for ap in aps]
 
 
 def sweep(args):
-    """Measure, evaluate, and write after every evaluation; returns the rows and the note.
+    """Measure and evaluate, write the files after every evaluation, and return rows and note.
 
     Raises:
-        InputError: as ``read_candidates``, and if the data set is absent.
+        InputError: as ``read_candidates``, and if the data set is missing.
     """
     with tempfile.TemporaryDirectory() as folder:
-        candidates = read_candidates(args.model, args.sizes, folder)
+        candidates = read_candidates(args.model, args.sizes, args.detections, folder)
         cfg = candidates[0].cfg
-        with clear_absence(cfg.DATASETS.TEST):
+        with explain_missing_data(cfg.DATASETS.TEST):
             dicts = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
         timed = dicts[: args.images]
         device = device_name(cfg)
         note = (
-            f"{cfg.DATASETS.TEST[0]}, {len(dicts)} images. Latency: one image, from resized pixels "
-            f"to detections, {len(timed)} images, all models in turn, "
+            f"{cfg.DATASETS.TEST[0]}, {len(dicts)} images. Costs at {args.detections} detections "
+            "per image. Latency: one image, from resized pixels to detections, "
+            f"{len(timed)} images, all models in turn, "
             + (f"CPU threads: {torch.get_num_threads()}." if device == "no GPU" else f"{device}.")
         )
         os.makedirs(args.output, exist_ok=True)
@@ -170,18 +183,20 @@ def sweep(args):
             for done, (row, candidate) in enumerate(zip(rows, candidates), start=1):
                 bar.set_description(f"{candidate.name}, {candidate.size} px")
                 row["box_ap"], row["mask_ap"] = average_precision(candidate, bar)
-                write_files(args.output, rows[:done], note)
+                write_files(args.output, rows[:done], note, len(rows))
     return rows, note
 
 
 def main(arguments=None):
-    """Runs the command line; an expected error ends it with one sentence."""
+    """Run the command line; an expected error ends it with one sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    words = "what to call it, its config, its checkpoint, and KEY VALUE pairs; may be repeated"
+    words = "its name in the table, config, checkpoint and KEY VALUE pairs; may be repeated"
     add("--model", nargs="+", action="append", required=True, metavar="WORD", help=words)
-    add("--sizes", type=positive, nargs="+", required=True, help="of the shorter side, in pixels")
-    add("--images", type=positive, default=30, help="how many to measure latency and GMACs on")
+    add("--sizes", type=positive, nargs="+", required=True, help="shorter sides in pixels")
+    add("--images", type=positive, default=30, help="images to measure costs on (default: 30)")
+    detections = "detections per image when costs are measured (default: 10)"
+    add("--detections", type=positive, default=10, help=detections)
     add("--output", default="output/sweep", help="the folder to write to")
     args = parser.parse_args(arguments)
     try:

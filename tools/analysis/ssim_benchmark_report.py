@@ -1,4 +1,4 @@
-"""What tools/analysis/benchmark_ssim.py has measured, as Markdown and JSON."""
+"""Write the measurements of tools/analysis/benchmark_ssim.py as Markdown and JSON."""
 
 import json
 import statistics
@@ -8,7 +8,7 @@ from msad_kd.utils.errors import InputError
 
 
 def summary(rows):
-    """Per device, dtype and padding: what ours gains over the fastest peer, and in memory."""
+    """Return the gain over the fastest peer and in memory by device, dtype and padding."""
     groups = {}
     for row in rows:
         if "ratio" in row:
@@ -33,7 +33,7 @@ def summary(rows):
 
 
 def markdown(content):
-    """The report on what was measured, as Markdown."""
+    """Return the report as Markdown."""
     facts = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
     lines = [
         "# SSIM: forward and backward against four other implementations",
@@ -89,50 +89,31 @@ def markdown(content):
     return "\n".join(lines) + "\n"
 
 
-def same_place(row, other):
-    """Whether two rows are of one cell of the tables, so that the later replaces the other."""
-    keys = ("device", "dtype", "maps", "shape", "padding", "peer")
-    return all(row.get(key) == other.get(key) for key in keys)
-
-
-def merged(old, new):
-    """The old rows, those that were measured again replaced."""
-    return [row for row in old if not any(same_place(row, other) for other in new)] + new
-
-
-def size(row):
-    """Height and width of a row's maps."""
-    return tuple(map(int, row["shape"].split("x")))
+def place(row):
+    """Return a row's place in the sorted tables; a later row of one place replaces the earlier."""
+    height_width = tuple(map(int, row["shape"].split("x")))
+    keys = row.get("device", ""), row.get("dtype", ""), *height_width
+    return *keys, row["padding"], row.get("peer", ""), row["maps"]
 
 
 def write(path, content, add=False):
-    """Write the report and, beside it, the numbers.
+    """Write the report and, beside it, the numbers, and return the report.
 
     Args:
-        path: of the Markdown; the JSON has the same name.
-        content: dict of the machine and the rows.
-        add: keep the rows that are there and were not measured again.
-
-    Returns:
-        the Markdown.
+        path: the Markdown file; the JSON file has the same name.
+        content: a dict of the machine and the rows.
+        add: whether to keep the file's rows that were not measured again.
 
     Raises:
-        InputError: those that are there were measured on another machine.
+        InputError: if the file's rows were measured on another machine.
     """
     data = path.with_suffix(".json")
-    if add and data.exists():
-        old = json.loads(data.read_text())
-        if old["machine"] != content["machine"]:
-            raise InputError(f"'{data}' was measured elsewhere: {old['machine']}")
-        for key in ("rows", "blurs"):
-            content[key] = merged(old[key], content[key])
+    old = json.loads(data.read_text()) if add and data.exists() else {**content, "rows": []}
+    if old["machine"] != content["machine"]:
+        raise InputError(f"'{data}' was measured elsewhere: {old['machine']}")
     for key in ("rows", "blurs"):
-        content[key].sort(
-            key=lambda row: (
-                *(row.get("device", ""), row.get("dtype", ""), *size(row)),
-                *(row["padding"], row.get("peer", "")),
-            )
-        )
+        by_place = {place(row): row for row in [*old[key], *content[key]]}
+        content[key] = [row for _, row in sorted(by_place.items(), key=lambda item: item[0])]
     content["summary"] = summary(content["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(data, content, indent=1)

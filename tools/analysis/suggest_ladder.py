@@ -7,11 +7,10 @@
         --teacher swin_t configs/COCO/mask_rcnn_Swin_T_FPN_HR_3x.yaml output/swin_t.pth \
         --ap fused=40.1 --ap swin_t=46.0
 
-It measures how hard it is to predict each model's features from each other's on training images
-(msad_kd/ladder/adaptation_cost.py), one model in memory at a time, and selects backward from the
-strongest teacher.
-It prints the costs, the teachers left out and why, and the stages; OUTPUT gets all of it as
-ladder.json, a heat map ladder.png and stages.yaml.
+It measures the adaptation cost (msad_kd/ladder/adaptation_cost.py) between all models on training
+images, with one model in memory at a time, and selects teachers backward from the strongest one. It
+prints the costs, the stages, and why it leaves teachers out. OUTPUT gets ladder.json, ladder.png (a
+heat map) and stages.yaml.
 """
 
 import argparse
@@ -33,73 +32,43 @@ from msad_kd.modeling.pyramid import in_high_resolution
 
 
 def ladder_stages(order: list[str], entries: list[Entry], settings: dict) -> list[dict]:
-    """KD.LADDER.STAGES; the first starts from its teacher, every other from the student before."""
-    stages = []
-    for name in order:
-        stage = next(entry.stage for entry in entries if entry.name == name)
-        # A fused teacher is the student's net; of another only neck and heads may fit.
-        first = "teacher" if stage["kind"] == "fused" else "teacher_heads"
-        start = "previous" if stages else first
-        stages.append({**stage, **copy.deepcopy(settings), "start": start})
+    """Return KD.LADDER.STAGES of teachers in this order; ``settings`` are fields of every stage."""
+    teachers = {entry.name: entry.stage for entry in entries}
+    stages = [{**teachers[name], **copy.deepcopy(settings), "start": "previous"} for name in order]
+    # A fused teacher has the student's architecture; of another, only neck and heads may fit.
+    stages[0]["start"] = "teacher" if stages[0]["kind"] == "fused" else "teacher_heads"
     return stages
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--student",
-        nargs="+",
-        required=True,
-        metavar=("CONFIG", "WEIGHTS"),
-        help="its config, and weights it has been trained to; a distilled student or its baseline",
-    )
-    parser.add_argument(
-        "--teacher",
-        nargs="+",
-        action="append",
-        required=True,
-        metavar="NAME CONFIG WEIGHTS",
-        help="one of the pool, with KEY VALUE pairs on top of its config; give several",
-    )
-    parser.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="NAME=lr",
-        help="the image a single-resolution teacher reads, hr (default) or lr",
-    )
-    parser.add_argument(
-        "--ap",
-        action="append",
-        default=[],
-        metavar="NAME=AP",
-        help="a teacher's box AP; else TEST.EXPECTED_RESULTS of its config, else it is evaluated",
-    )
-    parser.add_argument(
-        "--images", type=positive, default=2000, help="training images (default: 2000)"
-    )
-    parser.add_argument(
-        "--cells",
-        type=positive,
-        default=64,
-        help="cells of each image and level, as far as a gigabyte a model takes (default: 64)",
-    )
-    parser.add_argument("--iterations", type=positive, help="of each stage; else SOLVER.MAX_ITER")
-    parser.add_argument("--seed", type=int, default=0, help="of images, cells and the interval")
-    parser.add_argument("--output", default="output/suggest_ladder", help="the folder to write")
-    parser.add_argument(
-        "--opts", nargs="*", default=[], help="KEY VALUE pairs on top of the student's config"
-    )
+    add, several = parser.add_argument, {"action": "append", "default": []}
+    student = "config and trained weights of a distilled student or its LR baseline"
+    add("--student", nargs="+", required=True, metavar=("CONFIG", "WEIGHTS"), help=student)
+    teacher = "a teacher of the pool, and KEY VALUE pairs that override its config; repeat it"
+    name = "NAME CONFIG WEIGHTS"
+    add("--teacher", nargs="+", action="append", required=True, metavar=name, help=teacher)
+    image = "the image a single-resolution teacher reads: hr (default) or lr"
+    add("--image", **several, metavar="NAME=lr", help=image)
+    ap = "a teacher's box AP (default: TEST.EXPECTED_RESULTS of its config, or an evaluation)"
+    add("--ap", **several, metavar="NAME=AP", help=ap)
+    add("--images", type=positive, default=2000, help="training images (default: %(default)s)")
+    cells = "cells per image and level, as far as they fit into 1 GB per model (default: 64)"
+    add("--cells", type=positive, default=64, help=cells)
+    add("--iterations", type=positive, help="of each stage (default: SOLVER.MAX_ITER)")
+    add("--seed", type=int, default=0, help="of images, cells and intervals (default: 0)")
+    add("--output", default="output/suggest_ladder", help="folder to write (default: %(default)s)")
+    add("--opts", nargs="*", default=[], help="KEY VALUE pairs that override the student's config")
     return parser
 
 
 def main(args):
-    """Measures the costs between all models, and writes the report and the stages."""
+    """Measure the costs between all models, and write the report and the stages."""
     config_file, weights, *rest = args.student + [""] * (2 - len(args.student))
     if rest:
-        raise InputError("--student: give CONFIG and, if there are any, WEIGHTS")
-    # Without scaling to the processes here: the stages are for a run of as many as the config's.
+        raise InputError("--student: give CONFIG and, if you have them, WEIGHTS")
+    # Unscaled, as the run that uses the stages scales its own schedule to its processes.
     cfg = build_config(config_file, ["SOLVER.REFERENCE_WORLD_SIZE", 0, *args.opts])
     entries = read_teachers(args.teacher, args.image, cfg)
     aps = known_aps(args.ap, entries)
@@ -111,8 +80,8 @@ def main(args):
         student = build_student(cfg, config_file, weights)
         if not weights:
             print(
-                "Warning: no weights of the student are given, so its distances are those of "
-                f"MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}', and of a random neck if that has none"
+                "Warning: the student has no trained weights, so its costs are those of "
+                f"MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}', with a random neck if these lack one"
             )
         shapes = in_high_resolution(student.model.backbone.output_shape(), cfg.KD.SCALE)
         levels = {STUDENT: shapes, **{entry.name: entry.levels for entry in entries}}
@@ -121,7 +90,7 @@ def main(args):
         measurement.add(STUDENT, student, divisibility)
         del student
         for entry in entries:
-            gc.collect()  # models hold themselves in circles
+            gc.collect()  # models are in reference cycles
             try:
                 teacher = build_teacher(entry.cfg)
             except InputError as error:
@@ -139,9 +108,9 @@ def main(args):
         "iterations": args.iterations or cfg.SOLVER.MAX_ITER,
         "base_lr": cfg.SOLVER.BASE_LR,
     }
-    stages = ladder_stages(order, entries, settings)
     facts = {"images": len(measurement.dicts), "cells": measurement.cells}
     facts |= {"strides": measurement.strides, "seed": args.seed, "ap": aps}
+    stages = ladder_stages(order, entries, settings)
     report(Path(args.output), costs, order, excluded, stages, facts)
 
 

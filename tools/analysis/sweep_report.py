@@ -1,9 +1,7 @@
-"""What comes of a sweep over models and test sizes: the table, as files, and its picture.
+"""The table of a sweep over models and test sizes, and its picture.
 
-A row has the keys of HEADINGS; an AP is in percent, or None where there is none.
+A row is a dict with the keys of HEADINGS; an AP is in percent, or None if there is none.
 """
-
-from __future__ import annotations
 
 import csv
 import os
@@ -12,8 +10,6 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from msad_kd.checkpoint.files import replacing, write_json
-
-__all__ = ["HEADINGS", "draw", "markdown", "write_files"]
 
 HEADINGS = {
     "model": "model",
@@ -28,15 +24,15 @@ HEADINGS = {
 }
 
 
-def _text_of(value) -> str:
+def _cell(value) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def markdown(rows: list[dict], note: str) -> str:
-    """The rows as a Markdown table, with the note below."""
-    cells = [[_text_of(row[name]) for name in HEADINGS] for row in rows]
+    """Return the rows as a Markdown table with the note below."""
+    cells = [[_cell(row[name]) for name in HEADINGS] for row in rows]
     align = ["left", *["right"] * (len(HEADINGS) - 1)]
     headings = list(HEADINGS.values())
     table = tabulate(cells, headings, "pipe", colalign=align, disable_numparse=True)
@@ -65,8 +61,17 @@ def draw(path: str, rows: list[dict], note: str) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def write_files(folder: str, rows: list[dict], note: str) -> None:
-    """Write sweep.md, .json, .csv and .png to a folder, each of them whole or not at all."""
+def write_files(folder: str, rows: list[dict], note: str, total: int) -> None:
+    """Write sweep.md, .json, .csv and .png to a folder, each of them completely or not at all.
+
+    Args:
+        folder: the folder.
+        rows: the rows so far.
+        note: what is said below the table and above the picture.
+        total: how many rows the sweep will have; fewer are marked as partial, except in the CSV.
+    """
+    if len(rows) < total:
+        note = f"PARTIAL: {len(rows)} of {total} rows; the sweep has not finished. {note}"
 
     def write_csv(path):
         with open(path, "w", newline="") as file:

@@ -1,1 +1,5 @@
-"""Structural similarity between feature maps, with a gradient written by hand."""
+"""Structural similarity (SSIM) between feature maps, with a hand-written gradient."""
+
+from msad_kd.losses.ssim.functional import blind_share, rescale, ssim, ssim_loss
+
+__all__ = ["blind_share", "rescale", "ssim", "ssim_loss"]

@@ -1,49 +1,49 @@
-"""Gaussian blur of maps and its adjoint, in two ways: as banded matrix products, as convolution.
+"""Gaussian blur of maps and its adjoint, as banded matrix products or as convolutions.
 
-K: kinds of map (say, mean and square), M: maps of each kind (images times channels), H, W: their
-height and width, H', W': those of the blurred map, smaller than H, W when the border is "valid".
+K: kinds of map (for example mean and square), M: maps of each kind (images times channels), H, W:
+their height and width, H', W': size of the blurred maps, smaller than H, W for padding "valid".
 
-Both ways are used alike: ``arrange`` brings maps into the layout that suits the blur, ``pad`` does
-what the border needs first, a call blurs, ``adjoint`` is the adjoint of the last two together.
-None is differentiable by autograd.
+Both blurs have the same methods: ``arrange`` brings maps into the memory layout that suits the
+blur, ``pad`` pads them, a call blurs padded maps, and ``adjoint`` is the adjoint of both steps.
 """
-
-from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["PADDINGS", "ConvBlur", "MatrixBlur", "blur_for", "blur_matrix", "fitting_window"]
-
 PADDINGS = ("reflect", "zero", "valid")
 
 # Rows of a matrix that are multiplied at once. Smaller tiles skip more of the zeros off the
-# diagonal, larger ones suit the matrix product better; between 16 and 48 it hardly matters.
+# diagonal, larger ones suit the matrix product better; from 16 to 48 it hardly matters.
 TILE = 32
 
-# Up to so many cells of a blurred map, one product with a (H' W', H W) matrix beats two per map.
+# Up to this many cells of a blurred map, one product with a (H' W', H W) matrix beats two.
 KRON_CELLS = 128
 
-# From so many cells a map, convolution is faster than the matrix products. Measured with
+# From this many cells of a map, convolution beats the matrix products. Measured with
 # `tools/analysis/benchmark_ssim.py --blurs`: at 13x21 the matrices win with two of the three
-# paddings, at 25x42 and beyond convolution does, with all.
+# paddings, from 25x42 convolution wins with all.
 CONV_CELLS = 600
 
 
 def fitting_window(window_size: int, height: int, width: int, padding: str) -> int:
-    """The largest odd window, ``window_size`` at most, that a map of this size allows.
+    """Return the largest odd window, up to ``window_size``, that a map of this size allows.
 
-    "reflect" mirrors each side once, so it needs k // 2 < min(H, W); "zero" could do without, but
-    has the same window, that the two be comparable. "valid" has to fit inside: k <= min(H, W).
+    "reflect" mirrors each side once, so k // 2 < min(H, W), and "zero" stays comparable to it;
+    "valid" has windows inside the map alone, so k <= min(H, W).
     """
     smallest = min(height, width)
     largest = smallest - 1 + smallest % 2 if padding == "valid" else 2 * smallest - 1
     return min(window_size, largest)
 
 
-def _matrix(length: int, window: int, sigma: float, padding: str) -> torch.Tensor:
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # a matrix made in an evaluation is used in training too
+def blur_matrix(
+    length: int, window: int, sigma: float, padding: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return the (length', length) matrix that blurs along one axis by an odd, fitting window."""
     offsets = torch.arange(window, dtype=torch.float64) - window // 2
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
     weights /= weights.sum()
@@ -58,27 +58,60 @@ def _matrix(length: int, window: int, sigma: float, padding: str) -> torch.Tenso
         weights = weights * ((columns >= 0) & (columns < length))
         columns = columns.clamp(0, length - 1)
     matrix = torch.zeros(last - first, length, dtype=torch.float64)
-    return matrix.index_put_((rows, columns), weights, accumulate=True)
+    return matrix.index_put_((rows, columns), weights, accumulate=True).to(device, dtype)
 
 
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)  # made once, perhaps in an evaluation, and used in training too
-def blur_matrix(
-    length: int, window: int, sigma: float, padding: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """(length', length) matrix that blurs along one axis; the weights of the window sum to 1.
+class MatrixBlur:
+    """Blur by a matrix product along each axis: for any dtype and device, faster on small maps.
 
-    Args:
-        window: odd and small enough for the length, see ``fitting_window``.
-        padding: one of ``PADDINGS``.
+    The padding is part of the matrix: the weight of a cell beyond the border is added to that of
+    the cell it mirrors. So the adjoint is the product with the transpose, whatever the padding. On
+    tiny maps one product blurs both axes.
     """
-    return _matrix(length, window, sigma, padding).to(device, dtype)
+
+    maps_at_once = 1
+
+    def __init__(self, height, width, window, sigma, padding, dtype, device):
+        down, across = (
+            blur_matrix(side, window, sigma, padding, torch.float64, torch.device("cpu"))
+            for side in (height, width)
+        )
+        self.in_shape, self.out_shape = (height, width), (len(down), len(across))
+        if len(down) * len(across) <= KRON_CELLS:
+            down, across = down[:0], torch.kron(down, across)
+        self._down, self._across, self._down_adjoint, self._across_adjoint = (
+            _tiles(matrix, dtype, device) for matrix in (down, across, down.T, across.T)
+        )
+
+    def arrange(self, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Return maps (M, H, W) less a mean (M, 1, 1), in its dtype and the blur's layout."""
+        return (x - mean).contiguous()
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (K, M, H, W) as a call takes it; squaring may come before or after."""
+        return x
+
+    def __call__(self, padded: torch.Tensor) -> torch.Tensor:
+        """Return the blurred maps, (K, M, H', W')."""
+        x = padded.flatten(0, 1)
+        x = _multiply(x, self._down) if self._down else x.flatten(1)
+        x = _multiply(x.reshape(-1, x.shape[-1]), self._across)
+        return x.view(*padded.shape[:2], *self.out_shape)
+
+    def adjoint(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the adjoint, (K, M, H, W), for (K, M, H', W'), which may be overwritten."""
+        kinds, maps, height, width = x.shape
+        x = x.reshape(-1, width if self._down else height * width)
+        x = _multiply(x, self._across_adjoint)
+        if self._down:
+            x = _multiply(x.view(kinds * maps, height, -1), self._down_adjoint)
+        return x.view(kinds, maps, *self.in_shape)
 
 
 def _tiles(matrix: torch.Tensor, dtype, device) -> list[tuple[slice, slice, torch.Tensor]]:
-    """Tiles of rows with only those columns that are not zero: (rows, columns, tile)."""
+    """Return (rows, columns, tile) for tiles of rows, without columns that are 0."""
     tiles = []
-    for start in range(0, len(matrix), TILE):
+    for start in range(0, len(matrix) if matrix.numel() else 0, TILE):
         rows = slice(start, min(start + TILE, len(matrix)))
         used = matrix[rows].any(dim=0).nonzero()
         columns = slice(int(used.min()), int(used.max()) + 1)
@@ -86,83 +119,23 @@ def _tiles(matrix: torch.Tensor, dtype, device) -> list[tuple[slice, slice, torc
     return tiles
 
 
-class MatrixBlur:
-    """Blur by products with banded matrices: any dtype and device, and the faster on small maps.
-
-    Blurring the rows of a map is a product with a W' x W matrix that has the window on its
-    diagonal. The border lives in that matrix too: a cell that reflection would read from beyond
-    the border has its weight added where its mirror image is. The adjoint is then the product with
-    the transpose, whatever the padding. Large matrices are multiplied by tiles of rows, without
-    the zeros far off the diagonal; on tiny maps one product does both axes.
-    """
-
-    maps_at_once = 1
-
-    def __init__(self, height, width, window, sigma, padding, dtype, device):
-        down = _matrix(height, window, sigma, padding)
-        across = _matrix(width, window, sigma, padding)
-        self.in_shape, self.out_shape = (height, width), (len(down), len(across))
-        axes = [down, across]
-        if len(down) * len(across) <= KRON_CELLS:
-            axes = [None, torch.kron(down, across)]
-        self._down, self._across = (m if m is None else _tiles(m, dtype, device) for m in axes)
-        axes = [m if m is None else m.T for m in axes]
-        self._down_adjoint, self._across_adjoint = (
-            m if m is None else _tiles(m, dtype, device) for m in axes
-        )
-
-    def arrange(self, x: torch.Tensor, dtype: torch.dtype, mean=None) -> torch.Tensor:
-        """(M, H, W) less (M, 1, 1), if given, in ``dtype`` and the layout that suits the blur."""
-        return x.to(dtype) if mean is None else x - mean
-
-    def empty(self, kinds: int, like: torch.Tensor) -> torch.Tensor:
-        """Memory for (K, M, H, W) in that layout, (M, H, W) being that of ``like``."""
-        return like.new_empty(kinds, *like.shape)
-
-    def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """(K, M, H, W) to what a call takes. The square may be taken before or after."""
-        return x
-
-    def __call__(self, padded: torch.Tensor) -> torch.Tensor:
-        """Padded maps to blurred ones, (K, M, H', W')."""
-        x = padded.flatten(0, 1)
-        x = x.flatten(1) if self._down is None else _times_columns(x, self._down)
-        return _times_rows(x, self._across).view(*padded.shape[:2], *self.out_shape)
-
-    def adjoint(self, x: torch.Tensor) -> torch.Tensor:
-        """Adjoint of padding and blurring: (K, M, H', W') to (K, M, H, W). May overwrite x."""
-        kinds, maps, height, width = x.shape
-        if self._down is None:
-            x = _times_rows(x.flatten(0, 1).flatten(1), self._across_adjoint)
+def _multiply(x: torch.Tensor, tiles: list) -> torch.Tensor:
+    """Multiply the matrix with (n, length), or for each n with (n, length, width)."""
+    result = x.new_empty(len(x), tiles[-1][0].stop, *x.shape[2:])
+    for rows, columns, tile in tiles:
+        if x.dim() == 2:
+            torch.mm(x[:, columns], tile.T, out=result[:, rows])
         else:
-            x = _times_rows(x.flatten(0, 1), self._across_adjoint)
-            x = _times_columns(x.view(kinds * maps, height, -1), self._down_adjoint)
-        return x.view(kinds, maps, *self.in_shape)
-
-
-def _times_rows(x, tiles):
-    """Each row of (..., length) by the matrix: (rows, length')."""
-    x = x.reshape(-1, x.shape[-1])
-    result = x.new_empty(len(x), tiles[-1][0].stop)
-    for rows, columns, tile in tiles:
-        torch.mm(x[:, columns], tile.T, out=result[:, rows])
-    return result
-
-
-def _times_columns(x, tiles):
-    """Each column of (maps, length, width) by the matrix: (maps, length', width)."""
-    result = x.new_empty(len(x), tiles[-1][0].stop, x.shape[2])
-    for rows, columns, tile in tiles:
-        torch.bmm(tile.expand(len(x), -1, -1), x[:, columns], out=result[:, rows])
+            torch.bmm(tile.expand(len(x), -1, -1), x[:, columns], out=result[:, rows])
     return result
 
 
 class ConvBlur:
-    """Blur by two depthwise convolutions, in fp32 on a CPU; the same interface.
+    """Blur by two depthwise convolutions, in fp32 on a CPU, with the methods of ``MatrixBlur``.
 
-    The maps are innermost in memory (channels last), so that one vector instruction works on a
-    cell of 16 maps; with one map after the other a convolution is several times slower, and with
-    the channels folded into the batch 10 to 100 times.
+    The maps are innermost in memory (channels last), so that one vector instruction works on 16
+    maps at a time. Other layouts are several times slower, and channels folded into the batch 10
+    to 100 times.
     """
 
     maps_at_once = 16  # fp32 numbers in a vector of 512 bits
@@ -173,36 +146,32 @@ class ConvBlur:
         self._mirrors = padding == "reflect"
         self._zeros = self._margin if padding == "zero" else 0
 
-    def arrange(self, x, dtype, mean=None):
+    def arrange(self, x, mean):
+        """Return maps (M, H, W) less a mean (M, 1, 1), as a view of (H, W, M)."""
         maps, height, width = x.shape
-        cells = x.new_empty(height * width, maps, dtype=dtype)
-        if mean is None:
-            cells.copy_(x.reshape(maps, -1).T)
-        else:
-            torch.sub(x.reshape(maps, -1).T, mean.view(maps), out=cells)
+        cells = mean.new_empty(height * width, maps)
+        torch.sub(x.reshape(maps, -1).T, mean.view(maps), out=cells)
         return cells.view(height, width, maps).permute(2, 0, 1)
 
-    def empty(self, kinds, like):
-        maps, height, width = like.shape
-        return like.new_empty(kinds, height, width, maps).permute(0, 3, 1, 2)
-
     def pad(self, x):
+        """Return (K, M, H, W) with mirrored borders; the convolutions pad zeros themselves."""
         return F.pad(x, [self._margin] * 4, mode="reflect") if self._mirrors else x
 
     def __call__(self, padded):
+        """Return the blurred maps, (K, M, H', W')."""
         down, across = self._filters(padded.shape[1])
         x = F.conv2d(padded, down, padding=(self._zeros, 0), groups=len(down))
         return F.conv2d(x, across, padding=(0, self._zeros), groups=len(down))
 
     def adjoint(self, x):
-        # In the other order, so that what lies between is as small as can be.
+        """Return the adjoint, (K, M, H, W), for (K, M, H', W')."""
+        # Across first, which keeps the intermediate maps as small as possible.
         down, across = self._filters(x.shape[1])
-        zeros = 2 * self._margin - self._zeros
+        zeros, m = 2 * self._margin - self._zeros, self._margin
         x = F.conv2d(x, across, padding=(0, zeros), groups=len(down))
         x = F.conv2d(x, down, padding=(zeros, 0), groups=len(down))
-        if self._mirrors and self._margin:
-            # What fell beyond the border goes back to the cell it is the mirror image of.
-            m = self._margin
+        if self._mirrors and m:
+            # Cells beyond the border are added to the cells that they mirror.
             for y in (x, x.transpose(2, 3)):
                 y[:, :, m + 1 : 2 * m + 1] += y[:, :, :m].flip(2)
                 y[:, :, -2 * m - 1 : -m - 1] += y[:, :, -m:].flip(2)
@@ -216,17 +185,8 @@ class ConvBlur:
 
 @lru_cache(maxsize=512)
 @torch.inference_mode(False)
-def blur_for(
-    maps: int,
-    height: int,
-    width: int,
-    window: int,
-    sigma: float,
-    padding: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> MatrixBlur | ConvBlur:
-    """The faster blur of so many maps of this size."""
+def blur_for(maps, height, width, window, sigma, padding, dtype, device) -> MatrixBlur | ConvBlur:
+    """Return the faster blur for so many maps of this size."""
     args = height, width, window, sigma, padding
     suits = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if suits and maps >= ConvBlur.maps_at_once and height * width >= CONV_CELLS:

@@ -1,27 +1,17 @@
-"""Structural similarity between feature maps: structural distillation, arXiv 2211.13133.
+"""Structural similarity (SSIM) between feature maps: the functions to call.
 
-N: images, C: channels, H, W: height and width of a level, M = N * C maps, H', W': size of the
-similarity map, smaller than H, W when the border is "valid".
-
-This is the interface; the computation is in ``ssim_moments`` (torch) and ``ssim_triton`` (CUDA).
+N: images, C: channels, H, W: height and width of a level, H', W': size of the similarity map, which
+is smaller than H, W for the padding "valid". ``moments`` (torch) and ``triton`` (CUDA) compute it.
 """
 
-from __future__ import annotations
-
 import torch
-from torch.autograd.function import once_differentiable
 
 from msad_kd.losses.ssim.blur import PADDINGS, blur_matrix
 from msad_kd.losses.ssim.moments import Window, chunks, compute_dtype, similarity
 
-__all__ = ["blind_share", "rescale", "ssim", "ssim_loss"]
-
-REDUCTIONS = ("mean", "none")
-SCOPES = ("channel", "image", "none")
-
-# Variances under this share of the data range squared count as this: the root has no gradient at 0.
+# The least variance, as a share of the data range squared: a root has no gradient at 0.
 VARIANCE_FLOOR = 1e-10
-# A negative component has no fractional power; it counts as this, whose gradient is finite.
+# The least component under a fractional power, which a negative number does not have.
 COMPONENT_FLOOR = 1e-6
 
 
@@ -38,7 +28,7 @@ def ssim(
     exponents: tuple[float, float, float] = (1, 1, 1),
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """Structural similarity l^a c^b s^g of two maps, channel by channel (arXiv 2211.13133, sec. 3).
+    """Return the structural similarity l^a c^b s^g of two maps (arXiv 2211.13133, sec. 3).
 
     With means m, variances s and covariance s_xy under a Gaussian window, C1 = (k1 L)^2,
     C2 = (k2 L)^2 and C3 = C2 / 2, L being the data range:
@@ -47,31 +37,32 @@ def ssim(
         contrast  c = (2 sqrt(s_x s_y) + C2) / (s_x + s_y + C2)
         structure s = (s_xy + C3) / (sqrt(s_x s_y) + C3)
 
-    1 where the maps are equal, -1 at least, symmetric in x and y. Computed in fp32, or fp64 where
-    an input is, whatever autocast says. The gradient is written by hand at unit exponents, where
-    "mean" keeps one map per input that wants a gradient until the backward, in the dtype of that
-    input, and "none" the two inputs; it can't be differentiated a second time.
+    It is in [-1, 1], 1 for equal maps, and symmetric. It is computed in fp32, or fp64 if an input
+    is fp64, also under autocast. At exponents (1, 1, 1) the gradient is written by hand: "mean"
+    keeps one map for each input that needs a gradient, in that input's dtype, "none" keeps the two
+    inputs, and ``create_graph=True`` is refused in a backward. Other exponents use autograd.
 
     Args:
-        x, y: (N, C, H, W), of any floating dtypes. Values are expected in a range of L.
-        window_size: side of the window in cells, odd. On a map that is too small for it, the
-            largest odd k with k // 2 < min(H, W), for "valid" k <= min(H, W).
+        x: (N, C, H, W), of any floating dtype; values are expected in a range of length L.
+        y: the same.
+        window_size: side of the window in cells, odd. Smaller maps have the largest odd window k
+            with k // 2 < min(H, W), or with k <= min(H, W) for "valid".
         sigma: standard deviation of the window in cells.
-        data_range: L, the distance from the least to the greatest value that x and y can have.
-        k1, k2: the constants that keep both quotients away from 0 / 0.
-        padding: "reflect" (mirror without repeating the border), "zero" or "valid" (windows inside
-            the map alone: smaller result). They differ in value.
-        exponents: of l, c and s, not negative; 0 leaves a component out. Under a
-            fractional exponent a component below 1e-6 counts as 1e-6.
+        data_range: L, the distance from the least to the greatest possible value.
+        k1: keeps l away from 0 / 0.
+        k2: keeps c and s away from 0 / 0.
+        padding: "reflect" (mirror without repeating the border), "zero", or "valid" (only windows
+            inside the map).
+        exponents: of l, c and s, none negative; 0 leaves a component out. Under a fractional
+            exponent a component below 1e-6 counts as 1e-6.
         reduction: "mean" over everything, or "none".
 
     Returns:
-        a scalar for "mean", for "none" (N, C, H, W), with "valid" (N, C, H', W'); fp32, or fp64
-        where an input is.
+        A scalar for "mean", (N, C, H', W') for "none"; fp32, or fp64 if an input is.
 
     Raises:
-        ValueError: unequal or not four-dimensional shapes, maps without a cell, an even window, a
-            negative exponent, an unknown padding or reduction.
+        ValueError: if the shapes differ, are not four-dimensional or have no cell, or if an
+            argument is out of range.
     """
     _check(x, y, window_size, padding, reduction, exponents)
     window = Window.of(x, window_size, sigma, data_range, k1, k2, padding)
@@ -83,33 +74,39 @@ def ssim(
 
 
 def ssim_loss(x: torch.Tensor, y: torch.Tensor, **kwargs) -> torch.Tensor:
-    """(1 - SSIM) / 2, between 0 (equal) and 1; see ``ssim`` for everything else."""
+    """Return (1 - SSIM) / 2, from 0 (equal) to 1; the arguments are those of ``ssim``."""
     return (1 - ssim(x, y, **kwargs)) / 2
 
 
-def _check(x, y, window_size, padding, reduction, exponents):
-    if x.dim() != 4 or y.dim() != 4:
-        raise ValueError(
-            f"ssim needs maps of shape (N, C, H, W), not {tuple(x.shape)} and {tuple(y.shape)}"
+def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
+    shapes = f"not {tuple(x.shape)} and {tuple(y.shape)}"
+    odd, exponents_fit = window_size % 2 == 1, len(exponents) == 3 and min(exponents) >= 0
+    conditions = {
+        f"ssim needs maps of shape (N, C, H, W), {shapes}": x.dim() == y.dim() == 4,
+        f"ssim needs two maps of one shape, {shapes}": x.shape == y.shape,
+        f"ssim needs maps that have a cell, {shapes}": x.numel() > 0,
+        f"window_size is {window_size}; it must be odd and above 0": odd and window_size > 0,
+        f"padding is '{padding}'; it must be one of {', '.join(PADDINGS)}": padding in PADDINGS,
+        f"reduction is '{reduction}'; it must be one of mean, none": reduction in ("mean", "none"),
+        f"exponents are {exponents}; give three, of l, c and s, none negative": exponents_fit,
+    }
+    for message, holds in conditions.items():
+        if not holds:
+            raise ValueError(message)
+
+
+def _refuse_second_derivative() -> None:
+    # A backward has gradients enabled only with create_graph=True. torch's once_differentiable is
+    # not enough: a loss with a gradient penalty would silently be trained without the penalty.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "ssim's gradient is written by hand and cannot be differentiated a second time; call "
+            "backward or grad without create_graph=True"
         )
-    if x.shape != y.shape:
-        raise ValueError(
-            f"ssim needs two maps of one shape, not {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    if x.numel() == 0:
-        raise ValueError(f"ssim needs maps that have a cell, not {tuple(x.shape)}")
-    if window_size < 1 or window_size % 2 == 0:
-        raise ValueError(f"window_size is {window_size}; it must be odd, for a cell in its middle")
-    if padding not in PADDINGS:
-        raise ValueError(f"padding is '{padding}'; it must be one of {', '.join(PADDINGS)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is '{reduction}'; it must be one of {', '.join(REDUCTIONS)}")
-    if len(exponents) != 3 or min(exponents) < 0:
-        raise ValueError(f"exponents are {exponents}; give three, for l, c and s, none negative")
 
 
 class _Mean(torch.autograd.Function):
-    """Mean similarity; the gradient is ready when the forward is, and is all that is kept."""
+    """Mean similarity; the forward computes the gradients too and keeps nothing else."""
 
     @staticmethod
     def forward(ctx, x, y, window):
@@ -119,15 +116,15 @@ class _Mean(torch.autograd.Function):
         return total / ctx.count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        # Divided by their number only here: so small, they would suffer from being kept in fp16.
+        _refuse_second_derivative()
+        # The division by the count comes late: in fp16 the small quotients would lose precision.
         grad = grad / ctx.count
         return *(None if x is None else (x * grad).to(x.dtype) for x in ctx.saved_tensors), None
 
 
 class _Map(torch.autograd.Function):
-    """Similarity map; the backward computes the moments again and keeps only the inputs."""
+    """Similarity map; it keeps only the inputs, and the backward computes the moments again."""
 
     @staticmethod
     def forward(ctx, x, y, window):
@@ -136,29 +133,29 @@ class _Map(torch.autograd.Function):
         return similarity(x, y, window, as_map=True)[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivative()
         wanted = ctx.needs_input_grad[:2]
         _, gradients = similarity(*ctx.saved_tensors, ctx.window, weight=grad, wanted=wanted)
         return *gradients, None
 
 
 def _by_components(x, y, window, exponents, variance_floor):
-    """Similarity map at any exponents, (N, C, H', W'), differentiated by autograd."""
+    """Return the similarity map for any exponents, (N, C, H', W'), as a graph of autograd."""
     dtype = compute_dtype(x, y)
-    height, width = x.shape[-2:]
     args = window.size, window.sigma, window.padding, dtype, x.device
-    down, across = blur_matrix(height, *args), blur_matrix(width, *args).T
-    x, y, mean_x, mean_y = x.to(dtype), y.to(dtype), 0.0, 0.0
-    if window.padding != "zero":
-        mean_x = x.detach().mean(dim=(2, 3), keepdim=True)
-        mean_y = y.detach().mean(dim=(2, 3), keepdim=True)
-        x, y = x - mean_x, y - mean_y
-    p, q = down @ x @ across, down @ y @ across
-    deviation_x = (down @ (x * x) @ across - p * p).clamp(min=variance_floor).sqrt()
-    deviation_y = (down @ (y * y) @ across - q * q).clamp(min=variance_floor).sqrt()
-    covariance = down @ (x * y) @ across - p * q
-    both = deviation_x * deviation_y
+    down, across = (blur_matrix(side, *args) for side in x.shape[-2:])
+
+    def blur(z):
+        return down @ z @ across.T
+
+    mean_x, mean_y = (window.mean(z.detach(), dtype) for z in (x, y))
+    x, y = x - mean_x, y - mean_y
+    p, q = blur(x), blur(y)
+    deviation_x, deviation_y = (
+        (blur(z * z) - mean * mean).clamp(min=variance_floor).sqrt() for z, mean in ((x, p), (y, q))
+    )
+    covariance, both = blur(x * y) - p * q, deviation_x * deviation_y
     mean_x, mean_y = p + mean_x, q + mean_y
     components = (
         (2 * mean_x * mean_y + window.c1) / (mean_x**2 + mean_y**2 + window.c1),
@@ -175,24 +172,14 @@ def _by_components(x, y, window, exponents, variance_floor):
 
 
 def rescale(x: torch.Tensor, scope: str = "channel", eps: float = 1e-6) -> torch.Tensor:
-    """Bring maps to [0, 1] by their least and greatest value: psi of arXiv 2211.13133, sec. 3.
+    """Return maps rescaled to [0, 1] by minimum and maximum: psi of arXiv 2211.13133, sec. 3.
 
-    The paper does not say over what the two are taken. The gradient flows through them too.
-
-    Args:
-        x: (N, C, H, W); fp16 and bf16 become fp32.
-        scope: "channel", of each image and channel; "image", of each image; "none" leaves x as it
-            is.
-        eps: added to the range, for maps that are constant: they become 0.
-
-    Returns:
-        (N, C, H, W).
-
-    Raises:
-        ValueError: an unknown scope.
+    The paper does not say over which axes; ``scope`` is "channel" (per image and channel), "image",
+    or "none", which returns x. fp16 and bf16 become fp32, and constant maps 0, since ``eps`` is
+    added to the range. The gradient also flows through minimum and maximum.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope is '{scope}'; it must be one of {', '.join(SCOPES)}")
+    if scope not in ("channel", "image", "none"):
+        raise ValueError(f"scope is '{scope}'; it must be one of channel, image, none")
     if scope == "none":
         return x
     x = x if x.dtype == torch.float64 else x.float()
@@ -203,32 +190,15 @@ def rescale(x: torch.Tensor, scope: str = "channel", eps: float = 1e-6) -> torch
 
 @torch.no_grad()
 def blind_share(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    threshold: float = 0.1,
-    window_size: int = 11,
-    sigma: float = 1.5,
-    data_range: float = 1.0,
-    k2: float = 0.03,
-    padding: str = "reflect",
+    x, y, *, threshold=0.1, window_size=11, sigma=1.5, data_range=1.0, k2=0.03, padding="reflect"
 ) -> torch.Tensor:
-    """Share of windows where SSIM sees next to no structure: s_x + s_y < threshold * C2.
+    """Return the share of windows in which SSIM sees no structure, in [0, 1], in fp32.
 
-    There, C2 outweighs the variances, contrast and structure are near 1 whatever the maps hold,
-    and their gradient is small. Costs as much as a forward without gradient.
-
-    Args:
-        x, y, window_size, sigma, data_range, k2, padding: as given to ``ssim``.
-        threshold: share of C2 = (k2 * data_range)^2.
-
-    Returns:
-        fp32 scalar in [0, 1], on the device of x.
-
-    Raises:
-        ValueError: as ``ssim``.
+    There s_x + s_y < threshold * C2: C2 dominates the variances, so contrast and structure are near
+    1 whatever the maps hold, and their gradient is small. This costs as much as a forward without
+    gradient. The other arguments are those of ``ssim``.
     """
-    _check(x, y, window_size, padding, "mean", (1, 1, 1))
+    _check(x, y, window_size, padding)
     window = Window.of(x, window_size, sigma, data_range, 0.0, k2, padding)
     blind, count = torch.zeros((), device=x.device), 0
     with torch.autocast(x.device.type, enabled=False):

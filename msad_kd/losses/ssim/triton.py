@@ -1,18 +1,12 @@
 """SSIM's moments, map and gradient in two fused Triton kernels, for CUDA.
 
-M: maps (images times channels), H, W: their height and width, H', W': those of the similarity map.
+M: maps (images times channels), H, W: their height and width, H', W': size of the similarity map.
 
-Both kernels work on tiles. A tile is blurred by two matrix products with the part of the banded
-matrices (``blur.blur_matrix``) that it needs, so the border, whatever its padding, and the
-adjoint, which takes the transpose, are in the matrices and not in the kernels. In between, the
-first kernel stores three maps for the second (four where both inputs want a gradient). The names
-and formulas are those of ``msad_kd.losses.ssim.moments``, where they are explained.
-
-With the environment variable TRITON_INTERPRET=1, set before this is imported, the kernels run on a
-CPU, for tests.
+A program blurs one tile of a map by two matrix products with the part of ``blur.blur_matrix`` that
+the tile needs, so padding and adjoint (the transpose) are in the matrices, not in the kernels. The
+names and formulas are explained in ``moments``. With TRITON_INTERPRET=1 in the environment before
+the import, the kernels run on a CPU.
 """
-
-from __future__ import annotations
 
 import os
 
@@ -22,22 +16,20 @@ import triton.language as tl
 
 from msad_kd.losses.ssim.blur import blur_matrix
 
-__all__ = ["runs_on", "similarity"]
-
-# Side of the square that a program reads. It writes one that is smaller by the window less one.
+# Side of the square that a program reads; the one it writes is smaller by the window less one.
 PATCH = tl.constexpr(32)
 LARGEST_WINDOW = 17
 
 
 def runs_on(x: torch.Tensor, window_size: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take maps on this device, this window and arithmetic in this dtype."""
+    """Return whether the kernels run for this device, window and dtype of the computation."""
     device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return device and window_size <= LARGEST_WINDOW and dtype == torch.float32
 
 
 @triton.jit
 def _tile(tiles_across, tile, reach):
-    """Map, and per axis the cells this program writes and those it reads for them."""
+    """Return the map's index, the rows and columns to write, and those to read for them."""
     pid = tl.program_id(1)
     rows = pid // tiles_across * tile + tl.arange(0, PATCH)
     columns = pid % tiles_across * tile + tl.arange(0, PATCH)
@@ -45,18 +37,16 @@ def _tile(tiles_across, tile, reach):
 
 
 @triton.jit
-def _matrix(pointer, outs, ins, out_size, in_size, stride_out, stride_in, tile):
-    """The part of a blur matrix that makes these outs from these ins, (PATCH, PATCH)."""
-    first = tl.min(outs, axis=0)
-    inside = (outs < out_size) & (outs < first + tile)
-    inside = inside[:, None] & ((ins >= 0) & (ins < in_size))[None, :]
+def _matrix(pointer, outs, ins, out_size, in_size, stride_out, stride_in):
+    """Return the part of a blur matrix that blurs the cells ``ins`` to the cells ``outs``."""
+    inside = (outs < out_size)[:, None] & ((ins >= 0) & (ins < in_size))[None, :]
     offsets = outs[:, None] * stride_out + ins[None, :] * stride_in
     return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
 def _load(pointer, index, rows, columns, height, width):
-    """Cells of one map as fp32, 0 beyond the border."""
+    """Return cells of one map as fp32, 0 beyond the border."""
     inside = (rows >= 0) & (rows < height)
     inside = inside[:, None] & ((columns >= 0) & (columns < width))[None, :]
     offsets = index * height * width + rows[:, None] * width + columns[None, :]
@@ -64,44 +54,34 @@ def _load(pointer, index, rows, columns, height, width):
 
 
 @triton.jit
+def _written(index, rows, columns, height, width, tile):
+    """Return offsets and mask of the cells that this program writes."""
+    inside = ((rows < height) & (rows < tl.min(rows, axis=0) + tile))[:, None]
+    inside = inside & ((columns < width) & (columns < tl.min(columns, axis=0) + tile))[None, :]
+    return index * height * width + rows[:, None] * width + columns[None, :], inside
+
+
+@triton.jit
 def _blur(down, x, across):
-    """Both products in full fp32: tf32 would lose the variances."""
+    """Return both products in full fp32; tf32 would lose the variances."""
     x = tl.dot(down, x, input_precision="ieee")
     return tl.dot(x, tl.trans(across), input_precision="ieee")
 
 
 @triton.jit
 def _moments_kernel(
-    x_pointer,
-    y_pointer,
-    mean_x_pointer,
-    mean_y_pointer,
-    down_pointer,
-    across_pointer,
-    weight_pointer,
-    map_pointer,
-    sum_pointer,
-    stack_pointer,
-    height,
-    width,
-    out_height,
-    out_width,
-    tiles_across,
-    reach,
-    c1,
-    c2,
-    TILE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    STORE_MAP: tl.constexpr,
-    X_WANTED: tl.constexpr,
-    Y_WANTED: tl.constexpr,
-):
-    """Similarity of a tile: its map or sum, and what the adjoint blur needs for the gradient."""
+    x_pointer, y_pointer, means_pointer, down_pointer, across_pointer, weight_pointer,
+    result_pointer, stack_pointer, height, width, out_height, out_width, tiles_across, reach,
+    c1, c2, TILE: tl.constexpr, WEIGHTED: tl.constexpr, STORE_MAP: tl.constexpr,
+    X_WANTED: tl.constexpr, Y_WANTED: tl.constexpr,
+):  # fmt: skip
+    """Store the similarity of a tile or its sum, and what the second kernel needs."""
     index, rows, columns, in_rows, in_columns = _tile(tiles_across, TILE, reach)
-    down = _matrix(down_pointer, rows, in_rows, out_height, height, height, 1, TILE)
-    across = _matrix(across_pointer, columns, in_columns, out_width, width, width, 1, TILE)
-    # What these loads read beyond the border the matrices multiply by 0.
-    mean_x, mean_y = tl.load(mean_x_pointer + index), tl.load(mean_y_pointer + index)
+    maps = tl.num_programs(0).to(tl.int64)
+    down = _matrix(down_pointer, rows, in_rows, out_height, height, height, 1)
+    across = _matrix(across_pointer, columns, in_columns, out_width, width, width, 1)
+    # The matrices multiply what these loads read beyond the border by 0.
+    mean_x, mean_y = tl.load(means_pointer + index), tl.load(means_pointer + maps + index)
     x = _load(x_pointer, index, in_rows, in_columns, height, width) - mean_x
     y = _load(y_pointer, index, in_rows, in_columns, height, width) - mean_y
     u, v = x + y, x - y
@@ -113,89 +93,63 @@ def _moments_kernel(
     d1, d2 = a + b, A + B
     luminance, structure = (a - b) / d1, (A - B) / d2
 
-    first_row, first_column = tl.min(rows, axis=0), tl.min(columns, axis=0)
-    mine = ((rows < out_height) & (rows < first_row + TILE))[:, None]
-    mine = mine & ((columns < out_width) & (columns < first_column + TILE))[None, :]
-    cells = index * out_height * out_width + rows[:, None] * out_width + columns[None, :]
-    similarity = tl.where(mine, luminance * structure, 0.0)
+    cells, inside = _written(index, rows, columns, out_height, out_width, TILE)
+    similarity = tl.where(inside, luminance * structure, 0.0)
     if STORE_MAP:
-        tl.store(map_pointer + cells, similarity, mask=mine)
+        tl.store(result_pointer + cells, similarity, mask=inside)
     else:
-        tl.store(sum_pointer + index * tl.num_programs(1) + tl.program_id(1), tl.sum(similarity))
+        sums = result_pointer + index * tl.num_programs(1) + tl.program_id(1)
+        tl.store(sums, tl.sum(similarity))
     if X_WANTED or Y_WANTED:
         by_s, by_m = luminance / d2 / d2, structure / d1 / d1
         if WEIGHTED:
-            weight = tl.load(weight_pointer + cells, mask=mine, other=0.0)
+            weight = tl.load(weight_pointer + cells, mask=inside, other=0.0)
             by_s, by_m = by_s * weight, by_m * weight
         by_su, by_sv = by_s * B, by_s * A
         by_mu = by_m * b * mean_u - p * by_su
         by_mv = q * by_sv - by_m * a * mean_v
-        kind = tl.num_programs(0).to(tl.int64) * out_height * out_width
-        tl.store(stack_pointer + cells, by_su, mask=mine)
-        tl.store(stack_pointer + kind + cells, by_sv, mask=mine)
+        kind = maps * out_height * out_width
+        tl.store(stack_pointer + cells, by_su, mask=inside)
+        tl.store(stack_pointer + kind + cells, by_sv, mask=inside)
         if X_WANTED:
-            tl.store(stack_pointer + 2 * kind + cells, by_mu + by_mv, mask=mine)
+            tl.store(stack_pointer + 2 * kind + cells, by_mu + by_mv, mask=inside)
         if Y_WANTED:
-            tl.store(stack_pointer + (2 + X_WANTED) * kind + cells, by_mu - by_mv, mask=mine)
+            tl.store(stack_pointer + (2 + X_WANTED) * kind + cells, by_mu - by_mv, mask=inside)
 
 
 @triton.jit
 def _adjoint_kernel(
-    x_pointer,
-    y_pointer,
-    mean_x_pointer,
-    mean_y_pointer,
-    down_pointer,
-    across_pointer,
-    stack_pointer,
-    grad_x_pointer,
-    grad_y_pointer,
-    height,
-    width,
-    out_height,
-    out_width,
-    tiles_across,
-    reach,
-    TILE: tl.constexpr,
-    X_WANTED: tl.constexpr,
-    Y_WANTED: tl.constexpr,
-):
-    """Gradients of a tile from the stack of the first kernel."""
+    x_pointer, y_pointer, means_pointer, down_pointer, across_pointer, stack_pointer,
+    grad_x_pointer, grad_y_pointer, height, width, out_height, out_width, tiles_across, reach,
+    TILE: tl.constexpr, X_WANTED: tl.constexpr, Y_WANTED: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of a tile, from the stack of the first kernel."""
     index, rows, columns, in_rows, in_columns = _tile(tiles_across, TILE, reach)
-    down = _matrix(down_pointer, rows, in_rows, height, out_height, 1, height, TILE)
-    across = _matrix(across_pointer, columns, in_columns, width, out_width, 1, width, TILE)
     maps = tl.num_programs(0)
+    down = _matrix(down_pointer, rows, in_rows, height, out_height, 1, height)
+    across = _matrix(across_pointer, columns, in_columns, width, out_width, 1, width)
     by_su = _load(stack_pointer, index, in_rows, in_columns, out_height, out_width)
     by_sv = _load(stack_pointer, index + maps, in_rows, in_columns, out_height, out_width)
-    x = _load(x_pointer, index, rows, columns, height, width) - tl.load(mean_x_pointer + index)
-    y = _load(y_pointer, index, rows, columns, height, width) - tl.load(mean_y_pointer + index)
+    mean_x, mean_y = tl.load(means_pointer + index), tl.load(means_pointer + maps + index)
+    x = _load(x_pointer, index, rows, columns, height, width) - mean_x
+    y = _load(y_pointer, index, rows, columns, height, width) - mean_y
     by_u = (x + y) * _blur(down, by_su, across)
     by_v = (x - y) * _blur(down, by_sv, across)
-    first_row, first_column = tl.min(rows, axis=0), tl.min(columns, axis=0)
-    mine = ((rows < height) & (rows < first_row + TILE))[:, None]
-    mine = mine & ((columns < width) & (columns < first_column + TILE))[None, :]
-    cells = index * height * width + rows[:, None] * width + columns[None, :]
+    cells, inside = _written(index, rows, columns, height, width, TILE)
     if X_WANTED:
         by_m = _load(stack_pointer, index + 2 * maps, in_rows, in_columns, out_height, out_width)
-        tl.store(grad_x_pointer + cells, 4 * (by_u - by_v + _blur(down, by_m, across)), mask=mine)
+        tl.store(grad_x_pointer + cells, 4 * (by_u - by_v + _blur(down, by_m, across)), mask=inside)
     if Y_WANTED:
         kind = index + (2 + X_WANTED) * maps
         by_m = _load(stack_pointer, kind, in_rows, in_columns, out_height, out_width)
-        tl.store(grad_y_pointer + cells, 4 * (by_u + by_v + _blur(down, by_m, across)), mask=mine)
+        tl.store(grad_y_pointer + cells, 4 * (by_u + by_v + _blur(down, by_m, across)), mask=inside)
 
 
-def similarity(x, y, window, *, weight=None, as_map=False, gradients=(None, None)):
-    """SSIM of maps, and its gradients where there is memory for them.
+def similarity(x, y, window, weight, as_map, gradients):
+    """Return the sum of SSIM over maps (M, H, W) in fp32, or the map (M, H', W').
 
-    Args:
-        x, y: (M, H, W).
-        window: size, sigma, padding, c1 and c2.
-        weight: (M, H', W') that the map is multiplied by before its sum is differentiated.
-        as_map: return the map, not its sum.
-        gradients: (M, H, W) contiguous memory for x's and for y's, None where none is wanted.
-
-    Returns:
-        fp32 scalar, or (M, H', W').
+    Gradients of the sum, weighted by ``weight`` (M, H', W') if it is not None, are written to the
+    contiguous memory (M, H, W) that ``gradients`` has for x and y, None where none is wanted.
     """
     x, y = x.contiguous(), y.contiguous()
     maps, height, width = x.shape
@@ -203,38 +157,32 @@ def similarity(x, y, window, *, weight=None, as_map=False, gradients=(None, None
         blur_matrix(side, window.size, window.sigma, window.padding, torch.float32, x.device)
         for side in (height, width)
     ]
-    out_height, out_width = (len(matrix) for matrix in matrices)
-    if window.padding == "zero":
-        means = [torch.zeros(maps, device=x.device)] * 2
-    else:
-        means = [z.mean(dim=(1, 2), dtype=torch.float32) for z in (x, y)]
-    wanted = {"X_WANTED": gradients[0] is not None, "Y_WANTED": gradients[1] is not None}
-    tile = PATCH.value - window.size + 1
-    tiles_down, tiles_across = triton.cdiv(out_height, tile), triton.cdiv(out_width, tile)
-    # The interpreter wants a tensor where none is read or written too.
-    unused = means[0]
-    result = x.new_empty(maps, out_height, out_width, dtype=torch.float32) if as_map else unused
-    sums = x.new_empty(maps, tiles_down * tiles_across, dtype=torch.float32)
-    kinds = 2 + sum(wanted.values()) if any(wanted.values()) else 0
-    stack = x.new_empty(kinds * maps, out_height, out_width, dtype=torch.float32)
+    sizes = height, width, *map(len, matrices)
+    means = torch.cat([window.mean(z, torch.float32) for z in (x, y)])
     reach = 0 if window.padding == "valid" else window.size // 2
-    sizes = height, width, out_height, out_width
+    tile = PATCH.value - window.size + 1
+
+    grids = [
+        (maps, triton.cdiv(rows, tile) * triton.cdiv(columns, tile))
+        for rows, columns in (sizes[2:], sizes[:2])
+    ]
+    x_wanted, y_wanted = (gradient is not None for gradient in gradients)
+    kinds = (2 + x_wanted + y_wanted) * (x_wanted or y_wanted)
+    result = x.new_empty((maps, *sizes[2:]) if as_map else grids[0], dtype=torch.float32)
+    stack = x.new_empty(kinds * maps, *sizes[2:], dtype=torch.float32)
+    options = {"TILE": tile, "X_WANTED": x_wanted, "Y_WANTED": y_wanted}
     with torch.cuda.device_of(x):
-        _moments_kernel[(maps, tiles_down * tiles_across)](
-            *(x, y, *means, *matrices, unused if weight is None else weight.contiguous()),
-            *(result, sums, stack, *sizes, tiles_across, reach, window.c1, window.c2),
-            TILE=tile,
-            WEIGHTED=weight is not None,
-            STORE_MAP=as_map,
-            **wanted,
+        # The interpreter wants a tensor also for what is neither read nor written.
+        _moments_kernel[grids[0]](
+            *(x, y, means, *matrices, means if weight is None else weight.contiguous(), result),
+            *(stack, *sizes, triton.cdiv(sizes[3], tile), reach, window.c1, window.c2),
+            **{"WEIGHTED": weight is not None, "STORE_MAP": as_map, **options},
         )
         if kinds:
-            tiles_down, tiles_across = triton.cdiv(height, tile), triton.cdiv(width, tile)
-            _adjoint_kernel[(maps, tiles_down * tiles_across)](
-                *(x, y, *means, *matrices, stack),
-                *(unused if gradient is None else gradient for gradient in gradients),
-                *(*sizes, tiles_across, window.size - 1 - reach),
-                TILE=tile,
-                **wanted,
+            _adjoint_kernel[grids[1]](
+                *(x, y, means, *matrices, stack),
+                *(means if gradient is None else gradient for gradient in gradients),
+                *(*sizes, triton.cdiv(width, tile), window.size - 1 - reach),
+                **options,
             )
-    return result if as_map else sums.sum()
+    return result if as_map else result.sum()

@@ -1,4 +1,4 @@
-"""The loss normalizer of dense detectors, of every process, through a checkpoint."""
+"""The loss normalizer of every process survives a checkpoint."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,8 @@ import pytest
 from detectron2.utils import comm
 from torch import nn
 
-from msad_kd.modeling.loss_normalizer import KeepNormalizer, get_normalizer, set_normalizer
+from msad_kd.engine.hooks import KeepNormalizer
+from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 
 
 def hook(value, iteration=3, max_iter=100):

@@ -1,0 +1,107 @@
+"""Check entries of a config against type annotations, with errors that say what to change.
+
+Known annotations: classes, ``Any``, ``list[X]``, ``tuple[X, ...]``, ``X | None``,
+``Literal["a", "b"]`` for allowed values, and ``Annotated[X, check, "words"]`` for a further check,
+which the words describe.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from msad_kd.utils.errors import InputError, nearest
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def yaml_number(value: Any) -> Any:
+    """Return the number for text such as 5e-7, also inside a list; other values unchanged.
+
+    YAML 1.1, and so Detectron2's reader, takes only 5.0e-7 and 5.0e+7 for numbers.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(yaml_number, value))
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value, re.IGNORECASE):
+        return float(value)
+    return value
+
+
+def read_fields(
+    entry: Any, key: str, name: str, annotations: dict[str, Any], required: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return an entry's fields after checking them; numbers that are text become numbers.
+
+    Args:
+        entry: what the config holds; it should be a dict.
+        key: the config key or file that holds the entry, such as "KD.LOSSES".
+        name: what error messages call the entry, such as "stage 1".
+        annotations: the type annotation of each known field.
+        required: the fields that must be there.
+
+    Raises:
+        InputError: if the entry is not a dict, or a field is unknown, missing or of another type.
+    """
+    if not isinstance(entry, dict):
+        raise InputError(f"{key}: {name} should be a dict, not {entry!r}")
+    for field in entry:
+        if field not in annotations:
+            raise InputError(
+                f"{key}: {name} has no field '{field}'; known: {', '.join(annotations)}"
+                f"{nearest(str(field), annotations)}"
+            )
+    for field in required:
+        if field not in entry:
+            raise InputError(f"{key}: {name} needs '{field}', {_describe(annotations[field])}")
+    values = {field: yaml_number(value) for field, value in entry.items()}
+    for field, value in entry.items():
+        if not _fits(values[field], annotations[field]):
+            values[field] = value  # text that looks like a number
+            if not _fits(value, annotations[field]):
+                words = _describe(annotations[field])
+                raise InputError(f"{key}: {field} of {name} should be {words}, not {value!r}")
+    return values
+
+
+def read_dataclass(cls: type, entry: Any, key: str, name: str) -> Any:
+    """Return a dataclass made from an entry, checked by its annotations; see ``read_fields``."""
+    unset = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+    annotations = get_type_hints(cls, include_extras=True)
+    return cls(**read_fields(entry, key, name, annotations, unset))
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, args = get_origin(annotation) or annotation, get_args(annotation)
+    if origin is Any:
+        return True
+    if origin is Annotated:
+        return _fits(value, args[0]) and bool(args[1](value))
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return (type(value), value) in [(type(arg), arg) for arg in args]
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)) or not args:
+            return isinstance(value, (list, tuple))
+        if origin is list or args[-1] is ...:
+            args = args[:1] * len(value)
+        return len(value) == len(args) and all(map(_fits, value, args))
+    if origin in (int, float):  # true is not a number; a whole number is a number
+        return type(value) in (int, origin)
+    return not isinstance(origin, type) or isinstance(value, origin)
+
+
+def _describe(annotation: Any) -> str:
+    origin, args = get_origin(annotation) or annotation, get_args(annotation)
+    if origin is Annotated:
+        return args[2]
+    if origin in (Union, UnionType):
+        return " or ".join(_describe(arg) for arg in args if arg is not NoneType)
+    if origin is Literal:
+        words = [str(arg).lower() if isinstance(arg, bool) else str(arg) for arg in args]
+        return ", ".join(words[:-1]) + " or " * (len(words) > 1) + words[-1]
+    if origin in (list, tuple) and args:
+        count = "" if args[-1] is ... or origin is list else f"{len(args)} "
+        return f"a list of {count}{_describe(args[0]).removeprefix('a ')}s"
+    return _WORDS.get(origin, "a list" if origin in (list, tuple) else f"a {origin.__name__}")

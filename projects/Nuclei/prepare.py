@@ -1,0 +1,147 @@
+"""Convert the nuclei images of the 2018 Data Science Bowl to COCO format.
+
+    python projects/Nuclei/prepare.py stage1_train.zip --output datasets/nuclei
+
+reads `<id>/images/<id>.png` and `<id>/masks/*.png` from a folder or a zip and writes
+`annotations/instances_{train,val,test}.json` and RGB images in `train/`, `val/` and `test/`.
+The split of an image depends on its id alone. The output folder appears only when it is complete.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_util
+from tqdm import tqdm
+
+SPLITS = {"train": 0.5, "val": 0.7, "test": 1.0}  # the upper end of its range of hashes
+# Names that start with a dot are what a Mac adds to a zip.
+PNG = re.compile(r"(?:^|/)([^/]+)/(images|masks)/[^/.][^/]*\.png$")
+
+
+def split_of(image_id):
+    """Return the split of an image, which a hash of its id decides."""
+    position = int(hashlib.sha256(image_id.encode()).hexdigest(), 16) / 2**256
+    return next(split for split, end in SPLITS.items() if position <= end)
+
+
+@contextlib.contextmanager
+def open_source(source):
+    """Yield the names of a source's files and a function that opens one of them."""
+    if source.is_dir():
+        names = [path.relative_to(source).as_posix() for path in source.rglob("*.png")]
+        yield names, lambda name: open(source / name, "rb")
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            yield archive.namelist(), archive.open
+    else:
+        raise ValueError(f"'{source}' is neither a folder nor a zip; download stage1_train first")
+
+
+def group_by_image(names):
+    """Return {image id: {"images": [name], "masks": [name, ...]}}, all sorted."""
+    groups = {}
+    for name in sorted(names):
+        if match := PNG.search(name):
+            groups.setdefault(match[1], {"images": [], "masks": []})[match[2]].append(name)
+    if not groups:
+        raise ValueError("no <id>/images/<id>.png found; the source should be stage1_train")
+    for image_id, files in groups.items():
+        if len(files["images"]) != 1:
+            raise ValueError(f"'{image_id}' has {len(files['images'])} images instead of one")
+    return dict(sorted(groups.items()))
+
+
+def read_masks(names, open_file, shape, report):
+    """Yield every usable mask of an image as compressed RLE.
+
+    An empty mask and one of another size than the image, (H, W) = `shape`, are left out. A pixel
+    that several masks cover belongs to the first of them. `report` gets a sentence for each.
+    """
+    taken = np.zeros(shape, bool)
+    for name in names:
+        with open_file(name) as file:
+            mask = np.asarray(Image.open(file).convert("L")) > 0
+        if mask.shape != shape:
+            report(f"{name}: size {mask.shape} instead of {shape}, mask left out")
+            continue
+        if not mask.any():
+            report(f"{name}: empty, mask left out")
+            continue
+        if shared := np.count_nonzero(mask & taken):
+            mask = mask & ~taken
+            result = "these removed" if mask.any() else "mask left out"
+            report(f"{name}: {shared} pixels overlap with other masks, {result}")
+        taken |= mask
+        if mask.any():
+            rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+            yield {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def write_split(folder, split, groups, open_file, report, progress):
+    """Write the images and the annotation file of one split."""
+    images, annotations = [], []
+    (folder / split).mkdir()
+    for image_id, files in groups.items():
+        progress.update()
+        with open_file(files["images"][0]) as file:
+            image = Image.open(file).convert("RGB")  # without the alpha channel
+        masks = list(read_masks(files["masks"], open_file, image.size[::-1], report))
+        if not masks:
+            report(f"{image_id}: no usable mask, image left out")
+            continue
+        number, name = len(images) + 1, f"{image_id}.png"
+        image.save(folder / split / name)
+        size = {"width": image.width, "height": image.height}
+        images.append({"id": number, "file_name": name, **size})
+        for rle in masks:
+            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": 1}
+            shape = {"area": int(mask_util.area(rle)), "bbox": mask_util.toBbox(rle).tolist()}
+            annotations.append({**annotation, **shape, "iscrowd": 0, "segmentation": rle})
+    categories = [{"id": 1, "name": "nucleus"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def prepare(source, output, report=tqdm.write):
+    """Convert a folder or zip; `output` must not exist and appears when it is complete."""
+    source, output = Path(source), Path(output)
+    if output.exists():
+        raise FileExistsError(f"'{output}' exists already: remove it or choose another folder")
+    part = output.with_name(f".{output.name}.part")
+    with open_source(source) as (names, open_file):
+        groups = group_by_image(names)
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        (part / "annotations").mkdir(parents=True)
+        with tqdm(total=len(groups), unit="image", disable=None) as progress:
+            for split in SPLITS:
+                chosen = {key: files for key, files in groups.items() if split_of(key) == split}
+                write_split(part, split, chosen, open_file, report, progress)
+    part.rename(output)
+
+
+def main(arguments=None):
+    """Run the command line; an expected error ends it with one sentence."""
+    parser = argparse.ArgumentParser(description="Convert stage1_train to COCO format.")
+    output = Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "nuclei").expanduser()
+    parser.add_argument("source", help="the folder or zip of stage1_train")
+    parser.add_argument("--output", default=output, help="the folder to make (%(default)s)")
+    parsed = parser.parse_args(arguments)
+    try:
+        prepare(parsed.source, parsed.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare.py: {error}")
+    print(f"'{parsed.output}' is complete")
+
+
+if __name__ == "__main__":
+    main()

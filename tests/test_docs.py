@@ -1,0 +1,161 @@
+"""README and docs: links lead somewhere, commands and configs are real, and texts stay short."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from detectron2.config import get_cfg
+
+from msad_kd import add_msad_kd_config
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PROJECTS = sorted((ROOT / "projects").glob("*/*.md"))
+LONG = {"FINDINGS.md", "ssim_benchmark.md"}  # for those who want the reasoning or every number
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# `python -c` and `python -m` run no script of this repository.
+NO_SCRIPT = ("-c", "-m")
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def prose(path):
+    """Return a text without its fenced blocks."""
+    return BLOCK.sub("", path.read_text())
+
+
+def anchors(path):
+    """Return the anchors that GitHub gives the headings of a file."""
+    headings = re.findall(r"^#+ (.*)", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [README, *DOCS, *PROJECTS], ids=name)
+def test_relative_links_resolve(path):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        if not linked.exists() or (anchor and anchor not in anchors(linked)):
+            broken.append(target)
+    assert not broken
+
+
+def test_readme_is_read_in_minutes():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(prose(README).split()) <= 900
+    assert len(re.findall(r"!\[[^\]]+\]\([^)]+\)", text)) >= 2
+
+
+@pytest.mark.parametrize("path", [p for p in PROJECTS if p.name not in LONG] + DOCS, ids=name)
+def test_other_texts_are_short(path):
+    assert len(path.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", [README, *DOCS, ROOT / "projects/Shapes/README.md"], ids=name)
+def test_lines_are_short(path):
+    """Lines of tables and blocks may be longer."""
+    assert not [x for x in prose(path).splitlines() if len(x) > 120 and not x.startswith("|")]
+
+
+def table_rows(path):
+    """Return (header, cells) of each row of the tables whose first column is "row"."""
+    header, found = None, []
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else None
+        if cells is None or header is None:
+            header = cells
+        elif header[0] == "row" and cells[0].startswith("`"):
+            found.append((header, cells))
+    return found
+
+
+@pytest.mark.parametrize("name", ["README.md", "FINDINGS.md"])
+def test_numbers_are_those_of_the_results(name):
+    """Every number in a table of rows stands in that row of results/tables.md."""
+    shapes = ROOT / "projects" / "Shapes"
+    results = {}
+    for _, (row, *cells) in table_rows(shapes / "results" / "tables.md"):
+        results.setdefault(row, set()).update(cells)
+    rows = table_rows(shapes / name)
+    assert rows
+    for header, (row, *cells) in rows:
+        numbers = {x for x, title in zip(cells, header[1:]) if title != "model"}
+        assert numbers <= results[row], (row, numbers - results[row])
+
+
+def commands(path):
+    """Return the commands of a text's blocks that are neither Python nor YAML."""
+    blocks = [
+        text for language, text in BLOCK.findall(path.read_text()) if language in ("", "bash")
+    ]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if re.match(r"\s*(python|make|pip) ", line)]
+
+
+@cache
+def flags(script):
+    """Return the flags that the help of a script names."""
+    command = [sys.executable, script, "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, f"{script} --help: {result.stderr}"
+    return set(re.findall(r"--[\w-]+", result.stdout))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [README, *DOCS, ROOT / "projects/Shapes/README.md", ROOT / "projects/Shapes/FINDINGS.md"],
+    ids=name,
+)
+def test_commands_are_real(path):
+    """Scripts and make targets exist, and scripts know the flags that they are given."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in commands(path):
+        program, *words = shlex.split(command, comments=True)
+        if program == "pip" or words[0] in NO_SCRIPT:
+            continue
+        if program == "make":
+            assert words[0] in targets, command
+            continue
+        script, *arguments = words
+        assert (ROOT / script).is_file(), command
+        unknown = {x.split("=")[0] for x in arguments if x.startswith("--")} - flags(script)
+        assert not unknown, f"{command}: {unknown}"
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=name)
+def test_configs_are_valid(path, tmp_path):
+    """Every YAML block that begins with "# my/NAME.yaml" merges into a config."""
+    folder = tmp_path / "my"
+    folder.mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    # A page may build on the configs of the page on own data.
+    texts = [ROOT / "docs" / "own-data.md", path]
+    blocks = [block for text in texts for block in BLOCK.findall(text.read_text())]
+    names = []
+    for language, text in blocks:
+        match = re.match(r"# my/(\w+\.yaml)", text)
+        if language == "yaml" and match:
+            (folder / match[1]).write_text(text)
+            names.append(match[1])
+    for config in names:
+        cfg = get_cfg()
+        add_msad_kd_config(cfg)
+        cfg.merge_from_file(str(folder / config))
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=name)
+def test_python_examples_compile(path):
+    for language, text in BLOCK.findall(path.read_text()):
+        if language == "python":
+            compile(text, str(path), "exec")
