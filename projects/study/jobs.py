@@ -48,13 +48,9 @@ class Screen:
     def __init__(self):
         self.start = self.last_status = time.monotonic()
 
-    def seconds(self):
-        """Return the seconds since the start."""
-        return time.monotonic() - self.start
-
     def say(self, text):
         """Print a line."""
-        print(f"[{clock(self.seconds()):>5}] {text}", flush=True)
+        print(f"[{clock(time.monotonic() - self.start):>5}] {text}", flush=True)
 
     def status(self, describe):
         """Print what `describe` returns, every now and then."""

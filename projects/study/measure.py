@@ -20,7 +20,7 @@ from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import write_json
 from msad_kd.config.build import build_config
 from msad_kd.data.mapper import build_mapper
-from msad_kd.evaluation.cost import count_gmacs, device_name, input_sides, time_models
+from msad_kd.evaluation import cost
 from projects.study.jobs import count_cores
 from projects.study.reports import METRICS
 from projects.study.scenes import draw_scenes
@@ -31,15 +31,10 @@ COST_IMAGES = 30
 def load(model, folder, detections=None):
     """Return the config of a model and the model; a student is a stock model here.
 
-    With a number of `detections`, every image has as many: no score is too low for them, so the
-    cost does not depend on how many objects a model finds.
+    With a number of `detections`, every image has as many, to measure costs; see `fix_detections`.
     """
-    options = [*model["options"], "OUTPUT_DIR", str(folder)]
-    if detections:
-        options += ["TEST.DETECTIONS_PER_IMAGE", detections]
-        for head in ("ROI_HEADS", "RETINANET", "FCOS"):
-            options += [f"MODEL.{head}.SCORE_THRESH_TEST", 0.0]
-    cfg = build_config(model["config"], options)
+    cfg = build_config(model["config"], [*model["options"], "OUTPUT_DIR", str(folder)])
+    cfg = cost.fix_detections(cfg, detections) if detections else cfg
     return cfg, KDTrainer.load_model(cfg, model["weights"], f"the config '{model['config']}'")
 
 
@@ -61,8 +56,8 @@ def measure_cost(cfg, model):
     """Return image side, GMACs at the config's number of detections, and parameters."""
     inputs = cost_inputs(cfg)
     return {
-        "side": input_sides(inputs[0], getattr(model, "test_branch", None)),
-        "gmacs": count_gmacs(model, inputs),
+        "side": cost.input_sides(inputs[0], getattr(model, "test_branch", None)),
+        "gmacs": cost.count_gmacs(model, inputs),
         "detections": cfg.TEST.DETECTIONS_PER_IMAGE,
         "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
     }
@@ -76,7 +71,7 @@ def evaluate(models, detections, folder):
         metrics = KDTrainer.test(cfg, model)
         results[key] = {kind: tidy_metrics(found) for kind, found in metrics.items()}
         results[key] |= measure_cost(*load(each, folder, detections))
-    return {"machine": machine(device_name(cfg)), "models": results}
+    return {"machine": machine(cost.device_name(cfg)), "models": results}
 
 
 def compare(models, detections, folder, scenes):
@@ -87,7 +82,7 @@ def compare(models, detections, folder, scenes):
     loaded = {key: load(each, folder, detections) for key, each in models.items()}
     results = {key: measure_cost(*pair) for key, pair in loaded.items()}
     inputs = {key: cost_inputs(cfg) for key, (cfg, _) in loaded.items()}
-    times = time_models({key: model for key, (_, model) in loaded.items()}, inputs)
+    times = cost.time_models({key: model for key, (_, model) in loaded.items()}, inputs)
     for key, latency in times.items():
         results[key]["latency_ms"] = latency
     columns = []
@@ -97,7 +92,7 @@ def compare(models, detections, folder, scenes):
     cfg = next(iter(loaded.values()))[0]
     if columns:
         draw_scenes(folder / "scenes.png", cfg.DATASETS.TEST[0], columns)
-    return {"machine": machine(device_name(cfg)), "detections": detections, "models": results}
+    return {"machine": machine(cost.device_name(cfg)), "detections": detections, "models": results}
 
 
 def machine(device):

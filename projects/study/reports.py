@@ -10,12 +10,13 @@ KINDS = {"bbox": "box", "segm": "mask"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 FACTS = {"gmacs": "GMACs", "detections": "detections", "params_m": "params (M)"}
 FACTS |= {"iterations": "iterations", "training_seconds": "training (s)"}
-FACTS |= {"gradient_ratio": "KD gradient", "command": "command"}
+FACTS |= {"total_seconds": "total (s)", "gradient_ratio": "KD gradient", "command": "command"}
 NOTES = """AP: mean ± standard deviation over the seeds. Against the control: the mean of the \
 differences of equal seeds ± their standard deviation, and how many of them are positive; for \
 checkpoints and teachers, the difference of the means. KD gradient: the norm of the distillation \
 losses' gradient relative to the detection losses', at the last layer of the backbone's bottom-up \
-path. Training: its duration, in steps of the table's baseline.
+path. Training: its duration, in steps of the table's baseline; in parentheses together with the \
+training of the checkpoints that it uses.
 
 Machine: {}.
 """
@@ -89,11 +90,12 @@ def table_text(grid, data, table):
                 if gains.name and text != "-":
                     text += f" ({(gains > 0).sum()}/{len(gains)})"
                 line[f"{kind}, against the control"] = text
-        for column, style, unit in (("KD gradient", ".2f", 1), ("training (s)", ",.0f", step)):
-            values = of_row(data, row.name, column, table.seeds) / unit
-            line[column.removesuffix(" (s)")] = f"{values.mean():{style}}"
+        facts = ("KD gradient", "training (s)", "total (s)")
+        ratio, own, total = (of_row(data, row.name, x, table.seeds).mean() for x in facts)
+        line["KD gradient"] = f"{ratio:.2f}"
+        line["training"] = f"{own / step:,.0f} ({total / step:,.0f})"
         lines.append(line)
-    lines = pd.DataFrame(lines).replace("nan", "-")
+    lines = pd.DataFrame(lines).replace(["nan", "nan (nan)"], "-")
     lines = lines.loc[:, (lines != "-").any()]
     head = f"Control: {grid.rows[table.control].title}.\n\n" if table.control else ""
     return f"## {table.title}\n\n{head}{lines.to_markdown(index=False, disable_numparse=True)}\n\n"

@@ -135,7 +135,9 @@ class Study:
         if cell.row.trained:
             command = ["python", "train_net.py", "--config-file", cell.row.config, *cell.options]
             facts |= {"command": shlex.join(command), "iterations": cell.iterations}
-            facts["training_seconds"] = progress.training_seconds(cell.folder)
+            before = (self.results["cells"].get(key, {}) for key in cell.needs)
+            facts["training_seconds"] = own = progress.training_seconds(cell.folder)
+            facts["total_seconds"] = own + sum(x.get("total_seconds") or 0 for x in before)
             facts["gradient_ratio"] = progress.gradient_ratio(cell.folder)
             for old in cell.folder.glob("**/model_0*.pth"):
                 old.unlink()  # no longer needed to resume
@@ -159,7 +161,9 @@ class Study:
             | measured["models"][cells[name].key]
             for name in self.grid.comparison
         ]
-        return reports.write_comparison(self.folder, lines, measured, self.screen.seconds())
+        return reports.write_comparison(
+            self.folder, lines, measured, time.monotonic() - self.screen.start
+        )
 
     def overall(self):
         """Return how far all trainings are together, and the time left."""
