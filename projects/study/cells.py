@@ -1,6 +1,7 @@
 """The cells of a grid. A cell is a row with one seed: one training, or one checkpoint."""
 
 import hashlib
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from detectron2.config import CfgNode, get_cfg
 from msad_kd.config.build import build_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.utils.errors import InputError
-from projects.Shapes.generate import complete_arguments
 from projects.study.grid import PLACEHOLDER, Row
 
 # Config keys that change no weight of the trained model.
@@ -49,8 +49,8 @@ def make_cells(grid, folder, extra=()):
     cells, data = {}, {}
     for name, arguments in grid.data.items():
         try:
-            data[name] = complete_arguments(**arguments)
-        except (TypeError, ValueError) as error:
+            data[name] = importlib.import_module(grid.generator).complete_arguments(**arguments)
+        except (ImportError, TypeError, ValueError) as error:
             raise InputError(f"the data '{name}' of the grid: {error}") from error
 
     def add(row, seed, pending=()):

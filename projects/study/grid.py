@@ -77,7 +77,9 @@ class Grid:
 
     rows: dict[str, Row]
     seeds: list[int] = field(default_factory=lambda: [1])
-    # Data sets to generate: folder in $DETECTRON2_DATASETS to arguments of Shapes/generate.py
+    # Data sets to generate: folder in $DETECTRON2_DATASETS to arguments of `generator`, a module
+    # like projects.Shapes.generate. All others must exist.
+    generator: str = ""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     output: str = "output/study"  # the folder of runs and results
     detections: int = 100  # the number at which GMACs and latency are measured

@@ -11,6 +11,7 @@ to the repository.
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -20,7 +21,6 @@ if not __package__:  # run as a script, which does not put the repository on the
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from msad_kd.utils.errors import InputError
-from projects.Shapes.generate import generate
 from projects.study.cells import make_cells
 from projects.study.grid import read_grid
 from projects.study.jobs import Screen, count_cores, locked, run_jobs
@@ -84,6 +84,7 @@ def make_data(grid, cells, keys, overwrite, screen):
     for name in sorted(used):
         folder = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / name
         screen.say(f"Data: '{folder}'")
+        generate = importlib.import_module(grid.generator).generate
         try:
             generate(folder, **grid.data[name], overwrite=overwrite, progress=False)
         except (ValueError, OSError) as error:

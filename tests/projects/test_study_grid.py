@@ -15,6 +15,7 @@ TEACHER = "configs/Shapes/teacher_one_size.yaml"
 CHECKPOINT = "projects/Shapes/checkpoints/teacher_one_size.pth"
 # A teacher's checkpoint, a baseline, a student, a student of it, and the student on fresh scenes.
 CONTENT = f"""
+generator: projects.Shapes.generate
 data: {{shapes: {{train: 6, val: 3}}, shapes_fresh: {{train: 6, val: 3, seed: 1}}}}
 seeds: [1, 2]
 rows:

@@ -46,14 +46,16 @@ def cells(grid):
 
 @pytest.fixture
 def results():
+    seconds = {"training_seconds": 20.0, "total_seconds": 20.0}
+
     def cell(box, mask):
         metrics = dict.fromkeys(reports.METRICS, 1.0)
         aps = {"bbox": {**metrics, "AP": box}, "segm": {**metrics, "AP": mask}}
-        return aps | {"iterations": 100, "training_seconds": 20.0, "machine": "this one"}
+        return aps | {"iterations": 100, "machine": "this one"} | seconds
 
     results = {"cells": {key: cell(*aps) for key, aps in AP.items()}}
     for key in ("student/1", "student/3"):
-        results["cells"][key]["training_seconds"] = 40.0
+        results["cells"][key] |= {"training_seconds": 40.0, "total_seconds": 140.0}
     return results
 
 
@@ -75,12 +77,12 @@ def test_a_table(lines, results):
         *("seeds", "box AP", "box, against the control"),
         *("mask AP", "mask, against the control", "training"),
     ]
-    # 40 s are 200 steps of 0.2 s.
+    # 40 s, and 140 s with its teacher's training, are 200 and 700 steps of 0.2 s.
     assert found["the student"] == [
-        *("2", "42.5 ± 0.7", "+2.0 ± 1.4 (2/2)", "39.0 ± 2.8", "+0.0 ± 1.4 (1/2)", "200"),
+        *("2", "42.5 ± 0.7", "+2.0 ± 1.4 (2/2)", "39.0 ± 2.8", "+0.0 ± 1.4 (1/2)", "200 (700)"),
     ]
     assert found["the control"][:3] == ["3", "41.0 ± 1.0", "-"]
-    assert found["the lr"] == ["1", "30.0", "-10.0 (0/1)", "20.0", "-18.0 (0/1)", "100"]
+    assert found["the lr"] == ["1", "30.0", "-10.0 (0/1)", "20.0", "-18.0 (0/1)", "100 (100)"]
     # A checkpoint: the difference of the means.
     assert found["the hr"][:3] == ["-", "50.0", "+9.0"]
     assert found["the later"][:3] == ["0", "not run", "-"]

@@ -19,6 +19,7 @@ from projects.study.jobs import locked
 
 DATA = {"train": 4, "val": 3, "classes": 5}
 GRID = """
+generator: projects.Shapes.generate
 data:
   shapes: {train: 4, val: 3, classes: 5}
   shapes_fresh: {train: 4, val: 3, classes: 5, seed: 1}
