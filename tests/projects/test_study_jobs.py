@@ -22,20 +22,8 @@ time.sleep(60)
 """
 
 
-@pytest.fixture
-def screen():
-    return Screen()
-
-
 def python(code, *arguments):
     return [sys.executable, "-c", code, *map(str, arguments)]
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def wait_for(path):
@@ -46,7 +34,7 @@ def wait_for(path):
     raise AssertionError(f"{path} was not written")
 
 
-def test_jobs_run_in_order_at_most_slots_at_a_time_and_after_those_they_wait_for(tmp_path, screen):
+def test_jobs_run_in_order_at_most_slots_at_a_time_and_after_those_they_wait_for(tmp_path):
     log, done = tmp_path / "log", []
     # `a` and `c` end only after both have started, so each needs the other beside it.
     code = """
@@ -65,7 +53,7 @@ write("end")
         command = python(code, log, name)
         return Job(name, command, tmp_path / name, after=after, done=lambda: done.append(name))
 
-    run_jobs([job("a"), job("b", "c"), job("c"), job("d")], 2, screen)
+    run_jobs([job("a"), job("b", "c"), job("c"), job("d")], 2, Screen())
     events = [line.split() for line in log.read_text().splitlines()]
     running, most = set(), 0
     for _, name in events:
@@ -76,7 +64,7 @@ write("end")
     assert events.index(["end", "c"]) < events.index(["start", "b"])
 
 
-def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path, screen):
+def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
     threads = "import os; print(os.environ['OMP_NUM_THREADS'])"
     jobs = [
         Job("bad", python("raise KeyError('x')"), tmp_path / "bad"),
@@ -91,7 +79,7 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path, screen):
         "killed was ended by signal 9, perhaps because memory ran out"
     )
     with pytest.raises(InputError, match=expected):
-        run_jobs(jobs, 1, screen)
+        run_jobs(jobs, 1, Screen())
     assert (tmp_path / "good" / CONSOLE).read_text().strip() == "1"  # thread
     assert not (tmp_path / "that").exists()
 
@@ -109,7 +97,6 @@ job = Job("sleeper", command, Path({str(tmp_path / "sleeper")!r}))
 run.run = lambda args, screen: run_jobs([job], 1, screen)
 run.main(["--grid", "x"])
 """
-    # Tests that were started in a shell's background ignore SIGINT, and so would their children.
     process = subprocess.Popen(
         python(code),
         cwd=ROOT,
@@ -117,14 +104,14 @@ run.main(["--grid", "x"])
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background ignores it
     )
     pid = wait_for(tmp_path / "pid")
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert output.endswith("run.py: stopped; started again, it goes on where it was\n")
-    assert not is_running(pid)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_what_outlives_a_killed_run_keeps_others_out(tmp_path):

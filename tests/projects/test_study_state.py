@@ -131,9 +131,6 @@ def test_the_time_left_is_of_all_trainings(tmp_path, study_of, monkeypatch):
     (cells[0].folder / "metrics.json").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr("time.time", lambda: study.start + 100)
     assert study.overall() == "50/200 iterations, 5:00 left"
-    # A resumed training has some iterations from before.
-    study.plan(["a/1", "b/1"])
-    assert study.resumed_at == {"a/1": 50, "b/1": 0}
 
 
 def test_a_checkpoint_has_the_recorded_ap(tmp_path):
