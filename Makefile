@@ -13,13 +13,13 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
 demo: .venv/.ready ## train, distil and compare on the Shapes data set, in minutes on a CPU
-	$(RUN) projects/Shapes/demo.py $(ARGS)
+	$(RUN) projects/study/run.py --grid projects/Shapes/demo.yaml $(ARGS)
 
-demo-full: .venv/.ready ## the same at full length
-	$(RUN) projects/Shapes/demo.py --full $(ARGS)
+demo-full: .venv/.ready ## the same, with high resolution and teacher trained too, in hours
+	$(RUN) projects/study/run.py --grid projects/Shapes/demo_full.yaml $(ARGS)
 
 study: .venv/.ready ## every method against every control on several seeds, in hours; resumable
-	$(RUN) projects/Shapes/study.py $(ARGS)
+	$(RUN) projects/study/run.py --grid projects/Shapes/study.yaml $(ARGS)
 
 # A process a core, up to four, each with the tests of whole files, as these share what they train.
 # More than one thread only gets in the others' way in models as small as those of the tests.

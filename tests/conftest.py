@@ -1,7 +1,6 @@
 """Fixtures: a tiny data set, tiny configs of every role, a tiny teacher that was trained."""
 
 import functools
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from helpers import NO_TEST, SCENE_SIZE, TEST_SCENES, TRAIN_SCENES, train  # noq
 from msad_kd import TwoResolutionMapper  # noqa: E402
 from msad_kd.config.build import build_config  # noqa: E402
 from projects.Shapes.generate import generate  # noqa: E402
-from projects.Shapes.jobs import Screen  # noqa: E402
 
 # More threads only get in each other's way in models this small.
 torch.set_num_threads(1)
@@ -123,10 +121,3 @@ def files_read(monkeypatch):
 
     monkeypatch.setattr(CfgNode, "merge_from_file", record)
     return files
-
-
-@pytest.fixture
-def screen():
-    """The demo's display, writing to nowhere."""
-    with open(os.devnull, "w") as nowhere:
-        yield Screen(nowhere)

@@ -88,4 +88,7 @@ def test_controls_are_configs(tmp_path):
         assert cfg.DATASETS == ladder_cfg.DATASETS and cfg.SEED == ladder_cfg.SEED
         student = "GeneralizedRCNN" if file.stem == "no_kd" else "DistilledRCNN"
         assert cfg.MODEL.META_ARCHITECTURE == student
-    assert "student.yaml' has no KD.LADDER.STAGES" in run("configs/Shapes/student.yaml").stderr
+    assert (
+        "student_one_size.yaml' has no KD.LADDER.STAGES"
+        in run("configs/Shapes/student_one_size.yaml").stderr
+    )

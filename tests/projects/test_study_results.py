@@ -1,143 +1,169 @@
-"""The committed results of the study, and what the READMEs make of them."""
+"""The grids that come with the project, and what the committed results show."""
 
 import json
-import re
 from statistics import fmean
 
+import pandas as pd
 import pytest
 from helpers import ROOT
 
 from msad_kd import build_config
-from projects.Shapes import plan, study_report
-from projects.Shapes.cells import make_cells
-from projects.Shapes.grid import read_grid
-from projects.Shapes.study_values import mean_and_deviation, paired_difference, values_of
+from projects.study import reports
+from projects.study.cells import make_cells
+from projects.study.grid import read_grid
 
 RESULTS = ROOT / "projects" / "Shapes" / "results"
-READMES = [ROOT / "projects" / name / "README.md" for name in ("Shapes", "MTPD")]
+STUDENT, CONTROL, DENSE = "student-multi-size", "control-multi-size", "fcos-student-ssim"
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
+    """Grid, cells, results, and the results as a DataFrame."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         grid = read_grid("projects/Shapes/study.yaml")
         cells = make_cells(grid, tmp_path_factory.mktemp("study"))
-    return grid, cells, json.loads((RESULTS / "results.json").read_text())
+    results = json.loads((RESULTS / "results.json").read_text())
+    return grid, cells, results, reports.frame(cells, results)
 
 
-def test_every_result_is_of_a_cell_that_the_study_still_means(study):
-    _, cells, results = study
-    found = {key: each["fingerprint"] for key, each in results["cells"].items()}
-    assert found and found == {key: cells[key].fingerprint for key in found}
+def test_every_result_belongs_to_a_cell_of_the_study(study):
+    _, cells, results, _ = study
+    found = {key: result["fingerprint"] for key, result in results["cells"].items()}
+    assert len(found) == 214 and found == {key: cells[key].fingerprint for key in found}
 
 
-def test_the_tables_are_made_of_the_results(study, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert (RESULTS / "tables.md").read_text() == study_report.markdown(*study)
-
-
-STUDENT, DENSE = "student-of-second-teacher", "fcos-student-ssim"
+def test_the_tables_are_made_of_the_results(study, tmp_path):
+    grid, cells, results, _ = study
+    reports.write(grid, cells, results, tmp_path)
+    assert (RESULTS / "tables.md").read_text() == (tmp_path / "tables.md").read_text()
+    tables = [pd.read_csv(folder / "cells.csv") for folder in (RESULTS, tmp_path)]
+    pd.testing.assert_frame_equal(*(table.drop(columns="command") for table in tables))
 
 
 def measured(study, row, kind):
-    grid, _, results = study
-    return values_of(results, grid.rows[row], kind)
+    return reports.of_row(study[3], row, f"{kind} AP")
 
 
-def without_distillation(study, begins):
-    """The names of low-resolution rows that have been measured, by how they begin."""
-    found = [name for name in study[0].rows if name.startswith(begins)]
-    return [name for name in found if measured(study, name, "bbox")]
+def without_distillation(study, *begins):
+    """The names of measured rows, by how they begin."""
+    names = [name for name in study[0].rows if name.startswith(begins)]
+    return [name for name in names if len(measured(study, name, "box"))]
 
 
-def assert_beats(study, student, other, kinds=("bbox", "segm")):
+def assert_beats(study, student, other, kinds=("box", "mask")):
     """A gain on every seed that both have, and in the mean more than its deviation."""
     for kind in kinds:
-        gains = paired_difference(measured(study, student, kind), measured(study, other, kind))
-        assert gains and min(gains) > 0, (other, kind)
-        mean, deviation = mean_and_deviation(gains)
-        assert deviation is None or mean > deviation, (other, kind)
+        gains = (measured(study, student, kind) - measured(study, other, kind)).dropna()
+        assert len(gains) and min(gains) > 0, (other, kind)
+        assert len(gains) == 1 or gains.mean() > gains.std(), (other, kind)
 
 
-def test_the_demos_student_is_the_best_row(study, monkeypatch):
-    """No other that distils for as long has more, in the mean of the seeds that both have."""
-    monkeypatch.chdir(ROOT)
-    grid, cells, _ = study
-    own = cells[f"{STUDENT}/1"]
-    demo = build_config(plan.CONFIGS["student"], [])
-    meant = build_config(own.row.config, list(map(str, own.options)))
-    meant.KD.TEACHER.WEIGHTS = demo.KD.TEACHER.WEIGHTS  # the demo names its own
-    assert meant == demo
-    assert grid.rows["teacher-jitter"].checkpoint.endswith(f"/{plan.TEACHER}.pth")
+def test_the_demos_student_is_the_best_row(study):
+    """No other student of as many iterations has more, in the mean of the seeds that both have."""
+    _, cells, _, data = study
+    demo = make_cells(read_grid("projects/Shapes/demo.yaml"), "demo")
+    student = cells[f"{STUDENT}/1"]
+    # The demo's rows are rows of the study.
+    for ours, theirs in (("student", STUDENT), ("control", CONTROL), ("lr", "lr")):
+        assert demo[f"{ours}/1"].fingerprint == cells[f"{theirs}/1"].fingerprint
+    for row in ("hr", "teacher-multi-size"):
+        assert demo[f"{row}/0"].fingerprint == cells[f"{row}/0"].fingerprint
     others = {
         cell.row.name
         for cell in cells.values()
         if cell.row.test_config != cell.row.config  # as a student is measured
-        and cell.iterations == own.iterations
-        and measured(study, cell.row.name, "segm")
+        and cell.iterations == student.iterations
+        and len(measured(study, cell.row.name, "mask"))
     } - {STUDENT}
     assert len(others) > 40
     for name in others:
-        for kind in ("bbox", "segm"):
-            gains = paired_difference(measured(study, STUDENT, kind), measured(study, name, kind))
-            assert fmean(gains) > 0, (name, kind)
+        for kind in ("box", "mask"):
+            gains = measured(study, STUDENT, kind) - measured(study, name, kind)
+            assert gains.mean() > 0, (name, kind)
 
 
 def test_the_best_student_beats_every_model_without_distillation(study):
     """Those of its table on three seeds; all others, longer ones too, on those they have."""
-    table = [name for name in study[0].tables[0]["rows"] if name.startswith("lr")]
-    for name in (STUDENT, *table):
-        assert {*measured(study, name, "segm")} == {1, 2, 3}
-    for name in without_distillation(study, "lr"):
+    names = study[0].tables[0].rows
+    for name in (STUDENT, *(n for n in names if n.startswith(("lr", "control")))):
+        assert {*measured(study, name, "mask").index} == {1, 2, 3}
+    for name in without_distillation(study, "lr", "control"):
         assert_beats(study, STUDENT, name)
-    for name in without_distillation(study, "fcos-lr"):
-        assert_beats(study, DENSE, name, ["bbox"])
+    for name in without_distillation(study, "fcos-lr", "fcos-control"):
+        assert_beats(study, DENSE, name, ["box"])
 
 
-def test_the_regime_is_one_where_labels_alone_have_no_more_to_give(study):
+def test_labels_alone_have_no_more_to_give(study):
     """From its teacher's weights the LR model stops gaining, far below the teacher, and its student
-    is ahead all along."""
-    own = "lr-from-second-teacher"
-    for kind in ("bbox", "segm"):
-        early, late = (measured(study, f"{own}-{length}", kind) for length in (2400, 4800))
-        assert {*early} == {*late} == {1, 2, 3}
-        assert abs(fmean(paired_difference(late, early))) < 0.2
-        (teacher,) = measured(study, "teacher-jitter", kind).values()
-        assert teacher - fmean(late.values()) > 5
+    is ahead at every length."""
+    for kind in ("box", "mask"):
+        early, late = (measured(study, f"{CONTROL}-{n}", kind) for n in (2400, 4800))
+        assert {*early.index} == {*late.index} == {1, 2, 3}
+        assert abs(fmean(late - early)) < 0.2
+        (teacher,) = measured(study, "teacher-multi-size", kind)
+        assert teacher - fmean(late) > 5
     for length in (2400, 4800):
-        assert {*measured(study, f"{STUDENT}-{length}", "segm")} == {1, 2, 3}
-        assert_beats(study, f"{STUDENT}-{length}", f"{own}-{length}")
+        assert {*measured(study, f"{STUDENT}-{length}", "mask").index} == {1, 2, 3}
+        assert_beats(study, f"{STUDENT}-{length}", f"{CONTROL}-{length}")
 
 
 def test_the_fused_target_beats_those_of_one_resolution(study):
     for branch in ("hr", "lr"):
-        assert {*measured(study, f"second-target-{branch}", "segm")} == {1, 2, 3}
-        assert_beats(study, STUDENT, f"second-target-{branch}")
+        assert {*measured(study, f"{STUDENT}-{branch}-branch", "mask").index} == {1, 2, 3}
+        assert_beats(study, STUDENT, f"{STUDENT}-{branch}-branch")
 
 
 def test_it_does_on_scenes_that_nothing_was_chosen_by(study):
-    others = without_distillation(study, "fresh-lr")
-    assert "fresh-lr-long" in others
+    others = without_distillation(study, "fresh-lr", "fresh-control")
+    assert len(others) == 3
     for name in others:
-        assert_beats(study, "fresh-student", name)
+        assert_beats(study, f"fresh-{STUDENT}", name)
 
 
-def tables_of(readme):
-    return re.findall(r"(?:^\|.*\n)+", readme.read_text(), re.MULTILINE)
+def test_students_and_baselines_train_as_long_as_they_should(study):
+    grid, cells, _, _ = study
+    by_name = {cell.row.name: cell for cell in cells.values()}
+    for table in grid.tables:  # in all stages together
+        for cell in map(by_name.get, table.rows):
+            if cell.row.trained and cell.row.test_config != cell.row.config:
+                assert cell.iterations == by_name[table.control].iterations
+    # What is of one seed says so.
+    shown = [*grid.tables, *grid.curves]
+    assert all(("one seed" in each.title) == (each.seeds == [1]) for each in shown)
+    # The longer baselines have the iterations of everything that made the teacher.
+    start, one_size, multi_size, lr = (
+        build_config(f"configs/Shapes/{name}.yaml", []).SOLVER.MAX_ITER
+        for name in ("hr_start", "teacher_one_size", "teacher_multi_size", "lr")
+    )
+    for name in ("lr-long", "lr-64-128px-long"):
+        assert by_name[name].iterations == start + one_size + lr
+    assert by_name["lr-48-96px-long"].iterations == start + one_size + multi_size + lr
+    fcos = sum(by_name[name].iterations for name in ("fcos-hr-start", "fcos-teacher", "fcos-lr"))
+    assert by_name["fcos-lr-long"].iterations == fcos
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_tables(study):
-    written = (RESULTS / "tables.md").read_text()
-    shown = [table for table in tables_of(READMES[0]) if "box AP" in table]
-    assert shown and all(table in written for table in shown)
+def test_student_and_control_differ_in_the_distillation_alone():
+    student, control = (
+        build_config(f"configs/Shapes/{name}.yaml", ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", "same"])
+        for name in ("student_multi_size", "control")
+    )
+    assert student.KD.TEACHER.WEIGHTS == control.MODEL.WEIGHTS  # both start from these
+    student.KD, student.MODEL.WEIGHTS = control.KD, control.MODEL.WEIGHTS
+    student.MODEL.META_ARCHITECTURE = control.MODEL.META_ARCHITECTURE
+    assert student == control
 
 
-def test_every_row_of_a_table_has_its_sentence(study):
-    grid, _, results = study
-    text = "".join(readme.read_text() for readme in READMES)
-    prose = "".join(line for line in text.splitlines(True) if not line.startswith("|"))
-    named = set(re.findall(r"`([a-z0-9.-]+)`", prose))
-    done = {key.partition("/")[0] for key in results["cells"]}
-    rows = {name for table in grid.tables for name in table["rows"]} & done
-    assert rows - named == set()
+@pytest.mark.parametrize("name", ["demo_full", "study_large"])
+def test_the_other_grids_can_be_read(name, tmp_path):
+    grid = read_grid(f"projects/Shapes/{name}.yaml")
+    cells = make_cells(grid, tmp_path)
+    ((folder, data),) = grid.data.items()
+    for cell in cells.values():
+        cfg = build_config(cell.row.config, ["MODEL.DEVICE", "cpu"])
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == data["classes"] and {*cell.data} == {folder}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure where, and how hard, a student's losses pull at its features, in Markdown.
 
-    python tools/analysis/compare_gradients.py --config-file configs/Shapes/student.yaml \
+    python tools/analysis/compare_gradients.py --config-file configs/Shapes/student_one_size.yaml \
         KD.LOSSES "[{'name': 'mse', 'weight': 20.0}, {'name': 'ssim', 'weight': 10.0}]"
 
 On training batches, at a checkpoint or at the student's start, it takes the gradient of each loss

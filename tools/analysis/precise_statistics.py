@@ -2,7 +2,7 @@
 """Recompute a multi-resolution teacher's running statistics, separately for each resolution.
 
     python tools/analysis/precise_statistics.py --batches 40 \
-        --config-file configs/Shapes/teacher.yaml \
+        --config-file configs/Shapes/teacher_one_size.yaml \
         output/shapes/teacher/model_final.pth output/shapes/teacher/model_precise.pth
 
 Training keeps exponential averages of the last batches. This tool averages evenly over training

@@ -1,0 +1,170 @@
+"""The cells of a grid. A cell is a row with one seed: one training, or one checkpoint."""
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+
+from msad_kd.config.build import build_config
+from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.utils.errors import InputError
+from projects.study.grid import PLACEHOLDER, Row
+
+# Config keys that change no weight of the trained model.
+LOGGING = {"OUTPUT_DIR", "KD.DIAGNOSTICS_PERIOD", "KD.GRADIENT_RATIO_PERIOD"}
+LOGGING |= {"SOLVER.CHECKPOINT_PERIOD"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row with one seed."""
+
+    key: str  # "row/seed"; the seed is 0 for a checkpoint that has none
+    row: Row
+    seed: int
+    folder: Path  # of its run
+    weights: Path  # its checkpoint, once it is trained
+    options: list  # KEY VALUE pairs of the training
+    test_options: list  # KEY VALUE pairs of the measured model
+    needs: tuple[str, ...]  # keys of the cells whose checkpoints it uses
+    data: tuple[str, ...]  # the folders of `Grid.data` that it reads
+    iterations: int  # all stages of a ladder together; 0 if nothing is trained
+    fingerprint: str  # equal for cells that mean the same training, data and measurement
+
+    @property
+    def title(self):
+        """Return the row's name and, if it has several, the seed."""
+        return f"{self.row.name}, seed {self.seed}" if len(self.row.seeds) > 1 else self.row.name
+
+
+def make_cells(grid, folder, extra=()):
+    """Return all cells of a grid by key, each after those it needs.
+
+    Runs go to ROW/seed_SEED in `folder`. `extra` are KEY VALUE pairs for all trainings, teachers
+    and measurements, for a trial.
+    """
+    cells, data = {}, {}
+    for name, arguments in grid.data.items():
+        try:
+            data[name] = importlib.import_module(grid.generator).complete_arguments(**arguments)
+        except (ImportError, TypeError, ValueError) as error:
+            raise InputError(f"the data '{name}' of the grid: {error}") from error
+
+    def add(row, seed, pending=()):
+        key = f"{row.name}/{seed}"
+        if row.name in pending:
+            raise InputError(f"row '{row.name}' needs its own checkpoint")
+        if key not in cells:
+            sources = {}
+            for other in map(grid.rows.get, row.references()):
+                known = seed if seed in other.seeds else (other.seeds or [0])[0]
+                sources[other.name] = add(other, known, (*pending, row.name))
+            run = Path(folder) / row.name / f"seed_{seed}"
+            cells[key] = _make_cell(row, seed, sources, run, data, list(extra))
+        return cells[key]
+
+    for row in grid.rows.values():
+        for seed in row.seeds or [0]:
+            add(row, seed)
+    return cells
+
+
+def _make_cell(row, seed, sources, folder, data, extra):
+    options = [*_flat(row.options), *extra, *(["SEED", seed] if row.seeds else [])]
+    if extra:  # a student has to build its teachers as they were trained
+        stages = _build(row.config, options).KD.LADDER.STAGES
+        stages = [{**stage, "opts": [*stage.get("opts", ()), *extra]} for stage in stages]
+        options += ["KD.TEACHER.OPTS", extra, "KD.LADDER.STAGES", stages]
+    tested = {key: value for key, value in row.options.items() if not _trains(key)}
+    test_options = list(map(str, [*_flat(tested), *extra]))
+    # In a fingerprint a checkpoint is known by how it was made, not by its path.
+    origins = {name: cell.fingerprint for name, cell in sources.items()}
+    cfg = _build(row.config, _filled(options, origins))
+    test_cfg = _build(row.test_config, test_options)
+    stages = cfg.KD.LADDER.STAGES
+    weights = folder / "model_final.pth"
+    if row.checkpoint_of:
+        weights = sources[row.checkpoint_of].weights
+    elif row.checkpoint:
+        weights = Path(row.checkpoint)
+        if not weights.is_file():
+            raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
+    elif stages:
+        weights = folder / f"stage_{len(stages):02}_{stages[-1]['name']}" / "student.pth"
+    folders = _folders(test_cfg, "TEST", data)
+    meaning = {"test": {k: v for k, v in changed_keys(test_cfg).items() if not _trains(k)}}
+    if row.trained:
+        folders += _folders(cfg, "TRAIN", data)
+        teachers = [stage["weights"] for stage in stages] or [cfg.KD.TEACHER.WEIGHTS]
+        files = [_hash_file(path) for path in (cfg.MODEL.WEIGHTS, *teachers)]
+        meaning |= {"train": changed_keys(cfg), "files": files}
+    else:
+        meaning |= {"checkpoint": origins.get(row.checkpoint_of) or _hash_file(weights)}
+    meaning |= {"data": {name: data[name] for name in folders}}
+    meaning = json.dumps(meaning, sort_keys=True, default=str)
+    iterations = [stage.get("iterations") or cfg.SOLVER.MAX_ITER for stage in stages]
+    return Cell(
+        key=f"{row.name}/{seed}",
+        row=row,
+        seed=seed,
+        folder=folder,
+        weights=weights,
+        options=_filled(options, {name: str(cell.weights) for name, cell in sources.items()}),
+        test_options=test_options,
+        needs=tuple(cell.key for cell in sources.values()),
+        data=tuple(folders),
+        iterations=sum(iterations or [cfg.SOLVER.MAX_ITER]) * row.trained,
+        fingerprint=hashlib.sha256(meaning.encode()).hexdigest(),
+    )
+
+
+def _build(config, options):
+    # On the CPU, so that a cell means the same on every machine.
+    return build_config(config, [*map(str, options), "MODEL.DEVICE", "cpu"])
+
+
+def _folders(cfg, split, data):
+    """Return the generated folders that hold a config's data sets of a split."""
+    used = [each for each in cfg.DATASETS.COCO_FORMAT if each["name"] in cfg.DATASETS[split]]
+    return [folder for folder in data if any(x["json"].startswith(f"{folder}/") for x in used)]
+
+
+def _hash_file(path):
+    """Return the hash of a file's content, or None if it does not exist."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+
+
+def changed_keys(cfg):
+    """Return KEY to value of all that a config changes of the defaults, without `LOGGING`.
+
+    Defaults are left out, so that a key which a later version adds changes no fingerprint.
+    """
+    default = get_cfg()
+    add_msad_kd_config(default)
+    default = _keys(default)
+    return {k: v for k, v in _keys(cfg).items() if k not in LOGGING and v != default.get(k)}
+
+
+def _keys(node, prefix=""):
+    keys = {}
+    for name, value in node.items():
+        nested = isinstance(value, CfgNode)
+        keys |= _keys(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return keys
+
+
+def _trains(key):
+    """Return whether a key is about training alone."""
+    return key.startswith(("KD.", "SOLVER.", "INPUT.MIN_SIZE_TRAIN")) or key == "MODEL.WEIGHTS"
+
+
+def _flat(options):
+    return [each for pair in options.items() for each in pair]
+
+
+def _filled(values, checkpoints):
+    """Return values as text, with checkpoints in place of the names of their rows."""
+    return [PLACEHOLDER.sub(lambda m: checkpoints.get(m[1], m[0]), str(value)) for value in values]

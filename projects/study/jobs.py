@@ -1,0 +1,152 @@
+"""Runs commands side by side, each with one thread, and prints how far they are."""
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from msad_kd.utils.errors import InputError
+
+# Several threads in each of several processes slow one another down more than tenfold.
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+CONSOLE = "console.txt"
+POLL_SECONDS, SECONDS_BETWEEN_LINES, SECONDS_TO_STOP = 0.5, 30, 10
+
+
+@dataclass
+class Job:
+    """A command to run."""
+
+    name: str  # unique
+    command: list[str]
+    folder: Path  # what the command prints goes to CONSOLE in it
+    after: tuple[str, ...] = ()  # names of jobs that must be done first
+    done: Callable[[], None] = lambda: None  # called once the command has succeeded
+
+
+def count_cores():
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def clock(seconds):
+    """Format seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Screen:
+    """Prints lines with the time since the start."""
+
+    def __init__(self):
+        self.start = self.last_status = time.monotonic()
+
+    def say(self, text):
+        """Print a line."""
+        print(f"[{clock(time.monotonic() - self.start):>5}] {text}", flush=True)
+
+    def status(self, describe):
+        """Print what `describe` returns, every now and then."""
+        if time.monotonic() - self.last_status > SECONDS_BETWEEN_LINES:
+            self.last_status = time.monotonic()
+            self.say(describe())
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other runs out of a folder, or say that one is at work there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            # Child processes inherit the lock, so it also tells of trainings that outlived a run.
+            os.set_inheritable(lock.fileno(), True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another run, or a training that it left behind, is at work in '{folder}': wait "
+                "for it, or choose another --output"
+            ) from None
+        yield
+
+
+def last_error(log):
+    """Return the last line of a log that names an error, or else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    errors = [line for line in lines if re.match(r"([\w.]*(Error|Exception)\b|\w+\.py: )", line)]
+    return (errors or list(filter(None, lines)) or ["it printed nothing"])[-1]
+
+
+def start(job):
+    """Start a job's command and return its process."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / CONSOLE, "w") as console:
+        return subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ONE_THREAD},
+            close_fds=False,  # the process inherits the lock of `locked`
+        )
+
+
+def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
+    """Run jobs in their order, at most `slots` at a time, each after those it waits for.
+
+    When a job fails, the jobs that do not wait for it still run. Whatever ends this function,
+    nothing that it started is left running. `overall` says how far all jobs are together.
+    """
+    waiting, running, finished, failures = list(jobs), {}, set(), {}
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if failures.keys() & set(job.after):
+                    waiting.remove(job)
+                    failures[job.name] = f"{job.name} could not be run"
+                elif len(running) < slots and finished.issuperset(job.after):
+                    waiting.remove(job)
+                    screen.say(f"{job.name}: started")
+                    running[job.name] = (job, start(job), time.monotonic())
+            for name, (job, process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    failures[name] = _failure(job, process.returncode)
+                    screen.say(failures[name])
+                else:
+                    finished.add(name)
+                    screen.say(f"{name}: done in {clock(time.monotonic() - began)}")
+                    job.done()
+            screen.status(lambda: f"{', '.join(running)}: {overall()}")
+            time.sleep(POLL_SECONDS if running else 0)
+    finally:
+        _stop([process for _, process, _ in running.values()])
+    if failures:
+        raise InputError("; ".join(failures.values()))
+
+
+def _failure(job, code):
+    log = job.folder / CONSOLE
+    if code < 0:
+        hint = ", perhaps because memory ran out" if -code == signal.SIGKILL else ""
+        return f"{job.name} was ended by signal {-code}{hint}; its log is '{log}'"
+    return f"{job.name} failed; the end of its log '{log}': {last_error(log)}"
+
+
+def _stop(processes):
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,159 @@
+"""Tables, cells.csv and pictures, made from the results of a study's cells."""
+
+import pandas as pd
+
+from msad_kd.checkpoint.files import replacing, write_json
+from projects.study import pictures
+from projects.study.jobs import clock
+
+KINDS = {"bbox": "box", "segm": "mask"}
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+FACTS = {"gmacs": "GMACs", "detections": "detections", "params_m": "params (M)"}
+FACTS |= {"iterations": "iterations", "training_seconds": "training (s)"}
+FACTS |= {"total_seconds": "total (s)", "gradient_ratio": "KD gradient", "command": "command"}
+NOTES = """AP: mean ± standard deviation over the seeds. Against the control: the mean of the \
+differences of equal seeds ± their standard deviation, and how many of them are positive; for \
+checkpoints and teachers, the difference of the means. KD gradient: the norm of the distillation \
+losses' gradient relative to the detection losses', at the last layer of the backbone's bottom-up \
+path. Training: its duration, in steps of the table's baseline; in parentheses together with the \
+training of the checkpoints that it uses.
+
+Machine: {}.
+"""
+COMPARISON_NOTES = """
+GMACs (multiply-adds, heads included) and latency: of one image, {} detections in every model. \
+Latency: from the resized image to the detections, median (quartiles), all models in turn on the \
+same images. Machine: {}. Total time {}.
+"""
+
+
+def frame(cells, results):
+    """Return the cells that are done as a DataFrame, one line each, in the grid's order."""
+    aps = [(kind, metric) for kind in KINDS for metric in METRICS]
+    columns = ["row", "seed", *(f"{KINDS[kind]} {metric}" for kind, metric in aps), *FACTS.values()]
+    lines = []
+    for key, cell in cells.items():
+        if result := results["cells"].get(key):
+            values = [result.get(kind, {}).get(metric) for kind, metric in aps]
+            lines.append([cell.row.name, cell.seed, *values, *map(result.get, FACTS)])
+    return pd.DataFrame(lines, columns=columns)
+
+
+def of_row(data, row, column, seeds=()):
+    """Return a column of a row's cells by seed; seed 0, of a checkpoint, is in every selection."""
+    lines = data[(data["row"] == row) & (data["seed"].isin([0, *seeds]) if seeds else True)]
+    return lines.set_index("seed")[column].dropna().astype(float)
+
+
+def spread(values, sign=""):
+    """Format the mean of values, with their standard deviation if there are several."""
+    deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.1f}{deviation}"
+
+
+def unpaired(grid):
+    """Return the names of rows that are not compared seed by seed: checkpoints and teachers."""
+    used = {name for row in grid.rows.values() if row.trained for name in row.references()}
+    names = {n for n, row in grid.rows.items() if not row.seeds or row.seeds[0] != grid.seeds[0]}
+    names |= {name for name in used if len(grid.rows[name].seeds) == 1}
+    return names | {row.name for row in grid.rows.values() if row.checkpoint_of in names}
+
+
+def differences(grid, data, table, row, kind):
+    """Return a row's AP less the control's: a series by seed, or of one number without a name."""
+    values, control = (of_row(data, r, f"{kind} AP", table.seeds) for r in (row, table.control))
+    if {row, table.control} & unpaired(grid):
+        return pd.Series([values.mean() - control.mean()]).dropna()
+    return (values - control).dropna().rename("by seed")
+
+
+def kinds_of(data, rows):
+    """Return which of "box" and "mask" AP was measured for rows."""
+    aps = data[data["row"].isin(rows)]
+    return [kind for kind in KINDS.values() if aps[f"{kind} AP"].notna().any()]
+
+
+def table_text(grid, data, table):
+    """Return a table of the grid as Markdown."""
+    lines = []
+    step, length = (of_row(data, table.baseline, c).mean() for c in ("training (s)", "iterations"))
+    step = step / length
+    for row in map(grid.rows.get, table.rows):
+        line = {"row": f"`{row.name}`", "model": row.title, "seeds": "-"}
+        for kind in kinds_of(data, table.rows):
+            values = of_row(data, row.name, f"{kind} AP", table.seeds)
+            line["seeds"] = len(values) if row.seeds else "-"
+            line[f"{kind} AP"] = spread(values) if len(values) else "not run"
+            if table.control:
+                gains = differences(grid, data, table, row.name, kind)
+                text = spread(gains, "+") if len(gains) and row.name != table.control else "-"
+                if gains.name and text != "-":
+                    text += f" ({(gains > 0).sum()}/{len(gains)})"
+                line[f"{kind}, against the control"] = text
+        facts = ("KD gradient", "training (s)", "total (s)")
+        ratio, own, total = (of_row(data, row.name, x, table.seeds).mean() for x in facts)
+        line["KD gradient"] = f"{ratio:.2f}"
+        line["training"] = f"{own / step:,.0f} ({total / step:,.0f})"
+        lines.append(line)
+    lines = pd.DataFrame(lines).replace(["nan", "nan (nan)"], "-")
+    lines = lines.loc[:, (lines != "-").any()]
+    head = f"Control: {grid.rows[table.control].title}.\n\n" if table.control else ""
+    return f"## {table.title}\n\n{head}{lines.to_markdown(index=False, disable_numparse=True)}\n\n"
+
+
+def write(grid, cells, results, folder):
+    """Write tables.md, cells.csv and the pictures of the grid's tables and curves."""
+    data = frame(cells, results)
+    folder.mkdir(parents=True, exist_ok=True)
+    data.replace({"seed": {0: None}}).to_csv(folder / "cells.csv", index=False)
+    machines = dict.fromkeys(result["machine"] for result in results["cells"].values())
+    text = ""
+    for table in (table for table in grid.tables if kinds_of(data, table.rows)):
+        text += table_text(grid, data, table)
+        if table.picture:
+            gains, kinds = {}, kinds_of(data, table.rows)
+            for row in (grid.rows[name] for name in table.rows if name != table.control):
+                gains[row.title] = [differences(grid, data, table, row.name, k) for k in kinds]
+            figure = pictures.draw_differences(table.title, grid.rows[table.control].title, gains)
+            _save(figure, folder / f"bars_{table.name}.png")
+    (folder / "tables.md").write_text(text + NOTES.format("; ".join(machines)))
+    for curve in grid.curves:
+        panels = []
+        for kind in (f"{kind} AP" for kind in kinds_of(data, grid.rows)):
+            lines = {label: {} for label in curve.lines}
+            for label, name in ((label, n) for label, names in curve.lines.items() for n in names):
+                if len(aps := of_row(data, name, kind, curve.seeds)):
+                    lines[label][of_row(data, name, "iterations").max()] = aps
+            levels = {label: of_row(data, n, kind).mean() for label, n in curve.levels.items()}
+            panels.append((kind, lines, levels))
+        if panels:
+            _save(pictures.draw_curves(curve.title, panels), folder / f"curves_{curve.name}.png")
+
+
+def _save(figure, path):
+    with replacing(path) as part:
+        figure.savefig(part, dpi=100, format="png")
+
+
+def write_comparison(folder, lines, measured, seconds):
+    """Write table.md, table.json, scenes.png and ap_cost.png of a comparison; return table.md.
+
+    `lines` has title, AP, cost and latency of each model, `measured` what measure.py says.
+    """
+    kinds = {kind: name for kind, name in KINDS.items() if all(kind in line for line in lines)}
+    table = []
+    for line in lines:
+        times = line["latency_ms"]
+        aps = {f"{name} AP": f"{line[kind]['AP']:.1f}" for kind, name in kinds.items()}
+        cells = {"model": line["title"], "test side (px)": line["side"], **aps}
+        cells |= {"GMACs": f"{line['gmacs']:.3f}", "params (M)": f"{line['params_m']:.2f}"}
+        cells["latency (ms)"] = f"{times['median']:.0f} ({times['low']:.0f}-{times['high']:.0f})"
+        table.append(cells)
+    text = pd.DataFrame(table).to_markdown(index=False, disable_numparse=True) + "\n"
+    text += COMPARISON_NOTES.format(measured["detections"], measured["machine"], clock(seconds))
+    (folder / "table.md").write_text(text)
+    write_json(folder / "table.json", {**measured, "models": lines, "seconds": seconds})
+    _save(pictures.draw_ap_cost(lines, kinds, measured["detections"]), folder / "ap_cost.png")
+    if (folder / "comparison" / "scenes.png").is_file():
+        (folder / "comparison" / "scenes.png").replace(folder / "scenes.png")
+    return text

@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""Run a study: train and measure the rows of a grid on several seeds, and tabulate them.
+
+    python projects/study/run.py --grid projects/Shapes/study.yaml --tables fcos
+
+Each cell, a row with a seed, is an ordinary run of train_net.py in OUTPUT/ROW/seed_SEED, with one
+thread. A study that was stopped goes on when it is started again. If grid or configs change, the
+run is set aside as seed_SEED.FINGERPRINT, and taken back when it is meant again. Paths are relative
+to the repository.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which does not put the repository on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from msad_kd.utils.errors import InputError
+from projects.study.cells import make_cells
+from projects.study.grid import read_grid
+from projects.study.jobs import Screen, count_cores, locked, run_jobs
+from projects.study.study import Study
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def natural(text):
+    """Read a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
+    return int(text)
+
+
+def parse_arguments(arguments=None):
+    """Read the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--grid", required=True, help="the grid file; projects/study/grid.py says what is in it")
+    add("--output", help="folder of the runs and the results (default: the grid's)")
+    add("--tables", nargs="+", metavar="TABLE", help="only the rows of these tables")
+    add("--rows", nargs="+", metavar="ROW", help="only these rows")
+    add("--seeds", nargs="+", type=natural, metavar="SEED", help="only these seeds")
+    add("--slots", type=natural, default=count_cores(), help="runs at a time (default: the cores)")
+    add("--reuse", metavar="FILE", help="results.json of another study, to take done cells from")
+    add("--report", action="store_true", help="run nothing, only tabulate what is there")
+    add("--overwrite", action="store_true", help="replace data sets made with other arguments")
+    add("--set", nargs=2, action="extend", default=[], metavar=("KEY", "VALUE"), dest="settings",
+        help="a config key for all trainings, for a trial; may be given several times")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def choose(cells, grid, args):
+    """Return the keys of the cells that the command line asks for."""
+    tables = {table.name: table for table in grid.tables}
+    for kind, names, known in (("row", args.rows, grid.rows), ("table", args.tables, tables)):
+        for name in names or ():
+            if name not in known:
+                raise InputError(f"there is no {kind} '{name}'; known: {', '.join(known)}")
+    rows = args.rows or ([] if args.tables else grid.rows)
+    wanted = {(row, seed) for row in rows for seed in grid.rows[row].seeds or [0]}
+    for table in map(tables.get, args.tables or ()):
+        for row in table.all_rows():
+            seeds = grid.rows[row].seeds or [0]
+            wanted |= {(row, seed) for seed in seeds if seed in [0, *(table.seeds or seeds)]}
+    keys = [key for key, cell in cells.items() if (cell.row.name, cell.seed) in wanted]
+    keys = [key for key in keys if not args.seeds or cells[key].seed in [0, *args.seeds]]
+    if not keys:
+        raise InputError("no row that was chosen has such a seed")
+    return keys
+
+
+def make_data(grid, cells, keys, overwrite, screen):
+    """Generate the data sets that cells, and the cells they need, read, unless they exist."""
+    used, keys = set(), list(keys)
+    for key in keys:  # grows while it is read
+        used |= {*cells[key].data}
+        keys += [needed for needed in cells[key].needs if needed not in keys]
+    for name in sorted(used):
+        folder = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / name
+        screen.say(f"Data: '{folder}'")
+        generate = importlib.import_module(grid.generator).generate
+        try:
+            generate(folder, **grid.data[name], overwrite=overwrite, progress=False)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{error} (DETECTRON2_DATASETS says where the folder is)") from None
+
+
+def run(args, screen):
+    """Run a study from its data to its tables."""
+    grid = read_grid(args.grid)
+    folder = Path(args.output or grid.output)
+    cells = make_cells(grid, folder, args.settings)
+    keys = choose(cells, grid, args)
+    with contextlib.nullcontext() if args.report else locked(folder):
+        study = Study(grid, cells, folder, screen)
+        if args.reuse:
+            study.take(args.reuse)
+        if args.report:
+            study.write(results=False)
+        else:
+            make_data(grid, cells, keys, args.overwrite, screen)
+            jobs = study.plan(keys)
+            done = sum(key in study.results["cells"] for key in keys)
+            screen.say(f"{len(keys)} cells, {done} of them done; {args.slots} runs at a time")
+            run_jobs(jobs, args.slots, screen, study.overall)
+            study.write()
+            if grid.comparison:
+                print(f"\n{study.compare() or 'The comparison waits for other rows.'}\n")
+    screen.say(f"Tables and pictures are in '{folder}'")
+
+
+def main(arguments=None):
+    """Run the command line; an expected error, SIGTERM or Ctrl-C ends it with one sentence."""
+    args = parse_arguments(arguments)
+    os.chdir(ROOT)
+    stopped = "run.py: stopped; started again, it goes on where it was"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
+    try:
+        run(args, Screen())
+    except InputError as error:
+        sys.exit(f"run.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(stopped)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Draws a few scenes: the ground truth and what models detect, side by side."""
+
+import copy
+
+import cv2
+import numpy as np
+import torch
+from detectron2.data import get_detection_dataset_dicts
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from pycocotools import mask as coco_mask
+
+SCENES, FIRST_SCENES = 3, 50
+SCORE_THRESHOLD = 0.5
+SIDE = 320  # pixels of a drawn image's shorter side
+# One per class, told apart on any background; of equal rank, so that none looks like an error.
+COLOURS = ("#ff4d4d", "#33b1ff", "#ffd23f", "#4ee06d", "#c77dff", "#ff8fd0", "#00e0d0", "#ff9a3c")
+
+
+def choose_scenes(counts, scenes=SCENES, first=FIRST_SCENES):
+    """Return the indices of the scenes with the most objects among the first few.
+
+    No result has a say in what is shown. `counts` has the number of objects in each scene.
+    """
+    indices = range(min(first, len(counts)))
+    return sorted(sorted(indices, key=lambda index: (-counts[index], index))[:scenes])
+
+
+def paint(image, masks, classes):
+    """Return a grey copy of an (H, W, 3) image with (N, H, W) masks, the first on top."""
+    grey = np.repeat(image.mean(2, keepdims=True), 3, 2)
+    painted = grey.copy()
+    for mask, label in reversed([*zip(masks, classes)]):
+        colour = 255 * np.array(to_rgb(COLOURS[label % len(COLOURS)]))
+        painted[mask] = 0.4 * grey[mask] + 0.6 * colour
+        outline = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+        cv2.drawContours(painted, outline, -1, colour.tolist())
+    return painted.astype(np.uint8)
+
+
+def _ground_truth(scene, height, width):
+    masks = []
+    for each in scene["annotations"]:
+        rle = each["segmentation"]
+        if isinstance(rle, list):  # of polygons
+            rle = coco_mask.merge(coco_mask.frPyObjects(rle, scene["height"], scene["width"]))
+        mask = coco_mask.decode(rle)
+        masks.append(cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR) > 0)
+    return masks, [each["category_id"] for each in scene["annotations"]]
+
+
+def _detections(scene, height, width, model, mapper):
+    inputs = {**mapper(copy.deepcopy(scene)), "height": height, "width": width}
+    with torch.no_grad():
+        found = model([inputs])[0]["instances"].to("cpu")
+    found = found[found.scores >= SCORE_THRESHOLD]
+    found = found[found.scores.argsort(descending=True)]
+    return found.pred_masks.numpy(), found.pred_classes.tolist()
+
+
+def draw_scenes(path, data_set, columns):
+    """Draw scenes as a PNG, one in a row: the ground truth, and what each model detects.
+
+    `columns` has (title, model, mapper) of each model.
+    """
+    dicts = get_detection_dataset_dicts(data_set, filter_empty=False)
+    chosen = choose_scenes([len(scene["annotations"]) for scene in dicts])
+    size = (2.5 * (len(columns) + 1), 2.5 * len(chosen) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)
+    for row, index in zip(axes, chosen):
+        image = cv2.imread(dicts[index]["file_name"])
+        zoom = SIDE / min(image.shape[:2])
+        image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+        shown = [_ground_truth(dicts[index], *image.shape[:2])]
+        shown += [_detections(dicts[index], *image.shape[:2], *pair) for _, *pair in columns]
+        for axis, objects in zip(row, shown):
+            axis.imshow(paint(image, *objects))
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], ["ground truth", *(title for title, *_ in columns)]):
+        axis.set_title(title, fontsize=11)
+    figure.savefig(path, dpi=100)

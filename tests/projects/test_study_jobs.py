@@ -1,0 +1,169 @@
+"""Jobs: their order, their end, what is said when one fails, and the lock of a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from msad_kd.utils.errors import InputError
+from projects.study.jobs import CONSOLE, Job, Screen, last_error, locked, run_jobs
+from projects.study.progress import gradient_ratio, iterations_done, training_seconds
+
+SLEEPER = """
+import os, sys, time
+open(sys.argv[1], "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def python(code, *arguments):
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists() and path.read_text():
+            return int(path.read_text())
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was not written")
+
+
+def test_jobs_run_in_order_at_most_slots_at_a_time_and_after_those_they_wait_for(tmp_path):
+    log, done = tmp_path / "log", []
+    # `a` and `c` end only after both have started, so each needs the other beside it.
+    code = """
+import sys, time
+path, name = sys.argv[1:]
+def write(event):
+    with open(path, "a") as log:
+        log.write(f"{event} {name}\\n")
+write("start")
+while name in "ac" and not {"start a", "start c"} <= set(open(path).read().splitlines()):
+    time.sleep(0.05)
+write("end")
+"""
+
+    def job(name, *after):
+        command = python(code, log, name)
+        return Job(name, command, tmp_path / name, after=after, done=lambda: done.append(name))
+
+    run_jobs([job("a"), job("b", "c"), job("c"), job("d")], 2, Screen())
+    events = [line.split() for line in log.read_text().splitlines()]
+    running, most = set(), 0
+    for _, name in events:
+        running ^= {name}
+        most = max(most, len(running))
+    assert most == 2 and sorted(done) == list("abcd")
+    assert {name for _, name in events[:2]} == {"a", "c"}
+    assert events.index(["end", "c"]) < events.index(["start", "b"])
+
+
+def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
+    threads = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    jobs = [
+        Job("bad", python("raise KeyError('x')"), tmp_path / "bad"),
+        Job("killed", python("import os; os.kill(os.getpid(), 9)"), tmp_path / "killed"),
+        Job("after bad", python(""), tmp_path / "after", after=("bad",)),
+        Job("after that", python(""), tmp_path / "that", after=("after bad",)),
+        Job("good", python(threads), tmp_path / "good"),
+    ]
+    expected = (
+        r"bad failed; the end of its log '.*bad/console.txt': KeyError: 'x'; "
+        "after bad could not be run; after that could not be run; "
+        "killed was ended by signal 9, perhaps because memory ran out"
+    )
+    with pytest.raises(InputError, match=expected):
+        run_jobs(jobs, 1, Screen())
+    assert (tmp_path / "good" / CONSOLE).read_text().strip() == "1"  # thread
+    assert not (tmp_path / "that").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_end_of_a_run_ends_what_it_started(tmp_path, number):
+    code = f"""
+import sys
+from pathlib import Path
+from projects.study import run
+from projects.study.jobs import Job, run_jobs
+
+command = [sys.executable, "-c", {SLEEPER!r}, {str(tmp_path / "pid")!r}]
+job = Job("sleeper", command, Path({str(tmp_path / "sleeper")!r}))
+run.run = lambda args, screen: run_jobs([job], 1, screen)
+run.main(["--grid", "x"])
+"""
+    process = subprocess.Popen(
+        python(code),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background ignores it
+    )
+    pid = wait_for(tmp_path / "pid")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.endswith("run.py: stopped; started again, it goes on where it was\n")
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_outlives_a_killed_run_keeps_others_out(tmp_path):
+    starter = f"""
+import sys, time
+from pathlib import Path
+from projects.study.jobs import Job, locked, start
+
+folder = Path({str(tmp_path)!r})
+with locked(folder):
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    print(start(Job("child", sleep, folder / "child")).pid, flush=True)
+    time.sleep(60)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen(python(starter), env=environment, stdout=subprocess.PIPE, text=True)
+    child = int(program.stdout.readline())
+    program.kill()
+    program.wait()
+    try:
+        with pytest.raises(InputError, match="that it left behind"), locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_the_last_error_of_a_log(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("[10:00 d2.x]: ok\nTraceback\nValueError: too small\n[W1120] warning\n\n")
+    assert last_error(log) == "ValueError: too small"
+    log.write_text("[10:00 d2.x]: ok\ntrain_net.py: the file 'x' does not exist\n")
+    assert last_error(log) == "train_net.py: the file 'x' does not exist"
+    log.write_text("")
+    assert last_error(log) == "it printed nothing"
+
+
+def test_the_state_of_a_training(tmp_path):
+    assert iterations_done(tmp_path) == training_seconds(tmp_path) == 0
+    assert gradient_ratio(tmp_path) is None
+
+    def log(folder, *lines, end="\n"):
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + end)
+
+    first = {"iteration": 39, "total_loss": 2.4, "time": 0.3, "kd/gradient_ratio": 0.2}
+    last = {"iteration": 59, "total_loss": 2.3, "time": 0.5}
+    # The last line is being written, the one before is an evaluation's.
+    log(tmp_path, first, last, {"bbox/AP": 3.0}, end='\n{"iteration": 79, "total_lo')
+    assert iterations_done(tmp_path) == 60 and gradient_ratio(tmp_path) == 0.2
+    assert training_seconds(tmp_path) == pytest.approx(30)
+    # The stages of a ladder count together; its gradient ratio is that of the last.
+    log(tmp_path / "stage_01_a", last)
+    log(tmp_path / "stage_02_b", {**first, "kd/gradient_ratio": 0.0})
+    assert iterations_done(tmp_path) == 100 and gradient_ratio(tmp_path) == 0.0
+    assert training_seconds(tmp_path) == pytest.approx(42)

@@ -1,0 +1,186 @@
+"""A study end to end, with a few scenes and steps: stopped in the middle and resumed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+import yaml
+from helpers import ROOT
+
+from projects.study.jobs import locked
+
+DATA = {"train": 4, "val": 3, "classes": 5}
+GRID = """
+generator: projects.Shapes.generate
+data:
+  shapes: {train: 4, val: 3, classes: 5}
+  shapes_fresh: {train: 4, val: 3, classes: 5, seed: 1}
+detections: 4
+rows:
+  teacher:
+    title: the teacher
+    config: configs/Shapes/teacher_one_size.yaml
+    checkpoint: projects/Shapes/checkpoints/teacher_one_size.pth
+  lr:
+    title: the baseline
+    config: configs/Shapes/lr.yaml
+    options: {SOLVER.IMS_PER_BATCH: 1, SOLVER.WARMUP_ITERS: 2, SOLVER.MAX_ITER: 2}
+  student:
+    title: the student
+    like: lr
+    config: configs/Shapes/student_one_size.yaml
+    test_config: configs/Shapes/lr.yaml
+    options: {KD.TEACHER.WEIGHTS: "{teacher}", KD.GRADIENT_RATIO_PERIOD: 20,
+              SOLVER.CHECKPOINT_PERIOD: 5, SOLVER.MAX_ITER: 40}
+  fresh:
+    title: the teacher elsewhere
+    checkpoint_of: teacher
+    options: {DATASETS.TEST: [shapes_fresh_val]}
+tables:
+  - {name: all, title: All, rows: [teacher, lr, student, fresh], control: lr, baseline: lr}
+comparison: [teacher, lr, student]
+scenes: {teacher: teacher, student: student}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a grid."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "grid.yaml").write_text(GRID)
+    return folder
+
+
+def start(place, *arguments, grid="grid.yaml", output="runs"):
+    command = [sys.executable, "projects/study/run.py", "--grid", str(place / grid)]
+    return subprocess.Popen(
+        [*command, "--output", str(place / output), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "DETECTRON2_DATASETS": str(place / "datasets")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    printed, _ = process.communicate(timeout=900)
+    return process.returncode, printed
+
+
+@pytest.fixture(scope="module")
+def stopped(place):
+    """The folder of the student, which was stopped and resumed, and what was printed."""
+    folder = place / "runs" / "student" / "seed_1"
+    process = start(place)
+    deadline = time.monotonic() + 600
+    while not (folder / "last_checkpoint").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no checkpoint in ten minutes"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    status, printed = finish(process)
+    assert status == 1
+    assert printed.endswith("run.py: stopped; started again, it goes on where it was\n")
+    assert not (folder / "model_final.pth").exists()
+    status, printed = finish(start(place))
+    assert status == 0, printed
+    return folder, printed
+
+
+def test_stopped_and_resumed(place, stopped):
+    folder, printed = stopped
+    log = (folder / "log.txt").read_text()
+    begun = re.findall(r"Starting training from iteration (\d+)", log)
+    assert len(begun) == 2 and begun[0] == "0" and int(begun[1]) % 5 == 0 < int(begun[1])
+    assert not list(folder.glob("model_00*.pth"))
+    cells = json.loads((place / "runs" / "results.json").read_text())["cells"]
+    assert cells.keys() == {"teacher/0", "lr/1", "student/1", "fresh/0"}
+    assert "KD.TEACHER.WEIGHTS" in cells["student/1"]["command"]
+    assert cells["student/1"]["gradient_ratio"] > 0 == len(cells["teacher/0"]["command"])
+    assert cells["lr/1"]["gradient_ratio"] is None and cells["lr/1"]["iterations"] == 2
+    text = (place / "runs" / "tables.md").read_text()
+    assert "not run" not in text and "the student" in text
+    assert "lr: box AP" in printed
+    teacher, elsewhere = cells["teacher/0"], cells["fresh/0"]
+    assert 0 < teacher["bbox"]["AP"] != elsewhere["bbox"]["AP"] > 0
+
+
+def test_a_comparison_is_at_equal_detections(place, stopped):
+    folder, printed = place / "runs", stopped[1]
+    summary = json.loads((folder / "table.json").read_text())
+    models = {model["row"]: model for model in summary["models"]}
+    assert list(models) == ["teacher", "lr", "student"] and summary["detections"] == 4
+    assert all(model["latency_ms"]["median"] > 0 for model in models.values())
+    # A student is measured as a stock model: the same net as its baseline, whatever it finds.
+    for fact in ("gmacs", "params_m", "side"):
+        assert models["student"][fact] == models["lr"][fact]
+    assert models["teacher"]["side"] == "128 + 64"
+    assert models["teacher"]["gmacs"] > models["lr"]["gmacs"]
+    assert (folder / "table.md").read_text() in printed
+    for name in ("scenes.png", "ap_cost.png"):
+        assert cv2.imread(str(folder / name)).std() > 10
+
+
+def test_a_report_changes_no_result(place, stopped):
+    results, tables = place / "runs" / "results.json", place / "runs" / "tables.md"
+    before = results.read_bytes(), tables.read_text()
+    with locked(place / "runs"):  # it does not disturb a run
+        # A setting means other trainings, and none of these is done.
+        finish(start(place, "--report", "--set", "SOLVER.BASE_LR", "0.002"))
+        assert re.search(r"the student +\| 0 +\| not run", tables.read_text())
+        finish(start(place, "--report"))
+    assert (results.read_bytes(), tables.read_text()) == before
+
+
+def test_done_cells_are_taken_over_but_other_data_are_not_replaced(place, stopped):
+    reuse = ["--rows", "lr", "--reuse", str(place / "runs" / "results.json")]
+    status, printed = finish(start(place, *reuse, output="taken"))
+    assert status == 0 and "1 cells, 1 of them done" in printed
+    (place / "other.yaml").write_text(GRID.replace("train: 4", "train: 5"))
+    status, printed = finish(start(place, *reuse, grid="other.yaml", output="other"))
+    assert status == 1
+    assert re.search(r"run.py: .*other arguments.*--overwrite.*DETECTRON2_DATASETS", printed)
+
+
+def tiny_demo(place, name, **rows):
+    """Write a grid that is a demo's but for few scenes; return its name."""
+    base = ROOT / "projects" / "Shapes" / f"{name}.yaml"
+    grid = {"base": str(base), "data": {"shapes": DATA}, "rows": rows}
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(grid))
+    return f"{name}.yaml"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_demo_stops_where_a_checkpoint_is_not_what_was_recorded(place, stopped):
+    grid = tiny_demo(place, "demo")
+    # The AP on three scenes is not that on a thousand.
+    status, printed = finish(start(place, "--slots", "3", grid=grid, output="demo"))
+    assert status == 1
+    end = printed.splitlines()[-1]
+    assert re.match(r"run.py: (teacher, fused branch|high resolution) has \w+ AP .* here, but", end)
+    assert not (place / "demo" / "table.md").exists()
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert not any(str(place / "demo").encode() in command for command in commands)
+
+
+@pytest.mark.long
+def test_a_full_demo_trains_its_teacher(place, stopped):
+    settings = ["--set", "SOLVER.MAX_ITER", "2", "--set", "SOLVER.IMS_PER_BATCH", "2"]
+    grid = tiny_demo(place, "demo_full")
+    status, printed = finish(start(place, *settings, grid=grid, output="full"))
+    assert status == 0, printed
+    summary = json.loads((place / "full" / "table.json").read_text())
+    rows = {model["row"]: model for model in summary["models"]}
+    assert list(rows) == ["hr", "teacher-multi-size", "lr", "control", "student"]
+    assert "teacher-one-size/seed_2" in rows["teacher-multi-size"]["command"]
+    metrics = "seed_1/metrics.json"
+    assert "loss_kd" in (place / "full" / "student" / metrics).read_text()
+    assert "loss_kd" not in (place / "full" / "control" / metrics).read_text()

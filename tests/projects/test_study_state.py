@@ -1,0 +1,147 @@
+"""What a study does with its cells' folders and results; nothing is trained here."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from msad_kd.utils.errors import InputError
+from projects.study import reports
+from projects.study.grid import Row
+from projects.study.study import Study, verify
+
+
+class Lines(list):
+    """A screen that keeps what is said."""
+
+    say = list.append
+
+
+def cell_of(folder, name, fingerprint, needs=(), **fields):
+    row = Row(name, config="c.yaml", test_config="c.yaml", name=name, **fields)
+    key = f"{name}/{int(row.trained)}"
+    run = folder / name / f"seed_{key[-1]}"
+    return SimpleNamespace(
+        **{"key": key, "title": name, "row": row, "folder": run, "needs": needs},
+        **{"fingerprint": fingerprint, "weights": run / "model_final.pth", "iterations": 100},
+        **{"options": ["SEED", "1"], "test_options": []},
+    )
+
+
+@pytest.fixture
+def study_of(tmp_path, monkeypatch):
+    """study_of(cell, ...): a study in `tmp_path` that writes no tables."""
+    monkeypatch.setattr(reports, "write", lambda *_: None)
+
+    def make(*cells, folder=tmp_path):
+        cells = {cell.key: cell for cell in cells}
+        return Study(SimpleNamespace(detections=5), cells, folder, Lines())
+
+    return make
+
+
+def train(study, key):
+    """Do what the jobs of a cell do, as far as the study sees it; return their names."""
+    cell = study.cells[key]
+    names = [job.name for job in study.plan([key])]
+    if cell.title in names:
+        cell.weights.write_text(cell.fingerprint)
+        cell.weights.with_name("last_checkpoint").write_text("model_final.pth")
+    results = {"machine": "this", "models": {key: {"bbox": {"AP": 1.0}}}}
+    (cell.folder / "evaluation" / "results.json").write_text(json.dumps(results))
+    study.finish(cell, cell.folder / "evaluation")
+    return names
+
+
+def test_a_changed_row_is_set_aside_and_taken_back(tmp_path, study_of):
+    meant, trial = "a" * 64, "b" * 64
+    run = tmp_path / "lr" / "seed_1"
+    first = study_of(cell_of(tmp_path, "lr", meant))
+    assert train(first, "lr/1") == ["lr", "lr: AP"] and first.screen == ["lr: box AP 1.0"]
+    assert study_of(cell_of(tmp_path, "lr", meant)).plan(["lr/1"]) == []
+    other = study_of(cell_of(tmp_path, "lr", trial))
+    assert not other.results["cells"]
+    assert train(other, "lr/1") == ["lr", "lr: AP"]
+    assert other.screen[0] == f"'{run}' is another training; set aside as '{run}.aaaaaaaa'"
+    assert (run / "model_final.pth").read_text() == trial
+
+    again = study_of(cell_of(tmp_path, "lr", meant))
+    assert again.results["cells"]["lr/1"]["fingerprint"] == meant
+    assert again.plan(["lr/1"]) == []
+    assert again.screen == [
+        f"'{run}' is another training; set aside as '{run}.bbbbbbbb'",
+        f"'{run}.aaaaaaaa' is meant again; taken back as '{run}'",
+    ]
+    assert (run / "model_final.pth").read_text() == meant
+    # Results of rows that the grid no longer has are kept, once.
+    for _ in range(2):
+        study_of().write()
+    assert len(study_of().results["other"]) == 2
+    assert "lr/1" in study_of(cell_of(tmp_path, "lr", trial)).results["cells"]
+
+
+def test_files_of_unknown_origin_are_not_removed(tmp_path, study_of):
+    run, aside = tmp_path / "lr" / "seed_1", tmp_path / "lr" / "seed_1.unknown"
+    run.mkdir(parents=True)
+    (run / "notes.txt").write_text("mine")
+    study_of(cell_of(tmp_path, "lr", "a" * 64)).plan(["lr/1"])
+    assert (aside / "notes.txt").read_text() == "mine" and not (run / "notes.txt").exists()
+
+    (run / "cell.json").unlink()
+    with pytest.raises(InputError, match="seed_1' cannot become '.*unknown', which exists"):
+        study_of(cell_of(tmp_path, "lr", "a" * 64)).plan(["lr/1"])
+
+
+def test_results_of_others_are_taken_where_they_fit(tmp_path, study_of):
+    result = {"fingerprint": "a" * 64}
+    (tmp_path / "o.json").write_text(json.dumps({"cells": {"lr/1": result, "hr/1": result}}))
+    study = study_of(cell_of(tmp_path, "lr", "a" * 64), folder=tmp_path / "runs")
+    study.take(tmp_path / "o.json")
+    assert study.results == {"cells": {"lr/1": result}, "other": []}
+    (tmp_path / "o.json").write_text("# a README")
+    with pytest.raises(InputError, match="o.json' is no results.json of a study"):
+        study.take(tmp_path / "o.json")
+
+
+def test_a_cell_waits_for_the_checkpoints_it_uses(tmp_path, study_of):
+    start = cell_of(tmp_path, "start", "a")
+    teacher = cell_of(tmp_path, "teacher", "b", needs=("start/1",))
+    branch = cell_of(tmp_path, "branch", "c", needs=("teacher/1",), checkpoint_of="teacher")
+    student = cell_of(tmp_path, "student", "d", needs=("branch/0", "start/1"))
+    study = study_of(start, teacher, branch, student)
+    assert {job.name: job.after for job in study.plan(["branch/0", "student/1"])} == {
+        **{"start": (), "teacher": ("start",), "branch: AP": ("teacher",)},
+        **{"student": ("teacher", "start"), "student: AP": ("student",)},
+    }
+    # A checkpoint counts once Detectron2 has written it to its end.
+    teacher.weights.touch()
+    last = teacher.folder / "last_checkpoint"
+    last.write_text("model_0000009.pth")
+    assert [job.name for job in study.plan(["branch/0"])] == ["start", "teacher", "branch: AP"]
+    last.write_text("model_final.pth")
+    assert [job.name for job in study.plan(["branch/0"])] == ["branch: AP"]
+
+
+def test_the_time_left_is_of_all_trainings(tmp_path, study_of, monkeypatch):
+    cells = [cell_of(tmp_path, name, name) for name in ("a", "b")]
+    study = study_of(*cells)
+    study.plan(["a/1", "b/1"])
+    assert study.overall() == "0/200 iterations, ? left"
+    line = {"iteration": 49, "total_loss": 1.0}
+    (cells[0].folder / "metrics.json").write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr("time.time", lambda: study.start + 100)
+    assert study.overall() == "50/200 iterations, 5:00 left"
+
+
+def test_a_checkpoint_has_the_recorded_ap(tmp_path):
+    cell = cell_of(tmp_path, "teacher", "a", checkpoint="t.pth", recorded="fused")
+    with pytest.raises(InputError, match="model_final.json'.* is missing"):
+        verify(cell, {})
+    cell.folder.mkdir(parents=True)
+    record = {"bbox": {"AP": 44.6}, "segm": {"AP": 43.0}}
+    text = json.dumps({"results": {"fused": record}})
+    cell.weights.with_suffix(".json").write_text(text)
+    verify(cell, {"bbox": {"AP": 44.5}, "segm": {"AP": 43.1}})
+    for mask in (40.0, float("nan")):
+        with pytest.raises(InputError, match=f"teacher has mask AP {mask:.1f} here, but .* 43.0"):
+            verify(cell, {"bbox": {"AP": 44.5}, "segm": {"AP": mask}})
