@@ -39,8 +39,8 @@ def read(folder):
 
 def write_checkpoint(name, job, folder):
     """Exports what a training job made, in half precision, as the committed checkpoints are."""
-    from msad_kd.checkpoint.strip import strip_checkpoint  # Detectron2 takes seconds to import
     from msad_kd.checkpoint.files import write_json
+    from msad_kd.checkpoint.strip import strip_checkpoint  # Detectron2 takes seconds to import
 
     folder.mkdir(parents=True, exist_ok=True)
     strip_checkpoint(str(job.folder / "model_final.pth"), str(folder / f"{name}.pth"), half=True)
