@@ -5,12 +5,4 @@ from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.student import DistilledMixin, attach_teacher
 from msad_kd.distill.teacher import Teacher, TeacherSpec, build_teacher
 
-__all__ = [
-    "DistilledMixin",
-    "FeatureDistiller",
-    "RoIDistiller",
-    "Teacher",
-    "TeacherSpec",
-    "attach_teacher",
-    "build_teacher",
-]
+__all__ = [name for name in globals() if not name.startswith("_")]

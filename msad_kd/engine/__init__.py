@@ -3,4 +3,4 @@
 from msad_kd.engine.hooks import EvaluateTeacher, SeedEachStep
 from msad_kd.engine.trainer import KDTrainer
 
-__all__ = ["EvaluateTeacher", "KDTrainer", "SeedEachStep"]
+__all__ = [name for name in globals() if not name.startswith("_")]
