@@ -14,16 +14,15 @@ import torch.nn.functional as F
 
 PADDINGS = ("reflect", "zero", "valid")
 
-# Rows of a matrix that are multiplied at once. Smaller tiles skip more of the zeros off the
-# diagonal, larger ones suit the matrix product better; from 16 to 48 it hardly matters.
+# Rows of a matrix multiplied at once: smaller tiles skip more zeros off the diagonal, larger ones
+# suit the matrix product better. From 16 to 48 it hardly matters.
 TILE = 32
 
 # Up to this many cells of a blurred map, one product with a (H' W', H W) matrix beats two.
 KRON_CELLS = 128
 
-# From this many cells of a map, convolution beats the matrix products. Measured with
-# `tools/analysis/benchmark_ssim.py --blurs`: at 13x21 the matrices win with two of the three
-# paddings, from 25x42 convolution wins with all.
+# From this many cells of a map, convolution beats the matrix products (measured with
+# `tools/analysis/benchmark_ssim.py --blurs`; the crossing is between 13x21 and 25x42).
 CONV_CELLS = 600
 
 
@@ -65,8 +64,8 @@ class MatrixBlur:
     """Blur by a matrix product along each axis: for any dtype and device, faster on small maps.
 
     The padding is part of the matrix: the weight of a cell beyond the border is added to that of
-    the cell it mirrors. So the adjoint is the product with the transpose, whatever the padding. On
-    tiny maps one product blurs both axes.
+    the cell it mirrors. So the adjoint is the product with the transpose. On tiny maps one product
+    blurs both axes.
     """
 
     maps_at_once = 1
@@ -101,8 +100,7 @@ class MatrixBlur:
     def adjoint(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adjoint, (K, M, H, W), for (K, M, H', W'), which may be overwritten."""
         kinds, maps, height, width = x.shape
-        x = x.reshape(-1, width if self._down else height * width)
-        x = _multiply(x, self._across_adjoint)
+        x = _multiply(x.reshape(-1, width if self._down else height * width), self._across_adjoint)
         if self._down:
             x = _multiply(x.view(kinds * maps, height, -1), self._down_adjoint)
         return x.view(kinds, maps, *self.in_shape)
@@ -134,13 +132,12 @@ class ConvBlur:
     """Blur by two depthwise convolutions, in fp32 on a CPU, with the methods of ``MatrixBlur``.
 
     The maps are innermost in memory (channels last), so that one vector instruction works on 16
-    maps at a time. Other layouts are several times slower, and channels folded into the batch 10
-    to 100 times.
+    maps. Other layouts are several times slower, channels folded into the batch 10 to 100 times.
     """
 
     maps_at_once = 16  # fp32 numbers in a vector of 512 bits
 
-    def __init__(self, height, width, window, sigma, padding):
+    def __init__(self, window, sigma, padding):
         self._taps = blur_matrix(window, window, sigma, "valid", torch.float32, torch.device("cpu"))
         self._margin = window // 2
         self._mirrors = padding == "reflect"
@@ -187,8 +184,7 @@ class ConvBlur:
 @torch.inference_mode(False)
 def blur_for(maps, height, width, window, sigma, padding, dtype, device) -> MatrixBlur | ConvBlur:
     """Return the faster blur for so many maps of this size."""
-    args = height, width, window, sigma, padding
-    suits = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if suits and maps >= ConvBlur.maps_at_once and height * width >= CONV_CELLS:
-        return ConvBlur(*args)
-    return MatrixBlur(*args, dtype, device)
+    runs = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if runs and maps >= ConvBlur.maps_at_once and height * width >= CONV_CELLS:
+        return ConvBlur(window, sigma, padding)
+    return MatrixBlur(height, width, window, sigma, padding, dtype, device)

@@ -47,17 +47,10 @@ class Window:
         size = fitting_window(window_size, *x.shape[-2:], padding)
         return cls(size, sigma, (k1 * data_range) ** 2, (k2 * data_range) ** 2, padding)
 
-    def out_cells(self, x: torch.Tensor) -> int:
-        """Return H' W' for maps (..., H, W)."""
-        height, width = x.shape[-2:]
-        lost = self.size - 1 if self.padding == "valid" else 0
-        return (height - lost) * (width - lost)
-
     def mean(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the mean, (..., 1, 1), to subtract from maps (..., H, W) before they are blurred.
 
-        The variance stays the same, as the difference of smaller terms: far from 0 it would be lost
-        in rounding. For zero padding, which has no such freedom, the mean is 0.
+        Far from 0, rounding would lose the variance. Zero padding forbids it: the mean is then 0.
         """
         if self.padding == "zero":
             return x.new_zeros(*x.shape[:-2], 1, 1, dtype=dtype)
@@ -107,8 +100,7 @@ class Moments:
         by_m = self.structure.div_(self.d1).div_(self.d1)
         if weight is not None:
             weight = self.blur.arrange(weight, by_s.new_zeros(len(by_s), 1, 1))
-            by_s *= weight
-            by_m *= weight
+            by_s, by_m = by_s.mul_(weight), by_m.mul_(weight)
         x_wanted, y_wanted = wanted
         stack = _empty(2 + x_wanted + y_wanted, self.p)
         by_su, by_sv = torch.mul(by_s, self.B, out=stack[0]), torch.mul(by_s, self.A, out=stack[1])
@@ -131,26 +123,26 @@ def chunks(x: torch.Tensor, y: torch.Tensor, window: Window) -> Iterator[tuple[s
     arguments = window.size, window.sigma, window.padding, compute_dtype(x, y), x.device
     blur = blur_for(*x.shape, *arguments)
     cells = CHUNK_CELLS * torch.get_num_threads() if x.device.type == "cpu" else CUDA_CHUNK_CELLS
-    size = cells // x[0].numel()
-    size = max(-(-size // blur.maps_at_once), 1) * blur.maps_at_once
+    groups = -(-(cells // x[0].numel()) // blur.maps_at_once)
+    size = max(groups, 1) * blur.maps_at_once
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         yield part, Moments(x[part], y[part], window, blur)
 
 
-def _run_kernels(x, *args):
+def _run_kernels(x, y, window, *args):
     """Return the result of the Triton kernels, or None where they cannot run."""
     global ssim_triton
+    if ssim_triton is None or not ssim_triton.runs_on(x, window.size, compute_dtype(x, y)):
+        return None
     try:
-        return ssim_triton.similarity(x, *args)
+        return ssim_triton.similarity(x, y, window, *args)
     except Exception as error:
         # The interpreter of Triton is there to find faults.
         if isinstance(error, torch.OutOfMemoryError) or not x.is_cuda:
             raise
         # Triton compiles on the machine it runs on, which may lack a C compiler.
-        logging.getLogger(__name__).warning(
-            "SSIM runs without its Triton kernels, which failed:", exc_info=True
-        )
+        logging.getLogger(__name__).warning("SSIM runs without Triton, as:", exc_info=True)
         ssim_triton = None
 
 
@@ -160,17 +152,13 @@ def similarity(x, y, window, *, weight=None, as_map=False, wanted=(False, False)
     """Return SSIM and its gradients for two maps (N, C, H, W).
 
     The first result is the sum over the similarity map, or with ``as_map`` the map itself. The
-    second are the gradients of sum(weight * map) for x and y, (N, C, H, W) in the dtype of their
+    second are the gradients of sum(weight * map) for x and y, in the shape and dtype of their
     input, None where not ``wanted``; the ``weight`` is (N, C, H', W'), None for 1.
     """
     gradients = [z.new_empty(z.shape) if want else None for z, want in zip((x, y), wanted)]
-    shape = x.shape[:2]
-    x, y, weight, *flat = (
-        None if z is None else z.flatten(0, 1) for z in (x, y, weight, *gradients)
-    )
-    result = None
-    if ssim_triton is not None and ssim_triton.runs_on(x, window.size, compute_dtype(x, y)):
-        result = _run_kernels(x, y, window, weight, as_map, flat)
+    tensors, shape = (x, y, weight, *gradients), x.shape[:2]
+    x, y, weight, *flat = (None if z is None else z.flatten(0, 1) for z in tensors)
+    result = _run_kernels(x, y, window, weight, as_map, flat)
     if result is None:
         results = []
         for part, moments in chunks(x, y, window):
