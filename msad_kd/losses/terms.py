@@ -32,9 +32,7 @@ class LossTerm:
 
     def adapts(self, student_channels: int, teacher_channels: int) -> bool:
         """Return whether an adapter comes before the loss."""
-        if self.adapter == "auto":
-            return student_channels != teacher_channels
-        return self.adapter
+        return student_channels != teacher_channels if self.adapter == "auto" else self.adapter
 
     @property
     def of_regions(self) -> bool:

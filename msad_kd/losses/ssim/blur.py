@@ -45,11 +45,10 @@ def blur_matrix(
     """Return the (length', length) matrix that blurs along one axis by an odd, fitting window."""
     offsets = torch.arange(window, dtype=torch.float64) - window // 2
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
-    weights /= weights.sum()
     first, last = (window // 2, length - window // 2) if padding == "valid" else (0, length)
     rows = torch.arange(last - first)[:, None].expand(-1, window)
     columns = rows + first + torch.arange(window) - window // 2
-    weights = weights.expand(len(rows), -1)
+    weights = (weights / weights.sum()).expand(len(rows), -1)
     if padding == "reflect":
         columns = columns.abs()
         columns = torch.where(columns < length, columns, 2 * (length - 1) - columns)
@@ -71,10 +70,8 @@ class MatrixBlur:
     maps_at_once = 1
 
     def __init__(self, height, width, window, sigma, padding, dtype, device):
-        down, across = (
-            blur_matrix(side, window, sigma, padding, torch.float64, torch.device("cpu"))
-            for side in (height, width)
-        )
+        args = window, sigma, padding, torch.float64, torch.device("cpu")
+        down, across = (blur_matrix(side, *args) for side in (height, width))
         self.in_shape, self.out_shape = (height, width), (len(down), len(across))
         if len(down) * len(across) <= KRON_CELLS:
             down, across = down[:0], torch.kron(down, across)

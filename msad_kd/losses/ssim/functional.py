@@ -37,9 +37,10 @@ def ssim(
         contrast  c = (2 sqrt(s_x s_y) + C2) / (s_x + s_y + C2)
         structure s = (s_xy + C3) / (sqrt(s_x s_y) + C3)
 
-    It is in [-1, 1], 1 for equal maps, and symmetric. At exponents (1, 1, 1) the gradient is
-    written by hand: "mean" keeps one map for each input that needs a gradient, in that input's
-    dtype, "none" keeps the two inputs, and a backward refuses ``create_graph=True``.
+    It is in [-1, 1], 1 for equal maps, and symmetric; in fp32, also under autocast, or fp64 if an
+    input is. At exponents (1, 1, 1) the gradient is written by hand: "mean" keeps one map for each
+    input that needs a gradient, in that input's dtype, "none" keeps the two inputs, and a backward
+    refuses ``create_graph=True``.
 
     Args:
         x: (N, C, H, W), of any floating dtype; values are expected in a range of length L.
@@ -50,14 +51,10 @@ def ssim(
         data_range: L, the distance from the least to the greatest possible value.
         k1: keeps l away from 0 / 0.
         k2: keeps c and s away from 0 / 0.
-        padding: "reflect" (without repeating the border), "zero", or "valid" (windows inside alone).
+        padding: "reflect" (without repeating the border), "zero", or "valid" (only inside windows).
         exponents: of l, c and s, none negative; 0 leaves a component out. Under a fractional
             exponent a component below 1e-6 counts as 1e-6.
-        reduction: "mean" over everything, or "none".
-
-    Returns:
-        A scalar for "mean", (N, C, H', W') for "none"; fp32 (also under autocast), or fp64 if an
-        input is.
+        reduction: "mean" for a scalar, or "none" for the map, (N, C, H', W').
 
     Raises:
         ValueError: if the shapes differ or have no cell, or if an argument is out of range.
@@ -146,9 +143,8 @@ def _by_components(x, y, window, exponents, variance_floor):
     mean_x, mean_y = (window.mean(z.detach(), dtype) for z in (x, y))
     x, y = x - mean_x, y - mean_y
     p, q = blur(x), blur(y)
-    deviation_x, deviation_y = (
-        (blur(z * z) - mean * mean).clamp(min=variance_floor).sqrt() for z, mean in ((x, p), (y, q))
-    )
+    variances = (blur(z * z) - mean * mean for z, mean in ((x, p), (y, q)))
+    deviation_x, deviation_y = (variance.clamp(min=variance_floor).sqrt() for variance in variances)
     covariance, both = blur(x * y) - p * q, deviation_x * deviation_y
     mean_x, mean_y = p + mean_x, q + mean_y
     components = (
@@ -193,10 +189,8 @@ def blind_share(
     """
     _check(x, y, window_size, padding)
     window = Window.of(x, window_size, sigma, data_range, 0.0, k2, padding)
-    blind, count = torch.zeros((), device=x.device), 0
     with torch.autocast(x.device.type, enabled=False):
-        for _, moments in chunks(x.flatten(0, 1), y.flatten(0, 1), window):
-            # s_u + s_v + 2 C2 = 2 (s_x + s_y + C2)
-            blind += (moments.d2 < 2 * (1 + threshold) * window.c2).sum()
-            count += moments.d2.numel()
-    return blind / count
+        parts = chunks(x.flatten(0, 1), y.flatten(0, 1), window)
+        # s_u + s_v + 2 C2 = 2 (s_x + s_y + C2)
+        blind = torch.cat([moments.d2 < 2 * (1 + threshold) * window.c2 for _, moments in parts])
+    return blind.sum() / blind.numel()
