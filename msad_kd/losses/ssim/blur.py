@@ -27,10 +27,9 @@ CONV_CELLS = 600
 
 
 def fitting_window(window_size: int, height: int, width: int, padding: str) -> int:
-    """Return the largest odd window, up to ``window_size``, that a map of this size allows.
+    """Return the largest odd window k, up to ``window_size``, that a map of this size allows.
 
-    "reflect" mirrors each side once, so k // 2 < min(H, W), and "zero" stays comparable to it;
-    "valid" has windows inside the map alone, so k <= min(H, W).
+    k // 2 < min(H, W) for "reflect", which mirrors once, and "zero"; k <= min(H, W) for "valid".
     """
     smallest = min(height, width)
     largest = smallest - 1 + smallest % 2 if padding == "valid" else 2 * smallest - 1
@@ -39,9 +38,7 @@ def fitting_window(window_size: int, height: int, width: int, padding: str) -> i
 
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)  # a matrix made in an evaluation is used in training too
-def blur_matrix(
-    length: int, window: int, sigma: float, padding: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def blur_matrix(length, window, sigma, padding, dtype, device) -> torch.Tensor:
     """Return the (length', length) matrix that blurs along one axis by an odd, fitting window."""
     offsets = torch.arange(window, dtype=torch.float64) - window // 2
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
@@ -115,7 +112,7 @@ def _tiles(matrix: torch.Tensor, dtype, device) -> list[tuple[slice, slice, torc
 
 
 def _multiply(x: torch.Tensor, tiles: list) -> torch.Tensor:
-    """Multiply the matrix with (n, length), or for each n with (n, length, width)."""
+    """Return the product of the matrix with (n, length), or with each of (n, length, width)."""
     result = x.new_empty(len(x), tiles[-1][0].stop, *x.shape[2:])
     for rows, columns, tile in tiles:
         if x.dim() == 2:

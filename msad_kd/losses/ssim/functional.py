@@ -75,7 +75,8 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor, **kwargs) -> torch.Tensor:
 
 def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
     shapes = f"not {tuple(x.shape)} and {tuple(y.shape)}"
-    odd, exponents_fit = window_size % 2 == 1, len(exponents) == 3 and min(exponents) >= 0
+    exponents_fit = len(exponents) == 3 and min(exponents) >= 0
+    odd = window_size % 2 == 1
     for message, holds in {
         f"ssim needs maps of shape (N, C, H, W), {shapes}": x.dim() == y.dim() == 4,
         f"ssim needs two maps of one shape, {shapes}": x.shape == y.shape,
@@ -90,8 +91,8 @@ def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
 
 
 def _refuse_second_derivative() -> None:
-    # A backward has gradients enabled only with create_graph=True. torch's once_differentiable is
-    # not enough: a loss with a gradient penalty would silently be trained without the penalty.
+    # A backward has gradients enabled only with create_graph=True. With torch's once_differentiable
+    # instead, a loss with a gradient penalty would silently be trained without it.
     if torch.is_grad_enabled():
         raise RuntimeError("ssim cannot be differentiated a second time; drop create_graph=True")
 

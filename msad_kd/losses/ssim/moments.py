@@ -88,34 +88,30 @@ class Moments:
         self.luminance = (self.a - self.b).div_(self.d1)
         self.structure = (self.A - self.B).div_(self.d2)
 
-    def gradients(self, weight: torch.Tensor | None, wanted: tuple[bool, bool]) -> tuple:
-        """Return a quarter of the gradients of sum(weight * S) for x and y, (M, H, W) or None.
+    def gradients(self, weight: torch.Tensor | None, outs: list[torch.Tensor | None]) -> None:
+        """Write the gradients of sum(weight * S) for x and y to ``outs``, (M, H, W) or None.
 
         With the blur G, its adjoint G' and p the blur of u without its mean, d sum(S) / du =
         G'(dS/dm_u - 2 p dS/ds_u) + 2 u G'(dS/ds_u), and likewise for v. The sum of both is x's
-        gradient, the difference y's. Their common factor 4 is left out. Overwrites the moments. The
-        ``weight`` is (M, H', W') or None for 1; ``wanted`` is whether x and y need a gradient.
+        gradient, the difference y's; the factor 4 comes last. The ``weight`` is (M, H', W') or None
+        for 1. Overwrites the moments.
         """
+        wanted = [(sign, out) for sign, out in zip((1, -1), outs) if out is not None]
         by_s = self.luminance.div_(self.d2).div_(self.d2)
         by_m = self.structure.div_(self.d1).div_(self.d1)
         if weight is not None:
             weight = self.blur.arrange(weight, by_s.new_zeros(len(by_s), 1, 1))
             by_s, by_m = by_s.mul_(weight), by_m.mul_(weight)
-        x_wanted, y_wanted = wanted
-        stack = _empty(2 + x_wanted + y_wanted, self.p)
+        stack = _empty(2 + len(wanted), self.p)
         by_su, by_sv = torch.mul(by_s, self.B, out=stack[0]), torch.mul(by_s, self.A, out=stack[1])
         by_mu = by_m.mul(self.b).mul_(self.mean_u).addcmul_(self.p, by_su, value=-1)
         by_mv = by_m.mul_(self.a).mul_(self.mean_v).neg_().addcmul_(self.q, by_sv)
-        if x_wanted:
-            torch.add(by_mu, by_mv, out=stack[2])
-        if y_wanted:
-            torch.sub(by_mu, by_mv, out=stack[-1])
-        stack = self.blur.adjoint(stack)
-        by_u, by_v = self.u.mul_(stack[0]), self.v.mul_(stack[1])
-        return (
-            (by_u - by_v).add_(stack[2]) if x_wanted else None,
-            (by_u + by_v).add_(stack[-1]) if y_wanted else None,
-        )
+        for (sign, _), by_m in zip(wanted, stack[2:]):
+            torch.add(by_mu, by_mv, alpha=sign, out=by_m)
+        by_u, by_v, *by_ms = self.blur.adjoint(stack)
+        by_u, by_v = self.u.mul_(by_u), self.v.mul_(by_v)
+        for (sign, out), by_m in zip(wanted, by_ms):
+            torch.mul(torch.sub(by_u, by_v, alpha=sign).add_(by_m), 4, out=out)
 
 
 def chunks(x: torch.Tensor, y: torch.Tensor, window: Window) -> Iterator[tuple[slice, Moments]]:
@@ -165,9 +161,7 @@ def similarity(x, y, window, *, weight=None, as_map=False, wanted=(False, False)
             product = moments.luminance * moments.structure
             results.append(product.contiguous() if as_map else product.sum())
             if any(wanted):
-                pieces = moments.gradients(None if weight is None else weight[part], wanted)
-                for gradient, piece in zip(flat, pieces):
-                    if gradient is not None:
-                        torch.mul(piece, 4, out=gradient[part])
+                weights, *outs = (None if z is None else z[part] for z in (weight, *flat))
+                moments.gradients(weights, outs)
         result = torch.cat(results) if as_map else sum(results)
     return result.unflatten(0, shape) if as_map else result, gradients

@@ -2,10 +2,9 @@
 
 M: maps (images times channels), H, W: their height and width, H', W': size of the similarity map.
 
-A program blurs one tile of a map by two matrix products with the part of ``blur.blur_matrix`` that
-the tile needs, so padding and adjoint (the transpose) are in the matrices, not in the kernels. The
-names and formulas are explained in ``moments``. With TRITON_INTERPRET=1 in the environment before
-the import, the kernels run on a CPU.
+A program blurs one tile of a map by two products with the part of ``blur.blur_matrix`` that it
+needs: padding and adjoint (the transpose) are in the matrices. ``moments`` explains the names and
+formulas. With TRITON_INTERPRET=1 in the environment before the import, the kernels run on a CPU.
 """
 
 import os
