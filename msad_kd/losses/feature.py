@@ -19,10 +19,10 @@ DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 
 
 def with_parts(build: Callable[[int], nn.Module]) -> Callable:
-    """Declare that a loss trains a module of its own, which it takes as its third argument.
+    """Declare that a loss trains a module of its own, its third argument.
 
-    ``build`` makes it from the teacher's channels C, one for each level. The modules belong to the
-    student's ``distiller``: they are trained with it, and not exported.
+    ``build`` makes one for each level from the teacher's channels C. They are part of the student's
+    ``distiller``, so they are not exported.
     """
     return partial(_add_attributes, parts=build)
 
@@ -84,12 +84,11 @@ def ssim(
 def pkd(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Return 1 - Pearson correlation per channel over (N, H, W), averaged (PKD, NeurIPS 2022).
 
-    This is half the mean squared difference of the maps after each channel is standardised to mean
-    0 and variance 1: from 0 (equal up to a positive scale and an offset) to 2 (opposite). ``eps``,
-    added to the standard deviation, is for constant channels.
+    This is half the mean squared difference of the maps with each channel standardised: from 0
+    (equal up to a positive scale and an offset) to 2 (opposite). ``eps`` is for constant channels.
     """
     axes = {"dim": (0, 2, 3), "keepdim": True}
-    maps = student.float(), teacher.float()
+    maps = (x.float() for x in (student, teacher))
     # std, not the root of the variance: its gradient would be NaN where a channel is constant.
     s, t = ((x - x.mean(**axes)) / (x.std(**axes, correction=0) + eps) for x in maps)
     return F.mse_loss(s, t) / 2
@@ -121,8 +120,8 @@ def mgd(
     """Return the sum of (T - G(masked S))^2 over N: masked generative distillation (ECCV 2022).
 
     It is a sum, as published, so the weights are small: 2e-5 for RetinaNet with ``mask_ratio``
-    0.65, 5e-7 for Mask R-CNN with 0.45. ``parts`` is G, which generates the teacher's map from the
-    student's; ``mask_ratio`` is lambda, the share of cells set to 0 in all channels, in [0, 1).
+    0.65, 5e-7 for Mask R-CNN with 0.45. ``parts`` is G; ``mask_ratio``, in [0, 1), is lambda, the
+    share of cells set to 0 in all channels.
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}; it has to be from 0 to below 1")

@@ -38,8 +38,7 @@ def roi_class(
 ) -> torch.Tensor:
     """Return tau^2 KL(p_T || p_S) of the class probabilities (Hinton et al., arXiv 1503.02531).
 
-    It is the mean over the regions, and 0 without regions. The temperature tau, above 0, divides
-    the logits.
+    It is the mean over regions, 0 without any. The temperature tau, above 0, divides the logits.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it should be above 0")

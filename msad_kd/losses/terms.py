@@ -57,9 +57,9 @@ def read_losses(entries: list[dict]) -> list[LossTerm]:
 
 
 def _read_term(entry: Any) -> LossTerm:
-    if not isinstance(entry, dict) or "name" not in entry:
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if name is None:
         raise InputError(f"KD.LOSSES: {entry!r} should be a dict with a name and a weight")
-    name = entry["name"]
     names = sorted(name for name, _ in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY))
     if name not in names:
         known = ", ".join(names) + nearest(str(name), names)

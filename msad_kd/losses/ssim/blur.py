@@ -60,8 +60,7 @@ class MatrixBlur:
     """Blur by a matrix product along each axis: for any dtype and device, faster on small maps.
 
     The padding is part of the matrix: the weight of a cell beyond the border is added to that of
-    the cell it mirrors. So the adjoint is the product with the transpose. On tiny maps one product
-    blurs both axes.
+    the cell it mirrors. So the adjoint is the product with the transpose.
     """
 
     maps_at_once = 1

@@ -45,8 +45,7 @@ def ssim(
     Args:
         x: (N, C, H, W), of any floating dtype; values are expected in a range of length L.
         y: the same.
-        window_size: side of the window in cells, odd. Smaller maps have the largest odd window k
-            with k // 2 < min(H, W), or with k <= min(H, W) for "valid".
+        window_size: side of the window in cells, odd; small maps have a ``fitting_window``.
         sigma: standard deviation of the window in cells.
         data_range: L, the distance from the least to the greatest possible value.
         k1: keeps l away from 0 / 0.
@@ -75,8 +74,7 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor, **kwargs) -> torch.Tensor:
 
 def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
     shapes = f"not {tuple(x.shape)} and {tuple(y.shape)}"
-    exponents_fit = len(exponents) == 3 and min(exponents) >= 0
-    odd = window_size % 2 == 1
+    odd, exponents_fit = window_size % 2 == 1, len(exponents) == 3 and min(exponents) >= 0
     for message, holds in {
         f"ssim needs maps of shape (N, C, H, W), {shapes}": x.dim() == y.dim() == 4,
         f"ssim needs two maps of one shape, {shapes}": x.shape == y.shape,

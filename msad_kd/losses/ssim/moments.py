@@ -7,9 +7,8 @@ With u = x + y and v = x - y, the similarity needs only the means m and variance
 
     S = (m_u^2 - m_v^2 + 2 C1) / (m_u^2 + m_v^2 + 2 C1) * (s_u - s_v + 2 C2) / (s_u + s_v + 2 C2)
 
-because 4 m_x m_y = m_u^2 - m_v^2, 2 (m_x^2 + m_y^2) = m_u^2 + m_v^2, and so on. That takes four
-blurred maps (u, v, u^2, v^2) where x and y take five, and since m^2 and s are not negative,
-rounding cannot bring S out of [-1, 1].
+because 4 m_x m_y = m_u^2 - m_v^2, and so on. That takes four blurred maps (u, v, u^2, v^2), not
+five, and as m^2 and s are not negative, rounding cannot bring S out of [-1, 1].
 """
 
 import logging
@@ -89,12 +88,11 @@ class Moments:
         self.structure = (self.A - self.B).div_(self.d2)
 
     def gradients(self, weight: torch.Tensor | None, outs: list[torch.Tensor | None]) -> None:
-        """Write the gradients of sum(weight * S) for x and y to ``outs``, (M, H, W) or None.
+        """Write the gradients of sum(weight * S) for x and y to ``outs``, (M, H, W) or None each.
 
         With the blur G, its adjoint G' and p the blur of u without its mean, d sum(S) / du =
         G'(dS/dm_u - 2 p dS/ds_u) + 2 u G'(dS/ds_u), and likewise for v. The sum of both is x's
-        gradient, the difference y's; the factor 4 comes last. The ``weight`` is (M, H', W') or None
-        for 1. Overwrites the moments.
+        gradient, the difference y's; the factor 4 comes last. This overwrites the moments.
         """
         wanted = [(sign, out) for sign, out in zip((1, -1), outs) if out is not None]
         by_s = self.luminance.div_(self.d2).div_(self.d2)
@@ -119,8 +117,7 @@ def chunks(x: torch.Tensor, y: torch.Tensor, window: Window) -> Iterator[tuple[s
     arguments = window.size, window.sigma, window.padding, compute_dtype(x, y), x.device
     blur = blur_for(*x.shape, *arguments)
     cells = CHUNK_CELLS * torch.get_num_threads() if x.device.type == "cpu" else CUDA_CHUNK_CELLS
-    groups = -(-(cells // x[0].numel()) // blur.maps_at_once)
-    size = max(groups, 1) * blur.maps_at_once
+    size = max(-(-(cells // x[0].numel()) // blur.maps_at_once), 1) * blur.maps_at_once
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         yield part, Moments(x[part], y[part], window, blur)
