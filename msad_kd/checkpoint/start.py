@@ -39,7 +39,7 @@ def init_from_teacher(student: nn.Module, teacher: nn.Module, *, backbone=True) 
         copied = {k: v for k, v in copied.items() if not k.startswith(prefix)}
     elif differing := sorted(teacher_keys ^ student_keys | student_keys - copied.keys()):
         raise InputError(
-            f"the student cannot start from the teacher: their backbones differ in {len(differing)} "
+            f"a student cannot start from its teacher: their backbones differ in {len(differing)} "
             f"weights, e.g. {differing[0]}; set KD.TEACHER.INIT_BACKBONE False to copy neck and "
             "heads alone, and MODEL.WEIGHTS to where the backbone starts"
         )

@@ -27,9 +27,7 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
     if not is_train or not jitter.SIZE:
         return {}
     if len(jitter.SCALES) != 2 or not 0 < jitter.SCALES[0] <= jitter.SCALES[1]:
-        raise InputError(
-            f"INPUT.JITTER.SCALES is {jitter.SCALES}; it should be a range [low, high]"
-        )
+        raise InputError(f"INPUT.JITTER.SCALES is {jitter.SCALES}; it should be a range")
     if cfg.INPUT.CROP.ENABLED:
         raise InputError("INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop; turn one of them off")
     resize = T.ResizeScale(*jitter.SCALES, target_height=jitter.SIZE, target_width=jitter.SIZE)
