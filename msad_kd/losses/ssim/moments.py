@@ -135,7 +135,7 @@ def _run_kernels(x, y, window, *args):
         if isinstance(error, torch.OutOfMemoryError) or not x.is_cuda:
             raise
         # Triton compiles on the machine it runs on, which may lack a C compiler.
-        logging.getLogger(__name__).warning("SSIM runs without Triton, as:", exc_info=True)
+        logging.getLogger(__name__).warning("Triton failed; SSIM runs without it:", exc_info=True)
         ssim_triton = None
 
 
