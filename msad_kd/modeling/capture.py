@@ -1,20 +1,17 @@
 """Context managers that listen to a module or answer in its place, and leave no trace."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
 
 @contextmanager
 def recording(module: nn.Module):
-    """Record the last call of a module.
-
-    Yields:
-        an object with ``inputs``, the tuple of positional arguments, and ``output``.
-    """
+    """Record a module's last call: ``inputs``, a tuple of its arguments, and ``output``."""
     call = SimpleNamespace(inputs=(), output=None)
 
     def keep(_, inputs, output):
@@ -27,19 +24,9 @@ def recording(module: nn.Module):
         handle.remove()
 
 
-@contextmanager
-def replacing_method(module: nn.Module, name: str, function: Callable):
-    """Call a function instead of one method of a module."""
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        delattr(module, name)  # the class's method is visible again
-
-
 def answering(module: nn.Module, output: Any):
     """Let the module return ``output``, which was computed before, instead of computing."""
-    return replacing_method(module, "forward", lambda *args, **kwargs: output)
+    return mock.patch.object(module, "forward", lambda *args, **kwargs: output)
 
 
 @contextmanager
