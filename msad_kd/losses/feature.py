@@ -22,7 +22,7 @@ def with_parts(build: Callable[[int], nn.Module]) -> Callable:
     """Declare that a loss trains a module of its own, its third argument.
 
     ``build`` makes one for each level from the teacher's channels C. They are part of the student's
-    ``distiller``, so they are not exported.
+    ``distiller``, so they are not in the stripped checkpoint.
     """
     return partial(_add_attributes, parts=build)
 

@@ -35,10 +35,16 @@ def computing(backbone: nn.Module, levels: Iterable[str]):
 
     It saves time: p2's output convolution alone is a quarter of the multiply-adds of an R-50 FPN.
     """
+    names, needed = list(backbone.output_shape()), set(levels)
     top_block = getattr(backbone, "top_block", None)
-    source = getattr(top_block, "in_feature", None)  # of all levels above p5
+    top = names[-top_block.num_levels :] if top_block else []
     with ExitStack() as skipped:
-        for name in backbone.output_shape().keys() - {source, *levels}:
+        if top and needed.isdisjoint(top):
+            skipped.enter_context(answering(top_block, [None] * len(top)))
+        elif top:  # each of these levels is made from the one below it
+            last = max(top.index(name) for name in needed.intersection(top))
+            needed |= {top_block.in_feature, *top[: last + 1]}
+        for name in set(names) - needed:
             layer = getattr(backbone, f"fpn_output{name[1:]}", getattr(top_block, name, None))
             if layer is not None:  # a level without a layer, a maximum, costs nothing
                 skipped.enter_context(answering(layer, None))
