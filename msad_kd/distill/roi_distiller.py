@@ -2,11 +2,10 @@
 
 from types import SimpleNamespace
 
-import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from torch import nn
 
-from msad_kd.distill.distiller import Distiller
+from msad_kd.distill.distiller import Distiller, Losses
 from msad_kd.losses.roi import RoIPredictions
 from msad_kd.losses.terms import LossTerm
 from msad_kd.utils.errors import InputError
@@ -31,16 +30,15 @@ class RoIDistiller(Distiller):
         """Check that both detectors' heads can be compared, and return the levels that are read.
 
         Raises:
-            InputError: as ``check_roi_heads``.
+            InputError: if one has no ``StandardROIHeads`` or lacks the masks that a loss compares,
+                or if their classes differ or, for ``roi_box``, the units of their boxes.
         """
-        check_roi_heads(student, teacher, [term.name for term in self.terms])
+        _check_roi_heads(student, teacher, [term.name for term in self.terms])
         heads = teacher.roi_heads
         with_masks = heads.mask_on and self.reads_masks
         return {*heads.box_in_features, *(heads.mask_in_features if with_masks else ())}
 
-    def forward(
-        self, seen: SimpleNamespace, teacher: RoIPredictions, iteration: int
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, seen: SimpleNamespace, teacher: RoIPredictions, iteration: int) -> Losses:
         """Compare the predictions for one batch at an iteration of the trainer.
 
         Args:
@@ -51,18 +49,12 @@ class RoIDistiller(Distiller):
         Returns:
             ``loss_kd_<name>``, weighted, for each loss.
         """
-        predictions = seen.predictions, teacher
-        values = [(term, {term.name: self.evaluate(term, *predictions)}) for term in self.terms]
+        pair = seen.predictions, teacher
+        values = [(term, {term.name: self.evaluate(term, *pair)}) for term in self.terms]
         return self.weigh(values, iteration)
 
 
-def check_roi_heads(student: nn.Module, teacher: nn.Module, names: list[str]) -> None:
-    """Check that two detectors' RoI heads can be compared by the losses of these names.
-
-    Raises:
-        InputError: if one has no ``StandardROIHeads`` or lacks the masks that a loss compares, or
-            if their classes differ or, for ``roi_box``, the units of their boxes.
-    """
+def _check_roi_heads(student: nn.Module, teacher: nn.Module, names: list[str]) -> None:
     for role, model in (("student", student), ("teacher", teacher)):
         heads = getattr(model, "roi_heads", None)
         if not isinstance(heads, StandardROIHeads) or isinstance(heads, CascadeROIHeads):
@@ -75,15 +67,14 @@ def check_roi_heads(student: nn.Module, teacher: nn.Module, names: list[str]) ->
             raise InputError(
                 f"KD.LOSSES: 'roi_mask' compares masks, and the {role}'s MODEL.MASK_ON is False"
             )
-    keys = {"MODEL.ROI_HEADS.NUM_CLASSES": lambda heads: heads.num_classes}
+    heads = student.roi_heads, teacher.roi_heads
+    settings = {"MODEL.ROI_HEADS.NUM_CLASSES": [x.num_classes for x in heads]}
     if "roi_box" in names:
-        keys["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"] = lambda heads: tuple(
-            heads.box_predictor.box2box_transform.weights
-        )
-    for key, read in keys.items():
-        values = [read(model.roi_heads) for model in (student, teacher)]
-        if values[0] != values[1]:
+        weights = [tuple(x.box_predictor.box2box_transform.weights) for x in heads]
+        settings["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"] = weights
+    for key, (mine, theirs) in settings.items():
+        if mine != theirs:
             raise InputError(
-                f"KD.LOSSES: losses of RoI heads need the same {key} in both models; it is "
-                f"{values[0]} in the student and {values[1]} in the teacher"
+                f"KD.LOSSES: losses of RoI heads need the same {key} in both models; it is {mine} "
+                f"in the student and {theirs} in the teacher"
             )

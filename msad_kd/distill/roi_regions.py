@@ -37,15 +37,14 @@ def recording_regions(heads: StandardROIHeads, masks: bool = True) -> Iterator[S
         (those with a mask, or None), their ``classes`` (M,) and the ``predictions``, with graph.
     """
     seen = SimpleNamespace(masked=None)
-    masks = masks and heads.mask_on
     modules = [heads.box_pooler, heads.box_predictor]
-    if masks:
+    if masks and heads.mask_on:
         modules += [heads.mask_pooler, heads.mask_head, heads.mask_head.predictor]
     with ExitStack() as stack:
         pooler, predictor, *mask_calls = [stack.enter_context(recording(x)) for x in modules]
         yield seen
     seen.regions, predicted_masks = pooler.inputs[1], None
-    if masks:
+    if mask_calls:
         mask_pooler, mask_head, mask_predictor = mask_calls
         seen.masked = mask_pooler.inputs[1]
         seen.classes = torch.cat([instances.gt_classes for instances in mask_head.inputs[1]])

@@ -12,7 +12,7 @@ from msad_kd.distill.feature_distiller import FeatureDistiller
 from msad_kd.distill.gradient_ratio import gradient_ratio, last_layer
 from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.roi_regions import predict_regions, recording_regions
-from msad_kd.distill.teacher import Teacher, TeacherSpec, build_teacher
+from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
 from msad_kd.modeling.fcos import FCOS
@@ -82,7 +82,7 @@ class DistilledMixin:
         Call it before the optimizer is built: adapters and losses have parameters of their own.
 
         Raises:
-            InputError: as ``FeatureDistiller.connect`` and ``RoIDistiller.connect``.
+            InputError: if a loss cannot compare the two.
         """
         teacher.needed = self.distiller.connect(teacher.levels())
         self.distiller.to(next(self.parameters()).device)
@@ -101,8 +101,7 @@ class DistilledMixin:
             return super().forward(batched_inputs)
         if self.teacher is None:
             raise RuntimeError(
-                "the student has no teacher; call msad_kd.attach_teacher(model, cfg) before "
-                "training (KDTrainer does)"
+                "the student has no teacher; call msad_kd.attach_teacher(model, cfg)"
             )
         rois = self.roi_distiller
         with (
@@ -110,13 +109,12 @@ class DistilledMixin:
             recording_regions(self.roi_heads, rois.reads_masks) if rois else nullcontext() as seen,
         ):
             losses = super().forward(batched_inputs)
-        pyramid = self.teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
-        storage = get_event_storage()
+        teacher, storage = self.teacher, get_event_storage()
+        pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
         distillation = self.distiller(call.output, pyramid, storage.iter)
         if rois:
-            heads, scale = self.teacher.model.roi_heads, self.teacher.image_scale
-            predicted = predict_regions(heads, pyramid, seen, scale)
-            distillation |= rois(seen, predicted, storage.iter)
+            theirs = predict_regions(teacher.model.roi_heads, pyramid, seen, teacher.image_scale)
+            distillation |= rois(seen, theirs, storage.iter)
         period = self.gradient_ratio_period
         if period and distillation and (storage.iter + 1) % period == 0:
             layer = last_layer(self.backbone)
@@ -151,26 +149,20 @@ def attach_teacher(model: nn.Module, cfg: CfgNode) -> Teacher:
     Call it before the optimizer is built and before DDP wraps the model: see ``set_teacher``.
 
     Raises:
-        InputError: if the model is no student; as ``build_teacher`` and ``set_teacher``.
+        InputError: if the model is no student, or its teacher cannot be built or does not fit it.
     """
     if not isinstance(model, DistilledMixin):
         raise InputError(
             f"a {type(model).__name__} takes no teacher; call attach_teacher with a student, such "
             "as a DistilledRCNN, before DistributedDataParallel wraps it"
         )
-    teacher = build_teacher(cfg)
+    teacher = TeacherSpec.from_config(cfg).build()
     model.set_teacher(teacher)
     return teacher
 
 
 def check_losses(cfg: CfgNode, spec: TeacherSpec) -> None:
-    """Check that a student's losses find their levels and RoI heads in its teacher.
-
-    Both models are built on torch's meta device, which takes neither memory nor time.
-
-    Raises:
-        InputError: as ``DistilledMixin.set_teacher``.
-    """
+    """Check what ``set_teacher`` checks, with models on torch's meta device, which cost nothing."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list(["MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.CHECKPOINT", ""])  # no weights

@@ -246,7 +246,7 @@ def test_one_teacher_at_a_time(ladder_config, stages, monkeypatch):
 
 
 GONE = "for the {} of stage '{}' does not exist"
-RANDOM = "Stage 'first' starts from random weights"
+RANDOM = "In stage 'first' the student starts from random weights"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_what_a_stage_lacks_is_told_before_the_first_one(
     with pytest.raises(InputError, match=words):
         run_ladder(ladder_config("ladder", *options), resume=False)
     assert not (tmp_path / "ladder").exists()  # nothing was trained
-    assert (RANDOM in caplog.text) == (stage == 2) and "Stage 'second'" not in caplog.text
+    assert (RANDOM in caplog.text) == (stage == 2) and "In stage 'second'" not in caplog.text
 
 
 def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp_path, caplog):
@@ -302,7 +302,7 @@ def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp
 
 def hash_of(cfg, index):
     stage_cfg = stage_config(cfg, read_stages(cfg.KD.LADDER.STAGES), index)
-    return ladder._hash_configs(stage_cfg, TeacherSpec.from_config(stage_cfg))
+    return ladder._hash_sources(stage_cfg, TeacherSpec.from_config(stage_cfg))["config_sha256"]
 
 
 def test_the_hash_does_not_depend_on_the_folder(ladder_config):
