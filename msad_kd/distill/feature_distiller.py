@@ -67,8 +67,7 @@ class FeatureDistiller(Distiller):
         self._adapted = [self._connect_term(term, teacher) for term in self.terms]
         if unpaired:
             logging.getLogger(__name__).warning(
-                "The student's levels %s have no partner in the teacher and are not distilled",
-                ", ".join(unpaired),
+                f"Levels {', '.join(unpaired)} have no partner in the teacher and are not distilled"
             )
         return {self.pairs[level] for term in self.terms for level in term.levels or self.pairs}
 
@@ -118,8 +117,7 @@ class FeatureDistiller(Distiller):
                 if maps[0].shape != maps[1].shape:
                     raise InputError(
                         f"level {level} of the student, {tuple(maps[0].shape)}, and level "
-                        f"{partner} of the teacher, {tuple(maps[1].shape)}, differ in shape "
-                        "(images, channels, height, width) and cannot be compared"
+                        f"{partner} of the teacher, {tuple(maps[1].shape)}, differ in shape"
                     )
                 if term.name in self.parts:
                     maps += (self.parts[term.name][level],)

@@ -9,9 +9,8 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from msad_kd.distill.feature_distiller import FeatureDistiller
-from msad_kd.distill.gradient_ratio import gradient_ratio, last_layer
-from msad_kd.distill.roi_distiller import RoIDistiller
-from msad_kd.distill.roi_regions import predict_regions, recording_regions
+from msad_kd.distill.gradient_ratio import gradient_ratio
+from msad_kd.distill.roi_distiller import RoIDistiller, predict_regions, recording_regions
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
@@ -35,7 +34,7 @@ class DistilledMixin:
 
     Args:
         distiller: the losses between feature maps.
-        roi_distiller: the losses between predictions of RoI heads; None without any.
+        roi_distiller: the losses between predictions of RoI heads.
         gradient_ratio_period: log the gradient norm of the distillation losses over that of the
             detection losses every so many iterations; 0: never.
         kwargs: arguments of the stock detector.
@@ -50,7 +49,7 @@ class DistilledMixin:
         self,
         *,
         distiller: FeatureDistiller,
-        roi_distiller: RoIDistiller | None = None,
+        roi_distiller: RoIDistiller,
         gradient_ratio_period: int = 0,
         **kwargs,
     ):
@@ -64,7 +63,6 @@ class DistilledMixin:
         """Return the constructor's arguments. Nothing is read of the teacher."""
         stock = super().from_config(cfg)
         terms, period = read_losses(cfg.KD.LOSSES), cfg.KD.DIAGNOSTICS_PERIOD
-        roi_terms = [term for term in terms if term.of_regions]
         return {
             **stock,
             "distiller": FeatureDistiller(
@@ -72,7 +70,7 @@ class DistilledMixin:
                 student=in_high_resolution(stock["backbone"].output_shape(), cfg.KD.SCALE),
                 diagnostics_period=period,
             ),
-            "roi_distiller": RoIDistiller(roi_terms, period) if roi_terms else None,
+            "roi_distiller": RoIDistiller([term for term in terms if term.of_regions], period),
             "gradient_ratio_period": cfg.KD.GRADIENT_RATIO_PERIOD,
         }
 
@@ -86,8 +84,7 @@ class DistilledMixin:
         """
         teacher.needed = self.distiller.connect(teacher.levels())
         self.distiller.to(next(self.parameters()).device)
-        if self.roi_distiller:
-            teacher.needed |= self.roi_distiller.connect(self, teacher.model)
+        teacher.needed |= self.roi_distiller.connect(self, teacher.model)
         self._teacher = (teacher,)
 
     @property
@@ -100,10 +97,8 @@ class DistilledMixin:
         if not self.training:
             return super().forward(batched_inputs)
         if self.teacher is None:
-            raise RuntimeError(
-                "the student has no teacher; call msad_kd.attach_teacher(model, cfg)"
-            )
-        rois = self.roi_distiller
+            raise RuntimeError("there is no teacher; call msad_kd.attach_teacher(model, cfg) first")
+        rois = self.roi_distiller if self.roi_distiller.terms else None
         with (
             recording(self.backbone) as call,
             recording_regions(self.roi_heads, rois.reads_masks) if rois else nullcontext() as seen,
@@ -117,15 +112,13 @@ class DistilledMixin:
             distillation |= rois(seen, theirs, storage.iter)
         period = self.gradient_ratio_period
         if period and distillation and (storage.iter + 1) % period == 0:
-            layer = last_layer(self.backbone)
-            ratio = gradient_ratio(distillation.values(), losses.values(), layer)
+            ratio = gradient_ratio(distillation.values(), losses.values(), self.backbone)
             storage.put_scalar("kd/gradient_ratio", ratio)
         return {**losses, **distillation}
 
     def not_finite(self) -> list[str]:
         """Return the distillation losses of the last step that are NaN or infinite."""
-        distillers = (self.distiller, self.roi_distiller)
-        return [name for x in distillers if x is not None for name in x.not_finite()]
+        return self.distiller.not_finite() + self.roi_distiller.not_finite()
 
 
 @META_ARCH_REGISTRY.register()

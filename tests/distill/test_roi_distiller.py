@@ -8,8 +8,7 @@ from helpers import WARMUP, build, differing, losses_of, tensors_of
 from torch.testing import assert_close
 
 from msad_kd import attach_teacher
-from msad_kd.distill.roi_distiller import RoIDistiller
-from msad_kd.distill.roi_regions import predict_regions, recording_regions
+from msad_kd.distill.roi_distiller import RoIDistiller, predict_regions, recording_regions
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY, RoIPredictions
