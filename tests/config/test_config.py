@@ -60,7 +60,7 @@ def test_files_and_options_are_merged(config_files):
         (["KD.SCALE", "two"], "cannot be read: Type mismatch.*KD.SCALE$"),
         (["KD.SCALE", "3"], "KD.SCALE is 3.*power of two"),
         (["KD.LOSSES", "[{'name': 'l3', 'weight': 1.0}]"], "KD.LOSSES: there is no loss 'l3'"),
-        (["KD.LOSSES", "{'name': 'l1', 'weight': 1.0}"], "KD.LOSSES: .* a list of dicts"),
+        (["KD.LOSSES", "{'name': 'l1', 'weight': 1.0}"], "cannot be read: .* KD.LOSSES$"),
         (["KD.LADDER.STAGES", "[{'name': 'a'}]"], "STAGES: stage 1 needs 'config_file'"),
         (["DATASETS.COCO_FORMAT", "['shapes']"], "COCO_FORMAT: shapes should have the fields"),
         (["DATASETS.TEST", "('coco_2017_vla',)"], "TEST: 'coco_2017_vla' .* mean coco_2017_val"),
@@ -103,6 +103,7 @@ def test_files_that_are_no_config(file, words):
         ("KD:\n  TEECHER:\n    WEIGHTS: x\n", "KD.TEECHER; did you mean KD.TEACHER"),
         ("MODEL:\n  FPNN: 3\n", "MODEL.FPNN; did you mean MODEL.FPN"),
         ("_BASE_: gone.yaml\n", "gone.yaml"),
+        ("KD:\n  LOSSES:\n", "KD.LOSSES: None should be a list of dicts"),
         ("KD:\n  LADDER:\n    STAGES:\n", "KD.LADDER.STAGES: None should be a list of dicts"),
     ],
 )
