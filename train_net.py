@@ -82,6 +82,8 @@ def main(args):
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=EXAMPLES)
+    (options,) = [action for action in parser._actions if action.dest == "opts"]
+    options.help = "KEY VALUE pairs on top of the config file"  # Detectron2's names LazyConfig
     parser.add_argument(
         "--import",
         dest="imports",

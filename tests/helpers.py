@@ -8,7 +8,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from msad_kd import KDTrainer
+from msad_kd import KDTrainer, attach_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +78,13 @@ def build(cfg):
     """The same weights for the same architecture."""
     torch.manual_seed(0)
     return build_model(cfg)
+
+
+def build_student(cfg):
+    """The same, with its teacher."""
+    model = build(cfg)
+    attach_teacher(model, cfg)
+    return model
 
 
 def losses_of(model, inputs, iteration=WARMUP):

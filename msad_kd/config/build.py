@@ -45,8 +45,8 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
     """Merge a YAML file and KEY VALUE pairs into a config, in place.
 
     Raises:
-        InputError: if the file does not exist or is no YAML, if a value has the wrong type, or if a
-            key is unknown; the message proposes the nearest one.
+        InputError: if the file cannot be read, if a value has the wrong type, or if a key is
+            unknown; the message proposes the nearest one.
     """
     source = f" in '{config_file}'" if config_file else ""
     if config_file.endswith(".py"):
@@ -97,16 +97,16 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     choose_implementation(cfg.TEST.COCO_EVALUATOR)
     register_coco_format(cfg)
     check_parts(cfg)
-    builder = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
-    if cfg.MODEL.FPN.TOP_BLOCK != "maxpool" and builder.__module__.startswith("detectron2."):
+    backbone, top_block = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.TOP_BLOCK
+    of_detectron2 = BACKBONE_REGISTRY.get(backbone).__module__.startswith("detectron2.")
+    if top_block != "maxpool" and of_detectron2:
         raise InputError(
-            f"MODEL.FPN.TOP_BLOCK is {cfg.MODEL.FPN.TOP_BLOCK}, but Detectron2's "
-            f"{cfg.MODEL.BACKBONE.NAME} does not read it; set MODEL.BACKBONE.NAME to "
-            "build_five_level_resnet_fpn_backbone"
+            f"MODEL.FPN.TOP_BLOCK is {top_block}, but Detectron2's {backbone} does not read it; "
+            "set MODEL.BACKBONE.NAME to build_five_level_resnet_fpn_backbone"
         )
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key] or ():
-            check_name(f"DATASETS.{key}", name, DatasetCatalog)
+            _check_name(f"DATASETS.{key}", name, DatasetCatalog)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU is available: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
@@ -115,12 +115,7 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     return _scale_to_world(cfg)
 
 
-def check_name(key: str, name: str, registry) -> None:
-    """Check that a registry or catalog has the name that a config key gives.
-
-    Raises:
-        InputError: if it has not; the message proposes the nearest name.
-    """
+def _check_name(key: str, name: str, registry) -> None:
     if name not in registry:
         known = list(registry.list()) if hasattr(registry, "list") else [n for n, _ in registry]
         raise InputError(f"{key}: '{name}' is not registered{nearest(name, known)}")
@@ -130,12 +125,12 @@ def check_parts(cfg: CfgNode) -> None:
     """Check that meta-architecture, backbone and RoI heads of a config are registered.
 
     Raises:
-        InputError: as ``check_name``.
+        InputError: if one is not; the message proposes the nearest name.
     """
     model = cfg.MODEL
-    check_name("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY)
-    check_name("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY)
-    check_name("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY)
+    _check_name("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    _check_name("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY)
+    _check_name("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY)
 
 
 def _scale_to_world(cfg: CfgNode) -> CfgNode:
@@ -143,8 +138,7 @@ def _scale_to_world(cfg: CfgNode) -> CfgNode:
     if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
         raise InputError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which cannot be divided among "
-            f"the {reference} processes of SOLVER.REFERENCE_WORLD_SIZE; change one of them (a "
-            "REFERENCE_WORLD_SIZE of 0 turns the scaling off)"
+            f"the {reference} processes of SOLVER.REFERENCE_WORLD_SIZE; change one, or set it to 0"
         )
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     if scaled is cfg:

@@ -13,13 +13,11 @@ def add_msad_kd_config(cfg: CN) -> None:
     # the folder that the environment variable DETECTRON2_DATASETS names (./datasets if unset).
     cfg.DATASETS.COCO_FORMAT = []
 
-    # Large-scale jitter, which replaces the resize in training: the side of the square crop, in
-    # pixels of the images that the model trains on (e.g. 1024 at high resolution, 512 at low
-    # resolution). 0 turns it off.
+    # Large-scale jitter, which replaces the resize in training: an image is scaled to fit a square,
+    # times a random factor in the range SCALES, and then cropped or padded to it. SIZE is the
+    # square's side in pixels of the images that the model trains on; 0 turns it off.
     cfg.INPUT.JITTER = CN()
     cfg.INPUT.JITTER.SIZE = 0
-    # The image is scaled to fit the square, times a random factor in this range, and then cropped
-    # or padded to the square.
     cfg.INPUT.JITTER.SCALES = [0.1, 2.0]
 
     # "SGD" or "ADAMW".
@@ -65,9 +63,8 @@ def add_msad_kd_config(cfg: CN) -> None:
     # Log every loss without its weight, by level, and its own diagnostics as kd/*, every so many
     # iterations; 0: never. Detectron2 writes its log every 20.
     cfg.KD.DIAGNOSTICS_PERIOD = 20
-    # Log kd/gradient_ratio every so many iterations; 0: never. It is the gradient norm of the
-    # distillation losses over that of the detection losses, at the last layer of the backbone's
-    # bottom-up path, and costs two more backward passes.
+    # The same for kd/gradient_ratio: the gradient norm of the distillation losses over that of the
+    # detection losses, at the bottom-up path's last layer. It costs two more backward passes.
     cfg.KD.GRADIENT_RATIO_PERIOD = 0
 
     cfg.KD.TEACHER = CN()
@@ -80,10 +77,9 @@ def add_msad_kd_config(cfg: CN) -> None:
     # The pyramid to learn from: "fused", "hr" or "lr". A single-resolution teacher has "hr", read
     # from the high-resolution image, and "lr", read from the student's image.
     cfg.KD.TEACHER.BRANCH = "fused"
-    # Whether the student starts from the teacher's weights. A resumed run does not start again.
+    # Whether the student starts from the teacher's weights, and whether from its bottom-up path's
+    # too; if the backbones differ, the path has to start from MODEL.WEIGHTS instead.
     cfg.KD.TEACHER.INIT_STUDENT = True
-    # Whether that includes the backbone's bottom-up path. False is for a teacher with another
-    # backbone; the path then starts from MODEL.WEIGHTS.
     cfg.KD.TEACHER.INIT_BACKBONE = True
     # Whether to evaluate the teacher on DATASETS.TEST before the first iteration.
     cfg.KD.TEACHER.EVAL_BEFORE_TRAIN = True
@@ -104,20 +100,18 @@ def add_msad_kd_config(cfg: CN) -> None:
 
 
 def _add_model_keys(cfg: CN) -> None:
-    # How this project's FPNs make the levels above p5: "maxpool" subsamples p5, as in Detectron2's
-    # R-CNNs; "conv_p5" (its FCOS) and "conv_res5" (its RetinaNet) are strided convolutions with
-    # FPN.NORM. Without a norm, their scale is far from that of the other levels. Detectron2's own
-    # FPN builders do not read this key.
+    # How this project's FPNs (Detectron2's do not read it) make the levels above p5: "maxpool"
+    # subsamples p5, as for R-CNN; "conv_p5" (FCOS) and "conv_res5" (RetinaNet) are strided
+    # convolutions with FPN.NORM. Without a norm, their scale is far from the other levels'.
     cfg.MODEL.FPN.TOP_BLOCK = "maxpool"
 
     # ---- A classifier of timm under an FPN (MODEL.BACKBONE.NAME: build_timm_fpn_backbone, and
     # build_aligned_timm_fpn_backbone for a multi-resolution teacher) ----
     # Its feature maps of strides 4 to 32 are FPN.IN_FEATURES [res2, res3, res4, res5].
     # BACKBONE.FREEZE_AT n freezes the layers that lead to strides up to 2^n; 0 freezes none.
-    # timm's weights are for RGB images; with INPUT.FORMAT BGR, the first convolution's are reversed
-    # when they are read. PIXEL_MEAN and PIXEL_STD, in the order of INPUT.FORMAT, have to be 255
-    # times the mean and std of timm.get_pretrained_cfg(NAME): for most [123.675, 116.28, 103.53]
-    # and [58.395, 57.12, 57.375] (RGB).
+    # timm's weights are for RGB; for BGR, the first convolution's are reversed when they are read.
+    # PIXEL_MEAN and PIXEL_STD, in the order of INPUT.FORMAT, have to be 255 times those of
+    # timm.get_pretrained_cfg(NAME): for most [123.675, 116.28, 103.53], [58.395, 57.12, 57.375].
     cfg.MODEL.TIMM = CN()
     # A classifier's name in timm (timm.list_models()); a tag chooses among its weights:
     # "resnet50.a1_in1k".
@@ -127,9 +121,8 @@ def _add_model_keys(cfg: CN) -> None:
     # What its batch normalisation becomes: "BN", "SyncBN" or "FrozenBN".
     cfg.MODEL.TIMM.NORM = "FrozenBN"
     # The weights that training starts from: PRETRAINED takes timm's from its hub, CHECKPOINT takes
-    # a file (.pth or .safetensors) of the classifier instead, whose head is left out. Neither is
-    # read if MODEL.WEIGHTS is set, as it is for a teacher and in an evaluation. A resumed run reads
-    # them again before it loads its checkpoint; set them back to do without.
+    # a file (.pth or .safetensors) of the classifier instead, without its head. Neither is read if
+    # MODEL.WEIGHTS is set, as for a teacher and in an evaluation; a resumed run reads them again.
     cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.TIMM.CHECKPOINT = ""
 

@@ -44,8 +44,7 @@ def read_stages(entries: list[dict]) -> list[Stage]:
     """Check KD.LADDER.STAGES and return its entries.
 
     Raises:
-        InputError: if it is not a list of dicts, a field is unknown, missing or of another type,
-            or two stages have one name.
+        InputError: if an entry cannot be used, or two stages have one name.
     """
     if not isinstance(entries, (list, tuple)):
         raise InputError(f"KD.LADDER.STAGES: {entries!r} should be a list of dicts")

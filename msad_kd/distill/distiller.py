@@ -7,6 +7,8 @@ from torch import nn
 from msad_kd.losses.terms import LossTerm
 from msad_kd.utils.errors import InputError
 
+Losses = dict[str, torch.Tensor]  # log name to value
+
 
 class Distiller(nn.Module):
     """A sum of distillation losses that keeps the values of its last step.
@@ -20,7 +22,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.terms = terms
         self.diagnostics_period = diagnostics_period
-        self._values: dict[str, torch.Tensor] = {}
+        self._values: Losses = {}
 
     def logs_at(self, iteration: int) -> bool:
         """Return whether the diagnostics are logged at an iteration, counted from 0."""
@@ -34,9 +36,7 @@ class Distiller(nn.Module):
         except ValueError as error:  # of an argument's value, or of maps too small for the loss
             raise InputError(f"KD.LOSSES: '{term.name}'{where}: {error}") from error
 
-    def weigh(
-        self, values: list[tuple[LossTerm, dict[str, torch.Tensor]]], iteration: int
-    ) -> dict[str, torch.Tensor]:
+    def weigh(self, values: list[tuple[LossTerm, Losses]], iteration: int) -> Losses:
         """Sum and weight the values of a step, keep them, and log them if due.
 
         Args:
@@ -46,8 +46,7 @@ class Distiller(nn.Module):
         Returns:
             ``loss_kd_<name>`` for each loss.
         """
-        losses: dict[str, torch.Tensor] = {}
-        self._values = {}
+        losses, self._values = {}, {}
         for term, parts in values:
             key = f"loss_kd_{term.name}"
             losses[key] = losses.get(key, 0.0) + term.warmup_weight(iteration) * sum(parts.values())

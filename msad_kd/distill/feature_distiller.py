@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from msad_kd.distill.distiller import Distiller
+from msad_kd.distill.distiller import Distiller, Losses
 from msad_kd.losses.terms import LossTerm
 from msad_kd.modeling.pyramid import Pyramid, pair_levels
 from msad_kd.utils.errors import InputError
@@ -57,8 +57,7 @@ class FeatureDistiller(Distiller):
             The teacher's levels that the losses read.
 
         Raises:
-            InputError: if no level has a partner, if a loss names a level without one, or if the
-                channels of a pair differ and the loss has no adapter.
+            InputError: if no level has a partner, or a loss cannot compare one of its levels.
         """
         if not self.terms:
             return set()
@@ -68,8 +67,7 @@ class FeatureDistiller(Distiller):
         self._adapted = [self._connect_term(term, teacher) for term in self.terms]
         if unpaired:
             logging.getLogger(__name__).warning(
-                "The student's levels %s have no partner in the teacher and are not distilled",
-                ", ".join(unpaired),
+                f"Levels {', '.join(unpaired)} have no partner in the teacher and are not distilled"
             )
         return {self.pairs[level] for term in self.terms for level in term.levels or self.pairs}
 
@@ -82,35 +80,32 @@ class FeatureDistiller(Distiller):
                     f"the levels that have one are {', '.join(self.pairs)}"
                 )
             partner = self.pairs[level]
-            channels = self.student[level].channels, teacher[partner].channels
-            if term.adapts(*channels):
+            width, teacher_width = self.student[level].channels, teacher[partner].channels
+            if term.adapts(width, teacher_width):
                 adapted.add(level)
                 if level not in self.adapters:
-                    self.adapters[level] = build_adapter(*channels)
-            elif channels[0] != channels[1]:
+                    self.adapters[level] = build_adapter(width, teacher_width)
+            elif width != teacher_width:
                 raise InputError(
-                    f"KD.LOSSES: '{term.name}' compares level {level} of the student, with "
-                    f"{channels[0]} channels, and level {partner} of the teacher, with "
-                    f"{channels[1]}; set its 'adapter' to auto"
+                    f"KD.LOSSES: '{term.name}' compares level {level} of the student, with {width} "
+                    f"channels, and level {partner} of the teacher, with {teacher_width}; set its "
+                    "'adapter' to auto"
                 )
             if build := getattr(term.function, "parts", None):
                 if term.name not in self.parts:
                     self.parts[term.name] = nn.ModuleDict()
                 if level not in self.parts[term.name]:
-                    self.parts[term.name][level] = build(channels[1])
+                    self.parts[term.name][level] = build(teacher_width)
         return adapted
 
-    def forward(
-        self, student: Pyramid, teacher: Pyramid, iteration: int
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Pyramid, teacher: Pyramid, iteration: int) -> Losses:
         """Compare two pyramids, level name to (N, C, H, W), at an iteration of the trainer.
 
         Returns:
             ``loss_kd_<name>`` for each loss, weighted and summed over its levels.
 
         Raises:
-            InputError: if the maps of a pair differ in shape, or if a loss rejects an argument or
-                its maps.
+            InputError: if the maps of a pair differ in shape, or if a loss rejects its input.
         """
         through = {level: adapter(student[level]) for level, adapter in self.adapters.items()}
         values = []
@@ -122,17 +117,16 @@ class FeatureDistiller(Distiller):
                 if maps[0].shape != maps[1].shape:
                     raise InputError(
                         f"level {level} of the student, {tuple(maps[0].shape)}, and level "
-                        f"{partner} of the teacher, {tuple(maps[1].shape)}, differ in shape "
-                        "(images, channels, height, width) and cannot be compared"
+                        f"{partner} of the teacher, {tuple(maps[1].shape)}, differ in shape"
                     )
                 if term.name in self.parts:
                     maps += (self.parts[term.name][level],)
                 value = self.evaluate(term, *maps, where=f" on level {level}")
                 by_name[f"{term.name}_{level}"] = value
                 measures = getattr(term.function, "measures", {}) if self.logs_at(iteration) else {}
-                with torch.no_grad():
-                    for name, measure in measures.items():
+                for name, measure in measures.items():
+                    with torch.no_grad():
                         scalar = measure(*maps, **term.arguments)
-                        get_event_storage().put_scalar(f"kd/{term.name}_{name}_{level}", scalar)
+                    get_event_storage().put_scalar(f"kd/{term.name}_{name}_{level}", scalar)
             values.append((term, by_name))
         return self.weigh(values, iteration)

@@ -28,13 +28,14 @@ def last_layer(backbone: nn.Module) -> nn.Parameter:
 
 
 def gradient_ratio(
-    distillation: Iterable[torch.Tensor], detection: Iterable[torch.Tensor], layer: nn.Parameter
+    distillation: Iterable[torch.Tensor], detection: Iterable[torch.Tensor], backbone: nn.Module
 ) -> torch.Tensor:
     """Return the gradient norm of the distillation losses over that of the detection losses.
 
-    Both gradients are taken at one layer's weight; losses that do not depend on it have norm 0. The
-    graph is kept and no ``.grad`` changes, so the training step stays the same.
+    Both are taken at ``last_layer``; losses that do not depend on it have norm 0. The graph is kept
+    and no ``.grad`` changes, so the training step stays the same.
     """
+    layer = last_layer(backbone)
 
     def norm(losses: Iterable[torch.Tensor]) -> torch.Tensor:
         # A power of 2 is exact in fp32, and in fp16 it keeps small gradients from underflowing.

@@ -9,10 +9,9 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from msad_kd.distill.feature_distiller import FeatureDistiller
-from msad_kd.distill.gradient_ratio import gradient_ratio, last_layer
-from msad_kd.distill.roi_distiller import RoIDistiller
-from msad_kd.distill.roi_regions import predict_regions, recording_regions
-from msad_kd.distill.teacher import Teacher, TeacherSpec, build_teacher
+from msad_kd.distill.gradient_ratio import gradient_ratio
+from msad_kd.distill.roi_distiller import RoIDistiller, predict_regions, recording_regions
+from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
 from msad_kd.modeling.fcos import FCOS
@@ -35,7 +34,7 @@ class DistilledMixin:
 
     Args:
         distiller: the losses between feature maps.
-        roi_distiller: the losses between predictions of RoI heads; None without any.
+        roi_distiller: the losses between predictions of RoI heads.
         gradient_ratio_period: log the gradient norm of the distillation losses over that of the
             detection losses every so many iterations; 0: never.
         kwargs: arguments of the stock detector.
@@ -50,7 +49,7 @@ class DistilledMixin:
         self,
         *,
         distiller: FeatureDistiller,
-        roi_distiller: RoIDistiller | None = None,
+        roi_distiller: RoIDistiller,
         gradient_ratio_period: int = 0,
         **kwargs,
     ):
@@ -64,7 +63,6 @@ class DistilledMixin:
         """Return the constructor's arguments. Nothing is read of the teacher."""
         stock = super().from_config(cfg)
         terms, period = read_losses(cfg.KD.LOSSES), cfg.KD.DIAGNOSTICS_PERIOD
-        roi_terms = [term for term in terms if term.of_regions]
         return {
             **stock,
             "distiller": FeatureDistiller(
@@ -72,7 +70,7 @@ class DistilledMixin:
                 student=in_high_resolution(stock["backbone"].output_shape(), cfg.KD.SCALE),
                 diagnostics_period=period,
             ),
-            "roi_distiller": RoIDistiller(roi_terms, period) if roi_terms else None,
+            "roi_distiller": RoIDistiller([term for term in terms if term.of_regions], period),
             "gradient_ratio_period": cfg.KD.GRADIENT_RATIO_PERIOD,
         }
 
@@ -82,12 +80,11 @@ class DistilledMixin:
         Call it before the optimizer is built: adapters and losses have parameters of their own.
 
         Raises:
-            InputError: as ``FeatureDistiller.connect`` and ``RoIDistiller.connect``.
+            InputError: if a loss cannot compare the two.
         """
         teacher.needed = self.distiller.connect(teacher.levels())
         self.distiller.to(next(self.parameters()).device)
-        if self.roi_distiller:
-            teacher.needed |= self.roi_distiller.connect(self, teacher.model)
+        teacher.needed |= self.roi_distiller.connect(self, teacher.model)
         self._teacher = (teacher,)
 
     @property
@@ -100,34 +97,28 @@ class DistilledMixin:
         if not self.training:
             return super().forward(batched_inputs)
         if self.teacher is None:
-            raise RuntimeError(
-                "the student has no teacher; call msad_kd.attach_teacher(model, cfg) before "
-                "training (KDTrainer does)"
-            )
-        rois = self.roi_distiller
+            raise RuntimeError("there is no teacher; call msad_kd.attach_teacher(model, cfg) first")
+        rois = self.roi_distiller if self.roi_distiller.terms else None
         with (
             recording(self.backbone) as call,
             recording_regions(self.roi_heads, rois.reads_masks) if rois else nullcontext() as seen,
         ):
             losses = super().forward(batched_inputs)
-        pyramid = self.teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
-        storage = get_event_storage()
+        teacher, storage = self.teacher, get_event_storage()
+        pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
         distillation = self.distiller(call.output, pyramid, storage.iter)
         if rois:
-            heads, scale = self.teacher.model.roi_heads, self.teacher.image_scale
-            predicted = predict_regions(heads, pyramid, seen, scale)
-            distillation |= rois(seen, predicted, storage.iter)
+            theirs = predict_regions(teacher.model.roi_heads, pyramid, seen, teacher.image_scale)
+            distillation |= rois(seen, theirs, storage.iter)
         period = self.gradient_ratio_period
         if period and distillation and (storage.iter + 1) % period == 0:
-            layer = last_layer(self.backbone)
-            ratio = gradient_ratio(distillation.values(), losses.values(), layer)
+            ratio = gradient_ratio(distillation.values(), losses.values(), self.backbone)
             storage.put_scalar("kd/gradient_ratio", ratio)
         return {**losses, **distillation}
 
     def not_finite(self) -> list[str]:
         """Return the distillation losses of the last step that are NaN or infinite."""
-        distillers = (self.distiller, self.roi_distiller)
-        return [name for x in distillers if x is not None for name in x.not_finite()]
+        return self.distiller.not_finite() + self.roi_distiller.not_finite()
 
 
 @META_ARCH_REGISTRY.register()
@@ -151,26 +142,20 @@ def attach_teacher(model: nn.Module, cfg: CfgNode) -> Teacher:
     Call it before the optimizer is built and before DDP wraps the model: see ``set_teacher``.
 
     Raises:
-        InputError: if the model is no student; as ``build_teacher`` and ``set_teacher``.
+        InputError: if the model is no student, or its teacher cannot be built or does not fit it.
     """
     if not isinstance(model, DistilledMixin):
         raise InputError(
             f"a {type(model).__name__} takes no teacher; call attach_teacher with a student, such "
             "as a DistilledRCNN, before DistributedDataParallel wraps it"
         )
-    teacher = build_teacher(cfg)
+    teacher = TeacherSpec.from_config(cfg).build()
     model.set_teacher(teacher)
     return teacher
 
 
 def check_losses(cfg: CfgNode, spec: TeacherSpec) -> None:
-    """Check that a student's losses find their levels and RoI heads in its teacher.
-
-    Both models are built on torch's meta device, which takes neither memory nor time.
-
-    Raises:
-        InputError: as ``DistilledMixin.set_teacher``.
-    """
+    """Check what ``set_teacher`` checks, with models on torch's meta device, which cost nothing."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list(["MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.CHECKPOINT", ""])  # no weights

@@ -113,17 +113,16 @@ class TeacherSpec:
     # The teacher's own config, frozen, with KD.TEACHER.WEIGHTS as its MODEL.WEIGHTS and with the
     # student's data sets, device and number of workers.
     cfg: CfgNode
-    config_file: str  # KD.TEACHER.CONFIG_FILE
-    branch: str  # KD.TEACHER.BRANCH: the pyramid to learn from
+    config_file: str
+    branch: str
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "TeacherSpec":
         """Read KD.TEACHER of a student's config.
 
         Raises:
-            InputError: if the config file or the weights are not named; if the file cannot be read;
-                if the teacher has no such branch; if its images differ from the student's in format
-                or scale or, for a student that starts from its backbone, in mean or deviation.
+            InputError: if the config file or the weights are not named, if the file cannot be read,
+                if the teacher has no such branch, or if the two see other images.
         """
         keys = cfg.KD.TEACHER
         for key in ("CONFIG_FILE", "WEIGHTS"):
@@ -152,7 +151,7 @@ class TeacherSpec:
         return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH)
 
     def build(self) -> Teacher:
-        """Build the teacher and load its checkpoint, without drawing random numbers.
+        """Build, load and freeze the teacher, without drawing random numbers.
 
         A student therefore has the same initial weights and data with a teacher as without.
 
@@ -187,12 +186,3 @@ def _check_images(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
                 f"{key} is {teacher} in the teacher's config '{cfg.KD.TEACHER.CONFIG_FILE}' and "
                 f"{student} in the student's; both have to see the same images"
             )
-
-
-def build_teacher(cfg: CfgNode) -> Teacher:
-    """Build, load and freeze the teacher that a student's config names.
-
-    Raises:
-        InputError: as ``TeacherSpec.from_config`` and ``TeacherSpec.build``.
-    """
-    return TeacherSpec.from_config(cfg).build()

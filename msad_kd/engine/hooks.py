@@ -5,7 +5,6 @@ import os
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from torch import nn
 
 from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.modeling.classes import number_of_classes
@@ -38,21 +37,17 @@ class EvaluateTeacher(HookBase):
         trainer, logger = self.trainer, logging.getLogger(__name__)
         if trainer.start_iter > 0:
             return
-        classes = [number_of_classes(cfg) for cfg in (self.spec.cfg, trainer.cfg)]
-        if classes[0] != classes[1]:
-            logger.warning(
-                "The teacher predicts %s classes, the student %s: the teacher is not evaluated",
-                *classes,
-            )
-            return
         cfg = self.spec.cfg.clone()
+        theirs, ours = number_of_classes(cfg), number_of_classes(trainer.cfg)
+        if theirs != ours:
+            counts = f"{theirs} classes, the student {ours}"
+            logger.warning(f"The teacher predicts {counts}: the teacher is not evaluated")
+            return
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")
         for key in ("COCO_EVALUATOR", "CITYSCAPES_COCO"):  # to compare its AP with the student's
             cfg.TEST[key] = trainer.cfg.TEST[key]
-        logger.info(
-            "Evaluating the teacher's branch '%s' before the first iteration", self.spec.branch
-        )
+        logger.info(f"Evaluating the teacher's branch '{self.spec.branch}' before the training")
         with preserved_rng():
             trainer.test(cfg, trainer.teacher.model)
 
@@ -64,30 +59,25 @@ class KeepNormalizer(HookBase):
     """
 
     def __init__(self, period: int):
-        """Keep the iterations between two checkpoints, ``period``."""
-        self.period = period
+        self.period = period  # iterations between two checkpoints
         self._gathered: tuple[int, list[float | None]] = (-1, [])
-
-    @property
-    def _model(self) -> nn.Module:
-        model = self.trainer.model
-        return getattr(model, "module", model)
 
     def after_step(self):
         """Gather the normalizers if a checkpoint is due: only one process writes it."""
         done = self.trainer.iter + 1
         if done % self.period == 0 or done >= self.trainer.max_iter:
-            self._gathered = done, comm.all_gather(get_normalizer(self._model))
+            values = comm.all_gather(get_normalizer(self.trainer.checkpointer.model))
+            self._gathered = done, values
 
     def state_dict(self) -> dict:
         """Return the normalizers, of this process alone if the checkpoint was not due."""
         done, values = self._gathered
         if done != self.trainer.iter + 1:
-            values = [get_normalizer(self._model)]
+            values = [get_normalizer(self.trainer.checkpointer.model)]
         return {} if values[0] is None else {"values": values}
 
     def load_state_dict(self, state: dict) -> None:
         """Give this process its normalizer back, or the first one if it is new."""
-        values = state["values"]
-        rank = comm.get_rank()
-        set_normalizer(self._model, values[rank] if rank < len(values) else values[0])
+        values, rank = state["values"], comm.get_rank()
+        value = values[rank] if rank < len(values) else values[0]
+        set_normalizer(self.trainer.checkpointer.model, value)

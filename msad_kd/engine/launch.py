@@ -21,27 +21,19 @@ def launch(
     dist_url: str = "auto",
     args: tuple = (),
 ) -> None:
-    """Start processes as Detectron2's ``launch`` does, on the CPU if there is no GPU.
-
-    Args:
-        main: the function that each process calls with ``args``.
-        num_gpus_per_machine: the number of processes on each machine.
-        num_machines: the number of machines.
-        machine_rank: the rank of this machine.
-        dist_url: where the processes meet; "auto" picks a free port of this machine.
-        args: arguments of ``main``.
-    """
+    """Start processes as Detectron2's ``launch`` does, with its arguments, on CPUs without GPUs."""
     world_size = num_gpus_per_machine * num_machines
     if world_size <= 1 or torch.cuda.is_available():
         launch_on_gpus(main, num_gpus_per_machine, num_machines, machine_rank, dist_url, args)
         return
+    count = num_gpus_per_machine
     logging.getLogger(__name__).warning(
-        "No GPU is available: starting %d processes on the CPU", num_gpus_per_machine
+        f"No GPU is available: starting {count} processes on the CPU"
     )
     if dist_url == "auto":
         dist_url = f"tcp://127.0.0.1:{get_free_port()}"
-    arguments = (main, num_gpus_per_machine, world_size, machine_rank, dist_url, args)
-    multiprocessing.spawn(_cpu_worker, arguments, nprocs=num_gpus_per_machine)
+    arguments = (main, count, world_size, machine_rank, dist_url, args)
+    multiprocessing.spawn(_cpu_worker, arguments, nprocs=count)
 
 
 def _cpu_worker(local_rank, main, processes, world_size, machine_rank, dist_url, args):

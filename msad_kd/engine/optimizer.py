@@ -46,15 +46,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         )
     else:
         raise InputError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; use SGD or ADAMW")
-    if total:
-        _clip_total_norm(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
-    return optimizer
 
-
-def _clip_total_norm(optimizer: torch.optim.Optimizer, limit: float, norm_type: float) -> None:
-    def clip(optimizer: torch.optim.Optimizer, *_) -> None:
+    def clip_total_norm(optimizer: torch.optim.Optimizer, *_) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, limit, norm_type)
+        nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
 
-    # Under AMP the gradients are unscaled already: GradScaler does it before it calls step.
-    optimizer.register_step_pre_hook(clip)
+    if total:
+        # Under AMP the gradients are unscaled already: GradScaler does it before it calls step.
+        optimizer.register_step_pre_hook(clip_total_norm)
+    return optimizer

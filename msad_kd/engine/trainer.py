@@ -26,6 +26,8 @@ from msad_kd.modeling.classes import check_classes, is_a
 from msad_kd.utils.compat import ddp_on, load_trainer_state, trainer_state
 from msad_kd.utils.errors import InputError
 
+_logger = logging.getLogger(__name__)
+
 
 class KDTrainer(DefaultTrainer):
     """Trains students, multi-resolution teachers and stock detectors.
@@ -54,10 +56,9 @@ class KDTrainer(DefaultTrainer):
             # teacher has to be attached: it decides which adapters there are to train.
             self.build_model = self._build_student
         elif cfg.KD.TEACHER.CONFIG_FILE:
-            logging.getLogger(__name__).warning(
-                "KD.TEACHER is not used: a %s is trained without distillation (students are "
-                "DistilledRCNN and the like)",
-                cfg.MODEL.META_ARCHITECTURE,
+            _logger.warning(
+                f"KD.TEACHER is not used: a {cfg.MODEL.META_ARCHITECTURE} is trained without "
+                "distillation (students are DistilledRCNN and the like)"
             )
         with ddp_on(cfg.MODEL.DEVICE):
             super().__init__(cfg)
@@ -81,8 +82,7 @@ class KDTrainer(DefaultTrainer):
             with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
                 super().train()
         except FloatingPointError as error:  # Detectron2's, which names total losses only
-            model = getattr(self._trainer.model, "module", self._trainer.model)
-            names = model.not_finite() if self.teacher is not None else []
+            names = self.checkpointer.model.not_finite() if self.teacher is not None else []
             if not names:
                 raise
             raise FloatingPointError(
@@ -106,10 +106,9 @@ class KDTrainer(DefaultTrainer):
         if fresh and self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
             backbone = self.cfg.KD.TEACHER.INIT_BACKBONE
             if weights and backbone:
-                logging.getLogger(__name__).warning(
-                    "The teacher's weights replace those of MODEL.WEIGHTS '%s'; set "
-                    "KD.TEACHER.INIT_STUDENT False to keep them",
-                    weights,
+                _logger.warning(
+                    f"The teacher's weights replace those of MODEL.WEIGHTS '{weights}'; set "
+                    "KD.TEACHER.INIT_STUDENT False to keep them"
                 )
             init_from_teacher(self.checkpointer.model, self.teacher.model, backbone=backbone)
 
@@ -131,7 +130,7 @@ class KDTrainer(DefaultTrainer):
                 "same SOLVER.IMS_PER_BATCH"
             )
         if not load_trainer_state(self, state_dict):
-            logging.getLogger(__name__).warning(
+            _logger.warning(
                 "The checkpoint has no optimizer state: it was written by Detectron2 0.6 itself"
             )
 
@@ -172,9 +171,7 @@ class KDTrainer(DefaultTrainer):
         return loader
 
     @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> DatasetEvaluator:
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None) -> DatasetEvaluator:
         """Build the evaluator of a data set; see ``evaluation.build``."""
         return build_evaluator(cfg, dataset_name, output_folder)
 
@@ -184,32 +181,23 @@ class KDTrainer(DefaultTrainer):
 
         Returns:
             The results as ``test`` returns them, with "_TTA" after the name of each task.
-
-        Raises:
-            InputError: as ``check_augmentation``.
         """
-        check_augmentation(cfg)
-        logging.getLogger(__name__).info("Evaluating with test-time augmentation (TEST.AUG)")
+        _logger.info("Evaluating with test-time augmentation (TEST.AUG)")
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         if len(cfg.DATASETS.TEST) > 1:
-            return {name: _with_suffix(tasks) for name, tasks in results.items()}
-        return _with_suffix(results)
+            return {name: _add_suffix(tasks) for name, tasks in results.items()}
+        return _add_suffix(results)
 
     @classmethod
     def load_model(cls, cfg: CfgNode, weights: str | None, source: str) -> nn.Module:
-        """Build a model for evaluation, and load a checkpoint whose keys all fit.
-
-        Nothing is read, built or loaded of a student's teacher.
+        """Build a model for evaluation without its teacher; load weights by ``load_strictly``.
 
         Args:
             cfg: the config of the model.
             weights: the checkpoint; None keeps the initial weights.
             source: what to call the config in an error.
-
-        Raises:
-            InputError: as ``load_strictly``.
         """
         cfg = cfg.clone()
         cfg.defrost()
@@ -220,7 +208,7 @@ class KDTrainer(DefaultTrainer):
         return model.eval()
 
 
-def _with_suffix(results: dict) -> dict:
+def _add_suffix(results: dict) -> dict:
     return {f"{task}_TTA": metrics for task, metrics in results.items()}
 
 
@@ -228,9 +216,8 @@ def _warn_of_long_warmup(cfg: CfgNode) -> None:
     iterations = cfg.SOLVER.MAX_ITER
     slow = [term for term in read_losses(cfg.KD.LOSSES) if term.warmup_iters > iterations]
     if slow:
-        logging.getLogger(__name__).warning(
-            "KD.LOSSES: %s will not reach their weight, because the run ends after %d iterations "
-            "(SOLVER.MAX_ITER); lower warmup_iters",
-            ", ".join(f"{term.name} (warmup_iters {term.warmup_iters})" for term in slow),
-            iterations,
+        names = ", ".join(f"{term.name} (warmup_iters {term.warmup_iters})" for term in slow)
+        _logger.warning(
+            f"KD.LOSSES: {names} will not reach their weight, because the run ends after "
+            f"{iterations} iterations (SOLVER.MAX_ITER); lower warmup_iters"
         )

@@ -38,15 +38,14 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
 
     Args:
         cfg: a config with KD.LADDER.STAGES. A stage's config is this one with the stage's changes.
-        resume: skip the stages that are done, and resume the first that is not. The stages after
-            it are trained from their beginning, because their student is another one.
+        resume: skip the stages that are done, resume the first that is not, and train those after
+            it from their beginning, because their student is another one.
 
     Returns:
         The last stage's results on DATASETS.TEST, in the main process.
 
     Raises:
-        InputError: before anything is trained, if a stage has a mistake, or if one that is done has
-            changed since; later, whatever the run of a stage raises.
+        InputError: if a stage has a mistake, before anything is trained, or has changed since done.
     """
     logger = logging.getLogger(__name__)
     stages = read_stages(cfg.KD.LADDER.STAGES)
@@ -64,11 +63,13 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
             continue
         logger.info("Stage %d of %d: '%s', in %s", index + 1, len(stages), stage.name, folder)
         if comm.is_main_process():
-            # Now, not later: if the ladder is killed, a resume must not take up what the old
-            # students led to.
+            # Now: if the ladder is killed, a resume must not take up what the old students led to.
             for stale in configs[index + 1 :] if resume else configs[index:]:
                 for mark in (DONE, RESUMABLE):
-                    (Path(stale.OUTPUT_DIR) / mark).unlink(missing_ok=True)
+                    Path(stale.OUTPUT_DIR, mark).unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(stage_cfg.dump())
+        comm.synchronize()
         hashes = _hash_sources(stage_cfg, spec)  # now: the files may change during the training
         results = _run_stage(stage_cfg, spec, resume=resume)
         resume = False
@@ -86,67 +87,59 @@ def _check_stages(stages: list[Stage], configs: list[CfgNode]) -> list[TeacherSp
     """Check all stages before the first is trained, and return their teachers."""
     specs, earlier_students = [], []
     for stage, cfg in zip(stages, configs):
+        name, start = f"stage '{stage.name}'", cfg.MODEL.WEIGHTS
         if not is_a(cfg, DistilledMixin):
             raise InputError(
                 f"KD.LADDER.STAGES: a {cfg.MODEL.META_ARCHITECTURE} learns from no teacher; set "
                 "MODEL.META_ARCHITECTURE to a student, such as DistilledRCNN"
             )
-        check_exists(stage.weights, f"the teacher of stage '{stage.name}'")
-        start = cfg.MODEL.WEIGHTS
+        check_exists(stage.weights, f"the teacher of {name}")
         if not start and stage.start == "previous":
             logging.getLogger(__name__).warning(
-                "Stage '%s' starts from random weights, because MODEL.WEIGHTS is empty and 'start' "
-                "is 'previous'; 'start: teacher' takes the teacher's",
-                stage.name,
+                f"In {name} the student starts from random weights, because MODEL.WEIGHTS is empty "
+                "and 'start' is 'previous'; 'start: teacher' takes the teacher's"
             )
         if start and Path(start) not in earlier_students:
-            check_exists(start, f"the start of stage '{stage.name}'")
+            check_exists(start, f"the start of {name}")
         try:
             specs.append(TeacherSpec.from_config(cfg))
             check_losses(cfg, specs[-1])
         except InputError as error:
-            raise InputError(f"stage '{stage.name}': {error}") from error
+            raise InputError(f"{name}: {error}") from error
         earlier_students.append(Path(cfg.OUTPUT_DIR) / STUDENT)
     return specs
 
 
 def _check_finished(cfg: CfgNode, spec: TeacherSpec, recorded: dict | None) -> None:
     """Check that config, teacher, start and student of a finished stage have not changed."""
-    folder = Path(cfg.OUTPUT_DIR)
-    advice = (
-        f"delete '{folder}' to train the stage and those after it again, or start a ladder in "
-        "another OUTPUT_DIR"
-    )
-    if recorded is None or not (folder / STUDENT).is_file():
-        missing = f"entry in {STATE}" if recorded is None else STUDENT
+    student = Path(cfg.OUTPUT_DIR) / STUDENT
+    if recorded is None or not student.is_file():
+        problems = [f"its {STUDENT if recorded else f'entry in {STATE}'} is missing"]
+    else:
+        hashes = {**_hash_sources(cfg, spec), "student_sha256": hash_file(student)}
+        sources = {
+            "config": "its config or its teacher's",
+            "teacher": f"its teacher, '{cfg.KD.TEACHER.WEIGHTS}',",
+            "start": f"the checkpoint it starts from, '{cfg.MODEL.WEIGHTS}',",
+            "student": f"its {STUDENT}",
+        }
+        changed = [x for x in sources if recorded.get(f"{x}_sha256") != hashes[f"{x}_sha256"]]
+        problems = [f"{sources[x]} has changed since" for x in changed]
+    if problems:
         raise InputError(
-            f"the stage in '{folder}' is marked as done, but its {missing} is missing; {advice}"
+            f"the stage in '{cfg.OUTPUT_DIR}' is marked as done, but {problems[0]}; delete the "
+            "folder to train it and later stages again, or start a ladder in another OUTPUT_DIR"
         )
-    hashes = {**_hash_sources(cfg, spec), "student_sha256": hash_file(folder / STUDENT)}
-    for key, source in (
-        ("config_sha256", "its config or its teacher's"),
-        ("teacher_sha256", f"its teacher, '{cfg.KD.TEACHER.WEIGHTS}',"),
-        ("start_sha256", f"the checkpoint it starts from, '{cfg.MODEL.WEIGHTS}',"),
-        ("student_sha256", f"its {STUDENT}"),
-    ):
-        if recorded.get(key) != hashes[key]:
-            raise InputError(
-                f"the stage in '{folder}' is marked as done, but {source} has changed since; "
-                f"{advice}"
-            )
 
 
 def _hash_sources(cfg: CfgNode, spec: TeacherSpec) -> dict[str, str | None]:
     """Hash what a stage's result depends on; a file that has to be downloaded has no hash."""
     weights = {"teacher_sha256": cfg.KD.TEACHER.WEIGHTS, "start_sha256": cfg.MODEL.WEIGHTS}
+    configs = _neutral(cfg) + _neutral(spec.cfg)
     return {
-        "config_sha256": _hash_configs(cfg, spec),
+        "config_sha256": hashlib.sha256(configs.encode()).hexdigest(),
         **{key: hash_file(x) if os.path.isfile(x) else None for key, x in weights.items()},
     }
-
-
-def _hash_configs(cfg: CfgNode, spec: TeacherSpec) -> str:
-    return hashlib.sha256((_neutral(cfg) + _neutral(spec.cfg)).encode()).hexdigest()
 
 
 def _neutral(cfg: CfgNode) -> str:
@@ -156,18 +149,13 @@ def _neutral(cfg: CfgNode) -> str:
     cfg.merge_from_list(NEUTRAL)
     if not cfg.TEST.PRECISE_BN.ENABLED:  # it takes other images after each evaluation
         cfg.TEST.EVAL_PERIOD = 0
-    if os.path.basename(os.path.dirname(cfg.MODEL.WEIGHTS)).startswith("stage_"):
-        # The student of an earlier stage: the folder of the ladder may be moved.
-        cfg.MODEL.WEIGHTS = os.path.join(*Path(cfg.MODEL.WEIGHTS).parts[-2:])
+    start = Path(cfg.MODEL.WEIGHTS)
+    if start.parent.name.startswith("stage_"):  # an earlier stage's; the ladder may be moved
+        cfg.MODEL.WEIGHTS = os.path.join(*start.parts[-2:])
     return cfg.dump()
 
 
 def _run_stage(cfg: CfgNode, spec: TeacherSpec, *, resume: bool) -> dict:
-    if comm.is_main_process():
-        folder = Path(cfg.OUTPUT_DIR)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(cfg.dump())
-    comm.synchronize()
     if cfg.SEED >= 0:  # new adapters must not depend on what has been drawn before the stage
         seed_all(derive_seed(cfg.SEED, comm.get_rank()))
     try:

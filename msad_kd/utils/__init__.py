@@ -1,4 +1,4 @@
-"""Errors, seeds, flat configs, and the differences between versions of the libraries below us."""
+"""Errors, seeds, checks of config entries, and what differs between versions of Detectron2."""
 
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all

@@ -1,8 +1,4 @@
-"""What differs between versions of the libraries below us, and the patches they need.
-
-Supported are Detectron2 0.6 and its git main. A patch is a context manager, and its docstring says
-which version needs it.
-"""
+"""What differs between Detectron2 0.6 and its git main, and the patches that libraries need."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -34,16 +30,13 @@ def ddp_on(device: str) -> AbstractContextManager:
     return mock.patch.object(defaults, "create_ddp_model", wrap)
 
 
-def create_local_process_group(processes: int) -> None:
+def create_local_process_group(processes_per_machine: int) -> None:
     """Tell Detectron2 which processes run on the same machine.
 
     Git main has a function for this. Detectron2 0.6 does it inside ``launch``, which needs GPUs.
-
-    Args:
-        processes: the number of processes on each machine.
     """
-    for first in range(0, dist.get_world_size(), processes):
-        ranks = range(first, first + processes)
+    for first in range(0, dist.get_world_size(), processes_per_machine):
+        ranks = range(first, first + processes_per_machine)
         group = dist.new_group(ranks)  # every process has to create every group
         if dist.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
@@ -58,12 +51,9 @@ def trainer_state(trainer: DefaultTrainer) -> dict:
 
 
 def load_trainer_state(trainer: DefaultTrainer, state: dict) -> bool:
-    """Restore what ``trainer_state`` returned.
+    """Restore what ``trainer_state`` returned, and return whether it has the optimizer's state.
 
-    Git main refuses a checkpoint without optimizer state, such as one that 0.6 itself wrote.
-
-    Returns:
-        Whether the state has the optimizer's.
+    Git main refuses a checkpoint without one, such as 0.6 itself writes.
     """
     TrainerBase.load_state_dict(trainer, state)
     if "_trainer" in state:

@@ -47,20 +47,20 @@ def read_fields(
         raise InputError(f"{key}: {name} should be a dict, not {entry!r}")
     for field in entry:
         if field not in annotations:
-            raise InputError(
-                f"{key}: {name} has no field '{field}'; known: {', '.join(annotations)}"
-                f"{nearest(str(field), annotations)}"
-            )
+            hint = nearest(str(field), annotations)
+            known = ", ".join(annotations)
+            raise InputError(f"{key}: {name} has no field '{field}'; known: {known}{hint}")
     for field in required:
         if field not in entry:
             raise InputError(f"{key}: {name} needs '{field}', {_describe(annotations[field])}")
-    values = {field: yaml_number(value) for field, value in entry.items()}
+    values = {}
     for field, value in entry.items():
-        if not _fits(values[field], annotations[field]):
-            values[field] = value  # text that looks like a number
-            if not _fits(value, annotations[field]):
-                words = _describe(annotations[field])
-                raise InputError(f"{key}: {field} of {name} should be {words}, not {value!r}")
+        # The value itself for a text that looks like a number.
+        fitting = [x for x in (yaml_number(value), value) if _fits(x, annotations[field])]
+        if not fitting:
+            words = _describe(annotations[field])
+            raise InputError(f"{key}: {field} of {name} should be {words}, not {value!r}")
+        values[field] = fitting[0]
     return values
 
 
@@ -84,8 +84,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)) or not args:
             return isinstance(value, (list, tuple))
-        if origin is list or args[-1] is ...:
-            args = args[:1] * len(value)
+        args = args[:1] * len(value) if origin is list or args[-1] is ... else args
         return len(value) == len(args) and all(map(_fits, value, args))
     if origin in (int, float):  # true is not a number; a whole number is a number
         return type(value) in (int, origin)

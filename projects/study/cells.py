@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 
 from msad_kd.config.build import build_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.flat_config import flatten_config
 from projects.study.grid import PLACEHOLDER, Row
 
 # Config keys that change no weight of the trained model.
@@ -144,16 +145,10 @@ def changed_keys(cfg):
     """
     default = get_cfg()
     add_msad_kd_config(default)
-    default = _keys(default)
-    return {k: v for k, v in _keys(cfg).items() if k not in LOGGING and v != default.get(k)}
-
-
-def _keys(node, prefix=""):
-    keys = {}
-    for name, value in node.items():
-        nested = isinstance(value, CfgNode)
-        keys |= _keys(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return keys
+    default = flatten_config(default)
+    return {
+        k: v for k, v in flatten_config(cfg).items() if k not in LOGGING and v != default.get(k)
+    }
 
 
 def _trains(key):

@@ -84,26 +84,6 @@ def test_sum_over_levels_of_the_mean(entries, expected, needed):
     assert not module.state_dict()  # none of these losses trains anything
 
 
-def test_the_warm_up_follows_the_iteration_that_is_given():
-    warm = distiller({**L1, "warmup_iters": 500})
-    iterations = (9000, 0, 0, 1, 250, 499, 500)  # not in order: no call is counted
-    found = [warm(*pyramids(1.0, 1.0, 1.0), i)["loss_kd_l1"] for i in iterations]
-    shares = [1, 0, 0, 1 / 500, 0.5, 499 / 500, 1]
-    assert_close(torch.stack(found), torch.tensor([3 * 0.6 * share for share in shares]))
-
-
-def test_arguments_reach_the_loss():
-    student, teacher = pyramids(0.0, 0.0, 0.0)
-    torch.manual_seed(0)
-    noisy = {name: torch.randn_like(level) for name, level in student.items()}
-    losses = [
-        distiller({"name": "pkd", "weight": 1.0, **arguments})(noisy, teacher, 0)["loss_kd_pkd"]
-        for arguments in ({}, {"eps": 1e6})
-    ]
-    assert_close(losses[0], torch.tensor(1.5))  # a constant teacher: half the variance, 3 levels
-    assert_close(losses[1], torch.tensor(0.0), atol=1e-6, rtol=0)
-
-
 def test_defaults_are_the_papers():
     cfg = get_cfg()
     add_msad_kd_config(cfg)
@@ -120,34 +100,22 @@ def test_a_registered_loss_can_be_named(register):
     assert mine(*pyramids(1.0, 2.0, 3.0), 0)["loss_kd_largest"].item() == 14.0 + 15.0
 
 
-def test_a_name_that_two_losses_have_is_refused():
+def test_a_name_that_two_losses_have_is_refused(register):
     def roi_box(student, teacher):
         return (student - teacher).sum()
 
-    DISTILL_LOSS_REGISTRY.register(roi_box)
-    try:
-        with pytest.raises(InputError, match="'roi_box' is in both registries"):
-            read_losses([{"name": "roi_box", "weight": 1.0}])
-    finally:
-        DISTILL_LOSS_REGISTRY._obj_map.pop("roi_box")
+    register(roi_box)
+    with pytest.raises(InputError, match="'roi_box' is in both registries"):
+        read_losses([{"name": "roi_box", "weight": 1.0}])
 
 
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"name": "l3", "weight": 1.0}, "no loss 'l3'; known: .*l1.*mse"),
-        ({"name": "l1", "weight": 1.0, "wiehgt": 2}, "'l1' has no field 'wiehgt'; known: .*levels"),
         ({"name": "l1"}, "'l1' needs 'weight', a number"),
         ({"weight": 1.0}, "should be a dict with a name and a weight"),
         ("l1", "should be a dict with a name and a weight"),
-        ({"name": "l1", "weight": "much"}, "weight of 'l1' should be a number, not 'much'"),
-        ({"name": "l1", "weight": 1, "levels": "p2"}, "levels of 'l1' should be a list of texts"),
         ({"name": "l1", "weight": 1, "warmup_iters": -1}, "warmup_iters of 'l1' should be a whole"),
-        (
-            {"name": "l1", "weight": 1, "warmup_iters": 2.5},
-            "warmup_iters of 'l1' should be a whole",
-        ),
-        ({"name": "l1", "weight": 1, "adapter": "maybe"}, "adapter of 'l1' should be auto, true"),
         (
             {"name": "roi_class", "weight": 1, "temperature": "high"},
             "temperature of 'roi_class' should be a number, not 'high'",
@@ -163,11 +131,6 @@ def test_a_name_that_two_losses_have_is_refused():
 def test_entries_that_cannot_be_read(entry, words):
     with pytest.raises(InputError, match=f"KD.LOSSES.*{words}"):
         read_losses([entry])
-
-
-def test_losses_that_are_no_list():
-    with pytest.raises(InputError, match="KD.LOSSES: .* should be a list of dicts"):
-        read_losses({"name": "l1", "weight": 1.0})
 
 
 def test_a_level_without_partner_is_an_error_if_a_loss_names_it():

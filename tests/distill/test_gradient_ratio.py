@@ -3,17 +3,11 @@
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from helpers import WARMUP, build, losses_of
+from helpers import WARMUP, build_student, losses_of
 
-from msad_kd import KDTrainer, attach_teacher
+from msad_kd import KDTrainer
 from msad_kd.distill.gradient_ratio import last_layer
 from msad_kd.utils.errors import InputError
-
-
-def build_student(cfg):
-    model = build(cfg)
-    attach_teacher(model, cfg)
-    return model
 
 
 def test_the_ratio_of_the_norms_at_the_last_layer(student_config, batch):

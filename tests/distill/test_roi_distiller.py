@@ -4,12 +4,11 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
-from helpers import WARMUP, build, differing, losses_of, tensors_of
+from helpers import WARMUP, build, build_student, differing, losses_of, tensors_of
 from torch.testing import assert_close
 
 from msad_kd import attach_teacher
-from msad_kd.distill.roi_distiller import RoIDistiller
-from msad_kd.distill.roi_regions import predict_regions, recording_regions
+from msad_kd.distill.roi_distiller import RoIDistiller, predict_regions, recording_regions
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY, RoIPredictions
@@ -20,12 +19,6 @@ from msad_kd.utils.errors import InputError
 NAMES = ("roi_class", "roi_box", "roi_mask")
 ROI = [{"name": name, "weight": 1.0, "warmup_iters": WARMUP} for name in NAMES]
 L1 = {"name": "l1", "weight": 0.6, "warmup_iters": WARMUP}
-
-
-def with_teacher(cfg):
-    model = build(cfg)
-    attach_teacher(model, cfg)
-    return model
 
 
 @pytest.fixture
@@ -69,7 +62,7 @@ def test_a_student_has_the_stock_losses_and_these(student_config, config, batch)
     cfg = student_config("KD.LOSSES", [L1, *ROI])
     inputs = batch(cfg, "lr")
     found, expected = (
-        losses_of(with_teacher(cfg), inputs, WARMUP),
+        losses_of(build_student(cfg), inputs, WARMUP),
         losses_of(build(config("lr")), inputs),
     )
     assert found.keys() == expected.keys() | {f"loss_kd_{name}" for name in ("l1", *NAMES)}
@@ -79,7 +72,7 @@ def test_a_student_has_the_stock_losses_and_these(student_config, config, batch)
 
 def test_the_values_are_of_the_teachers_heads_on_its_pyramid(student_config, batch):
     cfg = student_config("KD.LOSSES", ROI, "KD.DIAGNOSTICS_PERIOD", 1)
-    model = with_teacher(cfg)
+    model = build_student(cfg)
     inputs = batch(cfg, "lr")
     torch.manual_seed(1)
     with recording_regions(model.roi_heads) as seen, EventStorage(WARMUP // 2) as storage:
@@ -95,7 +88,7 @@ def test_the_values_are_of_the_teachers_heads_on_its_pyramid(student_config, bat
 
 def test_their_gradient_reaches_heads_and_backbone_and_no_teacher(student_config, batch):
     cfg = student_config("KD.LOSSES", ROI)
-    model = with_teacher(cfg)
+    model = build_student(cfg)
     theirs = tensors_of(model.teacher.model)
     losses = losses_of(model, batch(cfg, "lr"), WARMUP)
     sum(losses[f"loss_kd_{name}"] for name in NAMES).backward()
@@ -109,7 +102,7 @@ def test_their_gradient_reaches_heads_and_backbone_and_no_teacher(student_config
 def test_with_weight_0_a_step_is_the_plain_one(student_config, batch):
     inputs, gradients = batch(student_config(), "lr"), []
     for losses in ([], [{**each, "weight": 0.0} for each in ROI]):
-        model = with_teacher(student_config("KD.LOSSES", losses))
+        model = build_student(student_config("KD.LOSSES", losses))
         sum(losses_of(model, inputs, WARMUP).values()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert differing(*gradients) == []
@@ -123,7 +116,7 @@ def test_a_plain_teacher_teaches_by_its_heads(config, config_files, batch, branc
     teacher = ["KD.TEACHER.WEIGHTS", str(weights), "KD.TEACHER.BRANCH", branch]
     teacher += ["KD.TEACHER.CONFIG_FILE", str(config_files[branch])]
     cfg = config("student", *teacher, "KD.LOSSES", [{**L1, "levels": ["p3"]}, *ROI])
-    model = with_teacher(cfg)
+    model = build_student(cfg)
     assert model.teacher.image_scale == scale
     assert {"p2", "p3", "p4", "p5"} <= model.teacher.needed
     losses = losses_of(model, batch(cfg, "lr"), WARMUP)
@@ -133,7 +126,7 @@ def test_a_plain_teacher_teaches_by_its_heads(config, config_files, batch, branc
 @pytest.mark.parametrize("detector", ["faster_rcnn"], indirect=True)
 def test_without_masks(student_config, batch):
     cfg = student_config("KD.LOSSES", ROI[:2])
-    losses = losses_of(with_teacher(cfg), batch(cfg, "lr"), WARMUP)
+    losses = losses_of(build_student(cfg), batch(cfg, "lr"), WARMUP)
     assert losses["loss_kd_roi_class"] > 0 and losses["loss_kd_roi_box"] > 0
     with pytest.raises(InputError, match="'roi_mask' compares masks, and the student's MODEL.MASK"):
         check(student_config("KD.LOSSES", ROI))
@@ -142,7 +135,7 @@ def test_without_masks(student_config, batch):
 def test_masks_that_no_loss_reads_are_not_predicted(student_config, batch):
     inputs, found = batch(student_config(), "lr"), []
     for losses in (ROI[:2], ROI):
-        model = with_teacher(student_config("KD.LOSSES", losses))
+        model = build_student(student_config("KD.LOSSES", losses))
         with recording(model.teacher.model.roi_heads.mask_head.predictor) as call:
             found.append(losses_of(model, inputs, WARMUP))
         assert (call.output is not None) == (losses is ROI)

@@ -8,7 +8,7 @@ import torch
 from detectron2.modeling import build_model
 from helpers import differing
 
-from msad_kd.distill.teacher import Teacher, TeacherSpec, build_teacher
+from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.utils.errors import InputError
 
 ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
@@ -21,6 +21,10 @@ def odd_batch(sizes, scale):
         return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
     return [{"image": noise(h, w), "image_hr": noise(scale * h, scale * w)} for h, w in sizes]
+
+
+def build_teacher(cfg):
+    return TeacherSpec.from_config(cfg).build()
 
 
 def strides(levels):

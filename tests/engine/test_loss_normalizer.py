@@ -14,8 +14,8 @@ def hook(value, iteration=3, max_iter=100):
     kept = KeepNormalizer(period=2)
     model = nn.Linear(1, 1)
     set_normalizer(model, value)
-    wrapped = SimpleNamespace(module=model)  # as DistributedDataParallel has it
-    kept.trainer = SimpleNamespace(model=wrapped, iter=iteration, max_iter=max_iter)
+    checkpointer = SimpleNamespace(model=model)  # which has unwrapped DistributedDataParallel
+    kept.trainer = SimpleNamespace(checkpointer=checkpointer, iter=iteration, max_iter=max_iter)
     return kept, model
 
 

@@ -35,6 +35,8 @@ def test_norm_clips_each_parameters(config):
     assert clipped(config, 5.0, CLIP_TYPE="norm") == pytest.approx([3.0, 4.0, 5.0], rel=1e-5)
 
 
-def test_an_unknown_type(config):
+def test_unknown_names(config):
     with pytest.raises(InputError, match="CLIP_TYPE is 'total'; use value, norm or full_model"):
         clipped(config, 1.0, CLIP_TYPE="total")
+    with pytest.raises(InputError, match="SOLVER.OPTIMIZER is 'LION'; use SGD or ADAMW"):
+        build_optimizer(config("lr", "SOLVER.OPTIMIZER", "LION"), nn.Linear(1, 1))

@@ -229,11 +229,6 @@ def test_optimizers_clip_gradients_and_do_not_decay_norms(config, name, kind):
     assert max(p.grad.abs().max() for p in trainer.model.parameters()) <= 1e-9
 
 
-def test_an_unknown_optimizer(config):
-    with pytest.raises(InputError, match="SOLVER.OPTIMIZER is 'LION'; use SGD or ADAMW"):
-        KDTrainer(config("lr", "SOLVER.OPTIMIZER", "LION"))
-
-
 def test_each_model_gets_its_mapper(config):
     for role, is_train, frame in (
         ("lr", True, None),

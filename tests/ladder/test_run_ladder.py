@@ -59,6 +59,19 @@ def students(cfg, count=3):
     ]
 
 
+@pytest.fixture
+def resume(caplog):
+    """resume(cfg): resume a ladder, and return what it logs."""
+
+    def run(cfg):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run_ladder(cfg, resume=True)
+        return caplog.text
+
+    return run
+
+
 class Killed(Exception):
     pass
 
@@ -79,7 +92,7 @@ def killed_in(monkeypatch, cfg, stage, iteration, resume=False):
 
 
 def test_killed_in_the_second_stage_and_resumed_is_bitwise_the_whole(
-    ladder_config, config_files, monkeypatch, caplog, files_read
+    ladder_config, config_files, monkeypatch, resume, files_read
 ):
     whole, cut = ladder_config("whole"), ladder_config("cut")
     files_read.clear()
@@ -87,26 +100,23 @@ def test_killed_in_the_second_stage_and_resumed_is_bitwise_the_whole(
     assert files_read == [str(config_files["teacher"])] * 3  # once a stage
     killed_in(monkeypatch, cut, "second", 1)  # before its first checkpoint
     killed_in(monkeypatch, cut, "second", 3, resume=True)  # after it
-    with caplog.at_level(logging.INFO):
-        run_ladder(cut, resume=True)
-    assert "Stage 1, 'first', is done: skipped" in caplog.text
-    assert "Starting training from iteration 2" in caplog.text
+    log = resume(cut)
+    assert "Stage 1, 'first', is done: skipped" in log
+    assert "Starting training from iteration 2" in log
     for one, other in zip(students(whole), students(cut), strict=True):
         assert differing(one, other) == []
     stock = build_model(ladder_config("x", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
     assert students(whole)[0].keys() == stock.state_dict().keys()  # no adapters, no generators
     again = ladder_config("whole")
-    caplog.clear()
     files_read.clear()
-    with caplog.at_level(logging.INFO):
-        run_ladder(again, resume=True)
-    assert caplog.text.count("is done: skipped") == 3 and "Starting training" not in caplog.text
+    log = resume(again)
+    assert log.count("is done: skipped") == 3 and "Starting training" not in log
     assert files_read == [str(config_files["teacher"])] * 3
 
 
 @pytest.mark.parametrize("kills", [(), (("second", 1), ("third", 0))], ids=["whole", "killed"])
 def test_what_comes_after_a_stage_that_was_run_again_is_trained_anew(
-    ladder_config, stages, monkeypatch, caplog, kills
+    ladder_config, stages, monkeypatch, resume, kills
 ):
     run_ladder(ladder_config("cut"), resume=False)
     stages[0]["base_lr"] = 0.05  # another student, from which the later stages are to start
@@ -115,26 +125,21 @@ def test_what_comes_after_a_stage_that_was_run_again_is_trained_anew(
     shutil.rmtree(f"{cut.OUTPUT_DIR}/stage_01_first")
     for stage, iteration in kills:  # before the stage's first new checkpoint
         killed_in(monkeypatch, cut, stage, iteration, resume=True)
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        run_ladder(cut, resume=True)
+    log = resume(cut)
     skipped = ["first", "second"] if kills else []
-    assert [name for name in STAGES if f"'{name}', is done: skipped" in caplog.text] == skipped
-    assert caplog.text.count("Starting training from iteration 0") == 3 - len(skipped)
+    assert [name for name in STAGES if f"'{name}', is done: skipped" in log] == skipped
+    assert log.count("Starting training from iteration 0") == 3 - len(skipped)
     for one, other in zip(students(whole), students(cut), strict=True):
         assert differing(one, other) == []
 
 
 def test_a_ladder_begun_again_and_killed_does_not_resume_from_the_old_one(
-    ladder_config, monkeypatch, caplog
+    ladder_config, monkeypatch, resume
 ):
     cfg = ladder_config()
     run_ladder(cfg, resume=False)
     killed_in(monkeypatch, cfg, "first", 1)
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        run_ladder(cfg, resume=True)
-    assert caplog.text.count("Starting training from iteration 0") == 3
+    assert resume(cfg).count("Starting training from iteration 0") == 3
 
 
 @pytest.fixture
@@ -178,7 +183,7 @@ def test_a_finished_stage_whose_config_or_files_changed_is_refused(
 
 
 def test_a_finished_stage_whose_teachers_config_changed_is_refused(
-    ladder_config, stages, tmp_path, caplog
+    ladder_config, stages, tmp_path, resume
 ):
     del stages[1:]
     teacher = yaml.safe_load(Path(stages[0]["config_file"]).read_text())
@@ -188,9 +193,7 @@ def test_a_finished_stage_whose_teachers_config_changed_is_refused(
     cfg = ladder_config()
     run_ladder(cfg, resume=False)
     file.write_text(f"# a remark\n{yaml.safe_dump({**teacher, 'OUTPUT_DIR': 'elsewhere'})}")
-    with caplog.at_level(logging.INFO):
-        run_ladder(cfg, resume=True)
-    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    assert "Stage 1, 'first', is done: skipped" in resume(cfg)
     teacher["MODEL"]["MULTI_RESOLUTION"] = {"MASK_PADDING": False}
     file.write_text(yaml.safe_dump(teacher))
     with pytest.raises(InputError, match="its config or its teacher's has changed since"):
@@ -199,7 +202,7 @@ def test_a_finished_stage_whose_teachers_config_changed_is_refused(
 
 @pytest.mark.parametrize("key", ["start", "MODEL.WEIGHTS"])
 def test_a_finished_stage_whose_start_changed_is_refused(
-    ladder_config, stages, tmp_path, teacher_weights, caplog, key
+    ladder_config, stages, tmp_path, teacher_weights, resume, key
 ):
     start = tmp_path / "start.pth"
     shutil.copy(teacher_weights, start)
@@ -207,9 +210,7 @@ def test_a_finished_stage_whose_start_changed_is_refused(
     stages[0]["start"] = str(start) if key == "start" else "previous"
     cfg = ladder_config("ladder", *(["MODEL.WEIGHTS", str(start)] if key != "start" else []))
     run_ladder(cfg, resume=False)
-    with caplog.at_level(logging.INFO):
-        run_ladder(cfg, resume=True)
-    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    assert "Stage 1, 'first', is done: skipped" in resume(cfg)
     torch.save({"model": {}}, start)
     with pytest.raises(InputError, match="starts from, '.*start.pth', has changed since"):
         run_ladder(cfg, resume=True)
@@ -222,11 +223,9 @@ def test_a_finished_stage_of_which_a_file_is_lost_is_refused(finished, tmp_path)
             run_ladder(finished, resume=True)
 
 
-def test_a_ladder_may_be_moved(finished, ladder_config, tmp_path, caplog):
+def test_a_ladder_may_be_moved(finished, ladder_config, tmp_path, resume):
     shutil.move(finished.OUTPUT_DIR, tmp_path / "elsewhere")
-    with caplog.at_level(logging.INFO):
-        run_ladder(ladder_config("elsewhere"), resume=True)
-    assert "Stage 1, 'first', is done: skipped" in caplog.text
+    assert "Stage 1, 'first', is done: skipped" in resume(ladder_config("elsewhere"))
 
 
 def test_one_teacher_at_a_time(ladder_config, stages, monkeypatch):
@@ -246,50 +245,36 @@ def test_one_teacher_at_a_time(ladder_config, stages, monkeypatch):
 
 
 GONE = "for the {} of stage '{}' does not exist"
-RANDOM = "Stage 'first' starts from random weights"
+RANDOM = "In stage 'first' the student starts from random weights"
+PART = "MODEL.META_ARCHITECTURE"
+P9 = [{"name": "l1", "weight": 1.0, "levels": ["p9"]}]
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes", "options", "words"),
+    ("changes", "words"),  # of the third stage, or, as a tuple, of the ladder's config
     [
-        (2, {"weights": "gone.pth"}, (), GONE.format("teacher", "third")),
-        (2, {"start": "gone.pth"}, (), GONE.format("start", "third")),
-        (0, {}, ("MODEL.WEIGHTS", "gone.pth"), GONE.format("start", "first")),
-        (2, {"config_file": "gone.yaml"}, (), "stage 'third': .* file 'gone.yaml' does not exist"),
-        (
-            2,
-            {"opts": ["KD.SCAEL", 2]},
-            (),
-            "'third': .* unknown config key: KD.SCAEL; did you mean",
-        ),
-        (
-            *(2, {"opts": ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]}, ()),
-            "stage 'third': KD.TEACHER.BRANCH is 'fused', but a GeneralizedRCNN teacher has hr, lr",
-        ),
-        (
-            *(2, {"losses": [{"name": "l1", "weight": 1.0, "levels": ["p9"]}]}, ()),
-            "stage 'third': .*'p9' of 'l1' has no partner",
-        ),
-        (2, {"opts": ["KD.SCALE", 4]}, (), "stage 'third': KD.SCALE is 4 in the teacher's config"),
-        (
-            *(2, {"opts": ["MODEL.META_ARCHITECTURE", "MultiResolutionRNN"]}, ()),
-            "stage 'third': .* is not registered; did you mean MultiResolutionRCNN",
-        ),
-        (
-            *(0, {}, ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")),
-            "a GeneralizedRCNN learns from no teacher; set MODEL.META_ARCHITECTURE",
-        ),
+        ({"weights": "gone.pth"}, GONE.format("teacher", "third")),
+        ({"start": "gone.pth"}, GONE.format("start", "third")),
+        ({"config_file": "gone.yaml"}, "stage 'third': .* file 'gone.yaml' does not exist"),
+        ({"opts": ["KD.SCAEL", 2]}, "'third': .* unknown config key: KD.SCAEL; did you mean"),
+        ({"opts": [PART, "GeneralizedRCNN"]}, "stage 'third': KD.TEACHER.BRANCH is 'fused', but"),
+        ({"opts": [PART, "MultiResolutionRNN"]}, "'third': .* did you mean MultiResolutionRCNN"),
+        ({"opts": ["KD.SCALE", 4]}, "stage 'third': KD.SCALE is 4 in the teacher's config"),
+        ({"losses": P9}, "stage 'third': .*'p9' of 'l1' has no partner"),
+        (("MODEL.WEIGHTS", "gone.pth"), GONE.format("start", "first")),
+        ((PART, "GeneralizedRCNN"), f"a GeneralizedRCNN learns from no teacher; set {PART}"),
     ],
 )
 def test_what_a_stage_lacks_is_told_before_the_first_one(
-    ladder_config, stages, tmp_path, caplog, stage, changes, options, words
+    ladder_config, stages, tmp_path, caplog, changes, words
 ):
     stages[0]["start"] = "previous"
-    stages[stage] |= changes
+    of_a_stage = isinstance(changes, dict)
+    stages[2] |= changes if of_a_stage else {}
     with pytest.raises(InputError, match=words):
-        run_ladder(ladder_config("ladder", *options), resume=False)
+        run_ladder(ladder_config("ladder", *(() if of_a_stage else changes)), resume=False)
     assert not (tmp_path / "ladder").exists()  # nothing was trained
-    assert (RANDOM in caplog.text) == (stage == 2) and "Stage 'second'" not in caplog.text
+    assert (RANDOM in caplog.text) == of_a_stage and "In stage 'second'" not in caplog.text
 
 
 def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp_path, caplog):
@@ -302,7 +287,7 @@ def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp
 
 def hash_of(cfg, index):
     stage_cfg = stage_config(cfg, read_stages(cfg.KD.LADDER.STAGES), index)
-    return ladder._hash_configs(stage_cfg, TeacherSpec.from_config(stage_cfg))
+    return ladder._hash_sources(stage_cfg, TeacherSpec.from_config(stage_cfg))["config_sha256"]
 
 
 def test_the_hash_does_not_depend_on_the_folder(ladder_config):

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from helpers import ROOT, load_tool
 
 from msad_kd.checkpoint.start import init_from_teacher
-from msad_kd.distill.teacher import build_teacher
+from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.utils.errors import InputError
 
 tool = load_tool("compare_features")
@@ -83,7 +83,7 @@ def test_a_fused_teacher_and_where_its_student_started(
 ):
     cfg = student_config()
     model = build_model(cfg)
-    init_from_teacher(model, build_teacher(cfg).model)
+    init_from_teacher(model, TeacherSpec.from_config(cfg).build().model)
     start, file = str(tmp_path / "start.pth"), tmp_path / "found.json"
     torch.save({"model": model.state_dict()}, start)
     (train,) = cfg.DATASETS.TRAIN

@@ -1,4 +1,4 @@
-"""Flat configs, and patches that end with their block."""
+"""What differs between versions, and patches that end with their block."""
 
 from types import SimpleNamespace
 
@@ -7,13 +7,6 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import coco_evaluation
 
 from msad_kd.utils.compat import coco_eval_class, numpy_with_in1d, repeat_factor_options
-from msad_kd.utils.flat_config import flatten_config
-
-
-def test_a_config_is_flattened():
-    cfg = CfgNode({"A": {"B": {"C": 1}, "D": [2]}, "E": None})
-    assert flatten_config(cfg) == {"A.B.C": 1, "A.D": [2], "E": None}
-    assert flatten_config(cfg.A, "A.") == {"A.B.C": 1, "A.D": [2]}
 
 
 def test_the_square_root_is_an_option_where_the_config_has_its_key():

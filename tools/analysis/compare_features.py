@@ -36,7 +36,7 @@ from tabulate import tabulate
 from msad_kd import InputError, build_config
 from msad_kd.checkpoint.checkpoint import check_exists
 from msad_kd.checkpoint.files import write_json
-from msad_kd.distill.teacher import Teacher, build_teacher
+from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
 TARGET, START = "target", "teacher, LR branch"
@@ -103,10 +103,10 @@ def measure(cfg, models, names, args, folder):
         folder: the folder for the features, of two models at a time.
 
     Raises:
-        InputError: as ``Measurement``, ``build_teacher`` and ``build_student``.
+        InputError: as ``Measurement``, ``TeacherSpec`` and ``build_student``.
     """
     measurement = Measurement(cfg, names, images=args.images, seed=args.seed, folder=folder)
-    teacher = build_teacher(cfg)
+    teacher = TeacherSpec.from_config(cfg).build()
     levels, values = {}, {}
     for name, weights in [*models.items(), (START, None)]:
         if weights is not None:
