@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -134,6 +136,14 @@ def same_predictions(found, expected):
     """Whether a model found something in every image, and the same as another bit for bit."""
     pairs = [(x["instances"], y["instances"]) for x, y in zip(found, expected, strict=True)]
     return all(len(one) and same_instances(one, other) for one, other in pairs)
+
+
+def run_script(script, *arguments, **options):
+    """Run a script of the repository in a process of its own that has to succeed."""
+    command = [sys.executable, ROOT / script, *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def load_tool(name):

@@ -1,14 +1,13 @@
 """projects/MTPD: its recipes can be built, stage by stage, and its controls are configs."""
 
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from detectron2.model_zoo import get_checkpoint_url
 from detectron2.modeling import META_ARCH_REGISTRY
-from helpers import ROOT
+from helpers import ROOT, run_script
 
 from msad_kd.config import stages
 from msad_kd.config.build import build_config
@@ -63,28 +62,16 @@ def test_model_zoo_weights(name):
     assert weights == "detectron2://" + url.split("/detectron2/")[1]
 
 
-def test_the_stock_detector_of_a_student():
-    assert controls.stock_name("DistilledRCNN") == "GeneralizedRCNN"
-    with pytest.raises(InputError, match="'GeneralizedRCNN' is not a student"):
-        controls.stock_name("GeneralizedRCNN")
-
-
 def test_controls_are_configs(tmp_path):
-    def run(config, *start):
-        command = [sys.executable, "projects/MTPD/controls.py", config, "--output", str(tmp_path)]
-        command += start
-        return subprocess.run(command, capture_output=True, text=True)
-
     ladder = "projects/MTPD/configs/Shapes/ladder.yaml"
-    assert "give --start WEIGHTS" in run(ladder).stderr
-    result = run(ladder, "--start", "start.pth")
-    no_kd = build_config(str(tmp_path / "no_kd.yaml"), [])
-    assert no_kd.MODEL.WEIGHTS == "start.pth"
+    options = [ladder, "--output", tmp_path, "--start", "start.pth"]
+    printed = run_script("projects/MTPD/controls.py", *options).stdout
+    assert build_config(str(tmp_path / "no_kd.yaml"), []).MODEL.WEIGHTS == "start.pth"
     files = sorted(tmp_path.glob("*.yaml"))
     assert len(files) == 6
     ladder_cfg = build_config(ladder, [])
     for file in files:
-        assert f"--config-file {file}" in result.stdout
+        assert f"--config-file {file}" in printed
         cfg = build_config(str(file), [])
         control = stages.read_stages(cfg.KD.LADDER.STAGES)
         iterations = [stage.iterations for stage in control] or [cfg.SOLVER.MAX_ITER]
@@ -92,7 +79,14 @@ def test_controls_are_configs(tmp_path):
         assert cfg.DATASETS == ladder_cfg.DATASETS and cfg.SEED == ladder_cfg.SEED
         student = "GeneralizedRCNN" if file.stem == "no_kd" else "DistilledRCNN"
         assert cfg.MODEL.META_ARCHITECTURE == student
-    assert (
-        "student_one_size.yaml' has no KD.LADDER.STAGES"
-        in run("configs/Shapes/student_one_size.yaml").stderr
-    )
+
+
+def test_what_has_no_controls():
+    with pytest.raises(InputError, match="'GeneralizedRCNN' is not a student"):
+        controls.stock_name("GeneralizedRCNN")
+    args = SimpleNamespace(ladder="configs/Shapes/student_one_size.yaml")
+    with pytest.raises(InputError, match="student_one_size.yaml' has no KD.LADDER.STAGES"):
+        controls.main(args)
+    args = SimpleNamespace(ladder="projects/MTPD/configs/Shapes/ladder.yaml", start=None)
+    with pytest.raises(InputError, match="no_kd has no teacher .*--start WEIGHTS"):
+        controls.main(args)

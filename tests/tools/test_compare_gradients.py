@@ -1,19 +1,16 @@
 """tools/analysis/compare_gradients.py: once as a process of its own, then by its parts."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, load_tool
+from helpers import load_tool, run_script
 
 from msad_kd import KDTrainer
 from msad_kd.utils.errors import InputError
 
-LOSSES = "[{'name': 'l1', 'weight': 0.6, 'warmup_iters': 9}, {'name': 'mse', 'weight': 1.0, %s}]"
-
+LOSSES = "[{'name': 'l1', 'weight': 0.6, 'warmup_iters': 9}, {'name': 'mse', 'weight': 1.0%s}]"
 
 tool = load_tool("compare_gradients")
 
@@ -30,11 +27,10 @@ def test_summary():
 
 
 def test_where_the_losses_of_a_student_pull(config_files, teacher_weights, tmp_path):
-    command = [sys.executable, str(ROOT / "tools/analysis/compare_gradients.py"), "--batches", "2"]
-    command += ["--config-file", str(config_files["student"]), "--json", str(tmp_path / "g.json")]
-    command += ["KD.LOSSES", LOSSES % "'levels': ['p2']", "KD.TEACHER.WEIGHTS"]
-    done = subprocess.run([*command, str(teacher_weights)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--config-file", config_files["student"], "--json", tmp_path / "g.json"]
+    arguments += ["--batches", 2, "KD.LOSSES", LOSSES % ", 'levels': ['p2']"]
+    arguments += ["KD.TEACHER.WEIGHTS", teacher_weights]
+    done = run_script("tools/analysis/compare_gradients.py", *arguments)
     assert "| p2      | mse" in done.stdout and "2 training batches of 2 images" in done.stdout
     levels = json.loads((tmp_path / "g.json").read_text())["levels"]
     assert list(levels) == ["p2", "p3", "p4", "p5", "p6"]
@@ -51,19 +47,15 @@ def test_where_the_losses_of_a_student_pull(config_files, teacher_weights, tmp_p
 def test_at_a_checkpoint(config, config_files, teacher_weights, tmp_path):
     weights = tmp_path / "student.pth"
     torch.save({"model": KDTrainer.build_model(config("lr")).state_dict()}, weights)
-    args = SimpleNamespace(config_file=str(config_files["student"]), weights="", batches=1)
-    args.opts = ["KD.TEACHER.WEIGHTS", str(teacher_weights)]
-    start = tool.measure(args)
-    args.weights = str(weights)
-    other = tool.measure(args)
+    args = {"config_file": str(config_files["student"]), "batches": 1}
+    args["opts"] = ["KD.TEACHER.WEIGHTS", str(teacher_weights)]
+    start, other = (tool.measure(SimpleNamespace(**args, weights=x)) for x in ("", str(weights)))
     assert other["levels"] != start["levels"]
     assert f"weights: '{weights}'" in tool.markdown(other)
 
 
 @pytest.mark.parametrize(("role", "losses"), [("lr", LOSSES % ""), ("student", "[]")])
 def test_a_config_without_losses(config_files, role, losses):
-    args = SimpleNamespace(config_file=str(config_files[role]), weights="", batches=1)
-    args.opts = ["KD.LOSSES", losses.replace(", }", "}")]
-    words = f"{role}.yaml' is not the config of a student with KD.LOSSES"
-    with pytest.raises(InputError, match=words):
+    args = SimpleNamespace(config_file=str(config_files[role]), opts=["KD.LOSSES", losses])
+    with pytest.raises(InputError, match=f"{role}.yaml' is not the config of a student with KD.L"):
         tool.measure(args)

@@ -3,13 +3,11 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 
 import cv2
 import pytest
 import torch
-from helpers import ROOT, coco_format, load_tool
+from helpers import ROOT, coco_format, load_tool, run_script
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.checkpoint import load_strictly
@@ -35,15 +33,12 @@ def options(tmp_path_factory):
 def swept(options, tmp_path_factory):
     """The folder that the tool wrote to, and the finished process."""
     folder = tmp_path_factory.mktemp("sweep") / "new"
-    branch = ["MODEL.MULTI_RESOLUTION.TEST_BRANCH", "lr"]
-    command = [sys.executable, ROOT / "tools/analysis/resolution_sweep.py", *SIZES, "--images", "2"]
-    command += ["--output", folder, "--model", "stock, HR", ROOT / "configs/Shapes/hr.yaml"]
-    command += [CHECKPOINTS / "hr.pth", *options, "--model", "teacher"]
-    command += [ROOT / "configs/Shapes/teacher_one_size.yaml"]
-    command += [CHECKPOINTS / "teacher_one_size.pth", *options]
-    process = subprocess.run([*map(str, command), *branch], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return folder, process
+    arguments = [*SIZES, "--images", "2", "--output", folder]
+    for label, name in (("stock, HR", "hr"), ("teacher", "teacher_one_size")):
+        config = ROOT / f"configs/Shapes/{name}.yaml"
+        arguments += ["--model", label, config, CHECKPOINTS / f"{name}.pth", *options]
+    arguments += ["MODEL.MULTI_RESOLUTION.TEST_BRANCH", "lr"]  # of the last one
+    return folder, run_script("tools/analysis/resolution_sweep.py", *arguments)
 
 
 def test_a_row_for_every_model_and_size(swept, options, tmp_path):
@@ -81,25 +76,19 @@ def test_all_files_agree(swept):
     assert "24/24" in process.stderr and "teacher, 128 px" in process.stderr
 
 
-def test_a_model_without_masks(tmp_path):
+def test_a_model_without_masks_and_an_unfinished_sweep(tmp_path):
     row = dict.fromkeys(report.HEADINGS, 1.0) | {"model": "boxes", "side": "32", "mask_ap": None}
     report.write_files(str(tmp_path), [row], "a note", 1)
     header, _, line = (tmp_path / "sweep.md").read_text().splitlines()[:3]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, line)]
     shown = dict(zip(*cells))
     assert (shown["model"], shown["box AP"], shown["mask AP"]) == ("boxes", "1.00", "-")
-    alone = cv2.imread(str(tmp_path / "sweep.png")).shape[1]
-    report.write_files(str(tmp_path), [row, {**row, "model": "masks", "mask_ap": 2.0}], "", 2)
-    assert cv2.imread(str(tmp_path / "sweep.png")).shape[1] == 2 * alone
-
-
-def test_an_unfinished_sweep_says_so(tmp_path):
-    row = dict.fromkeys(report.HEADINGS, 1.0) | {"model": "boxes", "side": "32"}
-    report.write_files(str(tmp_path), [row], "a note", 3)
-    for name in ("sweep.md", "sweep.json"):
-        assert "PARTIAL: 1 of 3 rows" in (tmp_path / name).read_text()
-    report.write_files(str(tmp_path), [row] * 3, "a note", 3)
     assert "PARTIAL" not in (tmp_path / "sweep.md").read_text()
+    alone = cv2.imread(str(tmp_path / "sweep.png")).shape[1]
+    report.write_files(str(tmp_path), [row, {**row, "model": "masks", "mask_ap": 2.0}], "", 3)
+    for name in ("sweep.md", "sweep.json"):
+        assert "PARTIAL: 2 of 3 rows" in (tmp_path / name).read_text()
+    assert cv2.imread(str(tmp_path / "sweep.png")).shape[1] == 2 * alone
 
 
 def test_mistakes_end_in_one_sentence(config_files, tmp_path, capsys):
@@ -114,11 +103,7 @@ def test_mistakes_end_in_one_sentence(config_files, tmp_path, capsys):
             *("--model", "a", *low),
             *("--model", "b", *low, "DATASETS.TEST", "('tiny_train',)"),
         ],
-        "--model a: DATASETS.TEST is .*single": ["--model", "a", *low, "DATASETS.TEST", "()"],
         "'nowhere.pth' .* does not exist": ["--model", "a", low[0], "nowhere.pth"],
-        "'nowhere.yaml' does not exist": ["--model", "a", "nowhere.yaml", low[1]],
-        "--sizes: 0 is below 1": ["--model", "a", *low, "--sizes", "0"],
-        "--images: 0 is below 1": ["--model", "a", *low, "--images", "0"],
     }
     for words, arguments in mistakes.items():
         with pytest.raises(SystemExit, match="2"):
