@@ -6,7 +6,7 @@ import os
 import sys
 from logging.handlers import MemoryHandler
 
-# For --import: Python looks beside this file by itself, but not where it was started.
+# For --import: Python looks for modules beside this file, but not in the current folder.
 sys.path.insert(0, os.getcwd())
 
 from detectron2.engine import default_argument_parser, default_setup
@@ -24,13 +24,24 @@ from msad_kd.evaluation.build import check_augmentation
 from msad_kd.ladder.run import run_ladder
 from msad_kd.utils.errors import InputError, input_error_of
 
+EXAMPLES = """
+examples:
+  train_net.py --config-file configs/Shapes/student.yaml
+  train_net.py --config-file my.yaml --resume
+  train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
+
+Configs are YAML files, and options on top of them are KEY VALUE pairs. Python configs (LazyConfig)
+are not read. Without a GPU, --num-gpus counts processes on the CPU.
+"""
+
 
 def setup(args):
-    """Import the user's modules, read the config and prepare logs and seeds."""
+    """Import the user's modules, read the config, and prepare logs and seeds."""
     for module in args.imports:
         import_module(module)
+    # The config says where the log goes: keep what is logged before it is read.
     logger, early = logging.getLogger("msad_kd"), MemoryHandler(1000, logging.CRITICAL + 1)
-    logger.addHandler(early)  # where the log is written is told by the config
+    logger.addHandler(early)
     cfg = build_config(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
@@ -38,7 +49,7 @@ def setup(args):
     logger.removeHandler(early)
     for record in early.buffer:
         logger.handle(record)
-    # An InputError says enough by itself.
+    # Detectron2 logs the traceback of any error in training; an InputError needs none.
     logging.getLogger("detectron2.engine.train_loop").addFilter(
         lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError))
     )
@@ -46,18 +57,19 @@ def setup(args):
 
 
 def main(args):
-    """What each process does: train, resume or evaluate, as the command line and the config say."""
+    """Train, resume or evaluate in one process, as the command line and the config say."""
     cfg = setup(args)
     if args.eval_only:
         check_augmentation(cfg)
         weights = cfg.MODEL.WEIGHTS
-        if args.resume:  # the last checkpoint, where there is one
+        if args.resume:  # the run's last checkpoint, if there is one
             weights = Checkpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file() or weights
         model = KDTrainer.load_model(cfg, weights, f"the config '{args.config_file}'")
         results = KDTrainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
-            for name, found in KDTrainer.test_with_TTA(cfg, model).items():
-                results[name] = {**results.get(name, {}), **found}  # tasks, or data sets of tasks
+            # The keys are tasks or, with several data sets, data sets that hold tasks.
+            for name, augmented in KDTrainer.test_with_TTA(cfg, model).items():
+                results[name] = {**results.get(name, {}), **augmented}
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
@@ -69,15 +81,15 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser()
+    parser = default_argument_parser(epilog=EXAMPLES)
     parser.add_argument(
         "--import",
         dest="imports",
         metavar="MODULE",
         action="append",
         default=[],
-        help="import this Python module first, so that what it registers can be named in a config; "
-        "may be given several times",
+        help="Python module to import first, so that a config can name what it registers; may be "
+        "given several times",
     )
     arguments = parser.parse_args()
     try:

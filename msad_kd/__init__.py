@@ -1,4 +1,4 @@
-"""Low-resolution detectors that learn from high- and multi-resolution teachers, on Detectron2."""
+"""Low-resolution detectors for Detectron2 that learn from high- and multi-resolution teachers."""
 
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.config.build import build_config
@@ -24,24 +24,4 @@ from msad_kd.modeling.multi_resolution import (
 )
 from msad_kd.utils.errors import InputError
 
-__all__ = [
-    "DISTILL_LOSS_REGISTRY",
-    "FCOS",
-    "ROI_LOSS_REGISTRY",
-    "CrossingFeatureFusion",
-    "DistilledFCOS",
-    "DistilledMixin",
-    "DistilledRCNN",
-    "DistilledRetinaNet",
-    "InputError",
-    "KDTrainer",
-    "MultiResolutionFCOS",
-    "MultiResolutionRCNN",
-    "MultiResolutionRetinaNet",
-    "TwoResolutionMapper",
-    "add_msad_kd_config",
-    "attach_teacher",
-    "build_config",
-    "init_from_teacher",
-    "register_coco_format",
-]
+__all__ = [name for name in globals() if not name.startswith("_")]

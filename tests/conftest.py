@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detectors import write_configs  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts  # noqa: E402
 from helpers import NO_TEST, SCENE_SIZE, TEST_SCENES, TRAIN_SCENES, train  # noqa: E402
 
@@ -107,3 +108,16 @@ def batch():
         return [mapper(entry) for entry in get_detection_dataset_dicts(names)[:count]]
 
     return make
+
+
+@pytest.fixture
+def files_read(monkeypatch):
+    """The config files that are read during the test, in order."""
+    files, merge = [], CfgNode.merge_from_file
+
+    def record(self, file, *args, **keywords):
+        files.append(str(file))
+        return merge(self, file, *args, **keywords)
+
+    monkeypatch.setattr(CfgNode, "merge_from_file", record)
+    return files

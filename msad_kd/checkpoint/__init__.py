@@ -4,4 +4,4 @@ from msad_kd.checkpoint.checkpoint import load_strictly, read_model, save_model
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.checkpoint.strip import strip_checkpoint
 
-__all__ = ["init_from_teacher", "load_strictly", "read_model", "save_model", "strip_checkpoint"]
+__all__ = [name for name in globals() if not name.startswith("_")]

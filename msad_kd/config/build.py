@@ -1,6 +1,4 @@
-"""From a config file and command-line overrides to the config a run uses."""
-
-from __future__ import annotations
+"""Builds the config of a run from a YAML file and command-line options, and checks it."""
 
 import importlib
 import logging
@@ -26,11 +24,9 @@ from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.flat_config import flatten_config
 from msad_kd.utils.schema import yaml_number
 
-__all__ = ["build_config", "check_name", "check_parts", "import_module", "merge_config"]
-
 
 def import_module(name: str) -> None:
-    """Import a user's module for what it registers.
+    """Import a user's module, which registers models, losses or the like.
 
     Raises:
         InputError: if there is no such module.
@@ -39,7 +35,7 @@ def import_module(name: str) -> None:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.split(".")[0] and error.name != name:
-            raise  # a module that this one imports is missing
+            raise  # the module exists, and one that it imports does not
         raise InputError(
             f"--import: there is no module '{name}' in the current folder or on PYTHONPATH"
         ) from error
@@ -49,15 +45,20 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
     """Merge a YAML file and KEY VALUE pairs into a config, in place.
 
     Raises:
-        InputError: if there is no such file, if a value does not fit, or if a key is unknown; the
-            message proposes the nearest one.
+        InputError: if the file does not exist or is no YAML, if a value has the wrong type, or if a
+            key is unknown; the message proposes the nearest one.
     """
     source = f" in '{config_file}'" if config_file else ""
+    if config_file.endswith(".py"):
+        raise InputError(
+            f"the config file '{config_file}' is a Python config (LazyConfig), which is not "
+            "supported; write a YAML file"
+        )
     if config_file and not PathManager.isfile(config_file):
         raise InputError(f"the config file '{config_file}' does not exist")
     try:
         if config_file:
-            # YAML tags that construct Python objects would let a config run code.
+            # A YAML tag that constructs Python objects could run any code.
             cfg.merge_from_file(config_file, allow_unsafe=False)
         source = ""
         cfg.merge_from_list(list(opts))
@@ -79,15 +80,13 @@ def _known_keys(cfg: CfgNode) -> list[str]:
 
 
 def build_config(config_file: str, opts: list) -> CfgNode:
-    """The checked config of a run, whose data sets are registered.
+    """Build and check the config of a run, and register its data sets.
 
-    A missing GPU turns MODEL.DEVICE to "cpu", with one warning. A world size other than
-    SOLVER.REFERENCE_WORLD_SIZE scales batch, schedule and the distillation's warm-up, once.
+    Without a GPU, MODEL.DEVICE becomes "cpu", with a warning. If the number of processes is not
+    SOLVER.REFERENCE_WORLD_SIZE, batch, schedule and warm-up of the distillation are scaled, once.
 
     Raises:
-        InputError: as ``merge_config``, ``register_coco_format``, ``level_shift``, ``read_losses``,
-            ``read_stages``, ``choose_implementation``, ``check_parts`` and ``check_name``, and if
-            the backbone does not read a MODEL.FPN.TOP_BLOCK that is set.
+        InputError: if a file, key or value cannot be used; the message names it.
     """
     cfg = get_cfg()
     add_msad_kd_config(cfg)
@@ -101,23 +100,23 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     builder = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
     if cfg.MODEL.FPN.TOP_BLOCK != "maxpool" and builder.__module__.startswith("detectron2."):
         raise InputError(
-            f"MODEL.FPN.TOP_BLOCK is {cfg.MODEL.FPN.TOP_BLOCK}, which Detectron2's "
-            f"{cfg.MODEL.BACKBONE.NAME} does not read; set MODEL.BACKBONE.NAME to "
+            f"MODEL.FPN.TOP_BLOCK is {cfg.MODEL.FPN.TOP_BLOCK}, but Detectron2's "
+            f"{cfg.MODEL.BACKBONE.NAME} does not read it; set MODEL.BACKBONE.NAME to "
             "build_five_level_resnet_fpn_backbone"
         )
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key] or ():
             check_name(f"DATASETS.{key}", name, DatasetCatalog)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("No GPU is at hand: MODEL.DEVICE is cpu")
+        logging.getLogger(__name__).warning("No GPU is available: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
-        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's is for GPUs alone
+        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP needs a GPU
     return _scale_to_world(cfg)
 
 
 def check_name(key: str, name: str, registry) -> None:
-    """See that a registry has what a key names.
+    """Check that a registry or catalog has the name that a config key gives.
 
     Raises:
         InputError: if it has not; the message proposes the nearest name.
@@ -128,7 +127,7 @@ def check_name(key: str, name: str, registry) -> None:
 
 
 def check_parts(cfg: CfgNode) -> None:
-    """See that what a config's model is built of is registered.
+    """Check that meta-architecture, backbone and RoI heads of a config are registered.
 
     Raises:
         InputError: as ``check_name``.
@@ -143,30 +142,30 @@ def _scale_to_world(cfg: CfgNode) -> CfgNode:
     reference, world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
     if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
         raise InputError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which the "
-            f"{reference} processes of SOLVER.REFERENCE_WORLD_SIZE cannot share; change one of "
-            "them (0 turns the scaling off)"
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which cannot be divided among "
+            f"the {reference} processes of SOLVER.REFERENCE_WORLD_SIZE; change one of them (a "
+            "REFERENCE_WORLD_SIZE of 0 turns the scaling off)"
         )
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
-    if scaled is not cfg:
-        logging.getLogger(__name__).warning(
-            "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d",
-            *(reference, world_size, scaled.SOLVER.IMS_PER_BATCH),
-            *(scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER),
-        )
-        scaled.defrost()
-        stages = scaled.KD.LADDER.STAGES
+    if scaled is cfg:
+        return cfg
+    solver = scaled.SOLVER
+    logging.getLogger(__name__).warning(
+        "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d",
+        *(reference, world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
+    )
+    scaled.defrost()
 
-        def rescaled(losses):  # copies: by a YAML alias, one entry may stand in several places
-            factor = reference / world_size
-            return [{**x, "warmup_iters": round(x.get("warmup_iters", 0) * factor)} for x in losses]
+    def rescaled(losses):  # copies: with a YAML alias, several keys hold the same dict
+        factor = reference / world_size
+        return [{**x, "warmup_iters": round(x.get("warmup_iters", 0) * factor)} for x in losses]
 
-        scaled.KD.LOSSES = rescaled(scaled.KD.LOSSES)
-        for stage in stages:
-            if stage.get("losses"):
-                stage["losses"] = rescaled(stage["losses"])
-            if stage.get("iterations"):
-                stage["iterations"] = max(1, round(stage["iterations"] * reference / world_size))
-            if stage.get("base_lr"):
-                stage["base_lr"] = yaml_number(stage["base_lr"]) * world_size / reference
+    scaled.KD.LOSSES = rescaled(scaled.KD.LOSSES)
+    for stage in scaled.KD.LADDER.STAGES:
+        if stage.get("losses"):
+            stage["losses"] = rescaled(stage["losses"])
+        if stage.get("iterations"):
+            stage["iterations"] = max(1, round(stage["iterations"] * reference / world_size))
+        if stage.get("base_lr"):
+            stage["base_lr"] = yaml_number(stage["base_lr"]) * world_size / reference
     return scaled

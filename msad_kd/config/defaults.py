@@ -1,109 +1,113 @@
-"""The configuration keys this project adds to Detectron2's."""
-
-from __future__ import annotations
+"""The config keys that this project adds to Detectron2's."""
 
 from detectron2.config import CfgNode as CN
 
-__all__ = ["add_msad_kd_config"]
+from msad_kd.utils.compat import add_missing_keys
 
 
 def add_msad_kd_config(cfg: CN) -> None:
-    """Add every key of msad_kd, with its default, to a Detectron2 config (in place)."""
-    # Your own data sets in COCO format: a list of {name, json, images}. A relative path starts at
-    # the folder DETECTRON2_DATASETS (./datasets when unset), as with Detectron2's builtin sets.
+    """Add all keys of msad_kd, with their defaults, to a Detectron2 config, in place."""
+    add_missing_keys(cfg)
+
+    # Data sets in COCO format to register: a list of {name, json, images}. Relative paths start at
+    # the folder that the environment variable DETECTRON2_DATASETS names (./datasets if unset).
     cfg.DATASETS.COCO_FORMAT = []
 
-    # Large-scale jitter instead of the resize in training: the side of the square crop, in pixels
-    # of what the model trains on (1024 at high resolution and 512 at low), 0 to leave it off.
+    # Large-scale jitter, which replaces the resize in training: the side of the square crop, in
+    # pixels of the images that the model trains on (e.g. 1024 at high resolution, 512 at low
+    # resolution). 0 turns it off.
     cfg.INPUT.JITTER = CN()
     cfg.INPUT.JITTER.SIZE = 0
-    # The image is scaled at random to fit into the square times this range, then cropped or padded.
+    # The image is scaled to fit the square, times a random factor in this range, and then cropped
+    # or padded to the square.
     cfg.INPUT.JITTER.SCALES = [0.1, 2.0]
 
-    # The share of images RandomSubsetTrainingSampler draws; Detectron2 0.6 lacks the key.
-    cfg.DATALOADER.RANDOM_SUBSET_RATIO = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)
-
-    # "SGD" (Detectron2's own) or "ADAMW".
+    # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
 
-    # What computes COCO's AP: "auto" (the fastest there is of the following), "faster-coco-eval",
-    # "detectron2" (its C++, in compiled builds) or "pycocotools"; all give the same numbers.
+    # What computes COCO's AP: "faster-coco-eval", "detectron2" (its C++ code, in compiled builds),
+    # "pycocotools", or "auto", the fastest of these that is installed. All give the same numbers.
     cfg.TEST.COCO_EVALUATOR = "auto"
-    # Evaluate Cityscapes by COCO's AP, too: boxes as "bbox", masks as "segm_coco". A model without
-    # masks is evaluated so in any case.
+    # Whether to evaluate Cityscapes by COCO's AP as well: boxes as "bbox", masks as "segm_coco".
+    # A model without masks is always evaluated by it.
     cfg.TEST.CITYSCAPES_COCO = False
 
     _add_model_keys(cfg)
 
     # ---- The multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiResolution*) ----
     cfg.MODEL.MULTI_RESOLUTION = CN()
-    # Weight of the fused branch's loss next to L_HR + L_LR.
+    # The weight of the fused branch in L_T = L_HR + L_LR + FUSED_WEIGHT L_fused.
     cfg.MODEL.MULTI_RESOLUTION.FUSED_WEIGHT = 0.4
-    # C-FF: its hidden layer has 2C / REDUCTION units, C being FPN.OUT_CHANNELS.
+    # The fusion (C-FF) has a hidden layer of 2C / REDUCTION units, where C is FPN.OUT_CHANNELS.
     cfg.MODEL.MULTI_RESOLUTION.REDUCTION = 16
-    # C-FF pools a map without its padding; False pools the whole map, as the authors' code does.
+    # Whether the fusion leaves padding out when it averages a map; the authors' code does not.
     cfg.MODEL.MULTI_RESOLUTION.MASK_PADDING = True
-    # Keep batch normalisation's running statistics for each resolution by itself; False shares one
-    # set, as the authors' code does. A student gets those of its own resolution.
+    # Whether batch normalisation keeps running statistics for each resolution; the authors' code
+    # does not. A student starts from the statistics of low resolution.
     cfg.MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS = False
     # The branch that predicts at test time: "fused", "hr" or "lr".
     cfg.MODEL.MULTI_RESOLUTION.TEST_BRANCH = "fused"
 
     # ---- Distillation (MODEL.META_ARCHITECTURE: Distilled*) ----
     cfg.KD = CN()
-    # k, high-resolution side / low-resolution side: a power of two; m = log2 k is the level shift.
+    # k: the side of a high-resolution image over the side of a low-resolution one, a power of two.
     cfg.KD.SCALE = 2
-    # A list of {name, weight, levels, warmup_iters}: the loss's name in DISTILL_LOSS_REGISTRY, its
-    # weight in the total loss (summed over levels), the student's levels, and the iterations over
-    # which the weight rises from 0. Without `levels`: all that have a partner. `adapter` puts a 1x1
-    # convolution on the student's map: true, false or "auto" (the default: where channels differ).
-    # A name in ROI_LOSS_REGISTRY compares what the RoI heads of an R-CNN and of its teacher predict
-    # for the student's proposals; it has no levels and no adapter. Further entries are arguments
-    # of the loss.
+    # The distillation losses (L_KD), a list of dicts:
+    #   name: a loss in DISTILL_LOSS_REGISTRY (between feature maps) or ROI_LOSS_REGISTRY (between
+    #     what the RoI heads of student and teacher predict for the student's proposals).
+    #   weight: its weight in the total loss; feature losses are summed over their levels.
+    #   warmup_iters: the iterations over which the weight rises linearly from 0; default 0.
+    #   levels: the student's levels to compare; default: all that have a partner in the teacher.
+    #   adapter: whether the student's map passes a 1x1 convolution first: true, false or "auto"
+    #     (the default), which means where the channels differ.
+    # Any other field is an argument of the loss. RoI losses have neither levels nor adapter.
     cfg.KD.LOSSES = [{"name": "l1", "weight": 0.6, "warmup_iters": 500}]
-    # Every so many iterations each loss is logged level by level, without its weight, as kd/*, and
-    # what else the losses tell of themselves; 0: never. Detectron2 writes every 20.
+    # Log every loss without its weight, by level, and its own diagnostics as kd/*, every so many
+    # iterations; 0: never. Detectron2 writes its log every 20.
     cfg.KD.DIAGNOSTICS_PERIOD = 20
-    # Every so many iterations kd/gradient_ratio is logged: the norm of the distillation losses'
-    # gradient over that of the detection losses', at the last layer of the backbone's bottom-up
-    # path. It costs two more backward passes; 0: never.
+    # Log kd/gradient_ratio every so many iterations; 0: never. It is the gradient norm of the
+    # distillation losses over that of the detection losses, at the last layer of the backbone's
+    # bottom-up path, and costs two more backward passes.
     cfg.KD.GRADIENT_RATIO_PERIOD = 0
 
     cfg.KD.TEACHER = CN()
-    # The config the teacher was trained with, and KEY VALUE pairs on top of it. Like the weights'
-    # path below, it starts at the current folder.
+    # The teacher's own config, and KEY VALUE pairs on top of it. Relative paths, here and in
+    # WEIGHTS, start at the current folder.
     cfg.KD.TEACHER.CONFIG_FILE = ""
     cfg.KD.TEACHER.OPTS = []
-    # The teacher's checkpoint; every key has to fit.
+    # The teacher's checkpoint. Every key has to fit.
     cfg.KD.TEACHER.WEIGHTS = ""
     # The pyramid to learn from: "fused", "hr" or "lr". A single-resolution teacher has "hr", read
-    # from the high-resolution image, and "lr", read from the student's own image.
+    # from the high-resolution image, and "lr", read from the student's image.
     cfg.KD.TEACHER.BRANCH = "fused"
-    # KDTrainer starts the student from the teacher's weights, on a fresh start only.
+    # Whether the student starts from the teacher's weights. A resumed run does not start again.
     cfg.KD.TEACHER.INIT_STUDENT = True
-    # Whether that includes the backbone's bottom-up path; False takes neck and heads alone, and
-    # leaves the path as MODEL.WEIGHTS has it: for a teacher with another backbone.
+    # Whether that includes the backbone's bottom-up path. False is for a teacher with another
+    # backbone; the path then starts from MODEL.WEIGHTS.
     cfg.KD.TEACHER.INIT_BACKBONE = True
-    # KDTrainer evaluates the teacher on DATASETS.TEST before the first iteration.
+    # Whether to evaluate the teacher on DATASETS.TEST before the first iteration.
     cfg.KD.TEACHER.EVAL_BEFORE_TRAIN = True
 
-    # ---- A ladder of teachers (train_net.py runs one stage after another) ----
+    # ---- A ladder of teachers: train_net.py runs one stage after another ----
     cfg.KD.LADDER = CN()
-    # A list of {name, config_file, weights, opts, kind, image, losses, iterations, base_lr, start}:
-    # the teacher's config, weights and options; "fused" or "plain"; the image a plain one reads,
-    # "hr" or "lr"; KD.LOSSES, SOLVER.MAX_ITER and SOLVER.BASE_LR of the stage; where the student
-    # starts: "previous" (in the first stage: MODEL.WEIGHTS), "teacher", "teacher_heads" or a
-    # checkpoint. Name, config_file and weights are needed. Without the others there are no opts, a
-    # "fused" teacher or one of the "hr" image, the config's own losses, iterations and base_lr, and
-    # the student starts from the "previous" one.
+    # The stages, a list of dicts; the first three fields are required:
+    #   name: the stage's name, which its folder has.
+    #   config_file, weights, opts: the teacher's config, its checkpoint, and KEY VALUE pairs.
+    #   kind: "fused" (default), or "plain" for a single-resolution teacher.
+    #   image: which image a plain teacher reads, "hr" (default) or "lr".
+    #   losses, iterations, base_lr: KD.LOSSES, SOLVER.MAX_ITER and SOLVER.BASE_LR of the stage;
+    #     default: those of this config.
+    #   start: the student starts from the "previous" stage's student (default; the first stage from
+    #     MODEL.WEIGHTS), from all that fits of the "teacher", from the "teacher_heads" (neck and
+    #     heads alone), or from a checkpoint.
     cfg.KD.LADDER.STAGES = []
 
 
 def _add_model_keys(cfg: CN) -> None:
-    # How this project's FPNs make the levels above p5: "maxpool" (subsampling p5, as Detectron2's
-    # R-CNNs do), or strided convolutions "conv_p5" (its FCOS) or "conv_res5" (its RetinaNet), which
-    # have FPN.NORM; without one their scale is far from the other levels'. The FPNs that Detectron2
-    # itself builds have one way each, and do not read this.
+    # How this project's FPNs make the levels above p5: "maxpool" subsamples p5, as in Detectron2's
+    # R-CNNs; "conv_p5" (its FCOS) and "conv_res5" (its RetinaNet) are strided convolutions with
+    # FPN.NORM. Without a norm, their scale is far from that of the other levels. Detectron2's own
+    # FPN builders do not read this key.
     cfg.MODEL.FPN.TOP_BLOCK = "maxpool"
 
     # ---- A classifier of timm under an FPN (MODEL.BACKBONE.NAME: build_timm_fpn_backbone, and
@@ -130,27 +134,27 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.TIMM.CHECKPOINT = ""
 
     # ---- FCOS (MODEL.META_ARCHITECTURE: FCOS), which Detectron2 cannot build from a config ----
-    # Its sizes of interest follow the strides: on a level of stride s, boxes whose farthest side is
-    # 4 s to 8 s away; on the finest and the coarsest level also smaller and larger ones.
+    # A level of stride s learns boxes whose farthest side is 4 s to 8 s from the location; the
+    # finest level learns smaller ones too, the coarsest larger ones.
     cfg.MODEL.FCOS = CN()
-    # Without the background.
+    # The number of classes, without background.
     cfg.MODEL.FCOS.NUM_CLASSES = 80
-    # The levels that its head reads, from fine to coarse.
+    # The levels that the head reads, from fine to coarse.
     cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions in each tower, those that predict aside, and their normalisation.
+    # The number of convolutions in each tower, without the predicting ones, and their norm.
     cfg.MODEL.FCOS.NUM_CONVS = 4
     cfg.MODEL.FCOS.NORM = "GN"
-    # The score all classes start from.
+    # The score that all classes start from.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
-    # A location is positive when it is nearer to a box's centre than this, in strides, along both
-    # axes.
+    # A location is positive if it is this near to a box's centre along both axes, in strides.
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
-    # The weight of positive locations, and the exponent by which easy ones count less.
+    # alpha and gamma of the focal loss: the weight of positive locations, and the exponent that
+    # makes easy ones count less.
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
-    # A detection's score is sqrt(class score x centerness), on which this threshold acts: 0.2 is
-    # about what 0.05 is where it acts on the class score alone, as in the authors' code.
+    # The lowest score of a detection, which is sqrt(class score x centerness): 0.2 here is about
+    # what 0.05 is in the authors' code, where the threshold acts on the class score alone.
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
-    # Candidates kept per level before non-maximum suppression, and the IoU it suppresses at.
+    # The candidates per level that non-maximum suppression gets, and its IoU threshold.
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6

@@ -1,80 +1,89 @@
-"""The losses between a student's predictions for its regions and its teacher's for the same."""
-
-from __future__ import annotations
+"""The losses between what a student's and its teacher's RoI heads predict for the same regions."""
 
 from types import SimpleNamespace
 
 import torch
-from detectron2.utils.events import get_event_storage
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from torch import nn
 
-from msad_kd.distill.roi_regions import RoIHeadsSpec, check_roi_heads
+from msad_kd.distill.distiller import Distiller
 from msad_kd.losses.roi import RoIPredictions
 from msad_kd.losses.terms import LossTerm
 from msad_kd.utils.errors import InputError
 
-__all__ = ["RoIDistiller"]
 
+class RoIDistiller(Distiller):
+    """Compares predictions for the regions that the student samples from its proposals.
 
-class RoIDistiller:
-    """The losses between what a student and its teacher predict for the student's regions.
+    The teacher needs the same classes and ``StandardROIHeads``; the strides of its levels do not
+    matter. Nothing is trained here.
 
-    Both see the same regions, the student's sampled proposals, so any teacher will do that has the
-    same classes and ``StandardROIHeads``, whatever the strides of its levels. It trains nothing of
-    its own.
+    Args:
+        terms: the losses.
+        diagnostics_period: see ``Distiller``.
     """
 
     def __init__(self, terms: list[LossTerm], diagnostics_period: int = 0):
-        """
-        Args:
-            terms: the losses, which are summed.
-            diagnostics_period: as of ``Distiller``.
-        """
-        self.terms = terms
-        self.reads_masks = any(getattr(each.function, "reads_masks", True) for each in terms)
-        self.diagnostics_period = diagnostics_period
-        self._values: dict[str, torch.Tensor] = {}
+        super().__init__(terms, diagnostics_period)
+        self.reads_masks = any(getattr(term.function, "reads_masks", True) for term in terms)
 
-    def connect(self, student: nn.Module, teacher: nn.Module) -> None:
-        """See that the heads of both can be compared, before the first step.
+    def connect(self, student: nn.Module, teacher: nn.Module) -> set[str]:
+        """Check that both detectors' heads can be compared, and return the levels that are read.
 
         Raises:
             InputError: as ``check_roi_heads``.
         """
-        both = (RoIHeadsSpec.of_model(each) for each in (student, teacher))
-        check_roi_heads(*both, [term.name for term in self.terms])
+        check_roi_heads(student, teacher, [term.name for term in self.terms])
+        heads = teacher.roi_heads
+        with_masks = heads.mask_on and self.reads_masks
+        return {*heads.box_in_features, *(heads.mask_in_features if with_masks else ())}
 
-    def __call__(
+    def forward(
         self, seen: SimpleNamespace, teacher: RoIPredictions, iteration: int
     ) -> dict[str, torch.Tensor]:
-        """
+        """Compare the predictions for one batch at an iteration of the trainer.
+
         Args:
-            seen: from ``recording_regions``.
-            teacher: from ``predict_regions``.
-            iteration: the trainer's, counting from 0.
+            seen: the student's regions and predictions, from ``recording_regions``.
+            teacher: the teacher's predictions, from ``predict_regions``.
+            iteration: counted from 0.
 
         Returns:
             ``loss_kd_<name>``, weighted, for each loss.
-
-        Raises:
-            InputError: if a loss refuses its fields or the predictions.
         """
-        losses: dict[str, torch.Tensor] = {}
-        due = self.diagnostics_period and (iteration + 1) % self.diagnostics_period == 0
-        self._values = {}
-        for term in self.terms:
-            try:
-                value = term.function(seen.predictions, teacher, **term.arguments)
-            except ValueError as error:
-                raise InputError(f"KD.LOSSES: '{term.name}': {error}") from error
-            self._values[term.name] = self._values.get(term.name, 0.0) + value.detach()
-            key = f"loss_kd_{term.name}"
-            losses[key] = losses.get(key, 0.0) + term.warmup_weight(iteration) * value
-        if due:
-            for name, value in self._values.items():
-                get_event_storage().put_scalar(f"kd/{name}", value)
-        return losses
+        predictions = seen.predictions, teacher
+        values = [(term, {term.name: self.evaluate(term, *predictions)}) for term in self.terms]
+        return self.weigh(values, iteration)
 
-    def not_finite(self) -> list[str]:
-        """As of ``Distiller``."""
-        return [name for name, value in self._values.items() if not value.isfinite().all()]
+
+def check_roi_heads(student: nn.Module, teacher: nn.Module, names: list[str]) -> None:
+    """Check that two detectors' RoI heads can be compared by the losses of these names.
+
+    Raises:
+        InputError: if one has no ``StandardROIHeads`` or lacks the masks that a loss compares, or
+            if their classes differ or, for ``roi_box``, the units of their boxes.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        heads = getattr(model, "roi_heads", None)
+        if not isinstance(heads, StandardROIHeads) or isinstance(heads, CascadeROIHeads):
+            kind = "none" if heads is None else type(heads).__name__
+            raise InputError(
+                f"KD.LOSSES: '{names[0]}' compares predictions of StandardROIHeads, and the {role},"
+                f" a {type(model).__name__}, has {kind} (MODEL.ROI_HEADS.NAME)"
+            )
+        if "roi_mask" in names and not heads.mask_on:
+            raise InputError(
+                f"KD.LOSSES: 'roi_mask' compares masks, and the {role}'s MODEL.MASK_ON is False"
+            )
+    keys = {"MODEL.ROI_HEADS.NUM_CLASSES": lambda heads: heads.num_classes}
+    if "roi_box" in names:
+        keys["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"] = lambda heads: tuple(
+            heads.box_predictor.box2box_transform.weights
+        )
+    for key, read in keys.items():
+        values = [read(model.roi_heads) for model in (student, teacher)]
+        if values[0] != values[1]:
+            raise InputError(
+                f"KD.LOSSES: losses of RoI heads need the same {key} in both models; it is "
+                f"{values[0]} in the student and {values[1]} in the teacher"
+            )

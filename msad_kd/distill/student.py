@@ -1,25 +1,18 @@
-"""Students: stock detectors at low resolution that are trained with a teacher's losses, too."""
+"""Students: stock detectors that learn from a teacher, too, while they are trained."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from msad_kd.distill.feature_distiller import Distiller
+from msad_kd.distill.feature_distiller import FeatureDistiller
+from msad_kd.distill.gradient_ratio import gradient_ratio, last_layer
 from msad_kd.distill.roi_distiller import RoIDistiller
-from msad_kd.distill.roi_regions import (
-    RoIHeadsSpec,
-    check_roi_heads,
-    predict_regions,
-    recording_regions,
-)
-from msad_kd.distill.teacher import Teacher, build_teacher, teacher_config, teacher_levels
+from msad_kd.distill.roi_regions import predict_regions, recording_regions
+from msad_kd.distill.teacher import Teacher, TeacherSpec, build_teacher
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
 from msad_kd.modeling.fcos import FCOS
@@ -27,145 +20,83 @@ from msad_kd.modeling.pyramid import in_high_resolution
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import preserved_rng
 
-__all__ = [
-    "DistilledFCOS",
-    "DistilledMixin",
-    "DistilledRCNN",
-    "DistilledRetinaNet",
-    "attach_teacher",
-    "check_losses",
-    "gradient_ratio",
-    "last_layer",
-]
-
-
-def last_layer(backbone: nn.Module) -> nn.Parameter:
-    """The last trained weight of a backbone that all levels depend on: of an FPN's bottom-up path
-    or, where that is frozen, of its coarsest lateral convolution.
-
-    Raises:
-        InputError: if all weights are frozen.
-    """
-    laterals = getattr(backbone, "lateral_convs", [])  # from coarse to fine
-    for part in (getattr(backbone, "bottom_up", backbone), *laterals[:1], backbone):
-        trained = [p for p in part.parameters() if p.requires_grad and p.dim() > 1]
-        if trained:
-            return trained[-1]
-    raise InputError(
-        "KD.GRADIENT_RATIO_PERIOD compares gradients at the backbone's last trained weight, and "
-        "all of them are frozen; set it to 0"
-    )
-
-
-def gradient_ratio(
-    distillation: Iterable[torch.Tensor], detection: Iterable[torch.Tensor], layer: nn.Parameter
-) -> torch.Tensor:
-    """Norm of the gradient of one sum of losses over that of another, at one layer's weight.
-
-    One that does not depend on the layer has the norm 0. The graph stays, and no ``.grad`` is
-    touched, so the step is not changed by it.
-    """
-
-    def norm(losses):
-        # The factor, a power of 2, changes nothing in fp32; in fp16 it keeps what is small from 0.
-        total = sum(losses) * 2.0**12
-        (found,) = torch.autograd.grad(total, layer, retain_graph=True, allow_unused=True)
-        return layer.new_zeros(()) if found is None else found.float().norm()
-
-    return norm(distillation) / norm(detection)
-
-
-def _build_distiller(cfg: CfgNode, backbone: nn.Module) -> Distiller:
-    terms = [term for term in read_losses(cfg.KD.LOSSES) if not term.of_regions]
-    told = terms and cfg.KD.TEACHER.CONFIG_FILE
-    return Distiller(
-        terms=terms,
-        student=in_high_resolution(backbone.output_shape(), cfg.KD.SCALE),
-        teacher=teacher_levels(cfg) if told else None,
-        diagnostics_period=cfg.KD.DIAGNOSTICS_PERIOD,
-    )
-
-
-def _build_roi_distiller(cfg: CfgNode) -> RoIDistiller | None:
-    terms = [term for term in read_losses(cfg.KD.LOSSES) if term.of_regions]
-    if not terms:
-        return None
-    own, teacher = RoIHeadsSpec.of_config(cfg), None
-    if cfg.KD.TEACHER.CONFIG_FILE:
-        teacher = RoIHeadsSpec.of_config(teacher_config(cfg, trained=False))
-    check_roi_heads(own, teacher, [term.name for term in terms])
-    return RoIDistiller(terms, cfg.KD.DIAGNOSTICS_PERIOD)
-
 
 class DistilledMixin:
-    """Makes any stock detector with a ``backbone`` a student::
+    """Makes any stock detector with a ``backbone`` a student.
+
+    Example::
 
         @META_ARCH_REGISTRY.register()
         class DistilledMine(DistilledMixin, Mine):
             pass
 
-    In training its losses are the stock ones and ``loss_kd_*``; its inputs need ``image_hr``, as
+    In training it has the stock losses and ``loss_kd_*``; its inputs need ``image_hr``, as
     ``TwoResolutionMapper(frame="lr")`` makes it. In evaluation it is the stock detector.
+
+    Args:
+        distiller: the losses between feature maps.
+        roi_distiller: the losses between predictions of RoI heads; None without any.
+        gradient_ratio_period: log the gradient norm of the distillation losses over that of the
+            detection losses every so many iterations; 0: never.
+        kwargs: arguments of the stock detector.
     """
 
     frame = "lr"
-    # A tuple, so that nn.Module does not register what it holds; see Teacher.
+    # A tuple, so that nn.Module does not register the teacher; see Teacher.
     _teacher: tuple[Teacher, ...] = ()
 
     @configurable
     def __init__(
         self,
         *,
-        distiller: Distiller,
+        distiller: FeatureDistiller,
         roi_distiller: RoIDistiller | None = None,
         gradient_ratio_period: int = 0,
         **kwargs,
     ):
-        """
-        Args:
-            distiller: the losses between feature maps.
-            roi_distiller: those between what RoI heads predict; None for none.
-            gradient_ratio_period: the iterations from one logging of the ratio of the distillation
-                gradient's norm to the detection gradient's to the next; 0 for none.
-            kwargs: arguments of the stock detector.
-        """
         super().__init__(**kwargs)
         self.distiller = distiller
         self.roi_distiller = roi_distiller
         self.gradient_ratio_period = gradient_ratio_period
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Return the constructor's arguments. Nothing is read of the teacher."""
         stock = super().from_config(cfg)
+        terms, period = read_losses(cfg.KD.LOSSES), cfg.KD.DIAGNOSTICS_PERIOD
+        roi_terms = [term for term in terms if term.of_regions]
         return {
             **stock,
-            "distiller": _build_distiller(cfg, stock["backbone"]),
-            "roi_distiller": _build_roi_distiller(cfg),
+            "distiller": FeatureDistiller(
+                terms=[term for term in terms if not term.of_regions],
+                student=in_high_resolution(stock["backbone"].output_shape(), cfg.KD.SCALE),
+                diagnostics_period=period,
+            ),
+            "roi_distiller": RoIDistiller(roi_terms, period) if roi_terms else None,
             "gradient_ratio_period": cfg.KD.GRADIENT_RATIO_PERIOD,
         }
 
     def set_teacher(self, teacher: Teacher) -> None:
-        """Learn from this teacher, whose levels and RoI heads are checked against the student's.
+        """Check a teacher against the student, build what the losses train, and learn from it.
+
+        Call it before the optimizer is built: adapters and losses have parameters of their own.
 
         Raises:
-            InputError: as ``Distiller.connect`` and ``RoIDistiller.connect``.
+            InputError: as ``FeatureDistiller.connect`` and ``RoIDistiller.connect``.
         """
-        self.distiller.connect(teacher.levels())
-        teacher.needed = self.distiller.levels_read()
+        teacher.needed = self.distiller.connect(teacher.levels())
+        self.distiller.to(next(self.parameters()).device)
         if self.roi_distiller:
-            self.roi_distiller.connect(self, teacher.model)
-            heads = teacher.model.roi_heads
-            teacher.needed |= {*heads.box_in_features}
-            if heads.mask_on and self.roi_distiller.reads_masks:
-                teacher.needed |= {*heads.mask_in_features}
+            teacher.needed |= self.roi_distiller.connect(self, teacher.model)
         self._teacher = (teacher,)
 
     @property
     def teacher(self) -> Teacher | None:
-        """What ``attach_teacher`` has given it; None before."""
+        """The teacher that ``set_teacher`` was given; None before."""
         return self._teacher[0] if self._teacher else None
 
     def forward(self, batched_inputs: list[dict]):
+        """Return the stock losses and ``loss_kd_*`` in training, the stock predictions else."""
         if not self.training:
             return super().forward(batched_inputs)
         if self.teacher is None:
@@ -194,9 +125,9 @@ class DistilledMixin:
         return {**losses, **distillation}
 
     def not_finite(self) -> list[str]:
-        """What ``Distiller.not_finite`` tells, of all losses."""
-        own = self.roi_distiller.not_finite() if self.roi_distiller else []
-        return self.distiller.not_finite() + own
+        """Return the distillation losses of the last step that are NaN or infinite."""
+        distillers = (self.distiller, self.roi_distiller)
+        return [name for x in distillers if x is not None for name in x.not_finite()]
 
 
 @META_ARCH_REGISTRY.register()
@@ -214,21 +145,35 @@ class DistilledFCOS(DistilledMixin, FCOS):
     """FCOS as a student."""
 
 
-def check_losses(cfg: CfgNode) -> None:
-    """See that a student's losses find levels and RoI heads in its teacher, without loading it.
+def attach_teacher(model: nn.Module, cfg: CfgNode) -> Teacher:
+    """Build the teacher of ``KD.TEACHER`` and give it to a student.
+
+    Call it before the optimizer is built and before DDP wraps the model: see ``set_teacher``.
 
     Raises:
-        InputError: as ``teacher_config``, ``Distiller`` and ``check_roi_heads``.
+        InputError: if the model is no student; as ``build_teacher`` and ``set_teacher``.
     """
-    teacher_config(cfg)
-    _build_roi_distiller(cfg)
-    with preserved_rng():
-        _build_distiller(cfg, build_backbone(cfg)).connect(teacher_levels(cfg))
-
-
-def attach_teacher(model: nn.Module, cfg: CfgNode) -> Teacher:
-    """Build the teacher of ``KD.TEACHER`` and give it to a student, wrapped in DDP or not."""
-    student = getattr(model, "module", model)
+    if not isinstance(model, DistilledMixin):
+        raise InputError(
+            f"a {type(model).__name__} takes no teacher; call attach_teacher with a student, such "
+            "as a DistilledRCNN, before DistributedDataParallel wraps it"
+        )
     teacher = build_teacher(cfg)
-    student.set_teacher(teacher)
+    model.set_teacher(teacher)
     return teacher
+
+
+def check_losses(cfg: CfgNode, spec: TeacherSpec) -> None:
+    """Check that a student's losses find their levels and RoI heads in its teacher.
+
+    Both models are built on torch's meta device, which takes neither memory nor time.
+
+    Raises:
+        InputError: as ``DistilledMixin.set_teacher``.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list(["MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.CHECKPOINT", ""])  # no weights
+    with preserved_rng(), torch.device("meta"):
+        student = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+        student.set_teacher(spec.build_on_meta())

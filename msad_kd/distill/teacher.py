@@ -1,16 +1,16 @@
-"""The frozen teacher: built from its own config, loaded to the last key, never part of the student.
+"""The teacher: read from a student's config, loaded to the last key, frozen.
 
-N: images, H, W: the student's padded height and width, k: high-resolution side / low-resolution.
+N: images, C: channels, H, W: the student's padded height and width,
+k: high-resolution side / low-resolution side.
 """
 
-from __future__ import annotations
-
 import logging
+from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import load_strictly
@@ -29,62 +29,58 @@ from msad_kd.modeling.pyramid import (
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import preserved_rng
 
-__all__ = ["Teacher", "build_teacher", "teacher_config", "teacher_levels"]
-
 
 class Teacher:
-    """A frozen detector that answers with feature pyramids.
+    """A frozen detector that gives feature pyramids.
 
-    It is no ``nn.Module`` on purpose: a student that holds one has none of the teacher's weights in
-    its ``state_dict``, its optimizer or its DDP buckets, and ``student.train()`` leaves it alone.
+    It is no ``nn.Module``, so none of its weights are in a student's ``state_dict``, optimizer or
+    DDP buckets, and ``student.train()`` does not reach it.
+
+    Args:
+        model: a detector. It is frozen and put into eval mode.
+        branch: the pyramid to give: "fused", "hr" or "lr". A single-resolution detector has "hr",
+            read from ``image_hr``, and "lr", read from ``image``.
+        scale: k.
+
+    Raises:
+        InputError: if the model has no such branch.
     """
 
     def __init__(self, model: nn.Module, *, branch: str, scale: int):
-        """
-        Args:
-            model: a detector; it is frozen and put into eval mode.
-            branch: the pyramid to give: "fused", "hr" or "lr". A single-resolution detector has
-                "hr", read from ``image_hr``, and "lr", read from ``image``.
-            scale: k.
-
-        Raises:
-            InputError: if the model has no such branch.
-        """
         _check_branch(type(model), branch)
-        if isinstance(model, MultiResolutionMixin):
-            model.test_branch = branch  # what is evaluated is what is learned from
+        self.multi_resolution = isinstance(model, MultiResolutionMixin)
+        if self.multi_resolution:
+            model.test_branch = branch  # evaluate the branch that the student learns from
         self.model = model.eval().requires_grad_(False)
         self.branch = branch
         self.scale = scale
-        self.needed: set[str] | None = None  # the levels that a student reads; None: all
+        self.needed: set[str] | None = None  # the levels that the student reads; None: all
 
     @property
     def image_scale(self) -> int:
-        """The side of an image as its heads count it over one of the student's: 1 or k."""
-        plain = not isinstance(self.model, MultiResolutionMixin)
-        return 1 if plain and self.branch == "lr" else self.scale
+        """The side of an image in the frame of its heads over the student's image: 1 or k."""
+        return self.scale if self.multi_resolution or self.branch == "hr" else 1
 
     def levels(self) -> dict[str, ShapeSpec]:
-        """Level name to channels and stride, in pixels of the high-resolution image."""
+        """Return level name to channels and stride, in pixels of the high-resolution image."""
         shapes = self.model.backbone.output_shape()
-        return _levels(type(self.model), shapes, self.branch, self.scale)
+        if self.multi_resolution:
+            return aligned_levels(shapes, self.scale)
+        return in_high_resolution(shapes, 1 if self.branch == "hr" else self.scale)
 
     @torch.no_grad()
     def pyramid(self, batched_inputs: list[dict], padded: tuple[int, int]) -> Pyramid:
-        """The pyramid of a student's batch.
+        """Compute the pyramid of a student's batch, level name to (N, C, cells, cells).
+
+        Levels of a single-resolution teacher that no loss reads may be None.
 
         Args:
-            batched_inputs: dicts with ``image`` (3, h, w) at low resolution and ``image_hr``
-                (3, kh, kw), as ``TwoResolutionMapper(frame="lr")`` makes them.
-            padded: (H, W) to which the student pads the batch; the high-resolution images are
-                padded to exactly k times that.
-
-        Returns:
-            level name to (N, C, cells, cells), without a graph; a plain teacher's that no loss
-            reads may be None.
+            batched_inputs: dicts with ``image`` (3, h, w) and ``image_hr`` (3, kh, kw), as
+                ``TwoResolutionMapper(frame="lr")`` makes them.
+            padded: (H, W) of the student's batch; high-resolution images are padded to k times it.
 
         Raises:
-            InputError: if the inputs lack ``image_hr``, or if one isn't exactly k times its image.
+            InputError: if ``image_hr`` is missing or is not exactly k times its ``image``.
         """
         if "image_hr" not in batched_inputs[0] and self.branch != "lr":
             raise InputError(
@@ -99,109 +95,110 @@ class Teacher:
             high = pad_batch(normalize(self.model, [x["image_hr"] for x in batched_inputs]), *sides)
         if self.branch != "hr":
             low = pad_batch(normalize(self.model, [x["image"] for x in batched_inputs]), *padded)
-        if not isinstance(self.model, MultiResolutionMixin):
-            backbone = self.model.backbone
-            needed = backbone.output_shape() if self.needed is None else self.needed
-            with computing(backbone, needed):
-                return backbone(low if high is None else high)
-        return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
+        if self.multi_resolution:
+            return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
+        backbone = self.model.backbone
+        with computing(backbone, backbone.output_shape() if self.needed is None else self.needed):
+            return backbone(low if high is None else high)
 
 
-def _check_branch(meta: type, branch: str) -> None:
-    offered = BRANCHES if issubclass(meta, MultiResolutionMixin) else ("hr", "lr")
-    if branch not in offered:
+def _check_branch(meta_architecture: type, branch: str) -> None:
+    plain = not issubclass(meta_architecture, MultiResolutionMixin)
+    branches = ("hr", "lr") if plain else BRANCHES
+    if branch not in branches:
         raise InputError(
-            f"KD.TEACHER.BRANCH is '{branch}', but a {meta.__name__} teacher has "
-            f"{', '.join(offered)}"
+            f"KD.TEACHER.BRANCH is '{branch}', but a {meta_architecture.__name__} teacher has "
+            f"{', '.join(branches)}"
         )
 
 
-def _levels(meta: type, shapes: dict, branch: str, scale: int) -> dict[str, ShapeSpec]:
-    if issubclass(meta, MultiResolutionMixin):
-        return aligned_levels(shapes, scale)
-    return in_high_resolution(shapes, 1 if branch == "hr" else scale)
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The teacher that a student's config names: read once, then handed on."""
+
+    # The teacher's own config, frozen, with KD.TEACHER.WEIGHTS as its MODEL.WEIGHTS and with the
+    # student's data sets, device and number of workers.
+    cfg: CfgNode
+    config_file: str  # KD.TEACHER.CONFIG_FILE
+    branch: str  # KD.TEACHER.BRANCH: the pyramid to learn from
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "TeacherSpec":
+        """Read KD.TEACHER of a student's config.
+
+        Raises:
+            InputError: if the config file or the weights are not named; if the file cannot be read;
+                if the teacher has no such branch; if its images differ from the student's in format
+                or scale or, for a student that starts from its backbone, in mean or deviation.
+        """
+        keys = cfg.KD.TEACHER
+        for key in ("CONFIG_FILE", "WEIGHTS"):
+            if not keys[key]:
+                raise InputError(
+                    f"KD.TEACHER.{key} is empty; to train a {cfg.MODEL.META_ARCHITECTURE}, name "
+                    "its teacher's config file and checkpoint (to evaluate one, neither is needed)"
+                )
+        teacher_cfg = get_cfg()
+        add_msad_kd_config(teacher_cfg)
+        try:
+            merge_config(teacher_cfg, keys.CONFIG_FILE, list(keys.OPTS or ()))
+            check_parts(teacher_cfg)
+        except InputError as error:
+            raise InputError(f"KD.TEACHER: {error}") from error
+        meta_architecture = META_ARCH_REGISTRY.get(teacher_cfg.MODEL.META_ARCHITECTURE)
+        _check_branch(meta_architecture, keys.BRANCH)
+        if not issubclass(meta_architecture, MultiResolutionMixin):
+            teacher_cfg.KD.SCALE = cfg.KD.SCALE  # a single-resolution detector has none
+        teacher_cfg.MODEL.WEIGHTS = keys.WEIGHTS
+        teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+        teacher_cfg.DATASETS = cfg.DATASETS.clone()
+        teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+        _check_images(cfg, teacher_cfg)
+        teacher_cfg.freeze()
+        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH)
+
+    def build(self) -> Teacher:
+        """Build the teacher and load its checkpoint, without drawing random numbers.
+
+        A student therefore has the same initial weights and data with a teacher as without.
+
+        Raises:
+            InputError: if the checkpoint is missing or a key of it does not fit.
+        """
+        weights = self.cfg.MODEL.WEIGHTS
+        with preserved_rng():
+            model = build_model(self.cfg)
+        load_strictly(model, weights, f"KD.TEACHER.CONFIG_FILE '{self.config_file}'")
+        logging.getLogger(__name__).info(
+            "Teacher: %s from %s, branch %s", type(model).__name__, weights, self.branch
+        )
+        return Teacher(model, branch=self.branch, scale=self.cfg.KD.SCALE)
+
+    def build_on_meta(self) -> Teacher:
+        """Build the teacher on torch's meta device: it has shapes, but no weights and no cost."""
+        with preserved_rng(), torch.device("meta"):
+            model = META_ARCH_REGISTRY.get(self.cfg.MODEL.META_ARCHITECTURE)(self.cfg)
+        return Teacher(model, branch=self.branch, scale=self.cfg.KD.SCALE)
 
 
-def teacher_levels(cfg: CfgNode) -> dict[str, ShapeSpec]:
-    """What ``Teacher.levels`` will be, told by the teacher's config alone.
-
-    A student's adapters are sized by it: they have to be there before the optimizer, and before any
-    teacher is. The random generators are left as they were.
-    """
-    own = teacher_config(cfg, trained=False)
-    meta = META_ARCH_REGISTRY.get(own.MODEL.META_ARCHITECTURE)
-    with preserved_rng():
-        shapes = build_backbone(own).output_shape()
-    return _levels(meta, shapes, cfg.KD.TEACHER.BRANCH, cfg.KD.SCALE)
-
-
-def teacher_config(cfg: CfgNode, *, trained: bool = True) -> CfgNode:
-    """The teacher's config: its own file, with the student's data sets and device.
-
-    Args:
-        trained: whether its weights will be needed.
-
-    Raises:
-        InputError: if the file or the weights needed are not named, if the file cannot be read, if
-            the teacher has no such branch, or if it sees images of another format or scale than the
-            student, or of other means and deviations than one that starts from it.
-    """
-    keys = cfg.KD.TEACHER
-    for key in ("CONFIG_FILE", "WEIGHTS") if trained else ("CONFIG_FILE",):
-        if not keys[key]:
+def _check_images(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
+    keys = ["INPUT.FORMAT", "KD.SCALE"]
+    if cfg.KD.TEACHER.INIT_STUDENT and cfg.KD.TEACHER.INIT_BACKBONE:
+        keys += ["MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
+    for key in keys:
+        section, name = key.split(".")
+        student, teacher = cfg[section][name], teacher_cfg[section][name]
+        if student != teacher:
             raise InputError(
-                f"KD.TEACHER.{key} is empty; {cfg.MODEL.META_ARCHITECTURE} needs a teacher's "
-                "config file and checkpoint to train (not to be evaluated)"
+                f"{key} is {teacher} in the teacher's config '{cfg.KD.TEACHER.CONFIG_FILE}' and "
+                f"{student} in the student's; both have to see the same images"
             )
-    teacher = get_cfg()
-    add_msad_kd_config(teacher)
-    try:
-        merge_config(teacher, keys.CONFIG_FILE, list(keys.OPTS or ()))
-        check_parts(teacher)
-    except InputError as error:
-        raise InputError(f"KD.TEACHER: {error}") from error
-    meta = META_ARCH_REGISTRY.get(teacher.MODEL.META_ARCHITECTURE)
-    _check_branch(meta, keys.BRANCH)
-    if getattr(meta, "frame", None) != "hr":
-        teacher.KD.SCALE = cfg.KD.SCALE  # a single-resolution detector has none of its own
-    teacher.MODEL.WEIGHTS = keys.WEIGHTS
-    teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
-    teacher.KD.LOSSES = []  # a student that teaches needs nothing of its own training
-    teacher.DATASETS = cfg.DATASETS.clone()
-    teacher.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
-    same = [
-        ("INPUT.FORMAT", teacher.INPUT.FORMAT, cfg.INPUT.FORMAT),
-        ("KD.SCALE", teacher.KD.SCALE, cfg.KD.SCALE),
-    ]
-    if keys.INIT_STUDENT and keys.INIT_BACKBONE:
-        for key in ("PIXEL_MEAN", "PIXEL_STD"):
-            same.append((f"MODEL.{key}", list(teacher.MODEL[key]), list(cfg.MODEL[key])))
-    for name, own, students in same:
-        if own != students:
-            raise InputError(
-                f"{name} is {own} in the teacher's config '{keys.CONFIG_FILE}' and {students} in "
-                "the student's; both have to see the same images"
-            )
-    teacher.freeze()
-    return teacher
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:
     """Build, load and freeze the teacher that a student's config names.
 
-    The random generators are left as they were, so a student has the same initial weights and the
-    same data with a teacher as without.
-
     Raises:
-        InputError: as ``teacher_config``, and if the checkpoint is absent or a key of it does not
-            fit.
+        InputError: as ``TeacherSpec.from_config`` and ``TeacherSpec.build``.
     """
-    keys = cfg.KD.TEACHER
-    own = teacher_config(cfg)
-    with preserved_rng():
-        model = build_model(own)
-    load_strictly(model, keys.WEIGHTS, f"KD.TEACHER.CONFIG_FILE '{keys.CONFIG_FILE}'")
-    logging.getLogger(__name__).info(
-        "Teacher: %s from %s, branch %s", own.MODEL.META_ARCHITECTURE, keys.WEIGHTS, keys.BRANCH
-    )
-    return Teacher(model, branch=keys.BRANCH, scale=cfg.KD.SCALE)
+    return TeacherSpec.from_config(cfg).build()

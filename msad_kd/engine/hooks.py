@@ -1,6 +1,4 @@
-"""What a training does between its steps: seeding, and a look at the teacher before the first."""
-
-from __future__ import annotations
+"""Hooks of the trainer: seeding each step, and evaluating the teacher before the first one."""
 
 import logging
 import os
@@ -9,49 +7,52 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from msad_kd.distill.teacher import teacher_config
+from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.modeling.classes import number_of_classes
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
 
-__all__ = ["EvaluateTeacher", "KeepNormalizer", "SeedEachStep"]
-
 
 class SeedEachStep(HookBase):
-    """Seeds every generator before each step by (seed, rank, iteration).
+    """Seed every random generator before each step by (seed, rank, iteration).
 
-    A step is then the same after a resume, and whatever an evaluation in between has drawn.
+    A step is then the same after a resume, and after an evaluation, which draws random numbers.
     """
 
     def __init__(self, seed: int):
         self.seed = seed
 
     def before_step(self):
+        """Seed the generators."""
         seed_all(derive_seed(self.seed, comm.get_rank(), self.trainer.iter))
 
 
 class EvaluateTeacher(HookBase):
-    """Evaluates the teacher before the first iteration, so that a bad one is seen at once."""
+    """Evaluate the teacher before the first iteration, so that a bad one is noticed at once."""
+
+    def __init__(self, spec: TeacherSpec):
+        self.spec = spec
 
     def before_train(self):
-        trainer = self.trainer
+        """Evaluate the teacher on the student's data sets, unless the run is resumed."""
+        trainer, logger = self.trainer, logging.getLogger(__name__)
         if trainer.start_iter > 0:
             return
-        cfg = teacher_config(trainer.cfg).clone()
-        logger = logging.getLogger(__name__)
-        own, students = (number_of_classes(each) for each in (cfg, trainer.cfg))
-        if own != students:
+        classes = [number_of_classes(cfg) for cfg in (self.spec.cfg, trainer.cfg)]
+        if classes[0] != classes[1]:
             logger.warning(
                 "The teacher predicts %s classes, the student %s: the teacher is not evaluated",
-                own,
-                students,
+                *classes,
             )
             return
+        cfg = self.spec.cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")
-        for key in ("COCO_EVALUATOR", "CITYSCAPES_COCO"):  # its AP is to be compared
+        for key in ("COCO_EVALUATOR", "CITYSCAPES_COCO"):  # to compare its AP with the student's
             cfg.TEST[key] = trainer.cfg.TEST[key]
-        logger.info("Evaluating the teacher before the first iteration")
+        logger.info(
+            "Evaluating the teacher's branch '%s' before the first iteration", self.spec.branch
+        )
         with preserved_rng():
             trainer.test(cfg, trainer.teacher.model)
 

@@ -1,21 +1,16 @@
-"""Starting the processes of a run, on GPUs or, where there are none, on the CPU."""
+"""The processes of a run, on GPUs or, on a machine without GPU, on the CPU."""
 
-from __future__ import annotations
-
-import contextlib
-import functools
 import logging
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import defaults
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 from torch import multiprocessing
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-__all__ = ["ddp_on_cpu", "launch"]
+from msad_kd.utils.compat import create_local_process_group
 
 
 def launch(
@@ -26,54 +21,32 @@ def launch(
     dist_url: str = "auto",
     args: tuple = (),
 ) -> None:
-    """Detectron2's ``launch``, with processes on the CPU where there is no GPU.
-
-    Detectron2 0.6 insists on GPUs as soon as there is more than one process.
+    """Start processes as Detectron2's ``launch`` does, on the CPU if there is no GPU.
 
     Args:
-        main: what each process calls, with ``args``.
-        num_gpus_per_machine: processes of a machine.
-        num_machines, machine_rank, dist_url: as ``launch`` of Detectron2 has them.
+        main: the function that each process calls with ``args``.
+        num_gpus_per_machine: the number of processes on each machine.
+        num_machines: the number of machines.
+        machine_rank: the rank of this machine.
+        dist_url: where the processes meet; "auto" picks a free port of this machine.
+        args: arguments of ``main``.
     """
     world_size = num_gpus_per_machine * num_machines
     if world_size <= 1 or torch.cuda.is_available():
         launch_on_gpus(main, num_gpus_per_machine, num_machines, machine_rank, dist_url, args)
         return
     logging.getLogger(__name__).warning(
-        "No GPU is at hand: %d processes on the CPU", num_gpus_per_machine
+        "No GPU is available: starting %d processes on the CPU", num_gpus_per_machine
     )
     if dist_url == "auto":
         dist_url = f"tcp://127.0.0.1:{get_free_port()}"
-    arguments = (main, num_gpus_per_machine, num_machines, machine_rank, dist_url, args)
+    arguments = (main, num_gpus_per_machine, world_size, machine_rank, dist_url, args)
     multiprocessing.spawn(_cpu_worker, arguments, nprocs=num_gpus_per_machine)
 
 
-def _cpu_worker(local_rank, main, processes, num_machines, machine_rank, dist_url, args):
-    dist.init_process_group(
-        "gloo",
-        init_method=dist_url,
-        world_size=processes * num_machines,
-        rank=machine_rank * processes + local_rank,
-    )
-    # What Detectron2 asks for ranks within a machine; 0.6 has no function that makes it.
-    groups = [
-        dist.new_group(range(machine * processes, (machine + 1) * processes))
-        for machine in range(num_machines)
-    ]
-    comm._LOCAL_PROCESS_GROUP = groups[machine_rank]
+def _cpu_worker(local_rank, main, processes, world_size, machine_rank, dist_url, args):
+    rank = machine_rank * processes + local_rank
+    dist.init_process_group("gloo", init_method=dist_url, world_size=world_size, rank=rank)
+    create_local_process_group(processes)
     comm.synchronize()
     main(*args)
-
-
-@contextlib.contextmanager
-def ddp_on_cpu():
-    """Lets ``DefaultTrainer`` wrap a model that is on the CPU.
-
-    Detectron2 always names the device, and torch accepts none for the CPU.
-    """
-    wrap = defaults.create_ddp_model
-    defaults.create_ddp_model = functools.partial(wrap, device_ids=None)
-    try:
-        yield
-    finally:
-        defaults.create_ddp_model = wrap

@@ -1,16 +1,14 @@
 """Detectron2's ``DefaultTrainer`` with two resolutions, a teacher and repeatable steps."""
 
-from __future__ import annotations
-
-import contextlib
 import logging
 import os
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
@@ -18,70 +16,87 @@ from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.data.loader import CheckedMapper, build_train_loader, explain_missing_data
 from msad_kd.data.mapper import build_mapper
-from msad_kd.distill.student import DistilledMixin, attach_teacher
-from msad_kd.distill.teacher import teacher_config
+from msad_kd.distill.student import DistilledMixin
+from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep
-from msad_kd.engine.launch import ddp_on_cpu
 from msad_kd.engine.optimizer import build_optimizer
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
+from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.classes import check_classes, is_a
+from msad_kd.utils.compat import ddp_on, load_trainer_state, trainer_state
 from msad_kd.utils.errors import InputError
-
-__all__ = ["KDTrainer"]
-
-
-def _is_student(cfg: CfgNode) -> bool:
-    return is_a(cfg, DistilledMixin)
 
 
 class KDTrainer(DefaultTrainer):
-    """Trains students, multi-resolution teachers and stock detectors alike.
+    """Trains students, multi-resolution teachers and stock detectors.
 
-    Beside ``DefaultTrainer``: both resolutions from the loader, AdamW as an option, step data that
-    are a function of (SEED, rank, iteration), a student that starts from its teacher.
+    It adds to ``DefaultTrainer``: both resolutions from the loader, AdamW as an option, steps whose
+    data depend on (SEED, rank, iteration) alone, and a student's teacher.
+
+    Args:
+        cfg: the config of the run.
+        teacher_spec: a student's teacher, if its config has been read already.
+
+    Raises:
+        InputError: before any data are read, if TEST asks for what the model cannot do, if the
+            teacher cannot be built, or if the student cannot learn from it.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, teacher_spec: TeacherSpec | None = None):
         check_augmentation(cfg)
         check_precise_bn(cfg)
-        if _is_student(cfg):
-            teacher_config(cfg)  # its mistakes are told before the data are read
-            keys = cfg.KD.TEACHER
-            check_exists(keys.WEIGHTS, f"KD.TEACHER.CONFIG_FILE '{keys.CONFIG_FILE}'")
+        self.teacher: Teacher | None = None
+        self.teacher_spec: TeacherSpec | None = None
+        if is_a(cfg, DistilledMixin):
+            _warn_of_long_warmup(cfg)
+            self.teacher_spec = teacher_spec or TeacherSpec.from_config(cfg)
+            # DefaultTrainer's constructor builds the model and then its optimizer. In between, the
+            # teacher has to be attached: it decides which adapters there are to train.
+            self.build_model = self._build_student
         elif cfg.KD.TEACHER.CONFIG_FILE:
             logging.getLogger(__name__).warning(
-                "KD.TEACHER is not used: a %s is trained without distillation (DistilledRCNN and "
-                "the like are the students)",
+                "KD.TEACHER is not used: a %s is trained without distillation (students are "
+                "DistilledRCNN and the like)",
                 cfg.MODEL.META_ARCHITECTURE,
             )
-        with ddp_on_cpu() if cfg.MODEL.DEVICE == "cpu" else contextlib.nullcontext():
+        with ddp_on(cfg.MODEL.DEVICE):
             super().__init__(cfg)
-        self.teacher = attach_teacher(self._trainer.model, cfg) if _is_student(cfg) else None
+
+    def _build_student(self, cfg: CfgNode) -> nn.Module:
+        student = type(self).build_model(cfg)
+        self.teacher = self.teacher_spec.build()
+        student.set_teacher(self.teacher)
+        return student
 
     def train(self) -> dict:
         """Train to the end.
 
         Returns:
-            the last results on DATASETS.TEST; only the main process has any.
+            The last results on DATASETS.TEST; only the main process has any.
         """
         try:
             # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
             # calls, which changes its last bits: a resumed run, whose first calls come later, would
-            # not be the same. On a GPU no bits are promised, and the rewritten one saves memory.
+            # differ. GPUs do not promise equal bits, and there the rewritten one saves memory.
             with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
                 super().train()
-        except FloatingPointError as error:  # Detectron2's, which names the totals
+        except FloatingPointError as error:  # Detectron2's, which names total losses only
             model = getattr(self._trainer.model, "module", self._trainer.model)
-            bad = model.not_finite() if self.teacher is not None else []
-            if not bad:
+            names = model.not_finite() if self.teacher is not None else []
+            if not names:
                 raise
             raise FloatingPointError(
-                f"{error}\nNot finite at iteration {self.iter}: {', '.join(bad)}"
+                f"{error}\nNot finite at iteration {self.iter}: {', '.join(names)}"
             ) from error
-        # Detectron2 returns them only if they are to be verified.
+        # Detectron2 returns them only if TEST.EXPECTED_RESULTS is set.
         return getattr(self, "_last_eval_results", {})
 
     def resume_or_load(self, resume: bool = True) -> None:
+        """Resume the run or start it, a student from its teacher's weights (INIT_STUDENT).
+
+        Raises:
+            InputError: if MODEL.WEIGHTS does not exist or the backbones differ.
+        """
         fresh = not (resume and self.checkpointer.has_checkpoint())
         weights = self.cfg.MODEL.WEIGHTS
         if fresh and weights:
@@ -99,55 +114,57 @@ class KDTrainer(DefaultTrainer):
             init_from_teacher(self.checkpointer.model, self.teacher.model, backbone=backbone)
 
     def state_dict(self) -> dict:
-        # The inner trainer has the optimizer, which Detectron2 0.6 leaves out of checkpoints; its
-        # git main does not, but takes a checkpoint without it for a broken one.
-        return {
-            **TrainerBase.state_dict(self),
-            "_trainer": self._trainer.state_dict(),
-            "images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH,
-        }
+        """Return the state for a checkpoint, with optimizer and batch size."""
+        return {**trainer_state(self), "images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        images, own = state_dict.get("images_per_batch"), self.cfg.SOLVER.IMS_PER_BATCH
-        if images not in (None, own):
+        """Restore a checkpoint's state.
+
+        Raises:
+            InputError: if the run had another batch size.
+        """
+        before, now = state_dict.get("images_per_batch"), self.cfg.SOLVER.IMS_PER_BATCH
+        if before not in (None, now):
             raise InputError(
-                f"the run in '{self.cfg.OUTPUT_DIR}' had {images} images a batch and is resumed "
-                f"with {own}, which is another schedule; resume it on as many processes, with the "
+                f"the run in '{self.cfg.OUTPUT_DIR}' had {before} images a batch and is resumed "
+                f"with {now}, which is another schedule; resume it on as many processes, with the "
                 "same SOLVER.IMS_PER_BATCH"
             )
-        TrainerBase.load_state_dict(self, state_dict)
-        if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
-        else:
+        if not load_trainer_state(self, state_dict):
             logging.getLogger(__name__).warning(
                 "The checkpoint has no optimizer state: it was written by Detectron2 0.6 itself"
             )
 
     def build_hooks(self):
+        """Build Detectron2's hooks and those of this project."""
         hooks = super().build_hooks()
         hooks.insert(0, KeepNormalizer(self.cfg.SOLVER.CHECKPOINT_PERIOD))
         if self.cfg.SEED >= 0:
             hooks.insert(0, SeedEachStep(self.cfg.SEED))
-        if _is_student(self.cfg) and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
-            hooks.insert(0, EvaluateTeacher())
+        if self.teacher_spec is not None and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
+            hooks.insert(0, EvaluateTeacher(self.teacher_spec))
         if self.cfg.TEST.AUG.ENABLED:
             writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
             augmented = EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
-            hooks.insert(min(writers, default=len(hooks)), augmented)  # it is to be written, too
+            # Before the writers, so that they write its results too.
+            hooks.insert(min(writers, default=len(hooks)), augmented)
         return hooks
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer of SOLVER.OPTIMIZER; see ``engine.optimizer``."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
+        """Build a loader whose batches depend on (SEED, rank, iteration) alone."""
         loader = build_train_loader(cfg, build_mapper(cfg, is_train=True))
         check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Build Detectron2's loader with the mapper that the model needs."""
         mapper = CheckedMapper(build_mapper(cfg, is_train=False))
         with explain_missing_data((dataset_name,)):
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -155,7 +172,10 @@ class KDTrainer(DefaultTrainer):
         return loader
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """Build the evaluator of a data set; see ``evaluation.build``."""
         return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
@@ -163,7 +183,7 @@ class KDTrainer(DefaultTrainer):
         """Evaluate with the test-time augmentation of TEST.AUG.
 
         Returns:
-            as ``test``, so by data set where there are several, with "_TTA" after each task's name.
+            The results as ``test`` returns them, with "_TTA" after the name of each task.
 
         Raises:
             InputError: as ``check_augmentation``.
@@ -174,32 +194,43 @@ class KDTrainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         if len(cfg.DATASETS.TEST) > 1:
-            return {name: _renamed(tasks) for name, tasks in results.items()}
-        return _renamed(results)
+            return {name: _with_suffix(tasks) for name, tasks in results.items()}
+        return _with_suffix(results)
 
     @classmethod
-    def load_model(cls, cfg: CfgNode, weights: str | None, told: str) -> nn.Module:
-        """The model of a config as it is evaluated, with a checkpoint that fits to the last key.
+    def load_model(cls, cfg: CfgNode, weights: str | None, source: str) -> nn.Module:
+        """Build a model for evaluation, and load a checkpoint whose keys all fit.
 
-        Nothing is needed, built or loaded of what a student has for its training alone.
+        Nothing is read, built or loaded of a student's teacher.
 
         Args:
-            cfg: of the model.
-            weights: of the checkpoint; None leaves the model as it is initialised.
-            told: what the config is, for the message.
+            cfg: the config of the model.
+            weights: the checkpoint; None keeps the initial weights.
+            source: what to call the config in an error.
 
         Raises:
             InputError: as ``load_strictly``.
         """
         cfg = cfg.clone()
         cfg.defrost()
-        cfg.KD.LOSSES = []
         cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS  # so MODEL.TIMM's weights are not read
         model = cls.build_model(cfg)
         if weights is not None:
-            load_strictly(model, weights, told)
+            load_strictly(model, weights, source)
         return model.eval()
 
 
-def _renamed(results: dict) -> dict:
+def _with_suffix(results: dict) -> dict:
     return {f"{task}_TTA": metrics for task, metrics in results.items()}
+
+
+def _warn_of_long_warmup(cfg: CfgNode) -> None:
+    iterations = cfg.SOLVER.MAX_ITER
+    slow = [term for term in read_losses(cfg.KD.LOSSES) if term.warmup_iters > iterations]
+    if slow:
+        logging.getLogger(__name__).warning(
+            "KD.LOSSES: %s will not reach their weight, because the run ends after %d iterations "
+            "(SOLVER.MAX_ITER); lower warmup_iters",
+            ", ".join(f"{term.name} (warmup_iters {term.warmup_iters})" for term in slow),
+            iterations,
+        )

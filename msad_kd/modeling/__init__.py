@@ -10,13 +10,4 @@ from msad_kd.modeling.multi_resolution import (
 )
 from msad_kd.modeling.timm_backbone import TimmBackbone
 
-__all__ = [
-    "FCOS",
-    "CrossingFeatureFusion",
-    "MultiResolutionFCOS",
-    "MultiResolutionRCNN",
-    "MultiResolutionRetinaNet",
-    "TimmBackbone",
-    "build_aligned_fpn",
-    "build_five_level_fpn",
-]
+__all__ = [name for name in globals() if not name.startswith("_")]

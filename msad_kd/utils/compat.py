@@ -4,13 +4,71 @@ Supported are Detectron2 0.6 and its git main. A patch is a context manager, and
 which version needs it.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, TrainerBase, defaults
 from detectron2.evaluation import coco_evaluation
+from detectron2.utils import comm
+
+
+def add_missing_keys(cfg: CfgNode) -> None:
+    """Add to a config the keys of git main that this project reads and Detectron2 0.6 lacks."""
+    # The share of the images that RandomSubsetTrainingSampler draws from.
+    cfg.DATALOADER.setdefault("RANDOM_SUBSET_RATIO", 1.0)
+
+
+def ddp_on(device: str) -> AbstractContextManager:
+    """Let ``DefaultTrainer`` wrap a model on this device in DistributedDataParallel.
+
+    Both versions pass ``device_ids``, which torch refuses for a model on the CPU.
+    """
+    if device != "cpu":
+        return nullcontext()
+    wrap = partial(defaults.create_ddp_model, device_ids=None)
+    return mock.patch.object(defaults, "create_ddp_model", wrap)
+
+
+def create_local_process_group(processes: int) -> None:
+    """Tell Detectron2 which processes run on the same machine.
+
+    Git main has a function for this. Detectron2 0.6 does it inside ``launch``, which needs GPUs.
+
+    Args:
+        processes: the number of processes on each machine.
+    """
+    for first in range(0, dist.get_world_size(), processes):
+        ranks = range(first, first + processes)
+        group = dist.new_group(ranks)  # every process has to create every group
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def trainer_state(trainer: DefaultTrainer) -> dict:
+    """Return a trainer's state for a checkpoint, with the optimizer.
+
+    The optimizer belongs to the inner trainer, which Detectron2 0.6 leaves out of checkpoints.
+    """
+    return {**TrainerBase.state_dict(trainer), "_trainer": trainer._trainer.state_dict()}
+
+
+def load_trainer_state(trainer: DefaultTrainer, state: dict) -> bool:
+    """Restore what ``trainer_state`` returned.
+
+    Git main refuses a checkpoint without optimizer state, such as one that 0.6 itself wrote.
+
+    Returns:
+        Whether the state has the optimizer's.
+    """
+    TrainerBase.load_state_dict(trainer, state)
+    if "_trainer" in state:
+        trainer._trainer.load_state_dict(state["_trainer"])
+    return "_trainer" in state
 
 
 def repeat_factor_options(cfg: CfgNode) -> dict[str, bool]:

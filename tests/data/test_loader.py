@@ -137,23 +137,21 @@ def test_mappers_can_be_pickled_for_spawned_workers(student_config):
     assert pickle.loads(pickle.dumps(mapper)).mapper.augmentations.frame == "lr"
 
 
-def test_no_data_set(config):
-    with pytest.raises(InputError, match="no data set is named.*DATASETS.TRAIN"):
-        build_train_loader(config("lr", "DATASETS.TRAIN", ()), light)
-
-
-def test_a_data_set_without_annotations(config):
-    DatasetCatalog.register("bare", lambda: [{"file_name": "a.png", "annotations": []}])
-    try:
-        with pytest.raises(InputError, match="data set bare: No valid data found"):
-            build_train_loader(config("lr", "DATASETS.TRAIN", ("bare",)), light)
-    finally:
-        DatasetCatalog.remove("bare")
-
-
-def test_unknown_sampler(config):
-    with pytest.raises(InputError, match="'Fancy' is unknown; use TrainingSampler"):
-        build_train_loader(config("lr", "DATALOADER.SAMPLER_TRAIN", "Fancy"), light)
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["DATASETS.TRAIN", ()], "no data set is named.*DATASETS.TRAIN"),
+        (["DATASETS.TRAIN", ("bare",)], "data set bare: No valid data found"),
+        (["DATALOADER.SAMPLER_TRAIN", "Fancy"], "'Fancy' is unknown; use TrainingSampler"),
+        (["SOLVER.IMS_PER_BATCH", 3], "IMS_PER_BATCH is 3, which 2 processes"),
+    ],
+)
+def test_mistakes(config, monkeypatch, keys, words):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    bare = [{"file_name": "a.png", "annotations": []}]
+    monkeypatch.setitem(DatasetCatalog.data, "bare", lambda: bare)
+    with pytest.raises(InputError, match=words):
+        build_train_loader(config("lr", *keys), light)
 
 
 def test_images_with_too_few_keypoints_are_left_out(config):
@@ -169,12 +167,6 @@ def test_images_with_too_few_keypoints_are_left_out(config):
     finally:
         DatasetCatalog.remove("people")
     assert {name for batch in found for name, *_ in batch} == {"with"}
-
-
-def test_a_batch_that_processes_cannot_share(config, monkeypatch):
-    monkeypatch.setattr(comm, "get_world_size", lambda: 4)
-    with pytest.raises(InputError, match="IMS_PER_BATCH is 2, which 4 processes"):
-        build_train_loader(config("lr"), light)
 
 
 SPOILS = {

@@ -126,17 +126,13 @@ def test_in_the_hr_frame_image_lr_is_the_stock_image_of_half_the_size(config, di
             assert found["instances"].image_size == (2 * height, 2 * width)
 
 
-def test_the_config_is_left_alone(config):
-    cfg = config("teacher")
-    before = copy.deepcopy(cfg)
-    TwoResolutionMapper(cfg, True, frame="hr")
-    assert cfg == before
-
-
 def test_both_frames_hold_the_same_two_images(config, dicts):
     low = TwoResolutionMapper(config("lr", *LIVELY), True, frame="lr")
     doubled = ["INPUT.MIN_SIZE_TRAIN", (62, 80, 94), "INPUT.MAX_SIZE_TRAIN", 122]
-    high = TwoResolutionMapper(config("teacher", *LIVELY, *doubled), True, frame="hr")
+    cfg = config("teacher", *LIVELY, *doubled)
+    before = copy.deepcopy(cfg)
+    high = TwoResolutionMapper(cfg, True, frame="hr")
+    assert cfg == before  # the config is left alone
     for seed in range(4):
         one, other = mapped(low, dicts[0], seed), mapped(high, dicts[0], seed)
         assert torch.equal(one["image"], other["image_lr"])
@@ -253,13 +249,10 @@ def test_another_kind_can_be_registered():
     assert scale_transform(Shift(3), 2).by == 6
 
 
-def test_without_resize_there_is_no_second_resolution(config, dicts):
+def test_no_resize_and_a_wrong_scale_or_frame_are_refused(config, dicts):
     cfg = config("lr", "INPUT.MIN_SIZE_TEST", 0)
     with pytest.raises(InputError, match="no resize.*INPUT.MIN_SIZE_TEST"):
         TwoResolutionMapper(cfg, False, frame="lr")(dicts[0])
-
-
-def test_a_wrong_scale_or_frame_is_refused(config):
     with pytest.raises(InputError, match="KD.SCALE is 3"):
         mapper_with([], scale=3)
     with pytest.raises(InputError, match="'lr' or 'hr', not 'both'"):
@@ -296,13 +289,9 @@ def test_both_resolutions_jitter_alike(config, dicts, scale):
     assert boxes > 10 and padded == {True, False}
 
 
-def test_without_jitter_and_at_test_nothing_changes(config):
-    assert jitter_arguments(config("lr"), True) == {}
-    assert jitter_arguments(config("lr", "INPUT.JITTER.SIZE", 40), False) == {}
-
-
-def test_a_stock_model_jitters_too(config, dicts):
+def test_a_stock_model_jitters_too_but_only_in_training(config, dicts):
     cfg = config("lr", "INPUT.JITTER.SIZE", 40)
+    assert jitter_arguments(config("lr"), True) == jitter_arguments(cfg, False) == {}
     assert mapped(build_mapper(cfg, True), dicts[0], 0)["image"].shape == (3, 40, 40)
     assert mapped(build_mapper(cfg, False), dicts[0], 0)["image"].shape == (3, 32, 48)
 

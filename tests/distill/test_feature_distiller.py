@@ -4,17 +4,16 @@ import logging
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from msad_kd.config.defaults import add_msad_kd_config
-from msad_kd.distill.feature_distiller import Distiller, build_adapter
+from msad_kd.distill.feature_distiller import FeatureDistiller, build_adapter
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY, diagnosed
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
-
-LEVELS = ("p2", "p3", "p4")
 
 
 def levels(first, last, channels=4, factor=1):
@@ -24,13 +23,12 @@ def levels(first, last, channels=4, factor=1):
 
 
 STUDENT, TEACHER = levels(2, 4, factor=2), levels(3, 5)
+NARROW = levels(2, 4, channels=2, factor=2)
 
 
-def distiller(*entries, student=STUDENT, teacher=TEACHER, **options):
-    module = Distiller(
-        terms=read_losses(list(entries)), student=student, teacher=teacher, **options
-    )
-    module.connect(teacher)
+def distiller(*entries, student=STUDENT, **options):
+    module = FeatureDistiller(terms=read_losses(list(entries)), student=student, **options)
+    module.needed = module.connect(TEACHER)
     return module
 
 
@@ -44,42 +42,54 @@ def pyramids(*differences):
     return student, teacher
 
 
-def test_sum_over_levels_of_the_mean():
-    losses = distiller({"name": "l1", "weight": 0.6})(*pyramids(1.0, 2.0, 7.0), 0)
-    assert losses.keys() == {"loss_kd_l1"}
-    assert_close(losses["loss_kd_l1"], torch.tensor(6.0))  # 0.6 x (1 + 2 + 7)
+@pytest.fixture
+def register():
+    """register(function): a loss that is in the registry during the test."""
+    names = []
+
+    def add(function):
+        names.append(function.__name__)
+        DISTILL_LOSS_REGISTRY.register(function)
+
+    yield add
+    for name in names:
+        DISTILL_LOSS_REGISTRY._obj_map.pop(name)
 
 
-def test_levels_of_its_own():
-    both = distiller(
-        {"name": "l1", "weight": 1.0, "levels": ["p2"]},
-        {"name": "mse", "weight": 0.5, "levels": ["p3", "p4"]},
-    )
-    losses = both(*pyramids(1.0, 2.0, 4.0), 0)
-    assert_close(losses["loss_kd_l1"], torch.tensor(1.0))
-    assert_close(losses["loss_kd_mse"], torch.tensor(10.0))  # 0.5 x (4 + 16)
+L1 = {"name": "l1", "weight": 0.6}
 
 
-def test_the_same_loss_twice_is_summed():
-    twice = distiller(
-        {"name": "l1", "weight": 1.0, "levels": ["p2"]},
-        {"name": "l1", "weight": 10.0, "levels": ["p4"]},
-    )
-    assert_close(twice(*pyramids(1.0, 2.0, 4.0), 0)["loss_kd_l1"], torch.tensor(41.0))
+@pytest.mark.parametrize(
+    ("entries", "expected", "needed"),
+    [
+        ([L1], {"l1": 0.6 * (1 + 2 + 4)}, {"p3", "p4", "p5"}),
+        (
+            [{**L1, "levels": ["p2"]}, {"name": "mse", "weight": 0.5, "levels": ["p4"]}],
+            {"l1": 0.6 * 1, "mse": 0.5 * 16},
+            {"p3", "p5"},
+        ),
+        (
+            [{**L1, "levels": ["p2"]}, {"name": "l1", "weight": 10.0, "levels": ["p4"]}],
+            {"l1": 0.6 * 1 + 10 * 4},
+            {"p3", "p5"},
+        ),
+    ],
+    ids=["all levels", "levels of a loss", "one loss twice"],
+)
+def test_sum_over_levels_of_the_mean(entries, expected, needed):
+    module = distiller(*entries)
+    losses = module(*pyramids(1.0, 2.0, 4.0), 0)
+    assert_close(losses, {f"loss_kd_{k}": torch.tensor(v) for k, v in expected.items()})
+    assert module.needed == needed
+    assert not module.state_dict()  # none of these losses trains anything
 
 
-def test_warm_up_rises_linearly_from_0_and_stays():
-    warm = distiller({"name": "l1", "weight": 0.6, "warmup_iters": 500})
-    found = [warm(*pyramids(1.0, 1.0, 1.0), i)["loss_kd_l1"] for i in (0, 1, 250, 499, 500, 9000)]
-    expected = [3 * 0.6 * share for share in (0, 1 / 500, 0.5, 499 / 500, 1, 1)]
-    assert_close(torch.stack(found), torch.tensor(expected))
-
-
-def test_warm_up_is_no_counter():
-    warm = distiller({"name": "l1", "weight": 0.6, "warmup_iters": 10})
-    for _ in range(20):
-        warm(*pyramids(1.0, 1.0, 1.0), 3)
-    assert_close(warm(*pyramids(1.0, 1.0, 1.0), 3)["loss_kd_l1"], torch.tensor(0.54))
+def test_the_warm_up_follows_the_iteration_that_is_given():
+    warm = distiller({**L1, "warmup_iters": 500})
+    iterations = (9000, 0, 0, 1, 250, 499, 500)  # not in order: no call is counted
+    found = [warm(*pyramids(1.0, 1.0, 1.0), i)["loss_kd_l1"] for i in iterations]
+    shares = [1, 0, 0, 1 / 500, 0.5, 499 / 500, 1]
+    assert_close(torch.stack(found), torch.tensor([3 * 0.6 * share for share in shares]))
 
 
 def test_arguments_reach_the_loss():
@@ -94,29 +104,20 @@ def test_arguments_reach_the_loss():
     assert_close(losses[1], torch.tensor(0.0), atol=1e-6, rtol=0)
 
 
-def test_no_parameters_of_its_own():
-    assert not list(distiller({"name": "l1", "weight": 1.0}).state_dict())
-
-
 def test_defaults_are_the_papers():
-    from detectron2.config import get_cfg
-
     cfg = get_cfg()
     add_msad_kd_config(cfg)
     (term,) = read_losses(cfg.KD.LOSSES)
     assert (term.name, term.weight, term.warmup_iters, term.levels) == ("l1", 0.6, 500, ())
 
 
-def test_a_registered_loss_can_be_named():
-    @DISTILL_LOSS_REGISTRY.register()
+def test_a_registered_loss_can_be_named(register):
     def largest(student, teacher, power: int = 1, **more):
         return (student - teacher).abs().max() ** power + sum(more.values())
 
-    try:
-        mine = distiller({"name": "largest", "weight": 1.0, "power": 2, "anything": 5})
-        assert mine(*pyramids(1.0, 2.0, 3.0), 0)["loss_kd_largest"].item() == 14.0 + 15.0
-    finally:
-        DISTILL_LOSS_REGISTRY._obj_map.pop("largest")
+    register(largest)
+    mine = distiller({"name": "largest", "weight": 1.0, "power": 2, "anything": 5})
+    assert mine(*pyramids(1.0, 2.0, 3.0), 0)["loss_kd_largest"].item() == 14.0 + 15.0
 
 
 def test_a_name_that_two_losses_have_is_refused():
@@ -169,14 +170,14 @@ def test_losses_that_are_no_list():
         read_losses({"name": "l1", "weight": 1.0})
 
 
-def test_a_level_without_partner_is_an_error_when_asked_for():
+def test_a_level_without_partner_is_an_error_if_a_loss_names_it():
     with pytest.raises(InputError, match="level 'p6' of 'l1' has no partner.*p2, p3, p4"):
-        distiller({"name": "l1", "weight": 1.0, "levels": ["p2", "p6"]})
+        distiller({**L1, "levels": ["p2", "p6"]})
 
 
 def test_levels_without_partner_are_named_in_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        module = distiller({"name": "l1", "weight": 1.0}, student=levels(2, 6, factor=2))
+        module = distiller(L1, student=levels(2, 6, factor=2))
     assert "p5, p6" in caplog.text
     assert module.pairs == {"p2": "p3", "p3": "p4", "p4": "p5"}
 
@@ -185,7 +186,7 @@ def test_unequal_shapes_name_both_levels():
     student, teacher = pyramids(1.0, 1.0, 1.0)
     teacher["p4"] = teacher["p4"][:, :3]
     with pytest.raises(InputError, match=r"level p3.*\(2, 4, 8, 12\).*p4.*\(2, 3, 8, 12\)"):
-        distiller({"name": "l1", "weight": 1.0})(student, teacher, 0)
+        distiller(L1)(student, teacher, 0)
 
 
 @pytest.mark.parametrize(
@@ -197,19 +198,14 @@ def test_unequal_shapes_name_both_levels():
         ({"exponents": [1, 1, -1]}, r"exponents are \(1, 1, -1\); give three"),
     ],
 )
-def test_a_field_that_the_loss_refuses(field, words):
+def test_an_argument_that_the_loss_rejects(field, words):
     with pytest.raises(InputError, match=f"KD.LOSSES: 'ssim' on level p2: {words}"):
         distiller({"name": "ssim", "weight": 1.0, **field})(*pyramids(1.0, 1.0, 1.0), 0)
 
 
-def keys(module):
-    return sorted(module.state_dict())
-
-
 def test_an_adapter_where_the_channels_differ():
-    narrow = {**STUDENT, "p3": ShapeSpec(channels=2, stride=16)}
-    module = distiller({"name": "l1", "weight": 1.0}, student=narrow)
-    assert keys(module) == ["adapters.p3.bias", "adapters.p3.weight"]
+    module = distiller(L1, student={**STUDENT, "p3": ShapeSpec(channels=2, stride=16)})
+    assert list(module.state_dict()) == ["adapters.p3.weight", "adapters.p3.bias"]
     with torch.no_grad():  # (a, b) becomes (a + b, 2a, 2b, 1)
         module.adapters["p3"].weight.copy_(
             torch.tensor([[1.0, 1], [2, 0], [0, 2], [0, 0]])[..., None, None]
@@ -218,101 +214,68 @@ def test_an_adapter_where_the_channels_differ():
     student, teacher = pyramids(0.0, 0.0, 0.0)
     student["p3"] = torch.tensor([3.0, 4.0])[None, :, None, None].repeat(2, 1, 8, 12)
     losses = module(student, teacher, 0)  # |7 - 5|, |6 - 5|, |8 - 5|, |1 - 5|
-    assert_close(losses["loss_kd_l1"], torch.tensor((2.0 + 1 + 3 + 4) / 4))
+    assert_close(losses["loss_kd_l1"], torch.tensor(0.6 * (2 + 1 + 3 + 4) / 4))
     losses["loss_kd_l1"].backward()
     assert module.adapters["p3"].weight.grad.abs().sum() > 0
 
 
-def test_an_adapter_that_changes_nothing_at_first():
-    module = distiller({"name": "l1", "weight": 1.0, "adapter": True, "levels": ["p2"]})
-    assert keys(module) == ["adapters.p2.bias", "adapters.p2.weight"]
+def test_an_adapter_for_one_loss_which_changes_nothing_at_first():
+    module = distiller({**L1, "adapter": True, "levels": ["p2"]}, {"name": "mse", "weight": 1.0})
+    assert list(module.state_dict()) == ["adapters.p2.weight", "adapters.p2.bias"]
     student, teacher = pyramids(3.0, 0.0, 0.0)
-    assert_close(module(student, teacher, 0)["loss_kd_l1"], torch.tensor(3.0))
+    assert_close(module(student, teacher, 0)["loss_kd_l1"], torch.tensor(0.6 * 3.0))
     x = torch.randn(2, 4, 5, 6)
     assert_close(build_adapter(4, 4)(x), x)
-
-
-def test_an_adapter_of_one_loss_is_not_anothers():
-    module = distiller(
-        {"name": "l1", "weight": 1.0, "adapter": True}, {"name": "mse", "weight": 1.0}
-    )
     torch.nn.init.zeros_(module.adapters["p2"].weight)
-    losses = module(*pyramids(0.0, 0.0, 0.0), 0)
-    assert_close(losses["loss_kd_l1"], torch.tensor(5.0))
-    assert losses["loss_kd_mse"] == 0
+    losses = module(student, teacher, 0)
+    assert_close(losses["loss_kd_l1"], torch.tensor(0.6 * 8.0))
+    assert_close(losses["loss_kd_mse"], torch.tensor(9.0))
 
 
 def test_unequal_channels_without_adapter():
-    words = "'l1' compares level p2 .* 2 channels, and level p3 .* with 4; .*'adapter: auto'"
+    words = "'l1' compares level p2 .* 2 channels, and level p3 .* with 4; .*'adapter' to auto"
     with pytest.raises(InputError, match=words):
-        distiller({"name": "l1", "weight": 1, "adapter": False}, student=levels(2, 4, 2, 2))
-    module = Distiller(
-        terms=read_losses([{"name": "l1", "weight": 1}]), student=levels(2, 4, 2, factor=2)
-    )
-    with pytest.raises(InputError, match="KD.TEACHER.CONFIG_FILE"):
-        module.connect(TEACHER)
+        distiller({**L1, "adapter": False}, student=NARROW)
 
 
-def test_what_a_loss_trains_is_built_by_the_teacher():
-    terms = read_losses([{"name": "mgd", "weight": 1}])
-    module = Distiller(terms=terms, student=levels(2, 4, 2, factor=2))
-    with pytest.raises(InputError, match="'mgd' trains a module .* KD.TEACHER.CONFIG_FILE"):
-        module.connect(TEACHER)
-
-
-def test_two_entries_of_one_name_are_told_as_their_sum():
-    entry = {"name": "ssim", "weight": 1.0, "levels": ["p2"]}
-    module = distiller(entry, {**entry, "exponents": [1, 0, 0]})
-    with torch.no_grad():
-        student, teacher = pyramids(1.0, 2.0, 3.0)
-        student["p2"][:] = float("nan")
-    total = module(student, teacher, 0)["loss_kd_ssim"]
-    assert torch.isnan(total) and module.not_finite() == ["ssim_p2"]
-
-
-def test_a_loss_with_parts_trains_them_level_by_level():
-    module = distiller({"name": "mgd", "weight": 1e-3, "levels": ["p2", "p4"]})
-    assert {key.rsplit(".", 2)[0] for key in keys(module)} == {"parts.mgd.p2", "parts.mgd.p4"}
+def test_a_loss_with_parts_trains_them_level_by_level_at_the_teachers_width():
+    entry = {"name": "mgd", "weight": 1e-3, "levels": ["p2", "p4"]}
+    module = distiller(entry)
+    parts = {key.rsplit(".", 2)[0] for key in module.state_dict()}
+    assert parts == {"parts.mgd.p2", "parts.mgd.p4"}
     module(*pyramids(1.0, 2.0, 3.0), 0)["loss_kd_mgd"].backward()
     assert all(p.grad is not None for p in module.parameters())
+    narrow = distiller(entry, student=NARROW)
+    assert narrow.parts["mgd"]["p2"][0].in_channels == 4
+    assert "adapters.p2.weight" in narrow.state_dict()
 
 
-def test_parts_have_the_teachers_width():
-    module = distiller({"name": "mgd", "weight": 1e-3}, student=levels(2, 4, 2, factor=2))
-    assert module.parts["mgd"]["p2"][0].in_channels == 4
-    assert "adapters.p2.weight" in keys(module)
-
-
-def test_diagnostics_are_logged_level_by_level_when_they_are_due():
-    @DISTILL_LOSS_REGISTRY.register()
+def test_diagnostics_are_logged_by_level_in_every_period(register):
     @diagnosed(largest=lambda student, teacher, scale: scale * (student - teacher).abs().max())
     def scaled(student, teacher, scale=1.0):
         return scale * (student - teacher).abs().mean()
 
-    try:
-        entry = {"name": "scaled", "weight": 9.0, "scale": 2.0}
-        module = distiller(entry, diagnostics_period=20)
-        for iteration in (18, 19):
-            with EventStorage(iteration) as storage:
-                module(*pyramids(1.0, 2.0, 3.0), iteration)
-            logged = {name: value for name, (value, _) in storage.latest().items()}
-            assert logged == (
-                {}
-                if iteration == 18
-                else {
-                    **{f"kd/scaled_p{s}": 2.0 * (s - 1) for s in (2, 3, 4)},
-                    **{f"kd/scaled_largest_p{s}": 2.0 * (s - 1) for s in (2, 3, 4)},
-                }
-            )
-    finally:
-        DISTILL_LOSS_REGISTRY._obj_map.pop("scaled")
+    register(scaled)
+    entry = {"name": "scaled", "weight": 9.0, "scale": 2.0}
+    module = distiller(entry, diagnostics_period=20)
+    logged = []
+    for iteration in (18, 19):
+        with EventStorage(iteration) as storage:
+            module(*pyramids(1.0, 2.0, 3.0), iteration)
+        logged.append({name: value for name, (value, _) in storage.latest().items()})
+    names = ("scaled", "scaled_largest")
+    assert logged == [{}, {f"kd/{x}_p{s}": 2.0 * (s - 1) for s in (2, 3, 4) for x in names}]
 
 
 def test_values_that_are_not_finite_are_named():
-    module = distiller({"name": "l1", "weight": 0.0}, {"name": "mse", "weight": 1.0})
+    ssim = {"name": "ssim", "weight": 1.0, "levels": ["p2"]}
+    module = distiller({"name": "l1", "weight": 0.0}, ssim, {**ssim, "exponents": [1, 0, 0]})
     student, teacher = pyramids(1.0, 2.0, 3.0)
     module(student, teacher, 0)
     assert module.not_finite() == []
     student["p3"][0, 0, 0, 0] = float("nan")
     module(student, teacher, 0)
-    assert module.not_finite() == ["l1_p3", "mse_p3"]
+    assert module.not_finite() == ["l1_p3"]
+    student["p2"][:] = float("nan")
+    module(student, teacher, 0)
+    assert module.not_finite() == ["l1_p2", "l1_p3", "ssim_p2"]  # two entries of one name: once

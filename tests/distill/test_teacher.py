@@ -8,7 +8,7 @@ import torch
 from detectron2.modeling import build_model
 from helpers import differing
 
-from msad_kd.distill.teacher import Teacher, build_teacher, teacher_config, teacher_levels
+from msad_kd.distill.teacher import Teacher, TeacherSpec, build_teacher
 from msad_kd.utils.errors import InputError
 
 ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
@@ -71,12 +71,12 @@ def test_strides_are_in_pixels_of_the_high_resolution(config):
 
 @pytest.mark.parametrize("options", [[], ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]])
 @pytest.mark.parametrize("branch", ["hr", "lr"])
-def test_its_levels_are_known_before_it_is_built(student_config, branch, options):
-    keys = ["KD.TEACHER.BRANCH", branch, "KD.TEACHER.OPTS", options]
-    cfg = student_config(*keys)
-    teacher = Teacher(build_model(teacher_config(cfg)), branch=branch, scale=2)
+def test_on_the_meta_device_it_has_the_same_levels(student_config, branch, options):
+    cfg = student_config("KD.TEACHER.BRANCH", branch, "KD.TEACHER.OPTS", options)
+    spec = TeacherSpec.from_config(cfg)
+    teacher = Teacher(build_model(spec.cfg), branch=branch, scale=2)
     before = torch.get_rng_state()
-    assert teacher_levels(cfg) == teacher.levels()
+    assert spec.build_on_meta().levels() == teacher.levels()
     assert torch.equal(torch.get_rng_state(), before)
     assert {shape.channels for shape in teacher.levels().values()} == {16}
 
@@ -122,77 +122,48 @@ def test_building_draws_no_random_number(student_config):
     assert draws[0] == draws[1]
 
 
-def test_its_data_sets_and_device_are_the_students(student_config):
-    cfg = student_config("DATASETS.TEST", ("coco_2017_val",), "MODEL.DEVICE", "cpu")
-    own = teacher_config(cfg)
-    assert own.DATASETS == cfg.DATASETS and own.MODEL.DEVICE == "cpu"
-    assert own.INPUT.MIN_SIZE_TEST == 2 * cfg.INPUT.MIN_SIZE_TEST
+def test_its_config(student_config):
+    options = ["MODEL.MULTI_RESOLUTION.FUSED_WEIGHT", 0.7]
+    cfg = student_config("DATASETS.TEST", ("coco_2017_val",), "KD.TEACHER.OPTS", options)
+    teacher_cfg = TeacherSpec.from_config(cfg).cfg
+    assert teacher_cfg.DATASETS == cfg.DATASETS and teacher_cfg.MODEL.DEVICE == cfg.MODEL.DEVICE
+    assert teacher_cfg.INPUT.MIN_SIZE_TEST == 2 * cfg.INPUT.MIN_SIZE_TEST
+    assert teacher_cfg.MODEL.MULTI_RESOLUTION.FUSED_WEIGHT == 0.7
 
 
-def test_options_on_top_of_its_file(student_config):
-    cfg = student_config("KD.TEACHER.OPTS", ["MODEL.MULTI_RESOLUTION.FUSED_WEIGHT", 0.7])
-    assert teacher_config(cfg).MODEL.MULTI_RESOLUTION.FUSED_WEIGHT == 0.7
-
-
-@pytest.mark.parametrize("key", ["CONFIG_FILE", "WEIGHTS"])
-def test_an_empty_key(student_config, key):
-    with pytest.raises(InputError, match=f"KD.TEACHER.{key} is empty; DistilledRCNN needs"):
-        build_teacher(student_config(f"KD.TEACHER.{key}", ""))
-
-
-def test_a_missing_checkpoint(student_config):
-    with pytest.raises(InputError, match="'nowhere.pth' for .*teacher.yaml' does not exist"):
-        build_teacher(student_config("KD.TEACHER.WEIGHTS", "nowhere.pth"))
-
-
-def test_a_file_that_is_no_checkpoint(student_config, tmp_path):
-    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(InputError, match="broken.pth' .*cannot be read"):
-        build_teacher(student_config("KD.TEACHER.WEIGHTS", str(tmp_path / "broken.pth")))
-
-
-def test_a_missing_config_file(student_config):
-    with pytest.raises(InputError, match="config file 'nowhere.yaml' does not exist"):
-        build_teacher(student_config("KD.TEACHER.CONFIG_FILE", "nowhere.yaml"))
-
-
-def test_an_unknown_key_on_top_of_its_file(student_config):
-    with pytest.raises(InputError, match="MODEL.WIEGHTS; did you mean MODEL.WEIGHTS"):
-        build_teacher(student_config("KD.TEACHER.OPTS", ["MODEL.WIEGHTS", "x"]))
-    with pytest.raises(InputError, match="KD.TEACHER: MODEL.ROI_HEADS.NAME: 'Heads' is not regist"):
-        build_teacher(student_config("KD.TEACHER.OPTS", ["MODEL.ROI_HEADS.NAME", "Heads"]))
+def opts(*pairs):
+    return ["KD.TEACHER.OPTS", list(pairs)]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["MODEL.FPN.NORM", "BN"], "absent from it, e.g. backbone.fpn_lateral2.norm"),
-        (["MODEL.ROI_HEADS.NUM_CLASSES", 3], r"another shape.*roi_heads.*\(9, 16\).*\(4, 16\)"),
-        (["MODEL.RESNETS.DEPTH", 101], "absent from it, e.g. backbone.bottom_up.res4"),
-        (["MODEL.MASK_ON", False], "not in the model, e.g. roi_heads.mask_head"),
+        (["KD.TEACHER.CONFIG_FILE", ""], "CONFIG_FILE is empty; to train a DistilledRCNN"),
+        (["KD.TEACHER.WEIGHTS", ""], "KD.TEACHER.WEIGHTS is empty; to train a DistilledRCNN"),
+        (["KD.TEACHER.CONFIG_FILE", "gone.yaml"], "config file 'gone.yaml' does not exist"),
+        (["KD.TEACHER.WEIGHTS", "gone.pth"], "'gone.pth' for .*teacher.yaml' does not exist"),
+        (["KD.TEACHER.WEIGHTS", __file__], "test_teacher.py' .*cannot be read"),
+        (["KD.TEACHER.BRANCH", "both"], "BRANCH is 'both', but a MultiRes.* hr, lr, fused"),
+        (opts("MODEL.WIEGHTS", "x"), "MODEL.WIEGHTS; did you mean MODEL.WEIGHTS"),
+        (opts("MODEL.ROI_HEADS.NAME", "Heads"), "KD.TEACHER: .*NAME: 'Heads' is not registered"),
+        (opts("INPUT.FORMAT", "BGR"), "INPUT.FORMAT is BGR in the teacher's config .* and RGB"),
+        (opts("KD.SCALE", 4), "KD.SCALE is 4 in the teacher's config .* and 2"),
+        (opts("MODEL.PIXEL_STD", [1.0, 1.0, 9.0]), r"PIXEL_STD is \[1.0, 1.0, 9.0\] in the teach"),
+        (
+            opts("MODEL.FPN.NORM", "BN"),
+            "model_final.pth' does not fit .*teacher.yaml'.*, e.g. backbone.fpn_lateral2.norm",
+        ),
+        (opts("MODEL.ROI_HEADS.NUM_CLASSES", 3), r"shape.*roi_heads.*\(9, 16\).*\(4, 16\)"),
+        (opts("MODEL.RESNETS.DEPTH", 101), "absent from it, e.g. backbone.bottom_up.res4"),
+        (opts("MODEL.MASK_ON", False), "not in the model, e.g. roi_heads.mask_head"),
     ],
 )
-def test_weights_of_another_model_name_file_config_and_key(student_config, options, words):
-    with pytest.raises(InputError, match=f"model_final.pth' does not fit .*teacher.yaml'.*{words}"):
-        build_teacher(student_config("KD.TEACHER.OPTS", options))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("INPUT.FORMAT", "BGR", "INPUT.FORMAT is BGR in the teacher's config .* and RGB"),
-        ("KD.SCALE", 4, "KD.SCALE is 4 in the teacher's config .* and 2"),
-        ("MODEL.PIXEL_STD", [1.0, 1.0, 9.0], r"MODEL.PIXEL_STD is \[1.0, 1.0, 9.0\] in the teach"),
-    ],
-)
-def test_images_of_another_kind(student_config, key, value, words):
+def test_a_teacher_that_cannot_be_built(student_config, options, words):
     with pytest.raises(InputError, match=words):
-        build_teacher(student_config("KD.TEACHER.OPTS", [key, value]))
+        build_teacher(student_config(*options))
 
 
-def test_an_unknown_branch(student_config, config):
-    with pytest.raises(InputError, match="BRANCH is 'both', but a MultiRes.* hr, lr, fused"):
-        teacher_config(student_config("KD.TEACHER.BRANCH", "both"))
+def test_a_single_resolution_model_has_no_fused_branch(config):
     with pytest.raises(InputError, match="BRANCH is 'fused', but a GeneralizedRCNN .* hr, lr$"):
         Teacher(build_model(config("hr")), branch="fused", scale=2)
 
@@ -220,7 +191,7 @@ def test_what_is_learned_from_is_what_is_evaluated(student_config):
 def test_a_single_resolution_teacher_has_the_students_scale(student_config):
     stock = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
     cfg = student_config("KD.SCALE", 4, "KD.TEACHER.OPTS", stock, "KD.TEACHER.BRANCH", "hr")
-    assert teacher_config(cfg).KD.SCALE == 4
+    assert TeacherSpec.from_config(cfg).cfg.KD.SCALE == 4
 
 
 def test_a_plain_teacher_computes_what_the_losses_read(student_config, config, batch):
@@ -236,8 +207,12 @@ def test_a_plain_teacher_computes_what_the_losses_read(student_config, config, b
         assert torch.equal(needed[name], whole[name])
 
 
-def test_a_student_teaches_without_its_own_losses(student_config):
-    own = student_config("KD.LOSSES", [{"name": "mgd", "weight": 1.0}])
-    opts = ["MODEL.META_ARCHITECTURE", "DistilledRCNN", "KD.LOSSES", list(own.KD.LOSSES)]
-    cfg = student_config("KD.TEACHER.BRANCH", "lr", "KD.TEACHER.OPTS", opts)
-    assert teacher_config(cfg).KD.LOSSES == []
+def test_a_student_teaches_without_a_teacher_of_its_own(student_config, config_files, tmp_path):
+    weights = tmp_path / "student.pth"
+    cfg = student_config("KD.LOSSES", [{"name": "mgd", "weight": 1.0}])
+    student = build_model(cfg)
+    student.set_teacher(build_teacher(cfg))
+    torch.save({"model": student.state_dict()}, weights)
+    keys = ["KD.TEACHER.CONFIG_FILE", str(config_files["student"]), "KD.TEACHER.BRANCH", "lr"]
+    model = build_teacher(student_config(*keys, "KD.TEACHER.WEIGHTS", str(weights))).model
+    assert not any(key.startswith("distiller") for key in model.state_dict())

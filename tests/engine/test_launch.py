@@ -67,7 +67,7 @@ def whole(run_student, tmp_path_factory):
 
 def test_two_processes_train_and_evaluate(whole):
     folder, process, state = whole
-    assert "No GPU is at hand: 2 processes on the CPU" in process.stdout + process.stderr
+    assert "No GPU is available: starting 2 processes on the CPU" in process.stdout + process.stderr
     early = torch.load(folder / "model_0000001.pth", weights_only=False)["model"]
     assert "backbone.fpn_output2.weight" in state  # not "module.backbone..."
     for part in ("distiller.adapters.p6.weight", "distiller.parts.mgd.p3.0.weight"):

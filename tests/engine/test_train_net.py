@@ -186,40 +186,32 @@ def evaluated(student, folder, config_files):
     return evaluate(config_files["student"], folder / "evaluated", weights)
 
 
-def test_eval_only_builds_no_teacher(evaluated):
+def test_eval_only_finds_what_the_training_run_found_without_a_teacher(
+    evaluated, student, folder, config_files
+):
     assert {"bbox", "segm"} <= evaluated.keys()
-
-
-def test_eval_only_finds_what_the_training_run_found(evaluated, student, folder):
     results = [
         json.loads((run / "inference" / "coco_instances_results.json").read_text())
         for run in (student, folder / "evaluated")
     ]
     assert len({result["image_id"] for result in results[0]}) == TEST_SCENES
     assert results[0] == results[1]
-
-
-@pytest.mark.parametrize(
-    ("weights", "words"),
-    [("", "no checkpoint is named"), ("nowhere.pth", "'nowhere.pth' .* does not exist")],
-)
-def test_eval_only_without_weights(config_files, tmp_path, weights, words):
-    with pytest.raises(InputError, match=words):
-        evaluate(config_files["student"], tmp_path, weights)
-
-
-def test_eval_only_keeps_the_record_of_the_training(evaluated, folder):
-    assert "name: l1" in (folder / "evaluated" / "config.yaml").read_text()
-
-
-def test_eval_only_of_what_was_trained_last(student, config_files, folder, evaluated):
-    again = evaluate(config_files["student"], student, "", "--resume")
+    assert "name: l1" in (folder / "evaluated" / "config.yaml").read_text()  # the whole config
+    again = evaluate(config_files["student"], student, "", "--resume")  # the last checkpoint
     assert again["bbox"] == pytest.approx(evaluated["bbox"], nan_ok=True)
 
 
-def test_eval_only_of_a_folder_without_checkpoint(config_files, tmp_path):
-    with pytest.raises(InputError, match="no checkpoint is named"):
-        evaluate(config_files["student"], tmp_path, "", "--resume")
+@pytest.mark.parametrize(
+    ("weights", "flags", "words"),
+    [
+        ("", (), "no checkpoint is named"),
+        ("", ("--resume",), "no checkpoint is named"),
+        ("nowhere.pth", (), "'nowhere.pth' .* does not exist"),
+    ],
+)
+def test_eval_only_without_weights(config_files, tmp_path, weights, flags, words):
+    with pytest.raises(InputError, match=words):
+        evaluate(config_files["student"], tmp_path, weights, *flags)
 
 
 def test_eval_only_with_weights_of_another_model(config_files, tmp_path, teacher_weights):

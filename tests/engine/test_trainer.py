@@ -1,10 +1,12 @@
 """Training runs: what distillation changes, what it must not, and that they can be interrupted."""
 
+import logging
 import shutil
 
 import pytest
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.modeling import BACKBONE_REGISTRY
 from helpers import NO_TEST, differing, tensors_of, train
 
 from msad_kd import KDTrainer, TwoResolutionMapper
@@ -38,8 +40,36 @@ def test_weight_0_is_bitwise_the_stock_run_and_another_is_not(stock_run, student
     assert any(name.startswith("roi_heads") for name in changed)
 
 
-def test_a_teacher_that_nobody_learns_from_is_told_of(config, caplog):
-    KDTrainer(config("lr", *NO_TEST))
+def test_a_teacher_is_read_once_and_no_backbone_is_built_for_its_shapes(
+    student_config, config_files, files_read, monkeypatch
+):
+    cfg = student_config("SOLVER.MAX_ITER", 1, "KD.TEACHER.EVAL_BEFORE_TRAIN", True)
+    built, get = [], BACKBONE_REGISTRY.get
+
+    def recording(name):
+        return lambda *arguments: built.append(name) or get(name)(*arguments)
+
+    monkeypatch.setattr(BACKBONE_REGISTRY, "get", recording)
+    files_read.clear()
+    trainer = train(cfg)
+    assert files_read == [str(config_files["teacher"])]
+    student, teacher = (x.MODEL.BACKBONE.NAME for x in (cfg, trainer.teacher_spec.cfg))
+    assert built == [student, teacher]
+
+
+def test_a_warm_up_that_does_not_end_is_warned_of(student_config, caplog):
+    slow = {"name": "l1", "weight": 0.6, "warmup_iters": 500}
+    terms = [slow, {"name": "mse", "weight": 1.0, "warmup_iters": 4}]
+    KDTrainer(student_config("KD.LOSSES", terms, *NO_TEST))
+    (record,) = [r for r in caplog.records if "KD.LOSSES" in r.message]
+    assert "l1 (warmup_iters 500)" in record.message and "mse" not in record.message
+
+
+def test_a_stock_detector_has_no_teacher_and_one_that_is_named_is_warned_of(
+    config, caplog, monkeypatch
+):
+    monkeypatch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("a teacher was built"))
+    assert KDTrainer(config("lr", *NO_TEST)).teacher is None
     assert "KD.TEACHER is not used" not in caplog.text
     KDTrainer(config("lr", "KD.TEACHER.CONFIG_FILE", "teacher.yaml", *NO_TEST))
     assert "KD.TEACHER is not used: a GeneralizedRCNN is trained without" in caplog.text
@@ -52,14 +82,22 @@ def test_precise_statistics_of_two_resolutions_are_the_tools(config):
         KDTrainer(config("teacher", "TEST.PRECISE_BN.ENABLED", True, *NO_TEST))
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path):
-    keys = ["SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2]
+TRAINED = [
+    {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
+    {"name": "l1", "weight": 0.1, "adapter": True},
+]
+
+
+@pytest.mark.parametrize("losses", [[{"name": "l1", "weight": 0.6}], TRAINED], ids=["l1", "parts"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path, losses):
+    keys = ["SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "KD.LOSSES", losses]
     whole = train(student_config(*keys, *NO_TEST))
     # Cut off after the second step. The evaluations, which draw random numbers, the workers and
     # the start must change nothing.
     folder = tmp_path / "cut_off"
     folder.mkdir()
-    shutil.copy(f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth", folder)
+    first = f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth"
+    shutil.copy(first, folder)
     (folder / "last_checkpoint").write_text("model_0000001.pth")
     more = ["OUTPUT_DIR", str(folder), "TEST.EVAL_PERIOD", 2, "DATALOADER.NUM_WORKERS", 1]
     again = train(student_config(*keys, *more), resume=True)
@@ -67,27 +105,12 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path
     assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
     for one, other in zip(*(t.optimizer.state_dict()["state"].values() for t in (whole, again))):
         assert differing(one, other) == []
-
-
-def test_trained_parts_resume_bitwise_too(student_config, tmp_path):
-    terms = [
-        {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
-        {"name": "l1", "weight": 0.1, "adapter": True},
-    ]
-    keys = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "KD.LOSSES", terms, *NO_TEST]
-    whole = train(student_config(*keys))
-    parts = {k: v for k, v in tensors_of(whole.model).items() if k.startswith("distiller.")}
-    assert {k.split(".")[1] for k in parts} == {"adapters", "parts"}
-    folder = tmp_path / "cut_off"
-    folder.mkdir()
-    first = f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth"
-    shutil.copy(first, folder)
-    (folder / "last_checkpoint").write_text("model_0000001.pth")
-    again = train(student_config(*keys, "OUTPUT_DIR", str(folder)), resume=True)
-    assert again.start_iter == 2
-    assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
+    trained = {k: v for k, v in tensors_of(whole.model).items() if k.startswith("distiller.")}
+    assert {k.split(".")[1] for k in trained} == (
+        {"adapters", "parts"} if losses is TRAINED else set()
+    )
     early = torch.load(first, weights_only=False)["model"]
-    assert set(parts) <= set(differing({k: early[k] for k in parts}, parts))  # they are trained
+    assert differing({k: early[k] for k in trained}, trained) == list(trained)
 
 
 def test_a_loss_that_is_not_finite_names_its_level(student_config):
@@ -124,9 +147,8 @@ def test_without_init_the_student_keeps_its_own_weights(student_config, config):
     trainer = KDTrainer(student_config("KD.TEACHER.INIT_STUDENT", False))
     trainer.resume_or_load(resume=False)
     torch.manual_seed(0)
-    assert (
-        differing(tensors_of(trainer.model), tensors_of(KDTrainer.build_model(config("lr")))) == []
-    )
+    stock = KDTrainer.build_model(config("lr"))
+    assert differing(tensors_of(trainer.model), tensors_of(stock)) == []
 
 
 def test_weights_that_the_teachers_replace_are_named(student_config, teacher_weights, caplog):
@@ -159,24 +181,23 @@ def test_the_teacher_is_no_part_of_the_run(student_config):
     assert not any("fusion" in name or "teacher" in name for name in saved["model"])
 
 
-def test_the_teacher_is_evaluated_before_the_first_step(student_config, monkeypatch):
-    evaluated = []
-    stock = KDTrainer.test.__func__
+def test_the_teacher_is_evaluated_before_the_first_step(student_config, monkeypatch, caplog):
+    evaluated, test = [], KDTrainer.test.__func__
 
-    def spy(cls, cfg, model, evaluators=None):
+    def recording(cls, cfg, model, evaluators=None):
         evaluated.append((cfg.OUTPUT_DIR, model))
-        return stock(cls, cfg, model, evaluators)
+        return test(cls, cfg, model, evaluators)
 
-    monkeypatch.setattr(KDTrainer, "test", classmethod(spy))
+    monkeypatch.setattr(KDTrainer, "test", classmethod(recording))
     cfg = student_config("SOLVER.MAX_ITER", 1, "KD.TEACHER.EVAL_BEFORE_TRAIN", True)
-    seen = train(cfg)
-    assert [model for _, model in evaluated] == [seen.teacher.model, seen.model]
-    assert evaluated[0][0] == f"{cfg.OUTPUT_DIR}/teacher" and evaluated[1][0] == cfg.OUTPUT_DIR
+    with caplog.at_level(logging.INFO):
+        seen = train(cfg)
+    folder = cfg.OUTPUT_DIR
+    assert evaluated == [(f"{folder}/teacher", seen.teacher.model), (folder, seen.model)]
+    assert "Evaluating the teacher's branch 'fused'" in caplog.text
     evaluated.clear()
-    trainer = KDTrainer(cfg)
-    trainer.resume_or_load(resume=True)
-    trainer.train()
-    assert trainer.teacher.model not in [model for _, model in evaluated]
+    resumed = train(cfg, resume=True)
+    assert evaluated == [(folder, resumed.model)]
     evaluated.clear()
     unseen = train(student_config("SOLVER.MAX_ITER", 1, "KD.TEACHER.EVAL_BEFORE_TRAIN", False))
     assert [model for _, model in evaluated] == [unseen.model]
@@ -194,21 +215,14 @@ def test_each_step_has_its_own_seed(config):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("SGD", torch.optim.SGD), ("ADAMW", torch.optim.AdamW)])
-def test_optimizers(config, name, kind):
-    trainer = KDTrainer(config("lr", "SOLVER.OPTIMIZER", name, *NO_TEST))
-    assert isinstance(trainer.optimizer, kind)
-    norms = [
-        group["weight_decay"]
-        for group in trainer.optimizer.param_groups
-        for p in group["params"]
-        if p is trainer.model.backbone.bottom_up.stem.conv1.norm.weight
-    ]
-    assert norms == [0.0]  # SOLVER.WEIGHT_DECAY_NORM
-
-
-def test_gradients_are_clipped_with_adamw_too(config):
+def test_optimizers_clip_gradients_and_do_not_decay_norms(config, name, kind):
     keys = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-9]
-    trainer = KDTrainer(config("lr", *keys, *NO_TEST))
+    trainer = KDTrainer(config("lr", "SOLVER.OPTIMIZER", name, *keys, *NO_TEST))
+    assert isinstance(trainer.optimizer, kind)
+    norm = trainer.model.backbone.bottom_up.stem.conv1.norm.weight
+    groups = trainer.optimizer.param_groups
+    (decay,) = [x["weight_decay"] for x in groups if any(p is norm for p in x["params"])]
+    assert decay == 0.0  # SOLVER.WEIGHT_DECAY_NORM
     for p in trainer.model.parameters():
         p.grad = torch.ones_like(p)
     trainer.optimizer.step()
@@ -232,8 +246,3 @@ def test_each_model_gets_its_mapper(config):
         mapper = build_mapper(config(role), is_train)
         assert type(mapper) is (TwoResolutionMapper if frame else DatasetMapper)
         assert frame is None or mapper.augmentations.frame == frame
-
-
-def test_a_teacher_is_built_for_students_only(config, monkeypatch):
-    monkeypatch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("a teacher was built"))
-    assert KDTrainer(config("lr")).teacher is None

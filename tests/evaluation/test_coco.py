@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances, polygons_to_bitmask
@@ -190,37 +190,6 @@ def test_an_implementation_that_is_missing_or_unknown(monkeypatch, name, words):
     assert choose_implementation("auto") == "pycocotools"
     with pytest.raises(InputError, match=words):
         build_config("", ["TEST.COCO_EVALUATOR", name])
-
-
-def test_keypoints_have_the_same_ap_by_all(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    corners, sides = torch.tensor([[10.0, 10], [60, 5], [20, 50]]), torch.tensor([40.0, 30])
-    points = corners[:, None] + sides * torch.rand(3, 4, 2, generator=generator)
-    annotations = [
-        {"id": i + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "num_keypoints": 4}
-        | {"bbox": [*corners[i].tolist(), 40.0, 30.0], "area": 1200.0}
-        | {"keypoints": torch.cat([points[i], torch.full((4, 1), 2.0)], 1).flatten().tolist()}
-        for i in range(3)
-    ]
-    image = {"id": 1, "file_name": "a.png", "height": 100, "width": 100}
-    content = {"images": [image], "categories": [{"id": 1, "name": "person"}]}
-    path = tmp_path / "people.json"
-    path.write_text(json.dumps({**content, "annotations": annotations}))
-    MetadataCatalog.get(str(path)).set(json_file=str(path), thing_classes=["person"])
-    MetadataCatalog.get(str(path)).thing_dataset_id_to_contiguous_id = {1: 0}
-    noisy = points + 6 * torch.rand(3, 4, 2, generator=generator)
-    results = []
-    for implementation in INSTALLED:
-        found = Instances((100, 100), scores=torch.tensor([0.9, 0.8, 0.7]))
-        found.pred_boxes = Boxes(torch.cat([corners, corners + sides], dim=1))
-        found.pred_classes = torch.zeros(3, dtype=torch.long)
-        found.pred_keypoints = torch.cat([noisy, torch.ones(3, 4, 1)], dim=2)
-        options = {"implementation": implementation, "kpt_oks_sigmas": [0.05] * 4}
-        pairs = [([{"image_id": 1}], [{"instances": found}])]
-        results.append(evaluate(pairs, MetricsEvaluator(str(path), **options))["keypoints"])
-    assert 0 < results[0]["AP"] < 100
-    for result in results[1:]:
-        assert result == pytest.approx(results[0], abs=1e-5, nan_ok=True)
 
 
 def test_image_ids_that_are_not_integers(scenes, tmp_path):

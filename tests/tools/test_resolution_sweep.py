@@ -39,7 +39,8 @@ def swept(options, tmp_path_factory):
     command = [sys.executable, ROOT / "tools/analysis/resolution_sweep.py", *SIZES, "--images", "2"]
     command += ["--output", folder, "--model", "stock, HR", ROOT / "configs/Shapes/hr.yaml"]
     command += [CHECKPOINTS / "hr.pth", *options, "--model", "teacher"]
-    command += [ROOT / "configs/Shapes/teacher_one_size.yaml", CHECKPOINTS / "teacher_one_size.pth", *options]
+    command += [ROOT / "configs/Shapes/teacher_one_size.yaml"]
+    command += [CHECKPOINTS / "teacher_one_size.pth", *options]
     process = subprocess.run([*map(str, command), *branch], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return folder, process

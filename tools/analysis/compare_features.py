@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from adaptation_cost import ROWS_AT_ONCE, adaptation_cost, training_images
 from arguments import positive
 from feature_files import Measurement
 from ladder_pool import STUDENT, build_student
@@ -36,7 +37,6 @@ from msad_kd import InputError, build_config
 from msad_kd.checkpoint.checkpoint import check_exists
 from msad_kd.checkpoint.files import write_json
 from msad_kd.distill.teacher import Teacher, build_teacher
-from msad_kd.ladder.adaptation_cost import ROWS_AT_ONCE, adaptation_cost, training_images
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
 TARGET, START = "target", "teacher, LR branch"

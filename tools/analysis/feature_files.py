@@ -3,22 +3,22 @@
 from pathlib import Path
 
 import torch
+from adaptation_cost import Cost, adaptation_cost, enough_rows, training_images
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.layers import ShapeSpec
-from tqdm import tqdm
-
-from msad_kd import InputError, TwoResolutionMapper
-from msad_kd.data.loader import CheckedMapper, explain_missing_data
-from msad_kd.distill.teacher import Teacher
-from msad_kd.ladder.adaptation_cost import Cost, adaptation_cost, enough_rows, training_images
-from msad_kd.ladder.feature_sampling import (
+from feature_sampling import (
     cell_counts,
     cells_per_image,
     common_strides,
     read_features,
     write_features,
 )
+from tqdm import tqdm
+
+from msad_kd import InputError, TwoResolutionMapper
+from msad_kd.data.loader import CheckedMapper, explain_missing_data
+from msad_kd.distill.teacher import Teacher
 from msad_kd.utils.seed import derive_seed
 
 

@@ -12,7 +12,7 @@ from detectron2.layers import ShapeSpec
 from msad_kd import InputError, KDTrainer
 from msad_kd.checkpoint.checkpoint import check_exists
 from msad_kd.data.loader import explain_missing_data
-from msad_kd.distill.teacher import Teacher, teacher_config, teacher_levels
+from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.modeling.classes import is_a, number_of_classes
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
@@ -75,14 +75,14 @@ def _read_teacher(
     keys = cfg.KD.TEACHER
     keys.CONFIG_FILE, keys.WEIGHTS, keys.OPTS = config_file, weights, opts
     keys.BRANCH = "hr"  # every teacher has this one
-    fused = is_a(teacher_config(cfg), MultiResolutionMixin)
+    fused = is_a(TeacherSpec.from_config(cfg).cfg, MultiResolutionMixin)
     keys.BRANCH = "fused" if fused else image
     if image not in ("hr", "lr") or (fused and name in images):
         raise InputError(
             f"its image is '{image}'; a single-resolution teacher reads hr or lr, and a "
             "multi-resolution one both"
         )
-    levels = teacher_levels(cfg)
+    levels = TeacherSpec.from_config(cfg).build_on_meta().levels()
     check_exists(weights, f"'{config_file}'")  # now, not after the other models' turns
     stage = {"name": name, "config_file": config_file, "weights": weights}
     stage |= {"opts": opts} if opts else {}
@@ -107,7 +107,7 @@ def known_aps(pairs: list[str], entries: list[Entry]) -> dict[str, float]:
     """Return teachers' box AP from NAME=AP pairs, or from their TEST.EXPECTED_RESULTS."""
     aps = {}
     for entry in entries:
-        for task, metric, value, *_ in teacher_config(entry.cfg).TEST.EXPECTED_RESULTS:
+        for task, metric, value, *_ in TeacherSpec.from_config(entry.cfg).cfg.TEST.EXPECTED_RESULTS:
             if (task, metric) == ("bbox", "AP"):
                 aps[entry.name] = float(value)
     for name, value in _read_pairs(pairs, "ap", [entry.name for entry in entries]).items():
@@ -120,7 +120,7 @@ def known_aps(pairs: list[str], entries: list[Entry]) -> dict[str, float]:
 
 def evaluate(entry: Entry, teacher: Teacher, folder: str) -> float:
     """Return a teacher's box AP on the first of DATASETS.TEST, with the files in ``folder``."""
-    cfg = teacher_config(entry.cfg).clone()
+    cfg = TeacherSpec.from_config(entry.cfg).cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR, cfg.DATASETS.TEST = folder, cfg.DATASETS.TEST[:1]
     advice = f"so its AP cannot be measured; give it as --ap {entry.name}=..."

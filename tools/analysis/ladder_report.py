@@ -8,10 +8,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
+from adaptation_cost import Cost
 from tabulate import tabulate
 
 from msad_kd.checkpoint.files import write_json
-from msad_kd.ladder.adaptation_cost import Cost
 
 METHOD = "MTPD-style: backward greedy selection by held-out 1 - R^2 of an affine map of features"
 

@@ -7,7 +7,7 @@
         --teacher swin_t configs/COCO/mask_rcnn_Swin_T_FPN_HR_3x.yaml output/swin_t.pth \
         --ap fused=40.1 --ap swin_t=46.0
 
-It measures the adaptation cost (msad_kd/ladder/adaptation_cost.py) between all models on training
+It measures the adaptation cost (tools/analysis/adaptation_cost.py) between all models on training
 images, with one model in memory at a time, and selects teachers backward from the strongest one. It
 prints the costs, the stages, and why it leaves teachers out. OUTPUT gets ladder.json, ladder.png (a
 heat map) and stages.yaml.
@@ -20,6 +20,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from adaptation_cost import greedy_order
 from arguments import positive
 from feature_files import Measurement
 from ladder_pool import STUDENT, Entry, build_student, evaluate, known_aps, read_teachers
@@ -27,7 +28,6 @@ from ladder_report import report
 
 from msad_kd import InputError, build_config
 from msad_kd.distill.teacher import build_teacher
-from msad_kd.ladder.adaptation_cost import greedy_order
 from msad_kd.modeling.pyramid import in_high_resolution
 
 

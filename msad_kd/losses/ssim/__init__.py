@@ -2,4 +2,4 @@
 
 from msad_kd.losses.ssim.functional import blind_share, rescale, ssim, ssim_loss
 
-__all__ = ["blind_share", "rescale", "ssim", "ssim_loss"]
+__all__ = [name for name in globals() if not name.startswith("_")]

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from msad_kd.ladder.adaptation_cost import (
+from adaptation_cost import (
     AffineMap,
     adaptation_cost,
     enough_rows,
@@ -11,6 +10,7 @@ from msad_kd.ladder.adaptation_cost import (
     greedy_order,
     image_errors,
 )
+
 from msad_kd.utils.errors import InputError
 
 IMAGES, ROWS = 50, 40
@@ -111,7 +111,7 @@ def test_the_interval_is_over_images():
 def test_blocks_of_rows_give_the_same_cost(monkeypatch):
     source, target = spectrum(12), noise(5)
     whole = cost(source, target)
-    monkeypatch.setattr("msad_kd.ladder.adaptation_cost.ROWS_AT_ONCE", 33)
+    monkeypatch.setattr("adaptation_cost.ROWS_AT_ONCE", 33)
     in_blocks = cost(source, target)
     assert (in_blocks.value, in_blocks.low) == pytest.approx((whole.value, whole.low), abs=1e-12)
 

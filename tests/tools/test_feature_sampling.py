@@ -3,8 +3,7 @@
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-
-from msad_kd.ladder.feature_sampling import (
+from feature_sampling import (
     cell_counts,
     cells_per_image,
     common_strides,
@@ -12,6 +11,7 @@ from msad_kd.ladder.feature_sampling import (
     sample_cells,
     write_features,
 )
+
 from msad_kd.utils.errors import InputError
 
 

@@ -1,0 +1,66 @@
+"""What the feature distiller and the RoI distiller share: weights, warm-up and diagnostics."""
+
+import torch
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from msad_kd.losses.terms import LossTerm
+from msad_kd.utils.errors import InputError
+
+
+class Distiller(nn.Module):
+    """A sum of distillation losses that keeps the values of its last step.
+
+    Args:
+        terms: the losses.
+        diagnostics_period: log each loss, without its weight, every so many iterations; 0: never.
+    """
+
+    def __init__(self, terms: list[LossTerm], diagnostics_period: int = 0):
+        super().__init__()
+        self.terms = terms
+        self.diagnostics_period = diagnostics_period
+        self._values: dict[str, torch.Tensor] = {}
+
+    def logs_at(self, iteration: int) -> bool:
+        """Return whether the diagnostics are logged at an iteration, counted from 0."""
+        return self.diagnostics_period > 0 and (iteration + 1) % self.diagnostics_period == 0
+
+    @staticmethod
+    def evaluate(term: LossTerm, *inputs, where: str = "") -> torch.Tensor:
+        """Return a loss without its weight; ``where`` names the place in an error message."""
+        try:
+            return term.function(*inputs, **term.arguments)
+        except ValueError as error:  # of an argument's value, or of maps too small for the loss
+            raise InputError(f"KD.LOSSES: '{term.name}'{where}: {error}") from error
+
+    def weigh(
+        self, values: list[tuple[LossTerm, dict[str, torch.Tensor]]], iteration: int
+    ) -> dict[str, torch.Tensor]:
+        """Sum and weight the values of a step, keep them, and log them if due.
+
+        Args:
+            values: each loss with its values by log name. Values of one name are added up.
+            iteration: the trainer's, counted from 0. The warm-up depends on nothing else.
+
+        Returns:
+            ``loss_kd_<name>`` for each loss.
+        """
+        losses: dict[str, torch.Tensor] = {}
+        self._values = {}
+        for term, parts in values:
+            key = f"loss_kd_{term.name}"
+            losses[key] = losses.get(key, 0.0) + term.warmup_weight(iteration) * sum(parts.values())
+            for name, value in parts.items():
+                self._values[name] = self._values.get(name, 0.0) + value.detach()
+        if self.logs_at(iteration):
+            for name, value in self._values.items():
+                get_event_storage().put_scalar(f"kd/{name}", value)
+        return losses
+
+    def not_finite(self) -> list[str]:
+        """Return the log names of the last step's values that are NaN or infinite.
+
+        This waits for the GPU: call it only when the total loss is not finite.
+        """
+        return [name for name, value in self._values.items() if not value.isfinite().all()]
