@@ -26,7 +26,7 @@ from msad_kd.utils.errors import InputError, input_error_of
 
 EXAMPLES = """
 examples:
-  train_net.py --config-file configs/Shapes/student.yaml
+  train_net.py --config-file configs/Shapes/student_multi_size.yaml
   train_net.py --config-file my.yaml --resume
   train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
