@@ -123,6 +123,12 @@ def same_instances(one, other):
     return True
 
 
+def same_predictions(found, expected):
+    """Whether a model found something in every image, and the same as another bit for bit."""
+    pairs = [(x["instances"], y["instances"]) for x, y in zip(found, expected, strict=True)]
+    return all(len(one) and same_instances(one, other) for one, other in pairs)
+
+
 def load_tool(name):
     """Import a module of tools/ or tools/analysis/."""
     return importlib.import_module(name)

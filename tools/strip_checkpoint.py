@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Strip a training checkpoint to its model: no optimizer, no iteration, no distillation weights.
 
-    python tools/strip_checkpoint.py output/shapes/student/model_final.pth student.pth --half
+    python tools/strip_checkpoint.py output/mine/student/model_final.pth student.pth --half
 
 Stock Detectron2 loads the result with a plain config (MODEL.WEIGHTS student.pth).
 """

@@ -14,8 +14,8 @@ from msad_kd.utils.errors import InputError
 # Prefix of the parameters that distillation adds to a student; a stripped checkpoint has none.
 TRAINING_PREFIX = "distiller."
 
-# Buffers that Detectron2 stored until 2020; today it takes their values from the config.
-_FORMERLY_STORED = ("pixel_mean", "pixel_std")
+# Keys that need not fit: Detectron2 stored the pixels' statistics until 2020.
+_IGNORED = (TRAINING_PREFIX, "pixel_mean", "pixel_std")
 
 # What torch.load raises for a broken file, or for a file that is no checkpoint.
 _UNREADABLE = (EOFError, KeyError, RuntimeError, pickle.UnpicklingError)
@@ -24,30 +24,19 @@ _UNREADABLE = (EOFError, KeyError, RuntimeError, pickle.UnpicklingError)
 class _StrictCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, except that a key that does not fit is an error."""
 
-    def __init__(self, model: nn.Module, config: str):
+    def __init__(self, model: nn.Module, file: str, config: str):
         super().__init__(model)
-        self.config = config
-        self.file = ""
-
-    def load(self, path, *args, **kwargs):
-        """Remember the path for error messages."""
-        self.file = path
-        return super().load(path, *args, **kwargs)
+        self.file, self.config = file, config
 
     def _load_file(self, filename):
         try:
             return super()._load_file(filename)
         except _UNREADABLE as error:
-            raise InputError(
-                f"the checkpoint '{self.file}' for {self.config} cannot be read ({error})"
-            ) from error
+            message = f"the checkpoint '{self.file}' for {self.config} cannot be read ({error})"
+            raise InputError(message) from error
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        unexpected = [
-            key
-            for key in incompatible.unexpected_keys
-            if not key.startswith(TRAINING_PREFIX) and key not in _FORMERLY_STORED
-        ]
+        unexpected = [k for k in incompatible.unexpected_keys if not k.startswith(_IGNORED)]
         shapes = {key: f"{key} {a} -> {b}" for key, a, b in incompatible.incorrect_shapes}
         # The checkpointer counts keys of another shape among the missing ones.
         missing = [key for key in incompatible.missing_keys if key not in shapes]
@@ -75,15 +64,10 @@ def check_exists(path: str, purpose: str) -> None:
         InputError: if the path is empty or no such file exists.
     """
     if not path:
-        raise InputError(
-            f"no checkpoint is named for {purpose}; give its path (in a config, MODEL.WEIGHTS)"
-        )
+        raise InputError(f"no checkpoint is named for {purpose}; give one, e.g. by MODEL.WEIGHTS")
     # Addresses such as https:// and detectron2:// are fetched when they are read.
     if "://" not in path and not PathManager.isfile(path):
-        raise InputError(
-            f"the checkpoint '{path}' for {purpose} does not exist; train it first, or correct "
-            "the path"
-        )
+        raise InputError(f"the checkpoint '{path}' for {purpose} does not exist; correct the path")
 
 
 def load_strictly(model: nn.Module, path: str, config: str) -> None:
@@ -98,11 +82,10 @@ def load_strictly(model: nn.Module, path: str, config: str) -> None:
         config: what the model was built from, for error messages.
 
     Raises:
-        InputError: if the file does not exist or cannot be read, or if keys are missing,
-            unexpected or of another shape.
+        InputError: if the file is missing or cannot be read, or if keys do not fit.
     """
     check_exists(path, config)
-    _StrictCheckpointer(model, config).load(path)
+    _StrictCheckpointer(model, path, config).load(path)
 
 
 def read_model(path: str) -> dict[str, torch.Tensor]:

@@ -9,9 +9,7 @@ from msad_kd.modeling.batch_statistics import LOW_SUFFIX
 from msad_kd.utils.errors import InputError
 
 
-def init_from_teacher(
-    student: nn.Module, teacher: nn.Module, *, backbone: bool = True
-) -> list[str]:
+def init_from_teacher(student: nn.Module, teacher: nn.Module, *, backbone=True) -> list[str]:
     """Copy the teacher's weights and buffers to a student where name and shape agree.
 
     Args:
@@ -20,8 +18,8 @@ def init_from_teacher(
         backbone: whether to copy the backbone's bottom-up path too.
 
     Returns:
-        The student's keys that were not copied, except for those of its ``distiller`` and, without
-        ``backbone``, of its bottom-up path. One warning names them.
+        The student's keys that were not copied, which one warning names: without those of its
+        ``distiller``, nor without ``backbone`` those of its bottom-up path.
 
     Raises:
         InputError: if the bottom-up path should be copied but differs from the teacher's.
@@ -41,9 +39,9 @@ def init_from_teacher(
         copied = {k: v for k, v in copied.items() if not k.startswith(prefix)}
     elif differing := sorted(teacher_keys ^ student_keys | student_keys - copied.keys()):
         raise InputError(
-            f"the student cannot start from its teacher: their backbones differ in "
-            f"{len(differing)} weights, e.g. {differing[0]}; set KD.TEACHER.INIT_BACKBONE False "
-            "to copy neck and heads alone, and MODEL.WEIGHTS to where the backbone starts"
+            f"a student cannot start from its teacher: their backbones differ in {len(differing)} "
+            f"weights, e.g. {differing[0]}; set KD.TEACHER.INIT_BACKBONE False to copy neck and "
+            "heads alone, and MODEL.WEIGHTS to where the backbone starts"
         )
     student.load_state_dict(copied, strict=False)
     ignored = (TRAINING_PREFIX,) if backbone else (TRAINING_PREFIX, prefix)

@@ -1,6 +1,7 @@
 """Data sets in COCO format, registered from the config and checked before training starts."""
 
 import os
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -8,8 +9,6 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from msad_kd.utils.errors import InputError
-
-_FIELDS = {"name", "json", "images"}
 
 
 def register_coco_format(cfg: CfgNode) -> None:
@@ -23,21 +22,15 @@ def register_coco_format(cfg: CfgNode) -> None:
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
     for entry in cfg.DATASETS.COCO_FORMAT:
-        if not isinstance(entry, dict) or set(entry) != _FIELDS:
-            raise InputError(
-                f"DATASETS.COCO_FORMAT: {entry} should have the fields name, json and images"
-            )
+        if not isinstance(entry, dict) or set(entry) != {"name", "json", "images"}:
+            raise InputError(f"DATASETS.COCO_FORMAT: {entry} needs fields name, json and images")
         name, json_file, images = entry["name"], _locate(entry["json"]), _locate(entry["images"])
         if name in DatasetCatalog.list():
             registered = MetadataCatalog.get(name)
             if (registered.get("json_file"), registered.get("image_root")) == (json_file, images):
                 continue
-            raise InputError(
-                f"DATASETS.COCO_FORMAT: a data set called '{name}' exists already; rename yours"
-            )
-        DatasetCatalog.register(
-            name, lambda name=name, json=json_file, images=images: load_checked(json, images, name)
-        )
+            raise InputError(f"DATASETS.COCO_FORMAT: '{name}' exists already; rename your data set")
+        DatasetCatalog.register(name, partial(load_checked, json_file, images, name))
         MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
 
 
@@ -54,8 +47,7 @@ def load_checked(json_file: str, images: str, name: str) -> list[dict]:
         name: the data set's name; its metadata receive the class names.
 
     Raises:
-        InputError: if the file, the folder or an image is missing, or if the file is not in COCO
-            format.
+        InputError: if something is missing, or if the file is not in COCO format.
     """
     for path, kind in ((json_file, "annotation file"), (images, "image folder")):
         if not PathManager.exists(path):
@@ -67,8 +59,8 @@ def load_checked(json_file: str, images: str, name: str) -> list[dict]:
         dicts = load_coco_json(json_file, images, name)
     except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"data set '{name}': '{json_file}' is not in COCO format, which has images, "
-            f"annotations and categories ({type(error).__name__}: {error})"
+            f"data set '{name}': '{json_file}' is not in COCO format ({type(error).__name__}: "
+            f"{error}), which has images, annotations and categories"
         ) from error
     if not dicts:
         raise InputError(f"data set '{name}': '{json_file}' is not in COCO format, or is empty")

@@ -11,14 +11,9 @@ import cv2
 import torch
 import torch.utils.data as torchdata
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts, samplers
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.data.samplers import (
-    RandomSubsetTrainingSampler,
-    RepeatFactorTrainingSampler,
-    TrainingSampler,
-)
 from detectron2.utils import comm
 
 from msad_kd.utils.compat import repeat_factor_options
@@ -37,34 +32,24 @@ class CheckedMapper:  # a class, since spawned workers cannot unpickle a closure
         try:
             return self.mapper(dataset_dict)
         except (OSError, SizeMismatchError) as error:  # Pillow raises OSErrors
-            raise InputError(
-                f"image '{dataset_dict.get('file_name')}' cannot be read ({error}); restore it or "
-                "remove it from the annotation file"
-            ) from error
+            words = f"cannot be read ({error}); restore it or remove it from the annotation file"
+            raise InputError(f"image '{dataset_dict.get('file_name')}' {words}") from error
 
 
 @contextmanager
 def explain_missing_data(names: tuple[str, ...]):
-    """Turn Detectron2's errors about missing data into an ``InputError`` that says what to do.
-
-    Args:
-        names: the data sets that the block reads.
-    """
+    """Turn Detectron2's errors about the data sets ``names`` into an ``InputError``."""
     if not names:
         raise InputError("no data set is named; set DATASETS.TRAIN")
     data_sets = f"data set {', '.join(names)}"
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(
-            f"{data_sets}: '{error.filename}' does not exist; set DETECTRON2_DATASETS to the "
-            "folder that has it"
-        ) from error
+        words = f"'{error.filename}' does not exist; set DETECTRON2_DATASETS to the folder with it"
+        raise InputError(f"{data_sets}: {words}") from error
     except ImportError as error:
-        raise InputError(
-            f"{data_sets}: {error}; install the package, for Cityscapes cityscapesScripts and "
-            "shapely"
-        ) from error
+        words = "install the package, for Cityscapes cityscapesScripts and shapely"
+        raise InputError(f"{data_sets}: {error}; {words}") from error
     except AssertionError as error:  # empty, or empty without the images that have no boxes
         raise InputError(f"{data_sets}: {error}") from error
 
@@ -120,8 +105,8 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[list[dict]]:
         seed, rank = self.seed, comm.get_rank()
         batches = islice(_group_draws(self.sampler, self.groups, self.batch_size), self.start, None)
-        # The loader draws its workers' seed at its start. A global generator would then differ
-        # between a resumed and an uninterrupted run, which start it at different iterations.
+        # The generator: a loader draws its workers' seed when it starts. From the global generator,
+        # that draw would make a resumed run differ from an uninterrupted one.
         yield from torchdata.DataLoader(
             self.dataset,
             batch_sampler=([(i, derive_seed(seed, rank, d)) for i, d in x] for x in batches),
@@ -139,15 +124,15 @@ def _limit_threads(worker: int) -> None:
 def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
-        return TrainingSampler(len(dicts), seed=seed)
+        return samplers.TrainingSampler(len(dicts), seed=seed)
     if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        factors = samplers.RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **repeat_factor_options(cfg)
         )
-        return RepeatFactorTrainingSampler(factors, seed=seed)
+        return samplers.RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return RandomSubsetTrainingSampler(len(dicts), ratio, seed_shuffle=seed, seed_subset=seed)
+        return samplers.RandomSubsetTrainingSampler(len(dicts), ratio, True, seed, seed)
     raise InputError(
         f"DATALOADER.SAMPLER_TRAIN: '{name}' is unknown; use TrainingSampler, "
         "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
@@ -165,8 +150,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         mapper: turns a data set dict into a sample, or returns None to refuse it.
 
     Raises:
-        InputError: if the sampler is unknown, a data set is missing, or the processes cannot share
-            a batch equally.
+        InputError: if a data set is missing, or a key does not fit.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD
     with explain_missing_data(cfg.DATASETS.TRAIN):
@@ -177,19 +161,16 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    world_size = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise InputError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} processes "
-            "cannot share equally"
-        )
+    count, world_size = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if count % world_size:
+        words = f"{count}, which {world_size} processes cannot share equally"
+        raise InputError(f"SOLVER.IMS_PER_BATCH is {words}")
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    logger = logging.getLogger(__name__)
-    logger.info("Training on %d images in the order of seed %d", len(dicts), seed)
+    logging.getLogger(__name__).info("Training on %d images, seed %d", len(dicts), seed)
     return ResumableLoader(
         _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper)),
         _build_sampler(cfg, dicts, seed),
-        batch_size=cfg.SOLVER.IMS_PER_BATCH // world_size,
+        batch_size=count // world_size,
         groups=[int(d["width"] > d["height"]) if grouped else 0 for d in dicts],
         seed=seed,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -21,18 +21,13 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
     """Return the arguments of ``DatasetMapper`` for large-scale jitter, or {} if it is off.
 
     Jitter is a random scale from INPUT.JITTER.SCALES, a crop of fixed size (padded if the image is
-    smaller) and the flip of INPUT.RANDOM_FLIP.
-
-    Raises:
-        InputError: if the scales are not a range, or if INPUT.CROP is on too.
+    smaller) and the flip of INPUT.RANDOM_FLIP. It excludes INPUT.CROP (InputError).
     """
     jitter = cfg.INPUT.JITTER
     if not is_train or not jitter.SIZE:
         return {}
     if len(jitter.SCALES) != 2 or not 0 < jitter.SCALES[0] <= jitter.SCALES[1]:
-        raise InputError(
-            f"INPUT.JITTER.SCALES is {jitter.SCALES}; it should be a range such as [0.1, 2.0]"
-        )
+        raise InputError(f"INPUT.JITTER.SCALES is {jitter.SCALES}; it should be a range")
     if cfg.INPUT.CROP.ENABLED:
         raise InputError("INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop; turn one of them off")
     resize = T.ResizeScale(*jitter.SCALES, target_height=jitter.SIZE, target_width=jitter.SIZE)
@@ -51,9 +46,7 @@ class _PairedAugmentations:
     """
 
     def __init__(self, augmentations: T.AugmentationList, scale: int, frame: str):
-        self.augmentations = augmentations
-        self.scale = scale
-        self.frame = frame
+        self.augmentations, self.scale, self.frame = augmentations, scale, frame
         self.other_image: np.ndarray | None = None
 
     def __call__(self, inputs: T.AugInput) -> TransformList:
@@ -120,18 +113,16 @@ class TwoResolutionMapper(DatasetMapper):
         """Map a dict and add the image at the other resolution."""
         mapped = super().__call__(dataset_dict)
         paired = self.augmentations
-        image = np.ascontiguousarray(paired.other_image.transpose(2, 0, 1))
-        mapped["image_hr" if paired.frame == "lr" else "image_lr"] = torch.from_numpy(image)
-        paired.other_image = None
-        return mapped
+        image, paired.other_image = paired.other_image, None
+        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return {**mapped, "image_hr" if paired.frame == "lr" else "image_lr": image}
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     """Build the mapper for a config's meta-architecture.
 
-    A student gets the "lr" frame in training and, as the stock detector it then is, the stock
-    mapper in evaluation. A multi-resolution teacher always gets the "hr" frame. Any other model
-    gets the stock mapper.
+    A student gets the "lr" frame in training, a multi-resolution teacher always the "hr" frame. Any
+    other model, and a student in evaluation, gets the stock mapper.
     """
     frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
     if frame is None or (frame == "lr" and not is_train):

@@ -20,15 +20,11 @@ _PIXELS = ("width", "height", "x0", "y0", "x1", "y1", "w", "h", "orig_w", "orig_
 def scale_transform(transform: base.Transform, scale: int) -> base.Transform:
     """Return the transform that does the same to an image k times as large.
 
-    Add a kind of transform with ``@scale_transform.register``.
-
-    Raises:
-        InputError: if this kind of transform is not registered.
+    Add a kind of transform with ``@scale_transform.register``; others raise an ``InputError``.
     """
     raise InputError(
-        f"{type(transform).__name__} follows the last resize and cannot be scaled by {scale}, so "
-        "the two resolutions would show different pictures; put it before the resize, drop it, "
-        "or register how to scale it with msad_kd.data.transforms.scale_transform.register"
+        f"{type(transform).__name__} follows the last resize and cannot be scaled by {scale}; put "
+        "it before the resize, drop it, or say how with msad_kd.data.scale_transform.register"
     )
 
 
@@ -59,24 +55,20 @@ def _(transform, scale):
 
 
 @scale_transform.register
-def _(transform: T.ResizeTransform, scale):
-    t = transform
+def _(t: T.ResizeTransform, scale):
     return T.ResizeTransform(t.h, t.w, t.new_h * scale, t.new_w * scale, t.interp)
 
 
-def _flatten(transforms: base.TransformList) -> list[base.Transform]:
-    flat = []
-    for transform in transforms.transforms:
-        nested = isinstance(transform, base.TransformList)
-        flat.extend(_flatten(transform) if nested else [transform])
-    return flat
+def _flatten(transform: base.Transform) -> list[base.Transform]:
+    if not isinstance(transform, base.TransformList):
+        return [transform]
+    return [flat for part in transform.transforms for flat in _flatten(part)]
 
 
 def scale_transforms(transforms: base.TransformList, scale: int) -> base.TransformList:
     """Return the same transforms with an output exactly k times as large.
 
-    The last resize and all that follows it are scaled. What precedes it stays, since it works on
-    the original image.
+    What precedes the last resize stays as it is, since it works on the original image.
 
     Raises:
         InputError: if there is no resize, or if a transform after it cannot be scaled.

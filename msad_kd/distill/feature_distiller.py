@@ -28,8 +28,8 @@ def build_adapter(student_channels: int, teacher_channels: int) -> nn.Conv2d:
 class FeatureDistiller(Distiller):
     """Compares the levels of two pyramids that have the same stride.
 
-    It owns all that distillation trains and an exported model lacks: ``adapters``, one per level
-    and shared by the losses that use it, and ``parts``, the modules that a loss itself needs.
+    It owns what distillation trains and a stripped checkpoint lacks: ``adapters``, one per level and
+    shared by the losses that use it, and ``parts``, the modules that a loss itself needs.
     ``connect`` builds both, because their sizes depend on the teacher.
 
     Args:

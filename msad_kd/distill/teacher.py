@@ -21,10 +21,9 @@ from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.modeling.pyramid import (
     Pyramid,
     aligned_levels,
-    check_sizes,
+    check_images,
     in_high_resolution,
-    normalize,
-    pad_batch,
+    normalized_batch,
 )
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import preserved_rng
@@ -82,19 +81,14 @@ class Teacher:
         Raises:
             InputError: if ``image_hr`` is missing or is not exactly k times its ``image``.
         """
-        if "image_hr" not in batched_inputs[0] and self.branch != "lr":
-            raise InputError(
-                "the training data lack 'image_hr', the teacher's image; use "
-                "TwoResolutionMapper(cfg, is_train=True, frame='lr') as the mapper"
-            )
         sizes = [tuple(self.scale * side for side in x["image"].shape[-2:]) for x in batched_inputs]
         high = low = None
         if self.branch != "lr":
-            check_sizes([x["image_hr"] for x in batched_inputs], sizes)
+            check_images(batched_inputs, "lr", self.scale)
             sides = [side * self.scale for side in padded]
-            high = pad_batch(normalize(self.model, [x["image_hr"] for x in batched_inputs]), *sides)
+            high = normalized_batch(self.model, [x["image_hr"] for x in batched_inputs], *sides)
         if self.branch != "hr":
-            low = pad_batch(normalize(self.model, [x["image"] for x in batched_inputs]), *padded)
+            low = normalized_batch(self.model, [x["image"] for x in batched_inputs], *padded)
         if self.multi_resolution:
             return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
         backbone = self.model.backbone

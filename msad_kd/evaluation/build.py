@@ -20,12 +20,8 @@ def build_evaluator(
     """Build the evaluator that a data set's metadata ask for.
 
     Its results are "bbox" (COCO's AP) and, if the model has masks, "segm": COCO's AP or Cityscapes'
-    own. With TEST.CITYSCAPES_COCO, Cityscapes has "segm_coco" as well.
-
-    Args:
-        cfg: the model's config.
-        dataset_name: the data set.
-        output_folder: the folder to write to; by default OUTPUT_DIR/inference.
+    own. With TEST.CITYSCAPES_COCO, Cityscapes has "segm_coco" as well. It writes to
+    ``output_folder``, by default OUTPUT_DIR/inference.
 
     Raises:
         InputError: if this kind of data set is not supported.
@@ -52,31 +48,24 @@ def build_evaluator(
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """Check that the config's model supports TEST.AUG if it is enabled.
+    """Raise an InputError if TEST.AUG is enabled and Detectron2 does not have it for the model.
 
-    Raises:
-        InputError: if Detectron2 has no test-time augmentation for this model. A multi-resolution
-            teacher is such a model: it would run at one resolution only.
+    A multi-resolution teacher is such a model: it would run at one resolution only.
     """
     supported = is_a(cfg, GeneralizedRCNN) and not is_a(cfg, MultiResolutionMixin)
     supported &= not (cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS)
     if cfg.TEST.AUG.ENABLED and not supported:
         raise InputError(
             f"TEST.AUG.ENABLED is True, but a {cfg.MODEL.META_ARCHITECTURE} cannot be evaluated "
-            "with test-time augmentation (Faster and Mask R-CNN of one resolution can, without "
-            "keypoints and precomputed proposals); set it to False"
+            "with test-time augmentation, only Faster and Mask R-CNN of one resolution without "
+            "keypoints and precomputed proposals; set it to False"
         )
 
 
 def check_precise_bn(cfg: CfgNode) -> None:
-    """Check that the config's model supports TEST.PRECISE_BN if it is enabled.
-
-    Raises:
-        InputError: if the model normalises two resolutions in one pass, which fvcore refuses.
-    """
+    """Raise an InputError if TEST.PRECISE_BN is enabled for a teacher, which fvcore refuses."""
     if cfg.TEST.PRECISE_BN.ENABLED and is_a(cfg, MultiResolutionMixin):
         raise InputError(
             f"TEST.PRECISE_BN.ENABLED is True, but a {cfg.MODEL.META_ARCHITECTURE} has statistics "
-            "of two resolutions; set it to False, and recompute them after the training with "
-            "tools/analysis/precise_statistics.py"
+            "of two resolutions; set it to False and use tools/analysis/precise_statistics.py later"
         )

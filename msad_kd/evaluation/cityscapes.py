@@ -51,14 +51,10 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
         super().process(inputs, within_classes(outputs, len(self._metadata.thing_classes)))
 
     def evaluate(self) -> dict | None:
-        """Compute AP on the main process.
+        """Compute AP on the main process; return None on others.
 
         Returns:
-            {"segm": {"AP", "AP50", "AP-<class>", ...}} in percent; NaN for a class that does not
-            occur. None on other processes.
-
-        Raises:
-            InputError: if the ground truth is missing.
+            {"segm": {"AP", "AP50", "AP-<class>", ...}} in percent, NaN for classes without objects.
         """
         comm.synchronize()
         if not comm.is_main_process():
@@ -68,9 +64,8 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
 
         truth = _instance_images(self._metadata.name)
         args = copy.copy(scripts.args)
-        args.quiet = True
+        args.quiet, args.predictionWalk = True, None
         args.predictionPath = os.path.abspath(self._temp_dir)
-        args.predictionWalk = None
         with numpy_with_in1d(scripts):
             scripts.setInstanceLabels(args)
             predictions = [scripts.getPrediction(image, args) for image in truth]
@@ -80,9 +75,8 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
         metrics = {"AP": averages["allAp"], "AP50": averages["allAp50%"]}
         metrics |= {f"AP-{name}": values["ap"] for name, values in averages["classes"].items()}
         metrics = {name: 100 * float(value) for name, value in metrics.items()}
-        logging.getLogger(__name__).info(
-            "Cityscapes' own AP, by cityscapesScripts:\n%s", create_small_table(metrics)
-        )
+        message = "Cityscapes' own AP, by cityscapesScripts:\n%s"
+        logging.getLogger(__name__).info(message, create_small_table(metrics))
         return {"segm": metrics}
 
 
@@ -92,65 +86,49 @@ def cityscapes_as_coco(dataset_name: str) -> dict:
 
     Groups (such as ``cargroup``) become crowds. A category's id is its index in ``thing_classes``,
     and ``file_name`` has no folder. Reading the real data takes minutes, so the result is cached.
-
-    Raises:
-        InputError: if the ground truth is missing.
     """
     from cityscapesscripts.helpers.labels import id2label
 
     names = MetadataCatalog.get(dataset_name).thing_classes
-    content = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
-    }
+    images, annotations = [], []
     for number, path in enumerate(_instance_images(dataset_name), start=1):
         ids = np.asarray(Image.open(path))
-        content["images"].append(
-            {
-                "id": number,
-                "file_name": os.path.basename(path).replace(_SUFFIX, "_leftImg8bit.png"),
-                "height": ids.shape[0],
-                "width": ids.shape[1],
-            }
-        )
+        height, width = ids.shape
+        file = os.path.basename(path).replace(_SUFFIX, "_leftImg8bit.png")
+        images.append({"id": number, "file_name": file, "height": height, "width": width})
         for instance in np.unique(ids).tolist():
             # An instance is 1000 x label + number; a group, or stuff, is the label alone.
             crowd = instance < 1000
-            label = id2label[instance if crowd else instance // 1000]
-            if label.name not in names:
+            label = id2label[instance if crowd else instance // 1000].name
+            if label not in names:
                 continue
             mask = mask_util.encode(np.asfortranarray(ids == instance, dtype=np.uint8))
-            content["annotations"].append(
-                {
-                    "id": len(content["annotations"]) + 1,
-                    "image_id": number,
-                    "category_id": names.index(label.name),
-                    "bbox": mask_util.toBbox(mask).tolist(),
-                    "area": int(mask_util.area(mask)),
-                    "iscrowd": int(crowd),
-                    "segmentation": {**mask, "counts": mask["counts"].decode()},
-                }
-            )
-    return content
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": names.index(label),
+                "bbox": mask_util.toBbox(mask).tolist(),
+                "area": int(mask_util.area(mask)),
+                "iscrowd": int(crowd),
+                "segmentation": {**mask, "counts": mask["counts"].decode()},
+            }
+            annotations.append(annotation)
+    categories = [{"id": index, "name": name} for index, name in enumerate(names)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 class CityscapesMetricsEvaluator(MetricsEvaluator):
     """COCO's metrics for Cityscapes: "bbox" and "segm_coco", since "segm" is Cityscapes' own AP."""
 
     def __init__(self, dataset_name: str, *, output_dir: str, **kwargs):
-        """Build the evaluator, and write the ground truth in COCO format.
+        """Write the ground truth in COCO format to ``output_dir``, and build the evaluator.
 
         Args:
             dataset_name: a data set with ``gt_dir`` and ``thing_classes`` in its metadata.
             output_dir: the folder for the ground truth and the results.
             **kwargs: further arguments of ``MetricsEvaluator``.
-
-        Raises:
-            InputError: if the ground truth is missing.
         """
-        # Metadata cannot be changed, and the next evaluator may have another folder: so these are
-        # made anew under a name of their own.
+        # The next evaluator may have another folder, but metadata cannot be changed, only removed.
         name = f"{dataset_name}_in_coco_format"
         path = os.path.join(output_dir, f"{name}.json")
         if name in MetadataCatalog.list():

@@ -13,7 +13,6 @@ from msad_kd.utils.compat import coco_eval_class
 from msad_kd.utils.errors import InputError
 
 FASTER, COMPILED, OFFICIAL = IMPLEMENTATIONS = ("faster-coco-eval", "detectron2", "pycocotools")
-_HINTS = {FASTER: "pip install faster-coco-eval", COMPILED: "it needs a compiled Detectron2"}
 
 
 def _is_installed(implementation: str) -> bool:
@@ -36,13 +35,11 @@ def choose_implementation(wanted: str) -> str:
     if wanted == "auto":
         return next(name for name in IMPLEMENTATIONS if _is_installed(name))
     if wanted not in IMPLEMENTATIONS:
-        raise InputError(
-            f"TEST.COCO_EVALUATOR is '{wanted}'; use auto or one of {', '.join(IMPLEMENTATIONS)}"
-        )
+        raise InputError(f"TEST.COCO_EVALUATOR is '{wanted}'; use auto or one of {IMPLEMENTATIONS}")
     if not _is_installed(wanted):
         raise InputError(
-            f"TEST.COCO_EVALUATOR is '{wanted}', which is not installed ({_HINTS[wanted]}); "
-            "auto takes the fastest that is installed"
+            f"TEST.COCO_EVALUATOR is '{wanted}', which is not installed (pip install {FASTER}, or "
+            "compile Detectron2); auto takes the fastest that is installed"
         )
     return wanted
 
@@ -73,8 +70,7 @@ class MetricsEvaluator(COCOEvaluator):
         Args:
             dataset_name: as for ``COCOEvaluator``.
             implementation: "auto" or one of ``IMPLEMENTATIONS``.
-            masks: whether the model predicts masks. If it finds nothing at all, its mask AP is
-                then NaN instead of missing.
+            masks: whether to report mask AP (as NaN) if the model finds nothing at all.
             **kwargs: further arguments of ``COCOEvaluator``.
 
         Raises:
@@ -90,15 +86,14 @@ class MetricsEvaluator(COCOEvaluator):
                     "TEST.COCO_EVALUATOR pycocotools"
                 )
             chosen = OFFICIAL
+        self._use_fast_impl = chosen != OFFICIAL
+        self._implementation, self._masks = chosen, masks
         self._patch = contextlib.nullcontext()
         if chosen == FASTER:
             from faster_coco_eval import COCO, COCOeval_faster
 
             self._coco_api = COCO(self._coco_api.dataset)
             self._patch = coco_eval_class(COCOeval_faster)
-        self._use_fast_impl = chosen != OFFICIAL
-        self._implementation = chosen
-        self._masks = masks
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Collect the outputs of a batch."""

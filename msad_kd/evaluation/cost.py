@@ -18,10 +18,9 @@ WARM_UP_ROUNDS = 2
 def fix_detections(cfg: CfgNode, detections: int) -> CfgNode:
     """Return a config whose model keeps the same number of detections in every image.
 
-    A mask head runs once per detection, so a model's cost depends on what it finds: an untrained
-    model may keep more boxes than a trained one. Here the best boxes are kept whatever their scores
-    and overlaps, and the best proposals too. Use the config to measure costs, not AP. NMS then sees
-    every class of every proposal, which adds to latency: 0.2 s on a CPU with COCO's 80 classes.
+    A mask head runs once per detection, so a model's cost depends on what it finds. Here the best
+    boxes and proposals are kept whatever their scores and overlaps, for costs, not for AP. NMS sees
+    every class of every proposal: 0.2 s more on a CPU with COCO's 80 classes.
 
     Args:
         cfg: the config; it stays as it is.
@@ -40,17 +39,14 @@ def fix_detections(cfg: CfgNode, detections: int) -> CfgNode:
 
 def device_name(cfg: CfgNode) -> str:
     """Return the GPU's name, or "no GPU"."""
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(cfg.MODEL.DEVICE))
-    return "no GPU"
+    device = torch.device(cfg.MODEL.DEVICE)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
 
 
 def input_sides(inputs: dict, branch: str | None) -> str:
-    """Return the shorter sides of the images that a model reads, in pixels, e.g. "128 + 64".
+    """Return the shorter sides of a sample's images that a model reads, in pixels: "128 + 64".
 
-    Args:
-        inputs: a mapped sample with ``image`` and perhaps ``image_lr``.
-        branch: the branch of a multi-resolution teacher; None for another model.
+    ``branch`` is that of a multi-resolution teacher, None for another model.
     """
     high, low = inputs["image"], inputs.get("image_lr")
     images = {"hr": [high], "lr": [low]}.get(branch, [high, low]) if low is not None else [high]

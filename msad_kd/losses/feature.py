@@ -19,10 +19,10 @@ DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 
 
 def with_parts(build: Callable[[int], nn.Module]) -> Callable:
-    """Declare that a loss trains a module of its own, which it takes as its third argument.
+    """Declare that a loss trains a module of its own, its third argument.
 
-    ``build`` makes it from the teacher's channels C. Each level has its own module; they belong to
-    the student's ``distiller``, are trained with it, and are not part of an exported model.
+    ``build`` makes one for each level from the teacher's channels C. They are part of the student's
+    ``distiller``, so they are not in the stripped checkpoint.
     """
     return partial(_add_attributes, parts=build)
 
@@ -72,45 +72,33 @@ def ssim(
     """Return the mean of (1 - SSIM) / 2 of the rescaled maps (Structural KD, arXiv 2211.13133).
 
     It is from 0 (equal after rescaling) to 1. The paper's weight is 4; 2 works as well there.
-    ``kd/ssim_blind_share_<level>`` logs the share of windows that are too flat for SSIM to see
-    structure. ``rescale`` is psi, to [0, 1] by minimum and maximum per "channel" of each image, per
-    "image", or "none". The other arguments are those of ``functional.ssim``.
+    ``kd/ssim_blind_share_<level>`` logs the share of windows too flat for SSIM to see structure.
+    ``rescale`` is psi: the scope of ``functional.rescale``. The rest are ``functional.ssim``'s.
     """
-    return functional.ssim_loss(
-        *(functional.rescale(x, rescale) for x in (student, teacher)),
-        exponents=tuple(exponents),
-        window_size=window_size,
-        sigma=sigma,
-        data_range=data_range,
-        padding=padding,
-    )
+    maps = (functional.rescale(x, rescale) for x in (student, teacher))
+    window = {"window_size": window_size, "sigma": sigma, "padding": padding}
+    return functional.ssim_loss(*maps, exponents=exponents, data_range=data_range, **window)
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def pkd(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Return 1 - Pearson correlation per channel over (N, H, W), averaged (PKD, NeurIPS 2022).
 
-    This is half the mean squared difference of the maps after each channel is standardised to mean
-    0 and variance 1: from 0 (equal up to a positive scale and an offset) to 2 (opposite). ``eps``,
-    added to the standard deviation, is for constant channels.
+    This is half the mean squared difference of the maps with each channel standardised: from 0
+    (equal up to a positive scale and an offset) to 2 (opposite). ``eps`` is for constant channels.
     """
-
-    def standardise(x: torch.Tensor) -> torch.Tensor:
-        x = x.float()
-        mean = x.mean(dim=(0, 2, 3), keepdim=True)
-        # Not the root of the variance: its gradient is NaN where a channel is constant.
-        std = x.std(dim=(0, 2, 3), keepdim=True, correction=0)
-        return (x - mean) / (std + eps)
-
-    return F.mse_loss(standardise(student), standardise(teacher)) / 2
+    axes = {"dim": (0, 2, 3), "keepdim": True}
+    maps = (x.float() for x in (student, teacher))
+    # std, not the root of the variance: its gradient would be NaN where a channel is constant.
+    s, t = ((x - x.mean(**axes)) / (x.std(**axes, correction=0) + eps) for x in maps)
+    return F.mse_loss(s, t) / 2
 
 
 @DISTILL_LOSS_REGISTRY.register()
 def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
     """Return tau^2 KL(T || S) of each channel's softmax over cells, averaged (CWD, ICCV 2021).
 
-    It compares where a channel is strong, whatever its offset. The temperature tau divides the
-    maps; a ValueError says that it has to be above 0.
+    It compares where a channel is strong, whatever its offset. ``tau``, above 0, divides the maps.
     """
     if not tau > 0:
         raise ValueError(f"tau is {tau}; it has to be above 0")
@@ -120,11 +108,8 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0) -> torch
 
 def generator(channels: int) -> nn.Module:
     """Build MGD's generation block: 3x3 convolution, ReLU, 3x3 convolution."""
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(channels, channels, 3, padding=1),
-    )
+    first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+    return nn.Sequential(first, nn.ReLU(inplace=True), second)
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -135,9 +120,8 @@ def mgd(
     """Return the sum of (T - G(masked S))^2 over N: masked generative distillation (ECCV 2022).
 
     It is a sum, as published, so the weights are small: 2e-5 for RetinaNet with ``mask_ratio``
-    0.65, 5e-7 for Mask R-CNN with 0.45. ``parts`` is G, which generates the teacher's map from the
-    student's; ``mask_ratio`` is lambda, the share of cells set to 0 in all channels, in [0, 1); a
-    ValueError refuses others.
+    0.65, 5e-7 for Mask R-CNN with 0.45. ``parts`` is G; ``mask_ratio``, in [0, 1), is lambda, the
+    share of cells set to 0 in all channels.
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}; it has to be from 0 to below 1")

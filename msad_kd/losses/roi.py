@@ -38,8 +38,7 @@ def roi_class(
 ) -> torch.Tensor:
     """Return tau^2 KL(p_T || p_S) of the class probabilities (Hinton et al., arXiv 1503.02531).
 
-    It is the mean over the regions, and 0 without regions. The temperature tau divides the logits;
-    a ValueError says that it should be above 0.
+    It is the mean over regions, 0 without any. The temperature tau, above 0, divides the logits.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it should be above 0")
@@ -61,22 +60,17 @@ def roi_box(student: RoIPredictions, teacher: RoIPredictions) -> torch.Tensor:
     if regions == 0:
         return student.deltas.sum()
     probability, label = teacher.classes.float().softmax(dim=1)[:, :-1].max(dim=1)  # (R,), (R,)
-
-    def deltas_of_label(deltas: torch.Tensor) -> torch.Tensor:  # (R, 4)
-        deltas = deltas.float().view(regions, -1, 4)
-        rows = torch.arange(regions, device=deltas.device)
-        return deltas[:, 0] if deltas.shape[1] == 1 else deltas[rows, label]
-
-    difference = deltas_of_label(student.deltas) - deltas_of_label(teacher.deltas)
-    return (probability * difference.abs().sum(dim=1)).mean()
+    s, t = (x.deltas.float().view(regions, -1, 4) for x in (student, teacher))  # (R, K or 1, 4)
+    rows = torch.arange(regions, device=label.device)
+    s, t = (x[:, 0] if x.shape[1] == 1 else x[rows, label] for x in (s, t))
+    return (probability * (s - t).abs().sum(dim=1)).mean()
 
 
 @ROI_LOSS_REGISTRY.register()
 def roi_mask(student: RoIPredictions, teacher: RoIPredictions) -> torch.Tensor:
     """Return the mean binary cross-entropy with the teacher's mask probabilities as targets.
 
-    For equal predictions it is the teacher's entropy, not 0; without masked regions it is 0. A
-    ValueError says if the student or the teacher predicts no masks.
+    For equal predictions it is the teacher's entropy, not 0; without masked regions it is 0.
     """
     if student.masks is None or teacher.masks is None:
         raise ValueError("it needs masks of student and teacher (MODEL.MASK_ON True)")

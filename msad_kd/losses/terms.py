@@ -32,9 +32,7 @@ class LossTerm:
 
     def adapts(self, student_channels: int, teacher_channels: int) -> bool:
         """Return whether an adapter comes before the loss."""
-        if self.adapter == "auto":
-            return student_channels != teacher_channels
-        return self.adapter
+        return student_channels != teacher_channels if self.adapter == "auto" else self.adapter
 
     @property
     def of_regions(self) -> bool:
@@ -51,8 +49,7 @@ def read_losses(entries: list[dict]) -> list[LossTerm]:
     """Check KD.LOSSES and return its entries.
 
     Raises:
-        InputError: if an entry is not a dict, has no name or weight, names an unknown loss, or has
-            a field that its loss does not take or that is of another type.
+        InputError: if an entry names no known loss, or a field is missing, unknown or ill-typed.
     """
     if not isinstance(entries, (list, tuple)):
         raise InputError(f"KD.LOSSES: {entries!r} should be a list of dicts")
@@ -60,26 +57,21 @@ def read_losses(entries: list[dict]) -> list[LossTerm]:
 
 
 def _read_term(entry: Any) -> LossTerm:
-    if not isinstance(entry, dict) or "name" not in entry:
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if name is None:
         raise InputError(f"KD.LOSSES: {entry!r} should be a dict with a name and a weight")
-    name = entry["name"]
     names = sorted(name for name, _ in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY))
     if name not in names:
-        raise InputError(
-            f"KD.LOSSES: there is no loss '{name}'; known: {', '.join(names)}"
-            f"{nearest(str(name), names)}"
-        )
+        known = ", ".join(names) + nearest(str(name), names)
+        raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {known}")
     if names.count(name) > 1:
-        raise InputError(
-            f"KD.LOSSES: '{name}' is registered as a loss of feature maps and as one of RoI "
-            "predictions; rename one of the two"
-        )
+        raise InputError(f"KD.LOSSES: '{name}' is in both registries of losses; rename one of them")
     annotations = get_type_hints(LossTerm, include_extras=True)
     del annotations["arguments"]
     if name in ROI_LOSS_REGISTRY:
         del annotations["levels"], annotations["adapter"]
     settings = set(annotations)
-    for parameter in inspect.signature(LossTerm(name, 0.0).function).parameters.values():
+    for parameter in inspect.signature(LossTerm(name, 0).function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             annotations = dict.fromkeys(entry, Any) | annotations
         elif parameter.default is not parameter.empty:

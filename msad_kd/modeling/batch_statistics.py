@@ -20,11 +20,7 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 def add_low_resolution_statistics(module: nn.Module) -> int:
-    """Give each batch normalisation in a module a second set of running statistics, in place.
-
-    Returns:
-        the number of batch normalisations.
-    """
+    """Give a module's batch normalisations a second set of statistics; return how many it has."""
     norms = _batch_norms(module)
     for norm in norms:
         for name in _STATISTICS:
@@ -35,11 +31,11 @@ def add_low_resolution_statistics(module: nn.Module) -> int:
 @contextmanager
 def low_resolution_statistics(module: nn.Module):
     """Let a module read and update the second set of statistics, if it has one."""
-    norms = [m for m in _batch_norms(module) if _STATISTICS[0] + LOW_SUFFIX in m._buffers]
+    second = _STATISTICS[0] + LOW_SUFFIX
+    norms = [norm._buffers for norm in _batch_norms(module) if second in norm._buffers]
 
     def swap():
-        for norm in norms:
-            buffers = norm._buffers
+        for buffers in norms:
             for name in _STATISTICS:
                 low = name + LOW_SUFFIX
                 buffers[name], buffers[low] = buffers[low], buffers[name]

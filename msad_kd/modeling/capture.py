@@ -1,20 +1,17 @@
 """Context managers that listen to a module or answer in its place, and leave no trace."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
 
 @contextmanager
 def recording(module: nn.Module):
-    """Record the last call of a module.
-
-    Yields:
-        an object with ``inputs``, the tuple of positional arguments, and ``output``.
-    """
+    """Record a module's last call: ``inputs``, a tuple of its arguments, and ``output``."""
     call = SimpleNamespace(inputs=(), output=None)
 
     def keep(_, inputs, output):
@@ -27,19 +24,9 @@ def recording(module: nn.Module):
         handle.remove()
 
 
-@contextmanager
-def replacing_method(module: nn.Module, name: str, function: Callable):
-    """Call a function instead of one method of a module."""
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        delattr(module, name)  # the class's method is visible again
-
-
 def answering(module: nn.Module, output: Any):
     """Let the module return ``output``, which was computed before, instead of computing."""
-    return replacing_method(module, "forward", lambda *args, **kwargs: output)
+    return mock.patch.object(module, "forward", lambda *args, **kwargs: output)
 
 
 @contextmanager
@@ -48,10 +35,16 @@ def computing(backbone: nn.Module, levels: Iterable[str]):
 
     It saves time: p2's output convolution alone is a quarter of the multiply-adds of an R-50 FPN.
     """
+    names, needed = list(backbone.output_shape()), set(levels)
     top_block = getattr(backbone, "top_block", None)
-    source = getattr(top_block, "in_feature", None)  # of all levels above p5
+    top = names[-top_block.num_levels :] if top_block else []
     with ExitStack() as skipped:
-        for name in backbone.output_shape().keys() - {source, *levels}:
+        if top and needed.isdisjoint(top):
+            skipped.enter_context(answering(top_block, [None] * len(top)))
+        elif top:  # each of these levels is made from the one below it
+            last = max(top.index(name) for name in needed.intersection(top))
+            needed |= {top_block.in_feature, *top[: last + 1]}
+        for name in set(names) - needed:
             layer = getattr(backbone, f"fpn_output{name[1:]}", getattr(top_block, name, None))
             if layer is not None:  # a level without a layer, a maximum, costs nothing
                 skipped.enter_context(answering(layer, None))

@@ -7,17 +7,16 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.utils.file_io import PathManager
-from torch import nn
 
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.utils.errors import InputError
 
 # The config key with the number of classes of each kind of detector.
-_CLASS_KEYS: tuple[tuple[type[nn.Module], str], ...] = (
-    (GeneralizedRCNN, "MODEL.ROI_HEADS.NUM_CLASSES"),
-    (RetinaNet, "MODEL.RETINANET.NUM_CLASSES"),
-    (FCOS, "MODEL.FCOS.NUM_CLASSES"),
-)
+_CLASS_KEYS = {
+    GeneralizedRCNN: "MODEL.ROI_HEADS.NUM_CLASSES",
+    RetinaNet: "MODEL.RETINANET.NUM_CLASSES",
+    FCOS: "MODEL.FCOS.NUM_CLASSES",
+}
 
 
 def is_a(cfg: CfgNode, kind: type) -> bool:
@@ -28,7 +27,7 @@ def is_a(cfg: CfgNode, kind: type) -> bool:
 
 def class_key(cfg: CfgNode) -> str | None:
     """Return the config key with the number of classes; None for unknown meta-architectures."""
-    return next((key for kind, key in _CLASS_KEYS if is_a(cfg, kind)), None)
+    return next((key for kind, key in _CLASS_KEYS.items() if is_a(cfg, kind)), None)
 
 
 def number_of_classes(cfg: CfgNode) -> int | None:
@@ -39,8 +38,7 @@ def number_of_classes(cfg: CfgNode) -> int | None:
 
 def has_masks(cfg: CfgNode) -> bool:
     """Return whether the model predicts masks; dense detectors do not read MODEL.MASK_ON."""
-    dense = any(is_a(cfg, kind) for kind, _ in _CLASS_KEYS if kind is not GeneralizedRCNN)
-    return cfg.MODEL.MASK_ON and not dense
+    return cfg.MODEL.MASK_ON and not (is_a(cfg, RetinaNet) or is_a(cfg, FCOS))
 
 
 def _class_names(data_set: str) -> list[str]:

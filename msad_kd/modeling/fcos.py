@@ -61,16 +61,11 @@ class FCOS(fcos.FCOS):
     @torch.no_grad()
     def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]):
         """Match anchors with boxes, as Detectron2 does, also in images without boxes."""
-        return super().label_anchors(anchors, [self._not_empty(x) for x in gt_instances])
-
-    def _not_empty(self, instances: Instances) -> Instances:
         # Detectron2 0.6 crashes on an image without boxes. A background box without area matches no
         # location, so it stands for none.
-        if len(instances):
-            return instances
-        boxes = instances.gt_boxes.tensor
-        return Instances(
-            instances.image_size,
-            gt_boxes=Boxes(boxes.new_zeros(1, 4)),
-            gt_classes=torch.full((1,), self.num_classes, device=boxes.device),
-        )
+        box = {
+            "gt_boxes": Boxes(anchors[0].tensor.new_zeros(1, 4)),
+            "gt_classes": torch.full((1,), self.num_classes, device=anchors[0].device),
+        }
+        truth = [x if len(x) else Instances(x.image_size, **box) for x in gt_instances]
+        return super().label_anchors(anchors, truth)

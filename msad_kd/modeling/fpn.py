@@ -30,11 +30,10 @@ class LastLevelsMaxPool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the levels above p5, (N, C, H, W)."""
-        levels = []
+        levels = [x]
         for _ in range(self.num_levels):
-            x = F.max_pool2d(x, kernel_size=1, stride=2)
-            levels.append(x)
-        return levels
+            levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+        return levels[1:]
 
 
 class LastLevelsConv(nn.Module):
@@ -51,26 +50,18 @@ class LastLevelsConv(nn.Module):
         super().__init__()
         self.num_levels = num_levels
         self.in_feature = in_feature
-        for i in range(num_levels):
-            convolution = Conv2d(
-                out_channels if i else in_channels,
-                out_channels,
-                kernel_size=3,
-                stride=2,
-                padding=1,
-                bias=not norm,
-                norm=get_norm(norm, out_channels),
-            )
+        for level in range(6, 6 + num_levels):
+            options = {"bias": not norm, "norm": get_norm(norm, out_channels)}
+            convolution = Conv2d(in_channels, out_channels, 3, stride=2, padding=1, **options)
+            in_channels = out_channels
             weight_init.c2_xavier_fill(convolution)
-            self.add_module(f"p{6 + i}", convolution)
+            self.add_module(f"p{level}", convolution)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor | None]:
         """Return the levels above p5, (N, C, H, W); None for those that ``computing`` skips."""
         levels: list[torch.Tensor | None] = []
         for convolution in self.children():
-            if levels and x is not None:
-                x = F.relu(x)
-            x = convolution(x)
+            x = convolution(F.relu(x) if levels and x is not None else x)
             levels.append(x)
         return levels
 
@@ -89,49 +80,41 @@ class AlignedFPN(FPN):
     @property
     def size_divisibility(self) -> int:
         """Return the number of pixels that the padded images' sides are multiples of."""
-        # 32 k instead of 32: the low-resolution image, padded to 1/k of the size, is then a
-        # multiple of 32 as well.
+        # 32 k instead of 32: 1/k of the padded size is then a multiple of 32 as well.
         return self.scale * super().size_divisibility
 
 
-def _fpn_arguments(cfg: CfgNode, bottom_up: Backbone, levels: int) -> dict:
+def _build_fpn(kind: type[FPN], cfg: CfgNode, bottom_up: Backbone, levels: int, **kwargs) -> FPN:
     keys = cfg.MODEL.FPN
-    kind, top_levels = keys.TOP_BLOCK, levels - len(keys.IN_FEATURES)
-    if kind == "maxpool":
+    channels, top, top_levels = keys.OUT_CHANNELS, keys.TOP_BLOCK, levels - len(keys.IN_FEATURES)
+    if top == "maxpool":
         top_block = LastLevelsMaxPool(top_levels)
-    elif kind in ("conv_p5", "conv_res5"):
-        channels, source = keys.OUT_CHANNELS, kind.removeprefix("conv_")
+    elif top in ("conv_p5", "conv_res5"):
+        source = top.removeprefix("conv_")
         in_channels = channels if source == "p5" else bottom_up.output_shape()[source].channels
         top_block = LastLevelsConv(in_channels, channels, top_levels, source, keys.NORM)
     else:
-        raise InputError(f"MODEL.FPN.TOP_BLOCK is '{kind}'; use maxpool, conv_p5 or conv_res5")
-    return {
-        "bottom_up": bottom_up,
-        "in_features": keys.IN_FEATURES,
-        "out_channels": keys.OUT_CHANNELS,
-        "norm": keys.NORM,
-        "top_block": top_block,
-        "fuse_type": keys.FUSE_TYPE,
-    }
+        raise InputError(f"MODEL.FPN.TOP_BLOCK is '{top}'; use maxpool, conv_p5 or conv_res5")
+    return kind(
+        bottom_up=bottom_up,
+        in_features=keys.IN_FEATURES,
+        out_channels=channels,
+        norm=keys.NORM,
+        top_block=top_block,
+        fuse_type=keys.FUSE_TYPE,
+        **kwargs,
+    )
 
 
 def build_five_level_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    """Build the FPN of ``MODEL.FPN`` on any backbone: p2..p6, or p3..p7 without res2.
-
-    Raises:
-        InputError: if ``MODEL.FPN.TOP_BLOCK`` is unknown.
-    """
-    return FPN(**_fpn_arguments(cfg, bottom_up, _DETECTOR_LEVELS))
+    """Build the FPN of ``MODEL.FPN`` on any backbone: p2..p6, or p3..p7 without res2."""
+    return _build_fpn(FPN, cfg, bottom_up, _DETECTOR_LEVELS)
 
 
 def build_aligned_fpn(cfg: CfgNode, bottom_up: Backbone) -> AlignedFPN:
-    """Build the FPN of a multi-resolution teacher: five levels at low resolution, m more at high.
-
-    Raises:
-        InputError: if ``MODEL.FPN.TOP_BLOCK`` is unknown.
-    """
-    arguments = _fpn_arguments(cfg, bottom_up, _DETECTOR_LEVELS + level_shift(cfg.KD.SCALE))
-    return AlignedFPN(scale=cfg.KD.SCALE, **arguments)
+    """Build a multi-resolution teacher's FPN: five levels at low resolution, m more at high."""
+    levels = _DETECTOR_LEVELS + level_shift(cfg.KD.SCALE)
+    return _build_fpn(AlignedFPN, cfg, bottom_up, levels, scale=cfg.KD.SCALE)
 
 
 @BACKBONE_REGISTRY.register()

@@ -51,16 +51,13 @@ class CrossingFeatureFusion(nn.Module):
         return self.excite(self.squeeze(pooled).relu()).softmax(dim=1)
 
     def forward(self, hr: Pyramid, lr: Pyramid, masks: Pyramid | None = None) -> Pyramid:
-        """Return the fused pyramid.
+        """Return the fused pyramid, level name to (N, C, H, W).
 
         Args:
             hr: level name to (N, C, H, W).
             lr: the same names and shapes.
             masks: level name to (N, 1, H, W), 1 inside an image and 0 in its padding; None averages
                 over whole maps.
-
-        Returns:
-            level name to (N, C, H, W).
 
         Raises:
             InputError: if names or shapes differ.

@@ -7,17 +7,15 @@ holds. ``msad_kd.engine.hooks.KeepNormalizer`` puts it into the training checkpo
 
 from torch import nn
 
-_NAME = "loss_normalizer"
-
 
 def get_normalizer(model: nn.Module) -> float | None:
     """Return the moving average; None before the first step and for models without one."""
-    return getattr(model, _NAME, None)
+    return getattr(model, "loss_normalizer", None)
 
 
 def set_normalizer(model: nn.Module, value: float | None) -> None:
     """Set the moving average; None makes the model start it anew."""
     if value is not None:
-        setattr(model, _NAME, value)
-    elif hasattr(model, _NAME):
-        delattr(model, _NAME)
+        model.loss_normalizer = value
+    elif hasattr(model, "loss_normalizer"):
+        del model.loss_normalizer

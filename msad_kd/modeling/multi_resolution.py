@@ -8,6 +8,8 @@ p3..p7 (strides 8..128 for k = 2) with high-resolution boxes. The low-resolution
 renamed to p3..p7, and both pyramids are fused level by level.
 """
 
+from unittest import mock
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
@@ -16,17 +18,16 @@ from msad_kd.modeling.batch_statistics import (
     add_low_resolution_statistics,
     low_resolution_statistics,
 )
-from msad_kd.modeling.capture import answering, computing, replacing_method
+from msad_kd.modeling.capture import answering, computing
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.fusion import CrossingFeatureFusion
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.modeling.pyramid import (
     Pyramid,
     aligned_levels,
-    check_sizes,
+    check_images,
     level_shift,
-    normalize,
-    pad_batch,
+    normalized_batch,
     shift_levels,
     valid_masks,
 )
@@ -65,8 +66,7 @@ class MultiResolutionMixin:
             fusion: the module that fuses the pyramids.
             fused_weight: w.
             mask_padding: whether the fusion leaves padding out of its averages.
-            separate_statistics: whether the backbone's batch normalisation keeps running statistics
-                for each resolution.
+            separate_statistics: whether batch normalisation has statistics for each resolution.
             test_branch: "fused", "hr" or "lr".
             scale: k.
             kwargs: arguments of the stock detector.
@@ -75,28 +75,34 @@ class MultiResolutionMixin:
             InputError: if the branch, the backbone or the levels that the heads read do not fit.
         """
         super().__init__(**kwargs)
+        self.fusion = fusion
+        self.fused_weight = fused_weight
+        self.mask_padding = mask_padding
+        self.test_branch = test_branch
+        self.scale = scale
         if test_branch not in BRANCHES:
             raise InputError(
                 f"MODEL.MULTI_RESOLUTION.TEST_BRANCH is '{test_branch}'; use one of {BRANCHES}"
             )
-        self.fusion = fusion
-        self.fused_weight = fused_weight
-        self.mask_padding = mask_padding
         if separate_statistics and not add_low_resolution_statistics(self.backbone):
             raise InputError(
                 "MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS is True, but no normalisation of the "
-                "backbone keeps statistics (FrozenBN does not); set it to False, or "
-                "MODEL.RESNETS.NORM (MODEL.TIMM.NORM) to BN or SyncBN"
+                "backbone keeps statistics; set it to False, or RESNETS.NORM (TIMM.NORM) to BN"
             )
-        self.test_branch = test_branch
-        self.scale = scale
         if getattr(self.backbone, "scale", 1) != scale:
             raise InputError(
                 f"MODEL.BACKBONE.NAME: a {type(self.backbone).__name__} pads images for one "
-                "resolution; use build_aligned_resnet_fpn_backbone, or another that builds an "
-                "AlignedFPN"
+                "resolution; use one of the backbones build_aligned_..."
             )
-        self._check_heads()
+        levels, heads = self.strides(), getattr(self, "roi_heads", None)
+        for part in (self, getattr(self, "proposal_generator", None), heads):
+            # A dense detector has head_in_features, the parts of an R-CNN have in_features.
+            names = getattr(part, "head_in_features", getattr(part, "in_features", ()))
+            if absent := [name for name in names if name not in levels]:
+                raise InputError(
+                    f"IN_FEATURES: the {type(part).__name__} reads {', '.join(absent)}, but the "
+                    f"levels that both resolutions have are {', '.join(levels)}"
+                )
 
     @classmethod
     def from_config(cls, cfg):
@@ -112,19 +118,6 @@ class MultiResolutionMixin:
             "scale": cfg.KD.SCALE,
         }
 
-    def _check_heads(self) -> None:
-        levels = self.strides()
-        readers = [(self, "head_in_features")]  # a dense detector
-        for part in ("proposal_generator", "roi_heads"):  # an R-CNN
-            readers.append((getattr(self, part, None), "in_features"))
-        for reader, attribute in readers:
-            absent = [name for name in getattr(reader, attribute, ()) if name not in levels]
-            if absent:
-                raise InputError(
-                    f"IN_FEATURES: the {type(reader).__name__} reads {', '.join(absent)}, but the "
-                    f"levels that both resolutions have are {', '.join(levels)}"
-                )
-
     def strides(self) -> dict[str, int]:
         """Return each level's stride in pixels of the high-resolution image, for all branches."""
         levels = aligned_levels(self.backbone.output_shape(), self.scale)
@@ -137,38 +130,31 @@ class MultiResolutionMixin:
         sizes: list[tuple[int, int]],
         branches: tuple[str, ...],
     ) -> dict[str, Pyramid]:
-        """Return the aligned pyramids, p3..p7 for k = 2.
+        """Return branch to aligned pyramid: p3..p7 for k = 2, (N, C, H / 4, W / 4) and coarser.
 
         Args:
             high: padded, normalised images (N, 3, kH, kW); None if no branch needs them.
             low: the same at low resolution, (N, 3, H, W).
             sizes: (height, width) of each high-resolution image without padding.
             branches: the branches to return.
-
-        Returns:
-            branch to level name to (N, C, H / 4, W / 4) and coarser.
         """
-        levels, shift = self.strides(), level_shift(self.scale)
+        # Levels without a partner at the other resolution are not computed. Doing so would change
+        # nothing but the batch statistics of a normalised p7.
+        backbone, levels, shift = self.backbone, self.strides(), level_shift(self.scale)
         pyramids: dict[str, Pyramid] = {}
         if high is not None:
-            # The finest levels have no partner at low resolution.
-            with computing(self.backbone, levels):
-                features = self.backbone(high)
+            with computing(backbone, levels):
+                features = backbone(high)
             pyramids["hr"] = {name: features[name] for name in levels}
         if low is not None:
-            # The coarsest have no partner at high resolution. Computing them would change nothing
-            # but the batch statistics of a normalised p7.
-            with (
-                low_resolution_statistics(self.backbone),
-                computing(self.backbone, shift_levels(levels, -shift)),
-            ):
-                features = shift_levels(self.backbone(low), shift)
+            needed = shift_levels(levels, -shift)
+            with low_resolution_statistics(backbone), computing(backbone, needed):
+                features = shift_levels(backbone(low), shift)
             pyramids["lr"] = {name: features[name] for name in levels}
         if "fused" in branches:
-            masks = None
-            if self.mask_padding:
-                masks = valid_masks(sizes, tuple(high.shape[-2:]), pyramids["hr"])
-            pyramids["fused"] = self.fusion(pyramids["hr"], pyramids["lr"], masks)
+            hr, lr, padded = pyramids["hr"], pyramids["lr"], tuple(high.shape[-2:])
+            masks = valid_masks(sizes, padded, hr) if self.mask_padding else None
+            pyramids["fused"] = self.fusion(hr, lr, masks)
         return {branch: pyramids[branch] for branch in branches}
 
     def low_resolution_batch(self, batched_inputs: list[dict], high: torch.Tensor) -> torch.Tensor:
@@ -177,30 +163,20 @@ class MultiResolutionMixin:
         Raises:
             InputError: if it is missing, or if an image isn't exactly k times its ``image_lr``.
         """
-        if "image_lr" not in batched_inputs[0]:
-            raise InputError(
-                "the data lack 'image_lr', the low-resolution image; use "
-                "TwoResolutionMapper(cfg, is_train, frame='hr') as the mapper"
-            )
-        check_sizes(
-            [x["image"] for x in batched_inputs],
-            [tuple(self.scale * s for s in x["image_lr"].shape[-2:]) for x in batched_inputs],
-        )
+        check_images(batched_inputs, self.frame, self.scale)
         height, width = (side // self.scale for side in high.shape[-2:])
-        return pad_batch(normalize(self, [x["image_lr"] for x in batched_inputs]), height, width)
+        return normalized_batch(self, [x["image_lr"] for x in batched_inputs], height, width)
 
     def forward(self, batched_inputs: list[dict]):
         """Return the losses of all branches in training, else the predictions of one."""
         branches = BRANCHES if self.training else (self.test_branch,)
         images = self.preprocess_image(batched_inputs)
-        high, low = images.tensor, None
-        if branches != ("hr",):
-            low = self.low_resolution_batch(batched_inputs, high)
-        if branches == ("lr",):
-            high = None
+        high = images.tensor
+        low = None if branches == ("hr",) else self.low_resolution_batch(batched_inputs, high)
+        high = None if branches == ("lr",) else high
         pyramids = self.pyramids(high, low, images.image_sizes, branches)
         # The stock detector works on what is there: the images and, in turn, each pyramid.
-        with replacing_method(self, "preprocess_image", lambda *_: images):
+        with mock.patch.object(self, "preprocess_image", lambda *_: images):
             if self.training:
                 return self._losses(batched_inputs, pyramids)
             with answering(self.backbone, pyramids[self.test_branch]):

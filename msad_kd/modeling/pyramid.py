@@ -4,6 +4,7 @@ N: images, C: channels, H, W: height and width, k: high-resolution side / low-re
 Level p<s> has stride 2^s in pixels of the image it was computed from.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ def level_shift(scale: int) -> int:
     Raises:
         InputError: if ``scale`` is not a power of two, 1 included.
     """
-    if scale != int(scale) or int(scale) < 1 or int(scale) & (int(scale) - 1):
+    if scale < 1 or 2 ** int(math.log2(scale)) != scale:
         raise InputError(
-            f"KD.SCALE is {scale}, but levels of two resolutions align only when the sides differ "
-            "by a power of two; set it to 1, 2, 4, ..."
+            f"KD.SCALE is {scale}, but only levels of resolutions that differ by a power of two "
+            "align; set it to 1, 2, 4, ..."
         )
-    return int(scale).bit_length() - 1
+    return int(math.log2(scale))
 
 
 def shift_levels(pyramid: dict[str, Any], shift: int) -> dict[str, Any]:
@@ -36,10 +37,8 @@ def shift_levels(pyramid: dict[str, Any], shift: int) -> dict[str, Any]:
 
 def in_high_resolution(levels: dict[str, ShapeSpec], factor: int) -> dict[str, ShapeSpec]:
     """Return a backbone's levels with strides in pixels of an image ``factor`` times as large."""
-    return {
-        name: ShapeSpec(channels=shape.channels, stride=shape.stride * factor)
-        for name, shape in levels.items()
-    }
+    shapes = {name: (shape.channels, shape.stride * factor) for name, shape in levels.items()}
+    return {name: ShapeSpec(channels=x, stride=stride) for name, (x, stride) in shapes.items()}
 
 
 def aligned_levels(levels: dict[str, ShapeSpec], scale: int) -> dict[str, ShapeSpec]:
@@ -58,61 +57,56 @@ def pair_levels(
         teacher: the same of the teacher.
 
     Returns:
-        the pairs (student level, teacher level), finest first, and the student's levels without a
-        partner.
+        the pairs (student level, teacher level), finest first, and the student's other levels.
 
     Raises:
-        InputError: if no level has a partner.
+        InputError: if there is no pair.
     """
     by_stride = {stride: name for name, stride in teacher.items()}
     ordered = sorted(student.items(), key=lambda item: item[1])
     pairs = [(name, by_stride[stride]) for name, stride in ordered if stride in by_stride]
     if not pairs:
         raise InputError(
-            f"no level of the student (strides {student}) has the stride of a teacher's level "
-            f"(strides {teacher}), in pixels of the high-resolution image; check KD.SCALE and both "
-            "backbones' levels"
+            f"no level of the student has the stride of a teacher's level: {student} and {teacher} "
+            "in pixels of the high-resolution image; check KD.SCALE and both backbones' levels"
         )
     return pairs, [name for name, stride in ordered if stride not in by_stride]
 
 
-def normalize(model: nn.Module, images: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Normalise images (3, H, W) in 0..255 by a detector's mean and std, on its device."""
+def check_images(inputs: list[dict], frame: str, scale: int) -> None:
+    """Check that inputs have images of both resolutions, as ``TwoResolutionMapper`` makes them.
+
+    Raises:
+        InputError: if an image is missing, or one isn't exactly ``scale`` times the other: nobody
+            would notice that features are shifted.
+    """
+    high, low = ("image", "image_lr") if frame == "hr" else ("image_hr", "image")
+    for sample in inputs:
+        if absent := {high, low} - sample.keys():
+            raise InputError(
+                f"the data lack '{absent.pop()}', the image of the other resolution; use "
+                f"TwoResolutionMapper(cfg, is_train, frame='{frame}') as the mapper"
+            )
+        size, expected = sample[high].shape[-2:], [scale * side for side in sample[low].shape[-2:]]
+        if list(size) != expected:
+            raise InputError(
+                f"an image of {tuple(size)} px should have {tuple(expected)} px, exactly KD.SCALE "
+                "times its low resolution, as TwoResolutionMapper makes it"
+            )
+
+
+def normalized_batch(
+    model: nn.Module, images: list[torch.Tensor], height: int, width: int
+) -> torch.Tensor:
+    """Normalise images (C, h, w) in 0..255 by a detector's mean and std, on its device.
+
+    Returns:
+        the images, padded with zeros at the right and bottom: (N, C, height, width).
+    """
     mean, std = model.pixel_mean, model.pixel_std
-    return [(image.to(mean.device) - mean) / std for image in images]
-
-
-def check_sizes(images: list[torch.Tensor], expected: list[tuple[int, int]]) -> None:
-    """Check that images (3, H, W) have the sizes that their other resolution asks for.
-
-    Raises:
-        InputError: if a size differs from ``expected``, (height, width): the features would be
-            shifted, and nobody would notice.
-    """
-    for image, size in zip(images, expected):
-        if tuple(image.shape[-2:]) != tuple(size):
-            raise InputError(
-                f"an image of {tuple(image.shape[-2:])} px should have {tuple(size)} px beside its "
-                "other resolution: the high-resolution image has to be exactly KD.SCALE times the "
-                "low-resolution one, as TwoResolutionMapper makes it"
-            )
-
-
-def pad_batch(images: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
-    """Batch images (C, h, w), padded with zeros at the right and bottom, to (N, C, H, W).
-
-    Raises:
-        InputError: if an image is larger than (height, width).
-    """
-    batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    batch = mean.new_zeros(len(images), len(mean), height, width)
     for slot, image in zip(batch, images):
-        h, w = image.shape[-2:]
-        if h > height or w > width:
-            raise InputError(
-                f"an image of {h} x {w} does not fit the padded size {height} x {width}; the "
-                "high-resolution image has to be exactly KD.SCALE times the low-resolution one"
-            )
-        slot[:, :h, :w].copy_(image)
+        slot[:, : image.shape[1], : image.shape[2]] = (image.to(mean.device) - mean) / std
     return batch
 
 
@@ -122,11 +116,10 @@ def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: 
     Args:
         sizes: (height, width) of each of the N images, in pixels.
         padded: (height, width) of the padded batch, in pixels.
-        pyramid: level name to a map of shape (N, C, H, W).
+        pyramid: level name to (N, C, H, W).
 
     Returns:
-        level name to a mask of shape (N, 1, H, W) in the dtype of the map: 1 where a cell touches
-        the image, else 0.
+        level name to (N, 1, H, W) in the map's dtype: 1 where a cell touches the image, else 0.
     """
     masks = {}
     for name, feature in pyramid.items():
@@ -142,8 +135,7 @@ def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: 
 def cells_in_boxes(boxes: torch.Tensor, stride: float, height: int, width: int) -> torch.Tensor:
     """Return a mask (height, width) of the cells that boxes touch, on the CPU, to analyse losses.
 
-    ``boxes`` is (n, 4): left, top, right and bottom in pixels; ``stride`` is a cell's side in
-    pixels.
+    ``boxes`` is (n, 4), left, top, right, bottom, and ``stride`` a cell's side, both in pixels.
     """
     cells = torch.zeros(height, width, dtype=torch.bool)
     for left, top, right, bottom in (boxes / stride).tolist():

@@ -15,12 +15,13 @@ from timm.layers import LayerNorm2d, convert_sync_batchnorm, freeze_batch_norm_2
 from timm.models import load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook
 
 from msad_kd.modeling.fpn import AlignedFPN, build_aligned_fpn, build_five_level_fpn
 from msad_kd.utils.errors import InputError, nearest
 
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
-_NORMS = ("BN", "SyncBN", "FrozenBN")
+_NORMS = {"BN": lambda x: x, "SyncBN": convert_sync_batchnorm, "FrozenBN": freeze_batch_norm_2d}
 _PROBE_SIZE = (64, 96)  # pixels; unequal, so that maps that are not (N, C, H, W) are noticed
 
 
@@ -38,7 +39,7 @@ class TimmBackbone(Backbone):
         self,
         *,
         name: str,
-        arguments: dict,
+        arguments: dict | list,
         norm: str,
         freeze_at: int,
         out_features: list[str],
@@ -51,7 +52,7 @@ class TimmBackbone(Backbone):
 
         Args:
             name: a classifier's name in timm, with or without a tag of weights.
-            arguments: further arguments of ``timm.create_model``.
+            arguments: further arguments of ``timm.create_model``, a dict or [name, value] pairs.
             norm: what its batch normalisation becomes: "BN", "SyncBN" or "FrozenBN".
             freeze_at: the layers that lead to strides up to 2^freeze_at are frozen; 0 freezes none.
             out_features: the feature maps to return, of "res2".."res5".
@@ -68,7 +69,7 @@ class TimmBackbone(Backbone):
             hint = nearest(name, timm.list_models())
             raise InputError(f"MODEL.TIMM.NAME: timm has no model '{name}'{hint}")
         if norm not in _NORMS:
-            raise InputError(f"MODEL.TIMM.NORM is '{norm}'; use one of {_NORMS}")
+            raise InputError(f"MODEL.TIMM.NORM is '{norm}'; use one of {[*_NORMS]}")
         if not out_features or set(out_features) - _STRIDES.keys():
             raise InputError(f"MODEL.FPN.IN_FEATURES is {out_features}; use some of {[*_STRIDES]}")
         body = _create(name, arguments, in_channels, pretrained and not checkpoint)
@@ -86,49 +87,40 @@ class TimmBackbone(Backbone):
             for layer in [layers] if isinstance(layers, str) else layers:
                 weight = body.get_parameter(f"{layer}.weight")
                 weight.data = weight.data.flip(1)
-        normalised = any(isinstance(module, _BatchNorm) for module in body.modules())
-        normalised |= not any(isinstance(module, nn.LayerNorm) for module in body.modules())
-        if norm == "SyncBN":
-            body = convert_sync_batchnorm(body)
-        elif norm == "FrozenBN":
-            body = freeze_batch_norm_2d(body)
+        kinds = (_BatchNorm, nn.LayerNorm)
+        has_bn, has_ln = (any(isinstance(m, kind) for m in body.modules()) for kind in kinds)
+        self.body = body = _NORMS[norm](body)
         self._indices = [index_of[stride] for stride in strides.values()]
         body.prune_intermediate_layers(self._indices, prune_norm=True)
-        self.body = body
+        channels = {f: body.feature_info[i]["num_chs"] for f, i in zip(strides, self._indices)}
         self._out_features = list(strides)
         self._out_feature_strides = strides
-        channels = {f: body.feature_info[i]["num_chs"] for f, i in zip(strides, self._indices)}
         self._out_feature_channels = channels
-        self.norms = nn.ModuleDict()
-        if not normalised:
-            self.norms.update({feature: LayerNorm2d(width) for feature, width in channels.items()})
+        norms = {f: LayerNorm2d(width) for f, width in channels.items()}
+        self.norms = nn.ModuleDict(norms if has_ln and not has_bn else {})
         self._frozen: tuple[nn.Module, ...] = ()
         self.eval()
         probe = torch.zeros(1, in_channels, *_PROBE_SIZE)
-        with torch.enable_grad():
-            self._try(name, probe)
-        self._freeze(freeze_at, probe)
+        self._freeze_unused(name, probe)
+        self._freeze_up_to(2**freeze_at, probe)
         self.train()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         """Return the constructor's arguments."""
         keys = cfg.MODEL.TIMM
-        try:
-            arguments = dict(keys.ARGUMENTS)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"MODEL.TIMM.ARGUMENTS is {keys.ARGUMENTS}; give a list of [name, value] pairs"
-            ) from error
-        starts = _starts_from_timm(cfg)
+        starts = not cfg.MODEL.WEIGHTS
+        if not starts and (keys.PRETRAINED or keys.CHECKPOINT):
+            message = "MODEL.WEIGHTS is '%s', so the weights of MODEL.TIMM are not read"
+            logging.getLogger(__name__).warning(message, cfg.MODEL.WEIGHTS)
         return {
             "name": keys.NAME,
-            "arguments": arguments,
+            "arguments": keys.ARGUMENTS,
             "norm": keys.NORM,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
             "out_features": cfg.MODEL.FPN.IN_FEATURES,
             "in_channels": input_shape.channels,
-            "pretrained": starts and keys.PRETRAINED,
+            "pretrained": keys.PRETRAINED and starts,
             "checkpoint": keys.CHECKPOINT if starts else "",
             "bgr": cfg.INPUT.FORMAT == "BGR",
         }
@@ -141,14 +133,8 @@ class TimmBackbone(Backbone):
         return self
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the feature maps of images (N, 3, H, W) of any size.
-
-        The images are padded with zeros to multiples of the coarsest stride, because some networks
-        drop the last rows and columns otherwise, and the maps are cropped to the images.
-
-        Returns:
-            feature name to (N, C, ceil(H / stride), ceil(W / stride)).
-        """
+        """Return the maps of images (N, 3, H, W): (N, C, ceil(H / stride), ceil(W / stride))."""
+        # Some networks drop the last rows and columns of an image unless it is padded.
         height, width = x.shape[-2:]
         multiple = max(self._out_feature_strides.values())
         x = F.pad(x, (0, -width % multiple, 0, -height % multiple))
@@ -164,7 +150,8 @@ class TimmBackbone(Backbone):
             x, indices=indices, output_fmt="NCHW", stop_early=True, intermediates_only=True
         )
 
-    def _try(self, name: str, probe: torch.Tensor) -> None:
+    @torch.enable_grad()
+    def _freeze_unused(self, name: str, probe: torch.Tensor) -> None:
         """Check the maps' shapes, and freeze parameters without a gradient, which DDP forbids."""
         expected = [
             (1, shape.channels, *(side // shape.stride for side in _PROBE_SIZE))
@@ -186,49 +173,32 @@ class TimmBackbone(Backbone):
         for parameter, gradient in zip(parameters, gradients):
             parameter.requires_grad_(gradient is not None)
 
-    def _freeze(self, freeze_at: int, probe: torch.Tensor) -> None:
-        """Freeze the layers that lead to strides up to 2^freeze_at."""
+    def _freeze_up_to(self, stride: int, probe: torch.Tensor) -> None:
+        """Freeze the layers that lead to feature maps of strides 2 to ``stride``."""
         infos = self.body.feature_info[: max(self._indices) + 1]
-        below = [i for i, info in enumerate(infos) if info["reduction"] <= 2**freeze_at]
-        if freeze_at < 1 or not below:
+        below = [i for i, info in enumerate(infos) if 1 < info["reduction"] <= stride]
+        if not below:
             return
-        frozen = [norm for f, norm in self.norms.items() if _STRIDES[f] <= 2**freeze_at]
-        hooks = [
-            module.register_forward_hook(lambda module, *_: frozen.append(module))
-            for module in self.body.modules()
-        ]
-        self._maps(probe, below[-1:])  # calls the layers that lead to it, and no other
-        for hook in hooks:
-            hook.remove()
+        frozen = [norm for name, norm in self.norms.items() if _STRIDES[name] <= stride]
+        with register_module_forward_hook(lambda module, *_: frozen.append(module)):
+            self._maps(probe, below[-1:])  # calls the layers that lead to it, and no other
         for module in frozen:
             module.requires_grad_(False)
         self._frozen = tuple(frozen)  # a tuple, so that they are not registered twice
 
 
-def _create(name: str, arguments: dict, in_channels: int, pretrained: bool) -> nn.Module:
-    if name.startswith("swin"):
-        # Any image size, and windows that shift on small maps, too, as in the authors' detectors.
-        arguments = {"strict_img_size": False, "always_partition": True, **arguments}
+def _create(name: str, arguments: dict | list, in_channels: int, pretrained: bool) -> nn.Module:
+    # Any image size, and windows that shift on small maps, too, as in the authors' detectors.
+    swin = {"strict_img_size": False, "always_partition": True} if name.startswith("swin") else {}
     try:
-        return timm.create_model(name, pretrained=pretrained, in_chans=in_channels, **arguments)
+        options = {**swin, **dict(arguments)}
+        return timm.create_model(name, pretrained=pretrained, in_chans=in_channels, **options)
     except Exception as error:  # whatever the network's own code or the hub's client raises
-        message = f"MODEL.TIMM.ARGUMENTS: '{name}' cannot be built with {arguments} ({error})"
-        if pretrained and not isinstance(error, TypeError):
-            message = (
-                f"MODEL.TIMM.PRETRAINED: timm's weights of '{name}' cannot be had ({error}); "
-                "without a network, name a file in MODEL.TIMM.CHECKPOINT"
-            )
-        raise InputError(message) from error
-
-
-def _starts_from_timm(cfg: CfgNode) -> bool:
-    """Return whether the backbone starts from weights of timm, not from MODEL.WEIGHTS."""
-    wanted = bool(cfg.MODEL.TIMM.PRETRAINED or cfg.MODEL.TIMM.CHECKPOINT)
-    if wanted and cfg.MODEL.WEIGHTS:
-        logging.getLogger(__name__).warning(
-            "MODEL.WEIGHTS is '%s', so the weights of MODEL.TIMM are not read", cfg.MODEL.WEIGHTS
-        )
-    return wanted and not cfg.MODEL.WEIGHTS
+        hint = "; without a network, replace MODEL.TIMM.PRETRAINED by CHECKPOINT"
+        raise InputError(
+            f"MODEL.TIMM.ARGUMENTS: '{name}' cannot be built with the [name, value] pairs "
+            f"{arguments} ({error}){hint if pretrained else ''}"
+        ) from error
 
 
 def _load(body: nn.Module, name: str, path: str) -> None:
@@ -236,11 +206,9 @@ def _load(body: nn.Module, name: str, path: str) -> None:
     try:
         state = load_state_dict(path)
         shapes = {key: value.shape for key, value in state.items()}
-    except Exception as error:  # whatever torch and safetensors raise for a broken file
-        absent = isinstance(error, FileNotFoundError)
+    except Exception as error:  # whatever timm, torch and safetensors raise
         raise InputError(
-            f"MODEL.TIMM.CHECKPOINT: '{path}' "
-            + ("does not exist" if absent else f"cannot be read as a model's weights ({error})")
+            f"MODEL.TIMM.CHECKPOINT: '{path}' cannot be read as a model's weights ({error!r})"
         ) from error
     target = {key: value.shape for key, value in body.state_dict().items()}
     if shapes.keys() != target.keys() and [*shapes.values()] == [*target.values()]:
@@ -250,8 +218,7 @@ def _load(body: nn.Module, name: str, path: str) -> None:
         heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
         state = {key: value for key, value in state.items() if not key.startswith(heads)}
         keys = state.keys() | {key for key in target if not key.startswith(heads)}
-        wrong = sorted(key for key in keys if shapes.get(key) != target.get(key))
-        if wrong:
+        if wrong := sorted(key for key in keys if shapes.get(key) != target.get(key)):
             raise InputError(
                 f"MODEL.TIMM.CHECKPOINT: '{path}' does not fit '{name}': {len(wrong)} keys are in "
                 f"one of them only or differ in shape, e.g. {', '.join(wrong[:3])}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write the configs of a ladder's controls: runs as long as the ladder that lack one part of it.
 
-    python projects/MTPD/controls.py projects/MTPD/configs/Shapes/ladder.yaml
+    python projects/MTPD/controls.py projects/MTPD/configs/Shapes/ladder.yaml --start ''
 
 A ladder may beat its last teacher alone because of its sequence of teachers, its longer training,
 the restarts of its learning rate or its start. Each control removes one of these. The command
@@ -42,8 +42,17 @@ def main(args):
         name: {"KD": {"LADDER": {"STAGES": control}}}
         for name, control in control_stages(stages, solver.MAX_ITER).items()
     }
+    start = cfg.MODEL.WEIGHTS if args.start is None else args.start
+    if not start and args.start is None:
+        raise InputError(
+            "no_kd has no teacher to start from: give --start WEIGHTS, such as those of ImageNet, "
+            "or --start '' to train it from scratch"
+        )
     changes["no_kd"] = {
-        "MODEL": {"META_ARCHITECTURE": stock_name(cfg.MODEL.META_ARCHITECTURE)},
+        "MODEL": {
+            "META_ARCHITECTURE": stock_name(cfg.MODEL.META_ARCHITECTURE),
+            "WEIGHTS": start,
+        },
         "KD": {"LADDER": {"STAGES": []}},
         "SOLVER": {
             "STEPS": [round(step * total / solver.MAX_ITER) for step in solver.STEPS],
@@ -64,6 +73,7 @@ if __name__ == "__main__":
     first, *_, last = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(description=first, epilog=last)
     parser.add_argument("ladder", help="config of a student with KD.LADDER.STAGES")
+    parser.add_argument("--start", help="MODEL.WEIGHTS of no_kd (default: the ladder's)")
     parser.add_argument(
         "--output", help="folder for the configs and their runs (default: <OUTPUT_DIR>_controls)"
     )

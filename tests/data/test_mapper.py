@@ -4,7 +4,6 @@ H, W: of the low-resolution image, k: high-resolution side / low-resolution side
 """
 
 import copy
-import random
 
 import cv2
 import numpy as np
@@ -20,6 +19,7 @@ from msad_kd import TwoResolutionMapper
 from msad_kd.data.mapper import build_mapper, jitter_arguments
 from msad_kd.data.transforms import scale_transform, scale_transforms
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.seed import seed_all
 
 # Flips, crops before the resize and several odd sizes: all that Detectron2's own keys offer.
 LIVELY = [
@@ -40,24 +40,14 @@ def smooth(tmp_path_factory):
     channels = [x * 1.8, y * 2.4, 120 + 100 * np.sin(x / 20 + y / 30)]
     file = tmp_path_factory.mktemp("smooth") / "smooth.png"
     cv2.imwrite(str(file), np.stack(channels, axis=2).astype(np.uint8))
-    return one_rectangle(file, 97, 133)
-
-
-def one_rectangle(file, height, width):
-    x0, y0, x1, y1 = width * 0.2, height * 0.3, width * 0.7, height * 0.8
-    annotation = {
-        "bbox": [x0, y0, x1, y1],
-        "bbox_mode": 0,
-        "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
-        "category_id": 0,
-    }
-    return {"file_name": str(file), "height": height, "width": width, "annotations": [annotation]}
+    x0, y0, x1, y1 = 26.6, 29.1, 93.1, 77.6
+    annotation = {"bbox": [x0, y0, x1, y1], "bbox_mode": 0, "category_id": 0}
+    annotation["segmentation"] = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+    return {"file_name": str(file), "height": 97, "width": 133, "annotations": [annotation]}
 
 
 def mapped(mapper, entry, seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_all(seed)
     return mapper(copy.deepcopy(entry))
 
 
@@ -107,14 +97,13 @@ def test_at_test_time_nothing_is_random(config, dicts):
 
 @pytest.mark.parametrize("is_train", [True, False])
 def test_in_the_hr_frame_image_lr_is_the_stock_image_of_half_the_size(config, dicts, is_train):
-    lively = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "relative_range"]
+    def sizes(small, large, longest):
+        keys = ["INPUT.MIN_SIZE_TRAIN", (small, large), "INPUT.MAX_SIZE_TRAIN", longest]
+        return [*LIVELY[:4], *keys, "INPUT.MIN_SIZE_TEST", small, "INPUT.MAX_SIZE_TEST", longest]
+
     # Halves are rounded up: 61, 94 -> 31, 47 as the paper's 1333 -> 667.
-    high = ["INPUT.MIN_SIZE_TRAIN", (61, 94), "INPUT.MAX_SIZE_TRAIN", 121]
-    high += ["INPUT.MIN_SIZE_TEST", 61, "INPUT.MAX_SIZE_TEST", 121]
-    low = ["INPUT.MIN_SIZE_TRAIN", (31, 47), "INPUT.MAX_SIZE_TRAIN", 61]
-    low += ["INPUT.MIN_SIZE_TEST", 31, "INPUT.MAX_SIZE_TEST", 61]
-    stock = DatasetMapper(config("lr", *lively, *low), is_train)
-    ours = TwoResolutionMapper(config("teacher", *lively, *high), is_train, frame="hr")
+    stock = DatasetMapper(config("lr", *sizes(31, 47, 61)), is_train)
+    ours = TwoResolutionMapper(config("teacher", *sizes(61, 94, 121)), is_train, frame="hr")
     for seed in range(6):
         expected, found = mapped(stock, dicts[1], seed), mapped(ours, dicts[1], seed)
         assert torch.equal(found["image_lr"], expected["image"])
@@ -238,9 +227,8 @@ def test_another_kind_can_be_registered():
         def apply_coords(self, coords):
             return coords + [self.by, 0]
 
-    assert scale_transform(Swap(10), 2).width == 20 and isinstance(
-        scale_transform(Swap(1), 2), Swap
-    )
+    swap = scale_transform(Swap(10), 2)
+    assert isinstance(swap, Swap) and swap.width == 20
     pad = base.PadTransform(1, 1, 1, 1, pad_value=9)
     assert scale_transform(pad, 2).pad_value == 9 and (pad.x0, pad.orig_w) == (1, None)
     with pytest.raises(InputError, match="Shift"):

@@ -126,7 +126,7 @@ def test_a_name_that_two_losses_have_is_refused():
 
     DISTILL_LOSS_REGISTRY.register(roi_box)
     try:
-        with pytest.raises(InputError, match="'roi_box' is registered as a loss of feature maps"):
+        with pytest.raises(InputError, match="'roi_box' is in both registries"):
             read_losses([{"name": "roi_box", "weight": 1.0}])
     finally:
         DISTILL_LOSS_REGISTRY._obj_map.pop("roi_box")
@@ -195,7 +195,7 @@ def test_unequal_shapes_name_both_levels():
         ({"padding": "mirror"}, "padding is 'mirror'; it must be one of"),
         ({"rescale": "level"}, "scope is 'level'; it must be one of"),
         ({"window_size": 4}, "window_size is 4; it must be odd"),
-        ({"exponents": [1, 1, -1]}, r"exponents are \(1, 1, -1\); give three"),
+        ({"exponents": [1, 1, -1]}, r"exponents are \[1, 1, -1\]; give three"),
     ],
 )
 def test_an_argument_that_the_loss_rejects(field, words):

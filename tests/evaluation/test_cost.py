@@ -43,9 +43,8 @@ def test_sides_that_a_branch_reads(branch, sides):
 
 def built(cfg):
     """A model in eval mode, and mapped test images."""
-    return KDTrainer.build_model(cfg).eval(), next(
-        iter(KDTrainer.build_test_loader(cfg, "tiny_val"))
-    )
+    loader = KDTrainer.build_test_loader(cfg, "tiny_val")
+    return KDTrainer.build_model(cfg).eval(), next(iter(loader))
 
 
 def test_with_fixed_detections_costs_do_not_depend_on_training(config, teacher_weights):
@@ -67,11 +66,9 @@ def test_with_fixed_detections_costs_do_not_depend_on_training(config, teacher_w
 def test_every_detector_keeps_the_fixed_number_of_detections(config, detector):
     model, inputs = built(cost.fix_detections(config("hr"), 3))
     kept = []  # before empty boxes are dropped, which costs nothing
-    part, method = (
-        (model.roi_heads, "forward_with_given_boxes")
-        if detector == "mask_rcnn"
-        else (model, "forward_inference")
-    )
+    part, method = model, "forward_inference"
+    if detector == "mask_rcnn":
+        part, method = model.roi_heads, "forward_with_given_boxes"
     stock = getattr(part, method)
     setattr(part, method, lambda *args: kept.extend(stock(*args)) or kept)
     with torch.no_grad():

@@ -15,9 +15,8 @@ ALL = ("roi_class", "roi_box", "roi_mask")
 def predictions(probabilities=((0.5, 0.5),), deltas=None, masks=((0.5,),)):
     """Return the predictions of given probabilities; a mask is a row of cells."""
     classes = torch.tensor(probabilities).log()
-    if deltas is None:
-        deltas = [[0.0] * 4] * len(classes)
-    return RoIPredictions(classes, torch.tensor(deltas), torch.tensor(masks)[:, None].logit())
+    deltas = torch.tensor(deltas or [[0.0] * 4] * len(classes))
+    return RoIPredictions(classes, deltas, torch.tensor(masks)[:, None].logit())
 
 
 def random_predictions(regions=6):
@@ -45,7 +44,7 @@ def test_class_worked_out():
 
 def test_box_worked_out():
     probabilities = [[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]  # class 1, and background
-    deltas = [[9.0, 9.0, 9.0, 9.0, 1.0, -2.0, 0.0, 1.0], [1.0] + [0.0] * 7]
+    deltas = [[9.0] * 4 + [1.0, -2.0, 0.0, 1.0], [1.0] + [0.0] * 7]
     student = predictions([[0.3, 0.3, 0.4]] * 2, [[0.0] * 8] * 2)
     # 0.7 (1 + 2 + 0 + 1) for the first region, 0.1 x 1 for the second.
     loss = roi_box(student, predictions(probabilities, deltas))
@@ -90,11 +89,8 @@ def test_without_regions_the_loss_is_0_with_a_graph(name):
 @pytest.mark.parametrize("name", ALL)
 def test_half_precision_is_compared_in_fp32(name):
     torch.manual_seed(0)
-    student, teacher = (
-        RoIPredictions(*(part.half() for part in vars(random_predictions()).values()))
-        for _ in range(2)
-    )
-    loss = ROI_LOSS_REGISTRY.get(name)(student, teacher)
+    parts = [[part.half() for part in parts_of(random_predictions())] for _ in range(2)]
+    loss = ROI_LOSS_REGISTRY.get(name)(*(RoIPredictions(*half) for half in parts))
     assert loss.dtype == torch.float32 and loss.isfinite()
 
 

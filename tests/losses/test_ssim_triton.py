@@ -75,17 +75,16 @@ def test_triton_kernels_compile_to_machine_code(kernel, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(moments.ssim_triton, kernel)
-    options = {"TILE": 22, "WEIGHTED": True, "STORE_MAP": False, "X_WANTED": True, "Y_WANTED": True}
-    options = {name: value for name, value in options.items() if name in function.arg_names}
     # A size of 1 becomes a constant, whose methods are fewer than a number's.
-    constants = {"height": 1, "out_height": 1, "tiles_across": 1, **options}
-    halves = ("x_pointer", "grad_x_pointer")
+    sizes = {"height": 1, "out_height": 1, "tiles_across": 1, "TILE": 22}
+    constants = {**sizes, "WEIGHTED": True, "STORE_MAP": False, "X_WANTED": True, "Y_WANTED": True}
+    constants = {name: x for name, x in constants.items() if name in function.arg_names}
 
     def kind(name):
         if name in constants:
             return "constexpr"
         if name.endswith("pointer"):
-            return "*bf16" if name in halves else "*fp32"
+            return "*bf16" if name in ("x_pointer", "grad_x_pointer") else "*fp32"
         return "fp32" if name in ("c1", "c2") else "i32"
 
     signature = {name: kind(name) for name in function.arg_names}

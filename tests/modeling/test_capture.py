@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 
-from msad_kd.modeling.capture import answering, recording
+from msad_kd.modeling.capture import answering, computing, recording
+from msad_kd.modeling.fpn import LastLevelsConv
 
 
 class AddOne(nn.Module):
@@ -21,18 +26,35 @@ def test_recording_keeps_input_and_output():
     assert call.inputs == (x,)  # it listens no longer
 
 
-def test_answering_does_not_compute_and_ends():
+def test_answering_does_not_compute():
     module = AddOne()
     with answering(module, "known"):
         assert module(torch.zeros(2)) == "known"
-    assert module(torch.zeros(1)).item() == 1.0
-    assert "forward" not in vars(module)
 
 
-def test_both_end_when_the_block_fails():
+@pytest.mark.parametrize("manager", [recording, lambda module: answering(module, None)])
+def test_both_end_when_the_block_fails(manager):
     module = AddOne()
-    for manager in (lambda: recording(module), lambda: answering(module, None)):
-        with pytest.raises(RuntimeError), manager():
-            raise RuntimeError
+    with pytest.raises(RuntimeError), manager(module):
+        raise RuntimeError
     assert module(torch.zeros(1)).item() == 1.0
     assert not module._forward_hooks and "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("top_block", [LastLevelP6P7(8, 8, "p5"), LastLevelsConv(8, 8, 2, "p5")])
+@pytest.mark.parametrize("levels", [["p3"], ["p5"], ["p6"], ["p7"], ["p4", "p6"]])
+def test_an_fpn_computes_the_levels_that_are_read(top_block, levels):
+    widths = {"RES2_OUT_CHANNELS": 8, "STEM_OUT_CHANNELS": 8, "WIDTH_PER_GROUP": 8}
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.update(OUT_FEATURES=["res3", "res4", "res5"], **widths)
+    bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    fpn = FPN(bottom_up, ["res3", "res4", "res5"], 8, top_block=top_block).eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = fpn(x)
+        with computing(fpn, levels):
+            features = fpn(x)
+        again = fpn(x)
+    assert all(torch.equal(features[level], expected[level]) for level in levels)
+    assert features["p7"] is None or "p7" in levels
+    assert all(torch.equal(again[level], expected[level]) for level in expected)

@@ -14,8 +14,7 @@ pytestmark = pytest.mark.parametrize("detector", DENSE, indirect=True)
 
 def test_the_normalizer_of_a_teacher_moves_once_a_step(config, batch):
     """Alike in all branches, and as in the stock detector, whose positives are as many."""
-    cfg = config("teacher")
-    teacher, stock = build(cfg), build(config("lr"))
+    teacher, stock = build(config("teacher")), build(config("lr"))
     stock.load_state_dict(teacher.state_dict(), strict=False)
     inputs = []
     for role, frame in (("teacher", "hr"), ("lr", None)):
@@ -57,7 +56,7 @@ def test_a_plain_teacher_on_p3_to_p7(
     shift = scale.bit_length() - 1 if branch == "hr" else 0
     kept = [f"p{s}" for s in range(2, 7) if f"p{s}" != dropped]
     assert trainer.model.distiller.pairs == {name: f"p{int(name[1]) + shift}" for name in kept}
-    warnings = [r.getMessage() for r in caplog.records if "no partner" in r.getMessage()]
+    warnings = [text for text in caplog.messages if "no partner" in text]
     assert len(warnings) == bool(dropped) and all(f"levels {dropped} have" in w for w in warnings)
     assert losses_of(trainer.model, batch(cfg, "lr"))["loss_kd_l1"] > 0
 

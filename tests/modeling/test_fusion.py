@@ -37,16 +37,17 @@ def test_worked_out(worked_out):
     assert_close(worked_out({"p3": hr}, {"p3": lr})["p3"], expected)
 
 
-def test_negative_means_are_cut_by_the_relu(worked_out):
-    hr, lr = torch.full((1, 1, 2, 2), -5.0), torch.full((1, 1, 2, 2), 3.0)
-    assert_close(worked_out.weights(hr, lr), torch.tensor([[0.5, 0.5]]))
-    assert_close(worked_out({"p3": hr}, {"p3": lr})["p3"], torch.full((1, 1, 2, 2), -1.0))
-
-
-def test_high_resolution_comes_first(worked_out):
-    hr, lr = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
-    assert_close(worked_out.weights(hr, lr), torch.tensor([[0.75, 0.25]]))
-    assert_close(worked_out.weights(lr, hr), torch.tensor([[0.5, 0.5]]))
+@pytest.mark.parametrize(
+    ("hr", "lr", "weights"),
+    [
+        (1.0, 0.0, [0.75, 0.25]),
+        (0.0, 1.0, [0.5, 0.5]),  # not 1/4 and 3/4: the high resolution comes first
+        (-5.0, 3.0, [0.5, 0.5]),  # the ReLU cuts the negative mean
+    ],
+)
+def test_weights_of_constant_maps(worked_out, hr, lr, weights):
+    hr, lr = (torch.full((1, 1, 2, 2), value) for value in (hr, lr))
+    assert_close(worked_out.weights(hr, lr), torch.tensor([weights]))
 
 
 def test_each_image_and_level_has_its_own_weights():
@@ -84,22 +85,16 @@ def test_masked_mean():
 def test_padding_does_not_change_the_weights():
     fusion = CrossingFeatureFusion(8, reduction=2)
     hr, lr = random_pyramid(seed=0), random_pyramid(seed=1)
-    padded, masks = [], {}
-    for pyramid in (hr, lr):
-        wide = {name: torch.full((2, 8, 20, 30), 50.0) for name in pyramid}
-        for name, level in pyramid.items():
-            rows, columns = level.shape[-2:]
-            wide[name][..., :rows, :columns] = level
-            masks[name] = torch.zeros(2, 1, 20, 30)
-            masks[name][..., :rows, :columns] = 1
-        padded.append(wide)
-    for name in hr:
-        expected = fusion.weights(hr[name], lr[name])
-        high, low = padded[0][name], padded[1][name]
-        assert_close(fusion.weights(high, low, masks[name]), expected)
+    for name, level in hr.items():
+        rows, columns = level.shape[-2:]
+        mask = torch.zeros(2, 1, 20, 30)
+        mask[..., :rows, :columns] = 1
+        high, low = torch.full((2, 2, 8, 20, 30), 50.0)
+        high[..., :rows, :columns], low[..., :rows, :columns] = level, lr[name]
+        expected = fusion.weights(level, lr[name])
+        assert_close(fusion.weights(high, low, mask), expected)
         assert not torch.allclose(fusion.weights(high, low), expected)
-        fused = fusion({name: high}, {name: low}, masks)[name]
-        rows, columns = hr[name].shape[-2:]
+        fused = fusion({name: high}, {name: low}, {name: mask})[name]
         assert_close(fused[..., :rows, :columns], fusion(hr, lr)[name])
 
 

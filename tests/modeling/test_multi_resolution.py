@@ -1,19 +1,19 @@
 """The multi-resolution teacher: three branches of one net, aligned at any size."""
 
-import math
-
 import pytest
 import torch
-from detectors import DETECTORS
+from detectors import DETECTORS, reading
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
-from helpers import build, losses_of, same_instances
+from helpers import build, losses_of, same_predictions
 from torch.testing import assert_close
 
 from msad_kd.modeling.capture import answering
 from msad_kd.modeling.multi_resolution import BRANCHES
 from msad_kd.utils.errors import InputError
 
+FROZEN = ["MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS", True, "MODEL.RESNETS.NORM", "FrozenBN"]
+FINE = ["p2", "p3", "p4", "p5", "p6"]
 ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
 
 
@@ -38,12 +38,8 @@ def pairs_of_images(sizes, scale):
 @pytest.mark.parametrize("scale", [2, 4])
 @pytest.mark.parametrize("sizes", ODD_SIZES)
 def test_levels_of_both_resolutions_have_equal_shapes(teacher, sizes, scale):
-    shift = int(math.log2(scale))
-    levels = [f"p{s + shift}" for s in range(2, 7)]
-    model = teacher(
-        *("KD.SCALE", scale, "MODEL.RPN.IN_FEATURES", levels),
-        *("MODEL.ROI_HEADS.IN_FEATURES", levels[:-1]),
-    ).eval()
+    levels = [f"p{s + scale // 2}" for s in range(2, 7)]
+    model = teacher("KD.SCALE", scale, *reading("mask_rcnn", levels)).eval()
     seen, pyramids, stock = [], {}, model.pyramids
     model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2:]))
     model.pyramids = lambda *args: pyramids.update(stock(*args)) or stock(*args)
@@ -59,8 +55,9 @@ def test_levels_of_both_resolutions_have_equal_shapes(teacher, sizes, scale):
     assert shapes[0][levels[0]] == (len(sizes), 16, low[0] // 4, low[1] // 4)
 
 
-def test_a_whole_pyramid_of_each_branch(teacher):
-    model = teacher().eval()
+@pytest.mark.parametrize("top_block", ["maxpool", "conv_p5"])
+def test_a_whole_pyramid_of_each_branch(teacher, top_block):
+    model = teacher("MODEL.FPN.TOP_BLOCK", top_block).eval()
     assert model.strides() == {f"p{s}": 2**s for s in range(3, 8)}
     high, low = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 32, 32)
     found = model.pyramids(high, low, [(64, 64)], BRANCHES)
@@ -69,8 +66,7 @@ def test_a_whole_pyramid_of_each_branch(teacher):
     for s in range(3, 8):
         assert torch.equal(found["hr"][f"p{s}"], features[f"p{s}"])
         assert torch.equal(found["lr"][f"p{s}"], small[f"p{s - 1}"])
-    expected = model.fusion(found["hr"], found["lr"])
-    assert_close(found["fused"], expected)
+    assert_close(found["fused"], model.fusion(found["hr"], found["lr"]))
 
 
 def test_the_level_that_only_the_high_resolution_has_is_not_computed(teacher):
@@ -106,15 +102,18 @@ def test_losses_of_three_branches(teacher, config, batch):
     assert all(loss.isfinite() for loss in losses.values())
 
 
+@pytest.mark.parametrize(
+    ("options", "fused"), [((), 0.4), (("MODEL.MULTI_RESOLUTION.FUSED_WEIGHT", 1.0), 1.0)]
+)
 def test_images_are_preprocessed_once_and_the_losses_are_the_stock_ones(
-    teacher, config, batch, monkeypatch
+    teacher, config, batch, monkeypatch, options, fused
 ):
     calls, stock = [], GeneralizedRCNN.preprocess_image
     monkeypatch.setattr(
         GeneralizedRCNN, "preprocess_image", lambda *args: calls.append(1) or stock(*args)
     )
-    inputs, model = batch(config("teacher"), "hr"), teacher()
-    losses = losses_of(model, inputs)
+    inputs = batch(config("teacher"), "hr")
+    losses = losses_of(teacher(*options), inputs)
     assert len(calls) == 1
     model = teacher().train()
     images = model.preprocess_image(inputs)
@@ -124,20 +123,12 @@ def test_images_are_preprocessed_once_and_the_losses_are_the_stock_ones(
     for branch, pyramid in pyramids.items():
         with EventStorage(), answering(model.backbone, pyramid):
             expected = GeneralizedRCNN.forward(model, inputs)  # it preprocesses them again
-        weight = 0.4 if branch == "fused" else 1.0
+        weight = fused if branch == "fused" else 1.0
         for name, loss in expected.items():
             assert torch.equal(losses[f"{name}_{branch}"], weight * loss)
     calls.clear()
     model.eval()(batch(config("teacher"), "hr", is_train=False))
     assert len(calls) == 1
-
-
-def test_the_fused_losses_count_0_4(teacher, config, batch):
-    inputs = batch(config("teacher"), "hr")
-    default = losses_of(teacher(), inputs)
-    alone = losses_of(teacher("MODEL.MULTI_RESOLUTION.FUSED_WEIGHT", 1.0), inputs)
-    for name, loss in default.items():
-        assert loss.item() == ((0.4 if name.endswith("_fused") else 1.0) * alone[name]).item()
 
 
 def test_only_the_fused_loss_trains_the_fusion(teacher, config, batch):
@@ -169,8 +160,7 @@ def test_the_hr_branch_needs_no_low_resolution(teacher, config, batch):
         expected = model(batch(cfg, "hr", is_train=False))
         (first, _) = inputs = batch(cfg, None, is_train=False)
         assert "image_lr" not in first
-        for one, other in zip(model(inputs), expected):
-            assert same_instances(one["instances"], other["instances"])
+        assert same_predictions(model(inputs), expected)
 
 
 @pytest.mark.parametrize("detector", DETECTORS, indirect=True)
@@ -183,27 +173,23 @@ def test_the_lr_branch_is_the_low_resolution_detector(teacher, config, batch):
     with torch.no_grad():
         found = model(batch(config("teacher"), "hr", count=3, is_train=False))
         expected = stock(batch(config("lr"), None, count=3, is_train=False))
-    for one, other in zip(found, expected, strict=True):
-        assert len(one["instances"]) > 0
-        assert same_instances(one["instances"], other["instances"])
+    assert same_predictions(found, expected)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["MODEL.MULTI_RESOLUTION.TEST_BRANCH", "both"], "TEST_BRANCH is 'both'.*hr.*lr.*fused"),
+        (FROZEN, "SEPARATE_STATISTICS is True, but no normalisation"),
         # p2 of the high resolution has no partner: the low resolution would need a p1.
-        (
-            ["MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]],
-            "RPN reads p2, but .* p3, p4, p5, p6, p7",
-        ),
+        (["MODEL.RPN.IN_FEATURES", FINE], "RPN reads p2, but .* p3, p4, p5, p6, p7"),
         (
             [
                 *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
                 *("MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6"]),
                 *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64]]),
             ],
-            "pads images for one resolution; use build_aligned_resnet_fpn_backbone",
+            "pads images for one resolution; use one of the backbones build_aligned_",
         ),
     ],
 )

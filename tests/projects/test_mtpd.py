@@ -70,12 +70,16 @@ def test_the_stock_detector_of_a_student():
 
 
 def test_controls_are_configs(tmp_path):
-    def run(config):
+    def run(config, *start):
         command = [sys.executable, "projects/MTPD/controls.py", config, "--output", str(tmp_path)]
+        command += start
         return subprocess.run(command, capture_output=True, text=True)
 
     ladder = "projects/MTPD/configs/Shapes/ladder.yaml"
-    result = run(ladder)
+    assert "give --start WEIGHTS" in run(ladder).stderr
+    result = run(ladder, "--start", "start.pth")
+    no_kd = build_config(str(tmp_path / "no_kd.yaml"), [])
+    assert no_kd.MODEL.WEIGHTS == "start.pth"
     files = sorted(tmp_path.glob("*.yaml"))
     assert len(files) == 6
     ladder_cfg = build_config(ladder, [])

@@ -1,15 +1,9 @@
 """The adaptation cost: known costs, invariances, and orders worked out by hand."""
 
+import adaptation_cost as tool
 import pytest
 import torch
-from adaptation_cost import (
-    AffineMap,
-    adaptation_cost,
-    enough_rows,
-    fit_affine,
-    greedy_order,
-    image_errors,
-)
+from adaptation_cost import adaptation_cost, greedy_order
 
 from msad_kd.utils.errors import InputError
 
@@ -21,7 +15,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-def counts(images=IMAGES, rows=ROWS):
+def counts(images, rows):
     return torch.full((images,), rows)
 
 
@@ -30,7 +24,7 @@ def noise(channels):
 
 
 def cost(source, target, **options):
-    return adaptation_cost({"p3": (source, target, counts())}, **options)
+    return adaptation_cost({"p3": (source, target, counts(IMAGES, ROWS))}, **options)
 
 
 def rotation(channels):
@@ -55,20 +49,11 @@ def test_a_chain_of_models_has_its_known_costs_and_order():
     assert greedy_order(costs, "student", "strong") == (["weak", "middle", "strong"], {})
 
 
-def with_twins(x):
-    return torch.cat((x, 2 * x[:, :3] - 1), 1)
-
-
-def with_a_constant(x):
-    return torch.cat((x, torch.full((len(x), 1), 0.1)), 1)
-
-
-@pytest.mark.parametrize(
-    "change", [lambda x: x, with_twins, with_a_constant, lambda x: x * 1e-6, lambda x: x + 1000]
-)
-def test_a_model_costs_nothing_to_itself(change):
-    features = change(spectrum(24))
-    assert cost(features, features).value < 1e-6
+def test_a_model_costs_nothing_to_itself():
+    x = spectrum(24)
+    twins, constant = torch.cat((x, 2 * x[:, :3] - 1), 1), torch.full((len(x), 1), 0.1)
+    for features in (x, twins, torch.cat((x, constant), 1), x * 1e-6, x + 1000):
+        assert cost(features, features).value < 1e-6
 
 
 def test_an_affine_change_of_the_source_changes_nothing():
@@ -90,7 +75,8 @@ def test_unrelated_and_constant_sources_cost_one():
 def test_levels_are_averaged():
     signal = noise(6)
     noisy = signal + 0.5 * noise(6)  # variance 1 of the signal, 0.25 of noise: 0.25 / 1.25 remain
-    result = adaptation_cost({"p3": (signal, noisy, counts()), "p4": (signal, noise(6), counts())})
+    rows = counts(IMAGES, ROWS)
+    result = adaptation_cost({"p3": (signal, noisy, rows), "p4": (signal, noise(6), rows)})
     assert result.levels == pytest.approx({"p3": 0.2, "p4": 1.0}, abs=0.02)
     assert result.value == pytest.approx(sum(result.levels.values()) / 2)
     assert result.low < result.value < result.high < result.low + 0.05
@@ -117,27 +103,19 @@ def test_blocks_of_rows_give_the_same_cost(monkeypatch):
 
 
 def test_a_line_through_three_points():
-    fitted = fit_affine(
-        torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 3.0]])
-    )
+    target = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 3.0]])
+    fitted = tool.fit_affine(torch.tensor([[0.0], [1.0], [2.0]]), target)
     # y = 2 x + 1, and the least squares line through (0, 0), (1, 0), (2, 3).
     expected = torch.tensor([[7.0, 4.0]], dtype=torch.float64)
     assert torch.allclose(fitted(torch.tensor([[3.0]])), expected, atol=1e-6)
 
 
 def test_errors_of_each_image():
-    fitted = AffineMap(
-        torch.zeros(1).double(), torch.ones(1, 1).double(), torch.tensor([2.0]).double()
-    )
+    fitted = tool.AffineMap(*(torch.tensor(x).double() for x in ([0.0], [[1.0]], [2.0])))
     source = torch.tensor([[0.0], [1.0], [5.0]])  # mapped to 2, 3, 7
     target = torch.tensor([[2.0], [5.0], [6.0]])
-    errors = image_errors(fitted, source, target, torch.tensor([2, 1]))
+    errors = tool.image_errors(fitted, source, target, torch.tensor([2, 1]))
     assert errors.tolist() == [[4.0, 9.0], [1.0, 16.0]]
-
-
-def test_how_many_rows_are_enough():
-    assert enough_rows(counts(10, 4), 16)  # eight images, 32 rows
-    assert not enough_rows(counts(10, 4), 17)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +129,11 @@ def test_how_many_rows_are_enough():
 def test_unusable_features(source, target, counts, message):
     with pytest.raises(InputError, match=message):
         adaptation_cost({"p3": (source, target, counts)})
+
+
+def test_how_many_rows_are_enough():
+    enough = [tool.enough_rows(counts(10, 4), channels) for channels in (16, 17)]
+    assert enough == [True, False]  # eight images, 32 rows
 
 
 # COSTS[a][b] is C(a->b). C is the strongest.

@@ -20,6 +20,18 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.fixture
+def branches(config_files, tmp_path):
+    """branches(role, ARGUMENT, ...): what the tool finds, run in this process."""
+
+    def run(role, *arguments):
+        file = tmp_path / "costs.json"
+        tool.main(["--config-file", str(config_files[role]), "--json", str(file), *arguments])
+        return json.loads(file.read_text())["branches"]
+
+    return run
+
+
 def test_a_teacher_by_branches(config_files, teacher_weights, config, tmp_path):
     command = [sys.executable, ROOT / "tools/analysis/analyze_model.py", "--config-file"]
     options = ["--weights", teacher_weights, "--test-images", 2, "--json", "costs.json"]
@@ -37,39 +49,30 @@ def test_a_teacher_by_branches(config_files, teacher_weights, config, tmp_path):
     assert cells(header)[:4] == ["part", "params (M)", "GMACs hr", "activations (M) hr"]
     parts = ["bottom-up", "FPN", "fusion", "RPN", "RoI heads", "rest", "total"]
     assert [cells(line)[0] for line in lines] == parts
-    assert cells(lines[-1])[-2:] == [
-        f"{fused[kind]['total']:.3f}" for kind in ("gmacs", "activations_m")
-    ]
+    totals = [f"{fused[kind]['total']:.3f}" for kind in ("gmacs", "activations_m")]
+    assert cells(lines[-1])[-2:] == totals
     assert "mean over 2" in process.stdout and "fused: 64 + 32 px" in process.stdout
 
 
-def test_a_student_costs_what_its_baseline_costs(config_files, tmp_path, capsys):
-    costs = []
-    for role in ("student", "lr"):
-        options = ["--json", str(tmp_path / "costs.json"), "--image-size", "64", "128"]
-        tool.main(["--config-file", str(config_files[role]), *options])
-        costs += json.loads((tmp_path / "costs.json").read_text())["branches"].values()
+def test_a_student_costs_what_its_baseline_costs(branches, tmp_path, capsys):
+    sizes = ["--image-size", "64", "128"]
+    costs = [*branches("student", *sizes).values(), *branches("lr", *sizes).values()]
     assert costs[0] == costs[1] and costs[0]["side"] == "32" and costs[0]["gmacs"]["RoI heads"] > 0
     out = capsys.readouterr().out
     assert "at 10 detections" in out and "the model: 32 px" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json"]
 
 
-def test_a_stripped_student_needs_no_parts_of_its_losses(config, config_files, tmp_path):
+def test_a_stripped_student_needs_no_parts_of_its_losses(config, branches, tmp_path):
     weights = tmp_path / "stripped.pth"
     torch.save({"model": KDTrainer.build_model(config("lr")).state_dict()}, weights)
-    arguments = ["--config-file", str(config_files["student"]), "--weights", str(weights)]
     losses = ["KD.LOSSES", "[{'name': 'mgd', 'weight': 1.0}]", "KD.TEACHER.CONFIG_FILE", "no.yaml"]
-    tool.main([*arguments, "--image-size", "64", "128", *losses])
+    assert branches("student", "--weights", str(weights), "--image-size", "64", "128", *losses)
 
 
-def test_masks_cost_by_the_number_of_detections(config_files, tmp_path):
-    heads = []
-    for count in ("1", "3", "5"):
-        arguments = ["--config-file", str(config_files["lr"]), "--detections", count]
-        tool.main([*arguments, "--json", str(tmp_path / "costs.json")])
-        costs = json.loads((tmp_path / "costs.json").read_text())["branches"][""]
-        heads.append(costs["gmacs"]["RoI heads"])
+def test_masks_cost_by_the_number_of_detections(branches):
+    costs = [branches("lr", "--detections", count)[""]["gmacs"] for count in ("1", "3", "5")]
+    heads = [gmacs["RoI heads"] for gmacs in costs]
     assert heads[2] - heads[1] == pytest.approx(heads[1] - heads[0]) and heads[0] < heads[1]
 
 
@@ -88,22 +91,14 @@ def test_mistakes_end_in_one_sentence(config_files, capsys, arguments, words):
     assert re.search(words, capsys.readouterr().err.splitlines()[-1])
 
 
-class Backbone(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bottom_up = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-        self.lateral = nn.Conv2d(4, 2, 1)
-
-    def forward(self, image):
-        return self.lateral(self.bottom_up(image))
-
-
 class Toy(nn.Module):
     """A detector of three layers, and a matrix product that belongs to no part."""
 
     def __init__(self):
         super().__init__()
-        self.backbone = Backbone()
+        self.backbone = nn.Sequential()
+        self.backbone.bottom_up = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.backbone.lateral = nn.Conv2d(4, 2, 1)
         self.head = nn.Linear(2, 5)
 
     def forward(self, batch):
@@ -128,9 +123,8 @@ def test_cost_by_part_by_hand():
 
 def built(cfg):
     """A model in eval mode, and mapped test images."""
-    return KDTrainer.build_model(cfg).eval(), next(
-        iter(KDTrainer.build_test_loader(cfg, "tiny_val"))
-    )
+    images = next(iter(KDTrainer.build_test_loader(cfg, "tiny_val")))
+    return KDTrainer.build_model(cfg).eval(), images
 
 
 def test_parts_of_real_models_add_up(config):

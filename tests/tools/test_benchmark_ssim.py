@@ -13,11 +13,9 @@ from msad_kd.utils.errors import InputError
 
 def test_quick_run(tmp_path):
     command = [sys.executable, "tools/analysis/benchmark_ssim.py", "--quick", "--blurs"]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "ssim.md")],
-        **{"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}},
-        **{"capture_output": True, "text": True},
-    )
+    command += ["--output", str(tmp_path / "ssim.md")]
+    options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    done = subprocess.run(command, **options, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "ssim.json").read_text())
     assert content["machine"]["threads"] == 1 and content["machine"]["torch"]

@@ -15,11 +15,11 @@ from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.distill.teacher import build_teacher
 from msad_kd.utils.errors import InputError
 
+tool = load_tool("compare_features")
 
-@pytest.fixture
-def tool():
-    """The tool as a module."""
-    return load_tool("compare_features")
+
+def run(*arguments):
+    tool.main(tool.build_parser().parse_args(list(arguments)))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def weights(config, tmp_path):
     return {name: str(file) for name, file in files.items()}
 
 
-def test_distances(tool):
+def test_distances():
     target = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]])
     assert tool.distances(target, target) == {"distance": 0.0, "r2": 1.0}
     assert tool.distances(target, target[:1].expand(3, 2)) == {"distance": 1.5}
@@ -79,7 +79,7 @@ def test_plain_models(config_files, weights, tmp_path):
 
 
 def test_a_fused_teacher_and_where_its_student_started(
-    tool, student_config, config_files, teacher_weights, capsys, tmp_path
+    student_config, config_files, teacher_weights, capsys, tmp_path
 ):
     cfg = student_config()
     model = build_model(cfg)
@@ -90,7 +90,7 @@ def test_a_fused_teacher_and_where_its_student_started(
     arguments = ["--config-file", str(config_files["student"]), "--model", "start", start]
     arguments += ["--images", "5", "--cells", "7", "--json", str(file)]
     options = ["KD.TEACHER.WEIGHTS", str(teacher_weights), "DATASETS.TEST", f"('{train}',)"]
-    tool.main(tool.build_parser().parse_args([*arguments, *options]))
+    run(*arguments, *options)
     printed = capsys.readouterr().out
     result = json.loads(file.read_text())
     assert result["cells"] == 7 and "5 images of" in printed and "branch fused" in printed
@@ -99,21 +99,19 @@ def test_a_fused_teacher_and_where_its_student_started(
         assert entries["start"] == pytest.approx(entries[tool.START])
         assert entries["start"]["distance"] > 0
 
-    options += ["KD.TEACHER.BRANCH", "lr"]
-    tool.main(tool.build_parser().parse_args([*arguments, *options]))
+    run(*arguments, *options, "KD.TEACHER.BRANCH", "lr")
     for entries in json.loads(file.read_text())["levels"].values():
         assert entries["start"]["distance"] == 0
 
 
-def test_a_teacher_of_another_width(tool, config_files, weights, config, tmp_path, capsys):
+def test_a_teacher_of_another_width(config_files, weights, config, tmp_path, capsys):
     wide = ["MODEL.FPN.OUT_CHANNELS", "24"]
     file = str(tmp_path / "wide.pth")
     torch.save({"model": build_model(config("hr", *wide)).state_dict()}, file)
     arguments = ["--config-file", str(config_files["student"]), "--split", "train"]
     arguments += ["--model", "first", weights["first"]]
     options = ["KD.TEACHER.CONFIG_FILE", str(config_files["hr"]), "KD.TEACHER.BRANCH", "hr"]
-    options += ["KD.TEACHER.WEIGHTS", file, "KD.TEACHER.OPTS", str(wide)]
-    tool.main(tool.build_parser().parse_args([*arguments, *options]))
+    run(*arguments, *options, "KD.TEACHER.WEIGHTS", file, "KD.TEACHER.OPTS", str(wide))
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| p2"))
     *_, distance, r2, fitted, _ = (cell.strip() for cell in row.split("|"))
     assert (distance, r2) == ("-", "-") and float(fitted) < 1
@@ -123,10 +121,7 @@ def test_a_teacher_of_another_width(tool, config_files, weights, config, tmp_pat
     ("arguments", "words"),
     [
         (["--model", "first", "other.pth"], "--model first: names must differ"),
-        (
-            ["--model", "teacher, LR branch", "other.pth"],
-            "names must differ, also from 'teacher, LR branch'",
-        ),
+        (["--model", tool.START, "other.pth"], f"names must differ, also from '{tool.START}'"),
         (["--model", "a|b", "other.pth"], r"--model a\|b: names .* have no"),
         (["--model", "other", "gone.pth"], "'gone.pth' for --model other does not exist"),
         (["--model", "other", ""], "no checkpoint is named for --model other"),
@@ -137,19 +132,17 @@ def test_a_teacher_of_another_width(tool, config_files, weights, config, tmp_pat
         (["KD.TEACHER.WEIGHTS", "gone.pth"], "'gone.pth' .* does not exist"),
     ],
 )
-def test_mistakes(tool, config_files, weights, teacher_weights, arguments, words):
+def test_mistakes(config_files, weights, teacher_weights, arguments, words):
     given = ["--config-file", str(config_files["student"]), "--model", "first", weights["first"]]
     given += ["--split", "train", "--images", "5"]
     options = ["KD.TEACHER.WEIGHTS", str(teacher_weights)]
     flags = list(itertools.takewhile(lambda word: not word.startswith(("KD.", "DATA")), arguments))
-    opts = arguments[len(flags) :]
     with pytest.raises(InputError, match=words):
-        tool.main(tool.build_parser().parse_args([*given, *flags, *options, *opts]))
+        run(*given, *flags, *options, *arguments[len(flags) :])
 
 
 @pytest.mark.parametrize("arguments", [["--images", "0"], ["--cells", "-1"]])
-def test_numbers_below_1(tool, arguments, capsys):
-    given = ["--config-file", "x.yaml", "--model", "first", "x.pth"]
+def test_numbers_below_1(arguments, capsys):
     with pytest.raises(SystemExit):
-        tool.build_parser().parse_args([*given, *arguments])
+        run("--config-file", "x.yaml", "--model", "first", "x.pth", *arguments)
     assert "is below 1" in capsys.readouterr().err

@@ -15,13 +15,10 @@ from msad_kd.utils.errors import InputError
 LOSSES = "[{'name': 'l1', 'weight': 0.6, 'warmup_iters': 9}, {'name': 'mse', 'weight': 1.0, %s}]"
 
 
-@pytest.fixture
-def tool():
-    """The tool as a module."""
-    return load_tool("compare_gradients")
+tool = load_tool("compare_gradients")
 
 
-def test_summary(tool):
+def test_summary():
     # Ten images in two batches. One has 11 of the 20; each has 1 in boxes.
     few, many = torch.ones(4, 2), torch.ones(6, 2)
     many[0, 0] = 11.0
@@ -51,23 +48,22 @@ def test_where_the_losses_of_a_student_pull(config_files, teacher_weights, tmp_p
     assert p2["losses"]["mse"]["norm"] > 0
 
 
-def test_at_a_checkpoint(tool, config, config_files, teacher_weights, tmp_path):
+def test_at_a_checkpoint(config, config_files, teacher_weights, tmp_path):
     weights = tmp_path / "student.pth"
     torch.save({"model": KDTrainer.build_model(config("lr")).state_dict()}, weights)
-    keys = ["KD.TEACHER.WEIGHTS", str(teacher_weights)]
     args = SimpleNamespace(config_file=str(config_files["student"]), weights="", batches=1)
-    start = tool.measure(SimpleNamespace(**vars(args), opts=keys))
+    args.opts = ["KD.TEACHER.WEIGHTS", str(teacher_weights)]
+    start = tool.measure(args)
     args.weights = str(weights)
-    other = tool.measure(SimpleNamespace(**vars(args), opts=keys))
+    other = tool.measure(args)
     assert other["levels"] != start["levels"]
     assert f"weights: '{weights}'" in tool.markdown(other)
 
 
 @pytest.mark.parametrize(("role", "losses"), [("lr", LOSSES % ""), ("student", "[]")])
-def test_a_config_without_losses(tool, config_files, role, losses):
+def test_a_config_without_losses(config_files, role, losses):
     args = SimpleNamespace(config_file=str(config_files[role]), weights="", batches=1)
     args.opts = ["KD.LOSSES", losses.replace(", }", "}")]
-    with pytest.raises(
-        InputError, match=f"{role}.yaml' is not the config of a student with KD.LOSSES"
-    ):
+    words = f"{role}.yaml' is not the config of a student with KD.LOSSES"
+    with pytest.raises(InputError, match=words):
         tool.measure(args)

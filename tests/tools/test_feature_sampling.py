@@ -42,20 +42,16 @@ class Coordinates:
 
 
 def write(model, folder, sizes, strides, cells):
-    inputs = [
-        {"image": torch.zeros(3, h, w), "image_hr": torch.zeros(3, 2 * h, 2 * w)} for h, w in sizes
-    ]
-    return write_features(
-        model, inputs, strides, cells=cells, divisibility=32, seed=0, folder=folder
-    )
+    images = [(torch.zeros(3, h, w), torch.zeros(3, 2 * h, 2 * w)) for h, w in sizes]
+    inputs = [{"image": low, "image_hr": high} for low, high in images]
+    options = {"cells": cells, "divisibility": 32, "seed": 0, "folder": folder}
+    return write_features(model, inputs, strides, **options)
 
 
 def test_all_models_are_read_at_the_same_cells(tmp_path):
     strides, features = [8, 16, 64], {}
-    for name, model in {
-        "low": Coordinates("image", [8, 16, 32, 64]),
-        "high": Coordinates("image_hr", [4, 8, 16, 64]),
-    }.items():
+    low, high = Coordinates("image", [8, 16, 32, 64]), Coordinates("image_hr", [4, 8, 16, 64])
+    for name, model in {"low": low, "high": high}.items():
         sizes = write(model, tmp_path / name, [(30, 45), (32, 20)], strides, 10)
         assert sizes == [(60, 90), (64, 40)]
         features[name] = {s: read_features(tmp_path / name, s, 2) for s in strides}
@@ -73,8 +69,7 @@ def test_all_models_are_read_at_the_same_cells(tmp_path):
 
 def test_other_images_and_seeds_have_other_cells(tmp_path):
     drawn = {tuple(sample_cells((640, 640), 8, 5, seed).flatten().tolist()) for seed in range(4)}
-    assert len(drawn) == 4
-    assert torch.equal(*(sample_cells((640, 640), 8, 5, 0) for _ in range(2)))
+    assert len(drawn) == 4 and torch.equal(*(sample_cells((640, 640), 8, 5, 0) for _ in range(2)))
     write(Coordinates("image", [8]), tmp_path, [(320, 320)] * 2, [8], 5)
     assert not torch.equal(*read_features(tmp_path, 8, 2).split(5))
 
@@ -85,9 +80,8 @@ def test_a_small_level_gives_all_its_cells():
 
 
 def test_common_strides():
-    common, left_out = common_strides(
-        {"student": levels(8, 16, 32, 64, 128), "plain": levels(4, 8, 16, 32, 64)}
-    )
+    models = {"student": levels(8, 16, 32, 64, 128), "plain": levels(4, 8, 16, 32, 64)}
+    common, left_out = common_strides(models)
     assert common == [8, 16, 32, 64]
     assert left_out == {"student": ["p6"], "plain": ["p2"]}
     with pytest.raises(InputError, match=r"no stride in common.*one: \[4, 8\]; other: \[16\]"):

@@ -70,9 +70,10 @@ BEFORE_AFTER = {
     "utils/visualizer.py": (".astype(np.bool)", ".astype(bool)"),
 }
 for name in ("deform_conv", "roi_align_rotated", "rotated_boxes"):
+    lines = "from detectron2 import _C\n_C.operator()\n"
     BEFORE_AFTER[f"layers/{name}.py"] = (
-        "from detectron2 import _C\n_C.operator()\n",
-        "from detectron2.layers.compiled import _C\n_C.operator()\n",
+        lines,
+        lines.replace("2 import", "2.layers.compiled import"),
     )
 
 
@@ -80,22 +81,14 @@ for name in ("deform_conv", "roi_align_rotated", "rotated_boxes"):
 def source(tmp_path):
     """A source tree with the lines to mend, and the other files that build_wheel reads."""
     root = tmp_path / "source"
-    for file, (before, _) in BEFORE_AFTER.items():
-        path = root / "detectron2" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(before)
-    for package in tool.PACKAGES:
-        (root / package).mkdir(parents=True, exist_ok=True)
-        (root / package / "__init__.py").write_text("")
-    (root / "detectron2/model_zoo/configs").mkdir()
-    (root / "detectron2/model_zoo/configs/Base.yaml").write_text("VERSION: 2\n")
-    (root / "detectron2/README.md").write_text("not for the wheel")
-    (root / "LICENSE").write_text("Apache License")
+    files = {f"{package}/__init__.py": "" for package in tool.PACKAGES}
+    files |= {f"detectron2/{file}": before for file, (before, _) in BEFORE_AFTER.items()}
+    files["detectron2/model_zoo/configs/Base.yaml"] = "VERSION: 2\n"
+    files |= {"detectron2/README.md": "not for the wheel", "LICENSE": "Apache License"}
+    for file, text in files.items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(text)
     return root
-
-
-def contents(root):
-    return {path: path.read_text() for path in root.rglob("*") if path.is_file()}
 
 
 def failed(stderr):
@@ -115,15 +108,12 @@ def test_every_mend_once(source):
 @pytest.mark.parametrize("file", sorted(tool.MENDS))
 def test_a_mend_that_is_not_found_names_its_file_and_writes_nothing(source, file):
     (source / file).write_text("something else\n")
-    before = contents(source)
+    before = {path: path.read_text() for path in source.rglob("*.*") if path.is_file()}
     with pytest.raises(tool.InstallError, match=f"^{re.escape(file)}: .* is not found in it"):
         tool.mend(source)
-    assert contents(source) == before
-
-
-def test_a_missing_file_is_named(source):
-    (source / "detectron2/layers/mask_ops.py").unlink()
-    with pytest.raises(tool.InstallError, match="detectron2/layers/mask_ops.py is missing"):
+    assert before == {path: path.read_text() for path in source.rglob("*.*") if path.is_file()}
+    (source / file).unlink()
+    with pytest.raises(tool.InstallError, match=f"{re.escape(file)} is missing"):
         tool.mend(source)
 
 
@@ -141,7 +131,7 @@ def test_the_stand_in_raises_only_when_an_operator_is_called(monkeypatch):
     assert names["_C"].box_iou_rotated(1, 2) == 2
 
 
-def test_sha256(tmp_path):
+def test_sha256_of_a_file(tmp_path):
     path = tmp_path / "source.tar.gz"
     path.write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -187,48 +177,38 @@ def test_a_wrong_archive_gives_one_sentence_and_writes_nothing(tmp_path):
     assert process.stderr.count("\n") == 1 and not wheels.exists()
 
 
-def test_no_package_index_gives_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+def test_a_failed_download_is_reported_with_its_reason(tmp_path, monkeypatch):
+    environment = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    for name, value in {**environment, "PIP_FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(tool.InstallError, match=r"is a package index reachable.*\(ERROR: "):
         tool.download(tmp_path)
-
-
-def test_an_archive_pip_refuses_is_reported_with_its_reason(tmp_path, monkeypatch):
     refused = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n    Got 1"
-    done = subprocess.CompletedProcess([], 0, "", "")
-    results = iter([done, failed(refused)])
+    results = iter([subprocess.CompletedProcess([], 0, "", ""), failed(refused)])
     monkeypatch.setattr(tool, "run", lambda *command, first=None: next(results))
     with pytest.raises(tool.InstallError, match=r"0.6 with the sha256 5d2e.* \(ERROR: THESE .*\)$"):
         tool.download(tmp_path)
 
 
-def test_torch_has_to_be_installed_first(monkeypatch):
-    monkeypatch.setattr(tool, "installed", lambda module: False)
-    with pytest.raises(tool.InstallError, match="PyTorch is missing here"):
-        tool.install()
-
-
-def test_a_foreign_detectron2_that_fails_is_not_replaced(monkeypatch):
-    error = "Traceback (most recent call last):\nImportError: libcudart.so.9 is missing\n"
-    monkeypatch.setattr(tool, "installed_generator", lambda: "")
-    monkeypatch.setattr(tool, "installed", lambda module: True)
-    monkeypatch.setattr(tool, "run", lambda *command: failed(error))
-    with pytest.raises(tool.InstallError, match=r"pip uninstall detectron2.*\(ImportError: libcud"):
-        tool.install()
-
-
-@pytest.mark.parametrize("made_by", ["install_detectron2 (other mends)", tool.generator()])
-def test_our_own_is_replaced_when_outdated_or_broken(monkeypatch, made_by):
+@pytest.mark.parametrize(
+    ("torch", "made_by", "words"),
+    [
+        (False, "", "PyTorch is missing here"),
+        (True, "", r"pip uninstall detectron2.*\(ImportError: libcud"),  # another's is kept
+        (True, "install_detectron2 (other mends)", "^downloading$"),  # ours, outdated
+        (True, tool.generator(), "^downloading$"),  # ours, broken
+    ],
+)
+def test_what_is_replaced(monkeypatch, torch, made_by, words):
     def download(folder):
         raise tool.InstallError("downloading")
 
+    error = "Traceback (most recent call last):\nImportError: libcudart.so.9 is missing\n"
     monkeypatch.setattr(tool, "installed_generator", lambda: made_by)
-    monkeypatch.setattr(tool, "installed", lambda module: True)
-    monkeypatch.setattr(tool, "run", lambda *command: failed("ImportError: broken"))
+    monkeypatch.setattr(tool, "installed", lambda module: torch)
+    monkeypatch.setattr(tool, "run", lambda *command: failed(error))
     monkeypatch.setattr(tool, "download", download)
-    with pytest.raises(tool.InstallError, match="^downloading$"):
+    with pytest.raises(tool.InstallError, match=words):
         tool.install()
 
 

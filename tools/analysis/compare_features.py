@@ -2,7 +2,7 @@
 """Measure how near models' features are to what a student should learn, in Markdown.
 
     python tools/analysis/compare_features.py --config-file configs/Shapes/student_one_size.yaml \
-        --model student output/shapes/student/model_final.pth
+        --model student output/shapes/student_multi_size/model_final.pth
 
 The target is what the config's student learns from: branch KD.TEACHER.BRANCH of its teacher. The
 models are checkpoints of the student's net: students (their adapters are ignored) or baselines. If

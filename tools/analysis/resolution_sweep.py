@@ -3,7 +3,7 @@
 
     python tools/analysis/resolution_sweep.py --output output/sweep --sizes 48 64 96 128 \
         --model "stock HR" configs/Shapes/hr.yaml projects/Shapes/checkpoints/hr.pth \
-        --model student configs/Shapes/lr.yaml output/shapes/student/model_final.pth
+        --model student configs/Shapes/lr.yaml output/shapes/student_multi_size/model_final.pth
 
 The folder receives sweep.md, sweep.json, sweep.csv and sweep.png. They are written anew after every
 evaluation, and say how many rows are missing. A size is that of the shorter side

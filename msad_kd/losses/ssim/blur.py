@@ -14,24 +14,22 @@ import torch.nn.functional as F
 
 PADDINGS = ("reflect", "zero", "valid")
 
-# Rows of a matrix that are multiplied at once. Smaller tiles skip more of the zeros off the
-# diagonal, larger ones suit the matrix product better; from 16 to 48 it hardly matters.
+# Rows of a matrix multiplied at once: smaller tiles skip more zeros off the diagonal, larger ones
+# suit the matrix product better. From 16 to 48 it hardly matters.
 TILE = 32
 
 # Up to this many cells of a blurred map, one product with a (H' W', H W) matrix beats two.
 KRON_CELLS = 128
 
-# From this many cells of a map, convolution beats the matrix products. Measured with
-# `tools/analysis/benchmark_ssim.py --blurs`: at 13x21 the matrices win with two of the three
-# paddings, from 25x42 convolution wins with all.
+# From this many cells of a map, convolution beats the matrix products (measured with
+# `tools/analysis/benchmark_ssim.py --blurs`; the crossing is between 13x21 and 25x42).
 CONV_CELLS = 600
 
 
 def fitting_window(window_size: int, height: int, width: int, padding: str) -> int:
-    """Return the largest odd window, up to ``window_size``, that a map of this size allows.
+    """Return the largest odd window k, up to ``window_size``, that a map of this size allows.
 
-    "reflect" mirrors each side once, so k // 2 < min(H, W), and "zero" stays comparable to it;
-    "valid" has windows inside the map alone, so k <= min(H, W).
+    k // 2 < min(H, W) for "reflect", which mirrors once, and "zero"; k <= min(H, W) for "valid".
     """
     smallest = min(height, width)
     largest = smallest - 1 + smallest % 2 if padding == "valid" else 2 * smallest - 1
@@ -40,17 +38,14 @@ def fitting_window(window_size: int, height: int, width: int, padding: str) -> i
 
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)  # a matrix made in an evaluation is used in training too
-def blur_matrix(
-    length: int, window: int, sigma: float, padding: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def blur_matrix(length, window, sigma, padding, dtype, device) -> torch.Tensor:
     """Return the (length', length) matrix that blurs along one axis by an odd, fitting window."""
     offsets = torch.arange(window, dtype=torch.float64) - window // 2
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
-    weights /= weights.sum()
     first, last = (window // 2, length - window // 2) if padding == "valid" else (0, length)
     rows = torch.arange(last - first)[:, None].expand(-1, window)
     columns = rows + first + torch.arange(window) - window // 2
-    weights = weights.expand(len(rows), -1)
+    weights = (weights / weights.sum()).expand(len(rows), -1)
     if padding == "reflect":
         columns = columns.abs()
         columns = torch.where(columns < length, columns, 2 * (length - 1) - columns)
@@ -65,17 +60,14 @@ class MatrixBlur:
     """Blur by a matrix product along each axis: for any dtype and device, faster on small maps.
 
     The padding is part of the matrix: the weight of a cell beyond the border is added to that of
-    the cell it mirrors. So the adjoint is the product with the transpose, whatever the padding. On
-    tiny maps one product blurs both axes.
+    the cell it mirrors. So the adjoint is the product with the transpose.
     """
 
     maps_at_once = 1
 
     def __init__(self, height, width, window, sigma, padding, dtype, device):
-        down, across = (
-            blur_matrix(side, window, sigma, padding, torch.float64, torch.device("cpu"))
-            for side in (height, width)
-        )
+        args = window, sigma, padding, torch.float64, torch.device("cpu")
+        down, across = (blur_matrix(side, *args) for side in (height, width))
         self.in_shape, self.out_shape = (height, width), (len(down), len(across))
         if len(down) * len(across) <= KRON_CELLS:
             down, across = down[:0], torch.kron(down, across)
@@ -101,8 +93,7 @@ class MatrixBlur:
     def adjoint(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adjoint, (K, M, H, W), for (K, M, H', W'), which may be overwritten."""
         kinds, maps, height, width = x.shape
-        x = x.reshape(-1, width if self._down else height * width)
-        x = _multiply(x, self._across_adjoint)
+        x = _multiply(x.reshape(-1, width if self._down else height * width), self._across_adjoint)
         if self._down:
             x = _multiply(x.view(kinds * maps, height, -1), self._down_adjoint)
         return x.view(kinds, maps, *self.in_shape)
@@ -120,7 +111,7 @@ def _tiles(matrix: torch.Tensor, dtype, device) -> list[tuple[slice, slice, torc
 
 
 def _multiply(x: torch.Tensor, tiles: list) -> torch.Tensor:
-    """Multiply the matrix with (n, length), or for each n with (n, length, width)."""
+    """Return the product of the matrix with (n, length), or with each of (n, length, width)."""
     result = x.new_empty(len(x), tiles[-1][0].stop, *x.shape[2:])
     for rows, columns, tile in tiles:
         if x.dim() == 2:
@@ -134,13 +125,12 @@ class ConvBlur:
     """Blur by two depthwise convolutions, in fp32 on a CPU, with the methods of ``MatrixBlur``.
 
     The maps are innermost in memory (channels last), so that one vector instruction works on 16
-    maps at a time. Other layouts are several times slower, and channels folded into the batch 10
-    to 100 times.
+    maps. Other layouts are several times slower, channels folded into the batch 10 to 100 times.
     """
 
     maps_at_once = 16  # fp32 numbers in a vector of 512 bits
 
-    def __init__(self, height, width, window, sigma, padding):
+    def __init__(self, window, sigma, padding):
         self._taps = blur_matrix(window, window, sigma, "valid", torch.float32, torch.device("cpu"))
         self._margin = window // 2
         self._mirrors = padding == "reflect"
@@ -187,8 +177,7 @@ class ConvBlur:
 @torch.inference_mode(False)
 def blur_for(maps, height, width, window, sigma, padding, dtype, device) -> MatrixBlur | ConvBlur:
     """Return the faster blur for so many maps of this size."""
-    args = height, width, window, sigma, padding
-    suits = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if suits and maps >= ConvBlur.maps_at_once and height * width >= CONV_CELLS:
-        return ConvBlur(*args)
-    return MatrixBlur(*args, dtype, device)
+    runs = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if runs and maps >= ConvBlur.maps_at_once and height * width >= CONV_CELLS:
+        return ConvBlur(window, sigma, padding)
+    return MatrixBlur(height, width, window, sigma, padding, dtype, device)

@@ -37,32 +37,26 @@ def ssim(
         contrast  c = (2 sqrt(s_x s_y) + C2) / (s_x + s_y + C2)
         structure s = (s_xy + C3) / (sqrt(s_x s_y) + C3)
 
-    It is in [-1, 1], 1 for equal maps, and symmetric. It is computed in fp32, or fp64 if an input
-    is fp64, also under autocast. At exponents (1, 1, 1) the gradient is written by hand: "mean"
-    keeps one map for each input that needs a gradient, in that input's dtype, "none" keeps the two
-    inputs, and ``create_graph=True`` is refused in a backward. Other exponents use autograd.
+    It is in [-1, 1], 1 for equal maps, and symmetric; in fp32, also under autocast, or fp64 if an
+    input is. At exponents (1, 1, 1) the gradient is written by hand: "mean" keeps one map for each
+    input that needs a gradient, in that input's dtype, "none" keeps the two inputs, and a backward
+    refuses ``create_graph=True``.
 
     Args:
         x: (N, C, H, W), of any floating dtype; values are expected in a range of length L.
         y: the same.
-        window_size: side of the window in cells, odd. Smaller maps have the largest odd window k
-            with k // 2 < min(H, W), or with k <= min(H, W) for "valid".
+        window_size: side of the window in cells, odd; small maps have a ``fitting_window``.
         sigma: standard deviation of the window in cells.
         data_range: L, the distance from the least to the greatest possible value.
         k1: keeps l away from 0 / 0.
         k2: keeps c and s away from 0 / 0.
-        padding: "reflect" (mirror without repeating the border), "zero", or "valid" (only windows
-            inside the map).
+        padding: "reflect" (without repeating the border), "zero", or "valid" (only inside windows).
         exponents: of l, c and s, none negative; 0 leaves a component out. Under a fractional
             exponent a component below 1e-6 counts as 1e-6.
-        reduction: "mean" over everything, or "none".
-
-    Returns:
-        A scalar for "mean", (N, C, H', W') for "none"; fp32, or fp64 if an input is.
+        reduction: "mean" for a scalar, or "none" for the map, (N, C, H', W').
 
     Raises:
-        ValueError: if the shapes differ, are not four-dimensional or have no cell, or if an
-            argument is out of range.
+        ValueError: if the shapes differ or have no cell, or if an argument is out of range.
     """
     _check(x, y, window_size, padding, reduction, exponents)
     window = Window.of(x, window_size, sigma, data_range, k1, k2, padding)
@@ -81,7 +75,7 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor, **kwargs) -> torch.Tensor:
 def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
     shapes = f"not {tuple(x.shape)} and {tuple(y.shape)}"
     odd, exponents_fit = window_size % 2 == 1, len(exponents) == 3 and min(exponents) >= 0
-    conditions = {
+    for message, holds in {
         f"ssim needs maps of shape (N, C, H, W), {shapes}": x.dim() == y.dim() == 4,
         f"ssim needs two maps of one shape, {shapes}": x.shape == y.shape,
         f"ssim needs maps that have a cell, {shapes}": x.numel() > 0,
@@ -89,20 +83,16 @@ def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
         f"padding is '{padding}'; it must be one of {', '.join(PADDINGS)}": padding in PADDINGS,
         f"reduction is '{reduction}'; it must be one of mean, none": reduction in ("mean", "none"),
         f"exponents are {exponents}; give three, of l, c and s, none negative": exponents_fit,
-    }
-    for message, holds in conditions.items():
+    }.items():
         if not holds:
             raise ValueError(message)
 
 
 def _refuse_second_derivative() -> None:
-    # A backward has gradients enabled only with create_graph=True. torch's once_differentiable is
-    # not enough: a loss with a gradient penalty would silently be trained without the penalty.
+    # A backward has gradients enabled only with create_graph=True. With torch's once_differentiable
+    # instead, a loss with a gradient penalty would silently be trained without it.
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "ssim's gradient is written by hand and cannot be differentiated a second time; call "
-            "backward or grad without create_graph=True"
-        )
+        raise RuntimeError("ssim cannot be differentiated a second time; drop create_graph=True")
 
 
 class _Mean(torch.autograd.Function):
@@ -112,7 +102,8 @@ class _Mean(torch.autograd.Function):
     def forward(ctx, x, y, window):
         total, gradients = similarity(x, y, window, wanted=ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
-        ctx.count = x.shape[:2].numel() * window.out_cells(x)
+        lost = window.size - 1 if window.padding == "valid" else 0
+        ctx.count = x.shape[:2].numel() * (x.shape[2] - lost) * (x.shape[3] - lost)
         return total / ctx.count
 
     @staticmethod
@@ -135,9 +126,8 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _refuse_second_derivative()
-        wanted = ctx.needs_input_grad[:2]
-        _, gradients = similarity(*ctx.saved_tensors, ctx.window, weight=grad, wanted=wanted)
-        return *gradients, None
+        options = {"weight": grad, "wanted": ctx.needs_input_grad[:2]}
+        return *similarity(*ctx.saved_tensors, ctx.window, **options)[1], None
 
 
 def _by_components(x, y, window, exponents, variance_floor):
@@ -152,9 +142,8 @@ def _by_components(x, y, window, exponents, variance_floor):
     mean_x, mean_y = (window.mean(z.detach(), dtype) for z in (x, y))
     x, y = x - mean_x, y - mean_y
     p, q = blur(x), blur(y)
-    deviation_x, deviation_y = (
-        (blur(z * z) - mean * mean).clamp(min=variance_floor).sqrt() for z, mean in ((x, p), (y, q))
-    )
+    variances = (blur(z * z) - mean * mean for z, mean in ((x, p), (y, q)))
+    deviation_x, deviation_y = (variance.clamp(min=variance_floor).sqrt() for variance in variances)
     covariance, both = blur(x * y) - p * q, deviation_x * deviation_y
     mean_x, mean_y = p + mean_x, q + mean_y
     components = (
@@ -175,8 +164,8 @@ def rescale(x: torch.Tensor, scope: str = "channel", eps: float = 1e-6) -> torch
     """Return maps rescaled to [0, 1] by minimum and maximum: psi of arXiv 2211.13133, sec. 3.
 
     The paper does not say over which axes; ``scope`` is "channel" (per image and channel), "image",
-    or "none", which returns x. fp16 and bf16 become fp32, and constant maps 0, since ``eps`` is
-    added to the range. The gradient also flows through minimum and maximum.
+    or "none", which returns x. fp16 and bf16 become fp32. ``eps``, added to the range, makes
+    constant maps 0. The gradient also flows through minimum and maximum.
     """
     if scope not in ("channel", "image", "none"):
         raise ValueError(f"scope is '{scope}'; it must be one of channel, image, none")
@@ -195,15 +184,12 @@ def blind_share(
     """Return the share of windows in which SSIM sees no structure, in [0, 1], in fp32.
 
     There s_x + s_y < threshold * C2: C2 dominates the variances, so contrast and structure are near
-    1 whatever the maps hold, and their gradient is small. This costs as much as a forward without
-    gradient. The other arguments are those of ``ssim``.
+    1 whatever the maps hold, and their gradient is small. The other arguments are ``ssim``'s.
     """
     _check(x, y, window_size, padding)
     window = Window.of(x, window_size, sigma, data_range, 0.0, k2, padding)
-    blind, count = torch.zeros((), device=x.device), 0
     with torch.autocast(x.device.type, enabled=False):
-        for _, moments in chunks(x.flatten(0, 1), y.flatten(0, 1), window):
-            # s_u + s_v + 2 C2 = 2 (s_x + s_y + C2)
-            blind += (moments.d2 < 2 * (1 + threshold) * window.c2).sum()
-            count += moments.d2.numel()
-    return blind / count
+        parts = chunks(x.flatten(0, 1), y.flatten(0, 1), window)
+        # s_u + s_v + 2 C2 = 2 (s_x + s_y + C2)
+        blind = torch.cat([moments.d2 < 2 * (1 + threshold) * window.c2 for _, moments in parts])
+    return blind.sum() / blind.numel()

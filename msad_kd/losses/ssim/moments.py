@@ -7,9 +7,8 @@ With u = x + y and v = x - y, the similarity needs only the means m and variance
 
     S = (m_u^2 - m_v^2 + 2 C1) / (m_u^2 + m_v^2 + 2 C1) * (s_u - s_v + 2 C2) / (s_u + s_v + 2 C2)
 
-because 4 m_x m_y = m_u^2 - m_v^2, 2 (m_x^2 + m_y^2) = m_u^2 + m_v^2, and so on. That takes four
-blurred maps (u, v, u^2, v^2) where x and y take five, and since m^2 and s are not negative,
-rounding cannot bring S out of [-1, 1].
+because 4 m_x m_y = m_u^2 - m_v^2, and so on. That takes four blurred maps (u, v, u^2, v^2), not
+five, and as m^2 and s are not negative, rounding cannot bring S out of [-1, 1].
 """
 
 import logging
@@ -47,17 +46,10 @@ class Window:
         size = fitting_window(window_size, *x.shape[-2:], padding)
         return cls(size, sigma, (k1 * data_range) ** 2, (k2 * data_range) ** 2, padding)
 
-    def out_cells(self, x: torch.Tensor) -> int:
-        """Return H' W' for maps (..., H, W)."""
-        height, width = x.shape[-2:]
-        lost = self.size - 1 if self.padding == "valid" else 0
-        return (height - lost) * (width - lost)
-
     def mean(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the mean, (..., 1, 1), to subtract from maps (..., H, W) before they are blurred.
 
-        The variance stays the same, as the difference of smaller terms: far from 0 it would be lost
-        in rounding. For zero padding, which has no such freedom, the mean is 0.
+        Far from 0, rounding would lose the variance. Zero padding forbids it: the mean is then 0.
         """
         if self.padding == "zero":
             return x.new_zeros(*x.shape[:-2], 1, 1, dtype=dtype)
@@ -95,35 +87,29 @@ class Moments:
         self.luminance = (self.a - self.b).div_(self.d1)
         self.structure = (self.A - self.B).div_(self.d2)
 
-    def gradients(self, weight: torch.Tensor | None, wanted: tuple[bool, bool]) -> tuple:
-        """Return a quarter of the gradients of sum(weight * S) for x and y, (M, H, W) or None.
+    def gradients(self, weight: torch.Tensor | None, outs: list[torch.Tensor | None]) -> None:
+        """Write the gradients of sum(weight * S) for x and y to ``outs``, (M, H, W) or None each.
 
         With the blur G, its adjoint G' and p the blur of u without its mean, d sum(S) / du =
         G'(dS/dm_u - 2 p dS/ds_u) + 2 u G'(dS/ds_u), and likewise for v. The sum of both is x's
-        gradient, the difference y's. Their common factor 4 is left out. Overwrites the moments. The
-        ``weight`` is (M, H', W') or None for 1; ``wanted`` is whether x and y need a gradient.
+        gradient, the difference y's; the factor 4 comes last. This overwrites the moments.
         """
+        wanted = [(sign, out) for sign, out in zip((1, -1), outs) if out is not None]
         by_s = self.luminance.div_(self.d2).div_(self.d2)
         by_m = self.structure.div_(self.d1).div_(self.d1)
         if weight is not None:
             weight = self.blur.arrange(weight, by_s.new_zeros(len(by_s), 1, 1))
-            by_s *= weight
-            by_m *= weight
-        x_wanted, y_wanted = wanted
-        stack = _empty(2 + x_wanted + y_wanted, self.p)
+            by_s, by_m = by_s.mul_(weight), by_m.mul_(weight)
+        stack = _empty(2 + len(wanted), self.p)
         by_su, by_sv = torch.mul(by_s, self.B, out=stack[0]), torch.mul(by_s, self.A, out=stack[1])
         by_mu = by_m.mul(self.b).mul_(self.mean_u).addcmul_(self.p, by_su, value=-1)
         by_mv = by_m.mul_(self.a).mul_(self.mean_v).neg_().addcmul_(self.q, by_sv)
-        if x_wanted:
-            torch.add(by_mu, by_mv, out=stack[2])
-        if y_wanted:
-            torch.sub(by_mu, by_mv, out=stack[-1])
-        stack = self.blur.adjoint(stack)
-        by_u, by_v = self.u.mul_(stack[0]), self.v.mul_(stack[1])
-        return (
-            (by_u - by_v).add_(stack[2]) if x_wanted else None,
-            (by_u + by_v).add_(stack[-1]) if y_wanted else None,
-        )
+        for (sign, _), by_m in zip(wanted, stack[2:]):
+            torch.add(by_mu, by_mv, alpha=sign, out=by_m)
+        by_u, by_v, *by_ms = self.blur.adjoint(stack)
+        by_u, by_v = self.u.mul_(by_u), self.v.mul_(by_v)
+        for (sign, out), by_m in zip(wanted, by_ms):
+            torch.mul(torch.sub(by_u, by_v, alpha=sign).add_(by_m), 4, out=out)
 
 
 def chunks(x: torch.Tensor, y: torch.Tensor, window: Window) -> Iterator[tuple[slice, Moments]]:
@@ -131,26 +117,25 @@ def chunks(x: torch.Tensor, y: torch.Tensor, window: Window) -> Iterator[tuple[s
     arguments = window.size, window.sigma, window.padding, compute_dtype(x, y), x.device
     blur = blur_for(*x.shape, *arguments)
     cells = CHUNK_CELLS * torch.get_num_threads() if x.device.type == "cpu" else CUDA_CHUNK_CELLS
-    size = cells // x[0].numel()
-    size = max(-(-size // blur.maps_at_once), 1) * blur.maps_at_once
+    size = max(-(-(cells // x[0].numel()) // blur.maps_at_once), 1) * blur.maps_at_once
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         yield part, Moments(x[part], y[part], window, blur)
 
 
-def _run_kernels(x, *args):
+def _run_kernels(x, y, window, *args):
     """Return the result of the Triton kernels, or None where they cannot run."""
     global ssim_triton
+    if ssim_triton is None or not ssim_triton.runs_on(x, window.size, compute_dtype(x, y)):
+        return None
     try:
-        return ssim_triton.similarity(x, *args)
+        return ssim_triton.similarity(x, y, window, *args)
     except Exception as error:
         # The interpreter of Triton is there to find faults.
         if isinstance(error, torch.OutOfMemoryError) or not x.is_cuda:
             raise
         # Triton compiles on the machine it runs on, which may lack a C compiler.
-        logging.getLogger(__name__).warning(
-            "SSIM runs without its Triton kernels, which failed:", exc_info=True
-        )
+        logging.getLogger(__name__).warning("Triton failed; SSIM runs without it:", exc_info=True)
         ssim_triton = None
 
 
@@ -160,26 +145,20 @@ def similarity(x, y, window, *, weight=None, as_map=False, wanted=(False, False)
     """Return SSIM and its gradients for two maps (N, C, H, W).
 
     The first result is the sum over the similarity map, or with ``as_map`` the map itself. The
-    second are the gradients of sum(weight * map) for x and y, (N, C, H, W) in the dtype of their
+    second are the gradients of sum(weight * map) for x and y, in the shape and dtype of their
     input, None where not ``wanted``; the ``weight`` is (N, C, H', W'), None for 1.
     """
     gradients = [z.new_empty(z.shape) if want else None for z, want in zip((x, y), wanted)]
-    shape = x.shape[:2]
-    x, y, weight, *flat = (
-        None if z is None else z.flatten(0, 1) for z in (x, y, weight, *gradients)
-    )
-    result = None
-    if ssim_triton is not None and ssim_triton.runs_on(x, window.size, compute_dtype(x, y)):
-        result = _run_kernels(x, y, window, weight, as_map, flat)
+    tensors, shape = (x, y, weight, *gradients), x.shape[:2]
+    x, y, weight, *flat = (None if z is None else z.flatten(0, 1) for z in tensors)
+    result = _run_kernels(x, y, window, weight, as_map, flat)
     if result is None:
         results = []
         for part, moments in chunks(x, y, window):
             product = moments.luminance * moments.structure
             results.append(product.contiguous() if as_map else product.sum())
             if any(wanted):
-                pieces = moments.gradients(None if weight is None else weight[part], wanted)
-                for gradient, piece in zip(flat, pieces):
-                    if gradient is not None:
-                        torch.mul(piece, 4, out=gradient[part])
+                weights, *outs = (None if z is None else z[part] for z in (weight, *flat))
+                moments.gradients(weights, outs)
         result = torch.cat(results) if as_map else sum(results)
     return result.unflatten(0, shape) if as_map else result, gradients

@@ -2,10 +2,9 @@
 
 M: maps (images times channels), H, W: their height and width, H', W': size of the similarity map.
 
-A program blurs one tile of a map by two matrix products with the part of ``blur.blur_matrix`` that
-the tile needs, so padding and adjoint (the transpose) are in the matrices, not in the kernels. The
-names and formulas are explained in ``moments``. With TRITON_INTERPRET=1 in the environment before
-the import, the kernels run on a CPU.
+A program blurs one tile of a map by two products with the part of ``blur.blur_matrix`` that it
+needs: padding and adjoint (the transpose) are in the matrices. ``moments`` explains the names and
+formulas. With TRITON_INTERPRET=1 in the environment before the import, the kernels run on a CPU.
 """
 
 import os
@@ -153,19 +152,13 @@ def similarity(x, y, window, weight, as_map, gradients):
     """
     x, y = x.contiguous(), y.contiguous()
     maps, height, width = x.shape
-    matrices = [
-        blur_matrix(side, window.size, window.sigma, window.padding, torch.float32, x.device)
-        for side in (height, width)
-    ]
+    args = window.size, window.sigma, window.padding, torch.float32, x.device
+    matrices = [blur_matrix(side, *args) for side in (height, width)]
     sizes = height, width, *map(len, matrices)
     means = torch.cat([window.mean(z, torch.float32) for z in (x, y)])
     reach = 0 if window.padding == "valid" else window.size // 2
     tile = PATCH.value - window.size + 1
-
-    grids = [
-        (maps, triton.cdiv(rows, tile) * triton.cdiv(columns, tile))
-        for rows, columns in (sizes[2:], sizes[:2])
-    ]
+    grids = [(maps, triton.cdiv(h, tile) * triton.cdiv(w, tile)) for h, w in (sizes[2:], sizes[:2])]
     x_wanted, y_wanted = (gradient is not None for gradient in gradients)
     kinds = (2 + x_wanted + y_wanted) * (x_wanted or y_wanted)
     result = x.new_empty((maps, *sizes[2:]) if as_map else grids[0], dtype=torch.float32)
