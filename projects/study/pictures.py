@@ -78,7 +78,7 @@ def draw_ap_cost(lines, kinds, detections):
     figure.draw_without_rendering()
     for axis, (kind, name) in zip(axes, kinds.items()):
         aps = [line[kind]["AP"] for line in lines]
-        floor = min(ap for ap in aps if ap > max(aps) - NEAR) - 2
+        floor = min(ap for ap in aps if ap > max(aps) - NEAR) - 3
         axis.set_ylim(floor, max(aps) + 1.5)
         axis.set_xlim(0, 1.25 * max(line["gmacs"] for line in lines))
         labels = []
@@ -87,7 +87,7 @@ def draw_ap_cost(lines, kinds, detections):
             axis.plot(line["gmacs"], place, "v" if below else "o", ms=8)
             text = f"{line['title']}: {ap:.1f}" + " (far below)" * below
             labels.append(axis.text(line["gmacs"], place, text, fontsize="small"))
-        adjust_text(labels, ax=axis, arrowprops={"arrowstyle": "-", "color": "gray"})
+        adjust_text(labels, ax=axis, expand=(1.2, 2), arrowprops={"arrowstyle": "-", "alpha": 0.5})
         axis.set_xlabel("GMACs per image")
         axis.set_ylabel(f"{name} AP (the axis starts at {floor:.0f})")
         axis.grid(color="#dddddd", lw=0.6)

@@ -4,7 +4,6 @@ import pandas as pd
 
 from msad_kd.checkpoint.files import replacing, write_json
 from projects.study import pictures
-from projects.study.jobs import clock
 
 KINDS = {"bbox": "box", "segm": "mask"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -23,7 +22,7 @@ Machine: {}.
 COMPARISON_NOTES = """
 GMACs (multiply-adds, heads included) and latency: of one image, {} detections in every model. \
 Latency: from the resized image to the detections, median (quartiles), all models in turn on the \
-same images. Machine: {}. Total time {}.
+same images. Machine: {}.
 """
 
 
@@ -135,7 +134,7 @@ def _save(figure, path):
         figure.savefig(part, dpi=100, format="png")
 
 
-def write_comparison(folder, lines, measured, seconds):
+def write_comparison(folder, lines, measured):
     """Write table.md, table.json, scenes.png and ap_cost.png of a comparison; return table.md.
 
     `lines` has title, AP, cost and latency of each model, `measured` what measure.py says.
@@ -150,9 +149,9 @@ def write_comparison(folder, lines, measured, seconds):
         cells["latency (ms)"] = f"{times['median']:.0f} ({times['low']:.0f}-{times['high']:.0f})"
         table.append(cells)
     text = pd.DataFrame(table).to_markdown(index=False, disable_numparse=True) + "\n"
-    text += COMPARISON_NOTES.format(measured["detections"], measured["machine"], clock(seconds))
+    text += COMPARISON_NOTES.format(measured["detections"], measured["machine"])
     (folder / "table.md").write_text(text)
-    write_json(folder / "table.json", {**measured, "models": lines, "seconds": seconds})
+    write_json(folder / "table.json", {**measured, "models": lines})
     _save(pictures.draw_ap_cost(lines, kinds, measured["detections"]), folder / "ap_cost.png")
     if (folder / "comparison" / "scenes.png").is_file():
         (folder / "comparison" / "scenes.png").replace(folder / "scenes.png")

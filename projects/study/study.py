@@ -161,9 +161,7 @@ class Study:
             | measured["models"][cells[name].key]
             for name in self.grid.comparison
         ]
-        return reports.write_comparison(
-            self.folder, lines, measured, time.monotonic() - self.screen.start
-        )
+        return reports.write_comparison(self.folder, lines, measured)
 
     def overall(self):
         """Return how far all trainings are together, and the time left."""
