@@ -1,22 +1,17 @@
 """Fixtures: a tiny data set, tiny configs of every role, a tiny teacher that was trained."""
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from detectors import write_configs
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from helpers import NO_TEST, SCENE_SIZE, TEST_SCENES, TRAIN_SCENES, train
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from detectors import write_configs  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts  # noqa: E402
-from helpers import NO_TEST, SCENE_SIZE, TEST_SCENES, TRAIN_SCENES, train  # noqa: E402
-
-from msad_kd import TwoResolutionMapper  # noqa: E402
-from msad_kd.config.build import build_config  # noqa: E402
-from projects.Shapes.generate import generate  # noqa: E402
+from msad_kd import TwoResolutionMapper
+from msad_kd.config.build import build_config
+from projects.Shapes.generate import generate
 
 # More threads only get in each other's way in models this small.
 torch.set_num_threads(1)
@@ -100,10 +95,8 @@ def batch():
     """batch(cfg, frame): mapped data of the first images; frame None: by the stock mapper."""
 
     def make(cfg, frame=None, count=2, is_train=True):
-        if frame is None:
-            mapper = DatasetMapper(cfg, is_train)
-        else:
-            mapper = TwoResolutionMapper(cfg, is_train, frame=frame)
+        stock = DatasetMapper(cfg, is_train)
+        mapper = TwoResolutionMapper(cfg, is_train, frame=frame) if frame else stock
         names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
         return [mapper(entry) for entry in get_detection_dataset_dicts(names)[:count]]
 

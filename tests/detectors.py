@@ -3,17 +3,16 @@
 import yaml
 from helpers import ROOT, WARMUP, coco_format, input_sizes, tiny_model
 
-# Detector to (the name of its base configs, its student's meta-architecture, what it alone has).
+TINY_HEAD = {"NUM_CLASSES": 8, "NUM_CONVS": 1, "SCORE_THRESH_TEST": 0.0}
+# Detector to (the name of its base configs, its student's meta-architecture, its own MODEL keys).
 DETECTORS = {
     "mask_rcnn": ("RCNN-FPN", "DistilledRCNN", {}),
     "faster_rcnn": ("RCNN-FPN", "DistilledRCNN", {"MASK_ON": False}),
-    "retinanet": ("RetinaNet", "DistilledRetinaNet", {}),
-    "fcos": ("FCOS", "DistilledFCOS", {}),
+    "retinanet": ("RetinaNet", "DistilledRetinaNet", {"RETINANET": TINY_HEAD}),
+    "fcos": ("FCOS", "DistilledFCOS", {"FCOS": TINY_HEAD}),
 }
 OTHERS = ("faster_rcnn", "retinanet", "fcos")  # most test files are about Mask R-CNN
 DENSE = ("retinanet", "fcos")
-TINY_HEAD = {"NUM_CLASSES": 8, "NUM_CONVS": 1, "SCORE_THRESH_TEST": 0.0}
-RCNN_ONLY = ("RPN", "ROI_HEADS", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "ANCHOR_GENERATOR")
 
 
 def reading(detector, levels):
@@ -23,17 +22,10 @@ def reading(detector, levels):
     return ["MODEL.RPN.IN_FEATURES", levels, "MODEL.ROI_HEADS.IN_FEATURES", levels[:-1]]
 
 
-def octaves(*sides):
-    return [[side * 2 ** (i / 3) for i in range(3)] for side in sides]
-
-
 def write_configs(folder, data, detector):
-    """Write <role>.yaml for "lr", "hr" (the stock model), "teacher", "student" into a folder.
+    """Write <role>.yaml for "lr", "hr" (the stock model), "teacher" and "student" to a folder.
 
-    The student's names no checkpoint of its teacher's yet.
-
-    Returns:
-        role to file.
+    The student's config names no checkpoint yet. Return role to file.
     """
     base, student, own = DETECTORS[detector]
     files = {role: folder / f"{role}.yaml" for role in ("lr", "hr", "teacher", "student")}
@@ -41,15 +33,9 @@ def write_configs(folder, data, detector):
     def role(name, side, finest):
         anchors = [finest * 2**level for level in range(5)]
         model = {**tiny_model(*anchors), **own}
-        if detector in DENSE:
-            for part in RCNN_ONLY:
-                model.pop(part)
         if detector == "retinanet":
-            model["RETINANET"] = TINY_HEAD
-            model["ANCHOR_GENERATOR"] = {"SIZES": octaves(*anchors)}
-        if detector == "fcos":
-            model["FCOS"] = TINY_HEAD
-            model["RESNETS"] = {**model["RESNETS"], "STRIDE_IN_1X1": True}
+            octaves = [[side * 2 ** (i / 3) for i in range(3)] for side in anchors]
+            model["ANCHOR_GENERATOR"] = {"SIZES": octaves}
         return {
             "_BASE_": str(ROOT / f"configs/Base-{base}-{name}.yaml"),
             "MODEL": model,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from msad_kd import KDTrainer, attach_teacher
@@ -67,13 +68,13 @@ def coco_format(data, prefix):
     ]
 
 
-def flattened(node, prefix=""):
-    """Key to value of a config, with dots in the keys."""
-    flat = {}
-    for name, value in node.items():
-        nested = isinstance(value, dict)
-        flat |= flattened(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
+def ground_truth(size, corners):
+    """The ``Instances`` of an image: corners (N, 4) of boxes, with triangles as masks."""
+    truth = Instances(size)
+    truth.gt_boxes = Boxes(torch.tensor(corners, dtype=torch.float32))
+    truth.gt_classes = torch.arange(len(corners))
+    truth.gt_masks = PolygonMasks([[box[[0, 1, 2, 1, 2, 3]]] for box in corners.astype(float)])
+    return truth
 
 
 def build(cfg):
@@ -117,19 +118,23 @@ def differing(one, other):
 
 
 def same_instances(one, other):
-    """Whether two ``Instances`` are bitwise equal in every field."""
-    if len(one) != len(other) or one.get_fields().keys() != other.get_fields().keys():
-        return False
-    for name, field in one.get_fields().items():
-        mine, yours = (getattr(x, "tensor", x) for x in (field, other.get(name)))
-        if isinstance(mine, torch.Tensor):
-            equal = torch.equal(mine, yours)
-        else:
-            polygons = [[p.tolist() for p in each] for x in (mine, yours) for each in x.polygons]
-            equal = polygons[: len(mine)] == polygons[len(mine) :]
-        if not equal:
-            return False
-    return True
+    """Whether two ``Instances`` are exactly equal in every field."""
+
+    def plain(field):
+        if hasattr(field, "polygons"):
+            return [[polygon.tolist() for polygon in polygons] for polygons in field.polygons]
+        return getattr(field, "tensor", field).tolist()
+
+    fields, others = ({k: plain(v) for k, v in x.get_fields().items()} for x in (one, other))
+    return fields == others
+
+
+def evaluate(pairs, evaluator):
+    """Evaluate the predictions, (inputs, outputs) of each image."""
+    evaluator.reset()
+    for inputs, outputs in pairs:
+        evaluator.process(inputs, outputs)
+    return evaluator.evaluate()
 
 
 def same_predictions(found, expected):

@@ -9,20 +9,21 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
-from helpers import ROOT, flattened
+from helpers import ROOT
 
 from msad_kd import add_msad_kd_config
 from msad_kd.config.build import build_config, import_module
 from msad_kd.config.stages import read_stages
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.flat_config import flatten_config
 from msad_kd.utils.schema import yaml_number
 
 
 def own_keys():
     stock, ours = get_cfg(), get_cfg()
     add_msad_kd_config(ours)
-    return sorted(flattened(ours).keys() - flattened(stock).keys())
+    return sorted(flatten_config(ours).keys() - flatten_config(stock).keys())
 
 
 @pytest.mark.parametrize("key", own_keys())
@@ -36,7 +37,7 @@ def test_every_key_is_read(key):
 def test_stock_defaults_are_left_alone():
     stock, ours = get_cfg(), get_cfg()
     add_msad_kd_config(ours)
-    stock, ours = flattened(stock), flattened(ours)
+    stock, ours = flatten_config(stock), flatten_config(ours)
     assert {key: ours[key] for key in stock} == stock
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from helpers import ROOT, TINY_NET, coco_format, flattened, train
+from helpers import ROOT, TINY_NET, coco_format, train
 
 from msad_kd.config.build import build_config
 from msad_kd.engine.trainer import KDTrainer
+from msad_kd.utils.flat_config import flatten_config
 
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
-NARROW = [item for pair in flattened(TINY_NET, "MODEL.").items() for item in pair]
+NARROW = [item for pair in flatten_config(TINY_NET, "MODEL.").items() for item in pair]
 # As many classes as the tiny data set has.
 for part in ("ROI_HEADS", "RETINANET", "FCOS"):
     NARROW += [f"MODEL.{part}.NUM_CLASSES", 8]
@@ -79,7 +80,7 @@ def models():
 
 
 def without(cfg, *prefixes):
-    return {k: v for k, v in flattened(cfg).items() if not k.startswith(prefixes)}
+    return {k: v for k, v in flatten_config(cfg).items() if not k.startswith(prefixes)}
 
 
 def test_every_student_equals_an_lr_baseline_but_for_the_distillation():

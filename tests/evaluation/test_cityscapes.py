@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from detectron2.evaluation import CityscapesInstanceEvaluator
 from detectron2.structures import BitMasks, Instances
-from helpers import ROOT
+from helpers import ROOT, evaluate
 from PIL import Image
 
 from msad_kd import KDTrainer
@@ -97,32 +97,23 @@ def eroded(mask):
     return cv2.erode(mask.astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
 
 
-def evaluate(pairs, evaluator):
-    evaluator.reset()
-    for inputs, outputs in pairs:
-        evaluator.process(inputs, outputs)
-    return evaluator.evaluate()
-
-
 def first_image():
     first = min(glob.glob(f"{MetadataCatalog.get(NAME).gt_dir}/*/*{SUFFIX}"))
     return np.array(Image.open(first))
 
 
-def test_a_perfect_prediction_scores_100_by_cityscapes(tree):
-    found = evaluate(predict(), CityscapesEvaluator(NAME))["segm"]
+def test_a_perfect_prediction_scores_100(tree, tmp_path):
+    pairs = predict()
+    found = evaluate(pairs, CityscapesEvaluator(NAME))["segm"]
     assert found.keys() == {"AP", "AP50"} | {f"AP-{name}" for name in CLASSES}
     occurring = np.array([value for value in found.values() if not np.isnan(value)])
     assert len(occurring) > 4 and occurring == pytest.approx(100.0)
-
-
-@pytest.mark.parametrize("implementation", INSTALLED)
-def test_a_perfect_prediction_scores_100_by_coco(tree, tmp_path, implementation):
-    options = {"implementation": implementation, "output_dir": str(tmp_path)}
-    found = evaluate(predict(), CityscapesMetricsEvaluator(NAME, **options))
-    assert found.keys() == {"bbox", "segm_coco"}
-    for metrics in found.values():
-        assert (metrics["AP"], metrics["AP75"]) == pytest.approx((100.0, 100.0))
+    for name in INSTALLED:
+        coco = CityscapesMetricsEvaluator(NAME, implementation=name, output_dir=str(tmp_path))
+        found = evaluate(pairs, coco)
+        assert found.keys() == {"bbox", "segm_coco"}
+        for metrics in found.values():
+            assert (metrics["AP"], metrics["AP75"]) == pytest.approx((100.0, 100.0))
 
 
 @pytest.mark.skipif(not hasattr(np, "in1d"), reason="stock Detectron2 fails with numpy 2.4")

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances, polygons_to_bitmask
-from helpers import ROOT, coco_format
+from helpers import ROOT, coco_format, evaluate
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.checkpoint import load_strictly
@@ -46,13 +46,6 @@ def scenes(tmp_path_factory):
     options += ["DATASETS.TEST", ("evaluated_val",), "OUTPUT_DIR", str(folder)]
     options += ["DATALOADER.NUM_WORKERS", 0]
     return build_config(str(ROOT / "configs/Shapes/hr.yaml"), options)
-
-
-def evaluate(pairs, evaluator):
-    evaluator.reset()
-    for inputs, outputs in pairs:
-        evaluator.process(inputs, outputs)
-    return evaluator.evaluate()
 
 
 @pytest.fixture(scope="module")
@@ -95,49 +88,38 @@ def perfect(name="evaluated_val"):
     return pairs
 
 
+@pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("implementation", INSTALLED)
-def test_same_numbers_as_detectron2_by_pycocotools(predictions, stock, implementation):
-    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation)
-    for _ in range(2):  # ground truth is kept, so a second evaluation must not find it changed
-        found = evaluate(predictions, evaluator)
-        assert found.keys() == stock.keys() == {"bbox", "segm"}
-        for task, metrics in stock.items():
-            assert found[task] == pytest.approx(metrics, abs=1e-5, nan_ok=True)
+def test_same_numbers_as_detectron2_by_pycocotools(predictions, stock, implementation, masks):
+    pairs, more = copy.deepcopy(predictions), copy.deepcopy(predictions)
+    for (_, (output,)), (_, (other,)) in zip(pairs, more):
+        if not masks:
+            output["instances"].remove("pred_masks")
+            other["instances"].remove("pred_masks")
+        other["instances"].pred_classes += 5  # the data lacks these classes: they do not count
+        other["instances"] = Instances.cat([output["instances"], other["instances"]])
+    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation, masks=masks)
+    for each in (pairs, more):  # the second evaluation must find the kept ground truth unchanged
+        found = evaluate(each, evaluator)
+        assert found.keys() == ({"bbox", "segm"} if masks else {"bbox"})
+        for task, metrics in found.items():
+            assert metrics == pytest.approx(stock[task], abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("implementation", INSTALLED)
-def test_a_perfect_prediction_scores_100(scenes, implementation):
-    found = evaluate(perfect(), MetricsEvaluator("evaluated_val", implementation=implementation))
+def test_a_perfect_prediction_scores_100(scenes, tmp_path, caplog, implementation):
+    """The log names the implementation, and the predictions are written."""
+    options = {"implementation": implementation, "output_dir": str(tmp_path)}
+    with caplog.at_level(logging.INFO):
+        found = evaluate(perfect(), MetricsEvaluator("evaluated_val", **options))
     for task in ("bbox", "segm"):
         assert [found[task][name] for name in METRICS] == pytest.approx([100.0] * 6)
-
-
-@pytest.mark.parametrize("implementation", INSTALLED)
-def test_the_implementation_is_logged_and_results_are_written(
-    predictions, tmp_path, caplog, implementation
-):
-    evaluator = MetricsEvaluator(
-        "evaluated_val", implementation=implementation, output_dir=str(tmp_path)
-    )
-    with caplog.at_level(logging.INFO):
-        evaluate(predictions, evaluator)
     messages = [r.message for r in caplog.records if r.name == "msad_kd.evaluation.coco"]
     assert messages == [f"COCO-style AP is computed by {implementation}"]
     api = "official" if implementation == "pycocotools" else "unofficial"
     assert f"Evaluating predictions with {api} COCO API" in caplog.text
     written = json.loads((tmp_path / "coco_instances_results.json").read_text())
     assert {result["category_id"] for result in written} <= {1, 2, 3, 4, 5}  # the file's own ids
-
-
-@pytest.mark.parametrize("implementation", INSTALLED)
-def test_a_model_without_masks_has_box_ap_alone(predictions, stock, implementation):
-    pairs = copy.deepcopy(predictions)
-    for _, outputs in pairs:
-        outputs[0]["instances"].remove("pred_masks")
-    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation, masks=False)
-    found = evaluate(pairs, evaluator)
-    assert found.keys() == {"bbox"}
-    assert found["bbox"] == pytest.approx(stock["bbox"], abs=1e-5)
 
 
 @pytest.mark.parametrize(("masks", "tasks"), [(True, {"bbox", "segm"}), (False, {"bbox"})])
@@ -148,18 +130,6 @@ def test_a_model_that_finds_nothing_has_nan(predictions, implementation, masks, 
     found = evaluate(nothing, evaluator)
     assert found.keys() == tasks
     assert all(value != value for metrics in found.values() for value in metrics.values())
-
-
-@pytest.mark.parametrize("implementation", INSTALLED)
-def test_classes_that_the_data_lacks_do_not_count(predictions, stock, implementation):
-    pairs = copy.deepcopy(predictions)
-    for (_, output), (_, (more,)) in zip(pairs, copy.deepcopy(predictions)):
-        more["instances"].pred_classes += 5
-        output[0]["instances"] = Instances.cat([output[0]["instances"], more["instances"]])
-    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation)
-    found = evaluate(pairs, evaluator)
-    for task, metrics in stock.items():
-        assert found[task] == pytest.approx(metrics, abs=1e-5)
 
 
 def test_auto_takes_the_fastest_installed(monkeypatch):

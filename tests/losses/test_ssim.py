@@ -1,8 +1,9 @@
-"""SSIM: worked-out values, invariances, the window's size, both blurs, and what is refused."""
+"""SSIM: worked-out values, invariances, gradient, both blurs, rescaled maps and errors."""
 
 import pytest
 import torch
-from ssim_reference import FRACTIONAL, SIZES, maps
+from ssim_reference import FRACTIONAL, SIZES, maps, plain_mean
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from msad_kd.losses.ssim import blind_share, blur, moments, rescale, ssim, ssim_loss
@@ -91,6 +92,101 @@ def test_both_blurs_agree(padding, reduction, monkeypatch):
     blur.blur_for.cache_clear()
     for a, b in zip(*results):
         assert_close(a, b, atol=5e-6 * max(b.abs().max().item(), 1e-3), rtol=1e-4)
+
+
+@pytest.mark.parametrize("exponents", [(1, 1, 1), FRACTIONAL], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_gradcheck(padding, reduction, exponents):
+    x, y = (z.requires_grad_() for z in maps(1, 2, 4, 5))
+    arguments = {"padding": padding, "reduction": reduction, "exponents": exponents}
+
+    def function(x, y):
+        return ssim(x, y, window_size=3, **arguments)
+
+    assert gradcheck(function, (x, y), fast_mode=True)
+    assert gradcheck(lambda x: function(x, y.detach()), x, fast_mode=True)
+    assert gradcheck(lambda y: function(x.detach(), y), y, fast_mode=True)
+    if exponents == FRACTIONAL:
+        assert gradgradcheck(function, (x, y), fast_mode=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_gradient_penalty_is_refused(power, reduction):
+    """once_differentiable dropped the penalty silently where the loss is linear in SSIM."""
+    x, y = maps(1, 2, 8, 9)
+    x.requires_grad_()
+    loss = (ssim(x, y, reduction=reduction) ** power).mean()
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + gradient.norm()).backward()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_kept_until_the_backward(reduction, wanted):
+    pair = maps(1, 4, 20, 24, dtype=torch.float32)
+    x, y = (z.requires_grad_(want) for z, want in zip(pair, wanted))
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = ssim(x, y, reduction=reduction)
+    inputs = sum(kept.values()) / (4 * x.numel())
+    assert inputs == (sum(wanted) if reduction == "mean" else 2)
+    result.sum().backward()
+
+
+def test_first_used_in_inference_then_in_training():
+    blur.blur_for.cache_clear()
+    blur.blur_matrix.cache_clear()
+    x, y = maps(1, 2, 9, 10)
+    with torch.inference_mode():
+        expected = [ssim(x, y), ssim(x, y, exponents=FRACTIONAL)]
+    x.requires_grad_()
+    results = [ssim(x, y), ssim(x, y, exponents=FRACTIONAL)]
+    assert results == expected
+    sum(results).backward()
+    assert x.grad.isfinite().all()
+
+
+def test_rescale_worked_out():
+    x = torch.tensor([[[[1.0, 2.0, 3.0]], [[10.0, 30.0, 50.0]]]])
+    per_channel = torch.tensor([0.0, 0.5, 1.0]).expand(1, 2, 1, 3)
+    assert_close(rescale(x), per_channel, atol=1e-5, rtol=0)
+    assert_close(rescale(x, "image"), (x - 1) / 49, atol=1e-5, rtol=0)
+    assert rescale(x, "none") is x
+    assert rescale(x.half()).dtype == torch.float32
+    constant = torch.full((1, 1, 2, 2), 7.0, requires_grad=True)
+    result = rescale(constant)
+    result.sum().backward()
+    assert not result.any() and constant.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scope", ["channel", "image"])
+def test_gradient_flows_through_rescale(scope):
+    x, _ = maps(2, 3, 3, 4)
+    assert gradcheck(lambda x: rescale(x, scope), x.requires_grad_())
+
+
+def test_blind_windows_are_those_of_small_variance():
+    x, y = maps(2, 3, 20, 24, dtype=torch.float32)
+    assert blind_share(x, y) == 0
+    # A variance of about (1e-3)^2 / 12 on each side against C2 = 9e-4.
+    assert blind_share(1e-3 * x, 1e-3 * y) == 1
+    assert blind_share(1e-3 * x, 1e-3 * y, data_range=1e-3) == 0
+    share = blind_share(x.bfloat16(), y.bfloat16())
+    assert share.dtype == torch.float32 and not share.requires_grad
+    x, y = (0.05 * z for z in maps(2, 3, 20, 24))
+    x[..., :12] = y[..., :12] = 0
+    moments = [(plain_mean(z * z) - plain_mean(z) ** 2) for z in (x, y)]
+    expected = (sum(moments) < 0.1 * 0.03**2).float().mean()
+    assert 0.2 < expected < 0.8
+    assert_close(blind_share(x, y), expected)
 
 
 ERRORS = {

@@ -1,7 +1,6 @@
 """SSIM's Triton kernels, and what happens without Triton.
 
-They run here by Triton's interpreter, in a process of their own, because it has to be chosen before
-they are imported.
+The interpreter has to be chosen before they are imported, so they run in a process of their own.
 """
 
 import importlib.util

@@ -22,6 +22,10 @@ SEPARATE = ("MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS", True)
 
 def test_each_resolution_updates_and_uses_its_own():
     norm = nn.Sequential(nn.BatchNorm2d(1, momentum=1.0, eps=1e-12))
+    with low_resolution_statistics(norm):  # without a second set nothing changes
+        norm(torch.rand(2, 1, 3, 3))
+    assert norm[0].num_batches_tracked == 1
+    assert not any("_lr" in key for key in norm.state_dict())
     add_low_resolution_statistics(norm)
     high, low = torch.tensor([0.0, 2.0]), torch.tensor([10.0, 30.0])
     norm(high.reshape(1, 1, 1, 2))
@@ -36,14 +40,6 @@ def test_each_resolution_updates_and_uses_its_own():
     with low_resolution_statistics(norm):
         assert norm(x).item() == 0.0
     assert norm(x).item() == 19.0  # the context ended
-
-
-def test_without_a_second_set_nothing_changes():
-    norm = nn.BatchNorm2d(1)
-    with low_resolution_statistics(norm):
-        norm(torch.rand(2, 1, 3, 3))
-    assert norm.num_batches_tracked == 1
-    assert not any("_lr" in key for key in norm.state_dict())
 
 
 def test_the_weights_are_those_of_shared_statistics(config):
@@ -100,8 +96,8 @@ def test_what_the_tool_cannot_do(role, keys, words, config_files, tmp_path):
         torch.save({"model": dict.fromkeys(keys, torch.zeros(1))}, source)
     opts = [] if role == "shared" else [*map(str, SEPARATE)]
     file = config_files["teacher" if role == "shared" else role]
-    arguments = SimpleNamespace(config_file=str(file), batches=1, opts=opts)
-    arguments.source, arguments.target = str(source), str(tmp_path / "target.pth")
+    target = tmp_path / "target.pth"
+    paths = {"config_file": str(file), "source": str(source), "target": str(target)}
     with pytest.raises(InputError, match=words):
-        load_tool("precise_statistics").main(arguments)
-    assert not (tmp_path / "target.pth").exists()
+        load_tool("precise_statistics").main(SimpleNamespace(batches=1, opts=opts, **paths))
+    assert not target.exists()

@@ -35,10 +35,14 @@ def test_levels_strides_and_padding(config, scale, last):
     assert sides == {name: -(-side // stride) for name, stride in strides.items()}
 
 
-@pytest.mark.parametrize(("name", "more"), [(FIVE, set()), (ALIGNED, {"p7"})])
-def test_levels_are_the_stock_r_cnns(config, name, more):
-    stock = five_levels(config, name="build_resnet_fpn_backbone")
-    mine = five_levels(config, name=name)
+@pytest.mark.parametrize(
+    ("name", "more", "depth"),
+    [(ALIGNED, {"p7"}, 50), *((FIVE, set(), depth) for depth in (18, 34, 50, 101))],
+)
+def test_levels_are_the_stock_r_cnns(config, name, more, depth):
+    opts = ["MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    stock = five_levels(config, *opts, name="build_resnet_fpn_backbone")
+    mine = five_levels(config, *opts, name=name)
     assert differing(tensors_of(stock), tensors_of(mine)) == []
     image = torch.randn(1, 3, 64, 128)
     expected, found = stock(image), mine(image)
@@ -56,15 +60,10 @@ def test_five_levels_are_the_stock_retinanets(config):
     assert differing(stock(image), levels) == []
 
 
-def test_a_convolution_on_p5_reads_p5(config):
-    backbone = five_levels(config, "MODEL.FPN.TOP_BLOCK", "conv_p5")
-    levels = backbone(torch.randn(1, 3, 64, 64))
-    assert torch.equal(levels["p6"], backbone.top_block.p6(levels["p5"]))
-
-
 def test_normalised_levels_are_on_the_scale_of_the_others(config):
     backbone = five_levels(config, "MODEL.FPN.TOP_BLOCK", "conv_p5", "MODEL.FPN.NORM", "BN")
     levels = backbone.train()(torch.randn(8, 3, 128, 128))
+    assert torch.equal(levels["p6"], backbone.top_block.p6(levels["p5"]))
     for name, level in levels.items():
         assert level.std().item() == pytest.approx(1.0, abs=0.01), name
 
@@ -95,13 +94,3 @@ def test_a_student_has_no_convolution_that_only_its_teacher_reads(config, batch,
 def test_an_unknown_kind_of_level(config):
     with pytest.raises(InputError, match="TOP_BLOCK is 'convolution'; use maxpool, conv_p5"):
         five_levels(config, "MODEL.FPN.TOP_BLOCK", "convolution")
-
-
-@pytest.mark.parametrize("depth", [18, 34, 101])
-def test_resnets_of_other_depths(config, depth):
-    opts = ["MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
-    backbone = five_levels(config, *opts)
-    levels = backbone(torch.randn(1, 3, 64, 64))
-    assert [level.shape[-1] for level in levels.values()] == [16, 8, 4, 2, 1]
-    stock = five_levels(config, *opts, name="build_resnet_fpn_backbone")
-    assert list(backbone.state_dict()) == list(stock.state_dict())

@@ -1,19 +1,22 @@
 """The multi-resolution teacher: three branches of one net, aligned at any size."""
 
+import numpy as np
 import pytest
 import torch
 from detectors import DETECTORS, reading
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
-from helpers import build, losses_of, same_predictions
+from helpers import build, differing, ground_truth, losses_of, same_predictions
 from torch.testing import assert_close
 
 from msad_kd.modeling.capture import answering
-from msad_kd.modeling.multi_resolution import BRANCHES
+from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
+from msad_kd.modeling.pyramid import shift_levels
 from msad_kd.utils.errors import InputError
 
 FROZEN = ["MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS", True, "MODEL.RESNETS.NORM", "FrozenBN"]
 FINE = ["p2", "p3", "p4", "p5", "p6"]
+CORNERS = np.array([[3, 5, 40, 61], [20, 11, 93, 30], [50, 40, 57, 49], [0, 0, 90, 62]])
 ODD_SIZES = [[(61, 83)], [(33, 31), (40, 97)], [(64, 64)], [(95, 129), (1, 7)]]
 
 
@@ -205,3 +208,50 @@ def test_images_that_do_not_belong_together_are_refused(teacher, config, batch):
         losses_of(teacher(), inputs)
     with pytest.raises(InputError, match="'image_lr'.*TwoResolutionMapper"):
         losses_of(teacher(), batch(config("teacher"), None))
+
+
+def run(model, pyramid, factor, train):
+    """Run the stock part of a detector, given the features, on images of 64 x 96 px x factor."""
+    stock = super(MultiResolutionMixin, model).forward if factor > 1 else model.forward
+    inputs = []
+    for corners in (factor * CORNERS, factor * CORNERS[1:]):
+        size = (64 * factor, 96 * factor)
+        inputs.append({"image": torch.zeros(3, *size), "instances": ground_truth(size, corners)})
+    torch.manual_seed(1)
+    with EventStorage(), answering(model.train(train).backbone, pyramid):
+        return stock(inputs)
+
+
+@pytest.mark.parametrize("detector", DETECTORS, indirect=True)
+@pytest.mark.parametrize("scale", [2, 4])
+def test_heads_in_high_resolution_pixels_do_to_scaled_boxes_what_the_stock_heads_do(
+    scale, detector, config
+):
+    shift = scale.bit_length() - 1
+    levels = [f"p{s + shift}" for s in range(2, 7)]
+    low = config("lr")
+    high = config("teacher", "KD.SCALE", scale, *reading(detector, levels))
+    sizes = [[scale * side for side in level] for level in low.MODEL.ANCHOR_GENERATOR.SIZES]
+    high.MODEL.ANCHOR_GENERATOR.SIZES = sizes
+    low, high = build(low), build(high)
+    with torch.no_grad():
+        for parameter in low.parameters():
+            if parameter.dim() > 1:  # so that predictions differ from each other
+                parameter.normal_(std=0.1)
+    missing = high.load_state_dict(low.state_dict(), strict=False).missing_keys
+    assert all(key.startswith("fusion.") for key in missing)
+    pyramid = {f"p{s}": torch.randn(2, 16, 64 >> s, 96 >> s) for s in range(2, 6)}
+    pyramid["p6"] = torch.randn(2, 16, 1, 2)
+    expected = run(low, pyramid, 1, True)
+    found = run(high, shift_levels(pyramid, shift), scale, True)
+    assert differing(found, expected) == []
+    assert all(loss > 0 for loss in expected.values())
+    with torch.no_grad():
+        expected = run(low, pyramid, 1, False)
+        found = run(high, shift_levels(pyramid, shift), scale, False)
+    for one, other in zip(expected, found, strict=True):
+        one, other = one["instances"], other["instances"]
+        assert len(one) > 5
+        assert torch.equal(scale * one.pred_boxes.tensor, other.pred_boxes.tensor)
+        assert torch.equal(one.scores, other.scores)
+        assert torch.equal(one.pred_classes, other.pred_classes)
