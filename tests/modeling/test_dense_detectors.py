@@ -66,7 +66,7 @@ def test_a_plain_teacher_on_p3_to_p7(
     kept = [f"p{s}" for s in range(2, 7) if f"p{s}" != dropped]
     assert trainer.model.distiller.pairs == {name: f"p{int(name[1]) + shift}" for name in kept}
     warnings = [text for text in caplog.messages if "no partner" in text]
-    assert len(warnings) == bool(dropped) and all(f"levels {dropped} have" in w for w in warnings)
+    assert len(warnings) == bool(dropped) and all(f"Levels {dropped} have" in w for w in warnings)
     assert losses_of(trainer.model, batch(cfg, "lr"))["loss_kd_l1"] > 0
 
 
