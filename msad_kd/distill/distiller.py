@@ -1,4 +1,4 @@
-"""What the feature distiller and the RoI distiller share: weights, warm-up and diagnostics."""
+"""What the feature and the RoI distiller share. The warm-up itself is in ``losses/terms.py``."""
 
 import torch
 from detectron2.utils.events import get_event_storage

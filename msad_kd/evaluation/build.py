@@ -7,8 +7,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNN
 
-from msad_kd.evaluation.cityscapes import CityscapesEvaluator, CityscapesMetricsEvaluator
-from msad_kd.evaluation.coco import MetricsEvaluator
+from msad_kd.evaluation.cityscapes import CityscapesCOCOEvaluator, CityscapesEvaluator
+from msad_kd.evaluation.coco import AnyCOCOEvaluator
 from msad_kd.modeling.classes import has_masks, is_a
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 from msad_kd.utils.errors import InputError
@@ -35,7 +35,7 @@ def build_evaluator(
         "max_dets_per_image": max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
     }
     if kind == "coco":
-        return MetricsEvaluator(dataset_name, **options)
+        return AnyCOCOEvaluator(dataset_name, **options)
     if kind != "cityscapes_instance":
         raise InputError(
             f"data set '{dataset_name}' needs the evaluator '{kind}'; only coco and "
@@ -43,7 +43,7 @@ def build_evaluator(
         )
     evaluators = [CityscapesEvaluator(dataset_name)] if has_masks(cfg) else []
     if cfg.TEST.CITYSCAPES_COCO or not evaluators:  # cityscapesScripts computes no box AP
-        evaluators.append(CityscapesMetricsEvaluator(dataset_name, **options))
+        evaluators.append(CityscapesCOCOEvaluator(dataset_name, **options))
     return DatasetEvaluators(evaluators)
 
 

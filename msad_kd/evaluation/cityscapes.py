@@ -20,7 +20,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from msad_kd.checkpoint.files import write_json
-from msad_kd.evaluation.coco import MetricsEvaluator, within_classes
+from msad_kd.evaluation.coco import AnyCOCOEvaluator, within_classes
 from msad_kd.utils.compat import numpy_with_in1d
 from msad_kd.utils.errors import InputError
 
@@ -117,7 +117,7 @@ def cityscapes_as_coco(dataset_name: str) -> dict:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-class CityscapesMetricsEvaluator(MetricsEvaluator):
+class CityscapesCOCOEvaluator(AnyCOCOEvaluator):
     """COCO's metrics for Cityscapes: "bbox" and "segm_coco", since "segm" is Cityscapes' own AP."""
 
     def __init__(self, dataset_name: str, *, output_dir: str, **kwargs):
@@ -126,7 +126,7 @@ class CityscapesMetricsEvaluator(MetricsEvaluator):
         Args:
             dataset_name: a data set with ``gt_dir`` and ``thing_classes`` in its metadata.
             output_dir: the folder for the ground truth and the results.
-            **kwargs: further arguments of ``MetricsEvaluator``.
+            **kwargs: further arguments of ``AnyCOCOEvaluator``.
         """
         # The next evaluator may have another folder, but metadata cannot be changed, only removed.
         name = f"{dataset_name}_in_coco_format"

@@ -59,7 +59,7 @@ def within_classes(outputs: list[dict], classes: int) -> list[dict]:
     return kept
 
 
-class MetricsEvaluator(COCOEvaluator):
+class AnyCOCOEvaluator(COCOEvaluator):
     """Detectron2's ``COCOEvaluator`` with a choice of what computes AP."""
 
     def __init__(

@@ -14,12 +14,13 @@ from msad_kd.utils.errors import InputError
 
 @pytest.fixture(autouse=True)
 def forget():
-    """Remove the data sets that a test registers."""
-    before = DatasetCatalog.list()
+    """Remove the data sets and the metadata that a test adds."""
+    data_sets, metadata = DatasetCatalog.list(), MetadataCatalog.list()
     yield
-    for name in set(DatasetCatalog.list()) - set(before):
+    for name in set(DatasetCatalog.list()) - set(data_sets):
         DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
+    for name in set(MetadataCatalog.list()) - set(metadata):
+        MetadataCatalog.pop(name)
 
 
 def register(entries):

@@ -20,7 +20,7 @@ from PIL import Image
 from msad_kd import KDTrainer
 from msad_kd.evaluation import coco as module
 from msad_kd.evaluation.build import build_evaluator
-from msad_kd.evaluation.cityscapes import CityscapesEvaluator, CityscapesMetricsEvaluator
+from msad_kd.evaluation.cityscapes import CityscapesCOCOEvaluator, CityscapesEvaluator
 from msad_kd.evaluation.coco import IMPLEMENTATIONS
 from msad_kd.utils.errors import InputError
 from projects.Shapes.generate import generate
@@ -109,7 +109,7 @@ def test_a_perfect_prediction_scores_100(tree, tmp_path):
     occurring = np.array([value for value in found.values() if not np.isnan(value)])
     assert len(occurring) > 4 and occurring == pytest.approx(100.0)
     for name in INSTALLED:
-        coco = CityscapesMetricsEvaluator(NAME, implementation=name, output_dir=str(tmp_path))
+        coco = CityscapesCOCOEvaluator(NAME, implementation=name, output_dir=str(tmp_path))
         found = evaluate(pairs, coco)
         assert found.keys() == {"bbox", "segm_coco"}
         for metrics in found.values():
@@ -149,7 +149,7 @@ def test_predictions_on_groups_and_void_and_of_other_classes_do_not_count(tree, 
         for _, outputs in pairs:  # the spurious one first: a mistake costs precision
             outputs[0]["instances"].scores = outputs[0]["instances"].scores.flip(0)
         own = evaluate(pairs, CityscapesEvaluator(NAME))["segm"]["AP"]
-        coco = CityscapesMetricsEvaluator(NAME, output_dir=str(tmp_path))
+        coco = CityscapesCOCOEvaluator(NAME, output_dir=str(tmp_path))
         cocos = evaluate(pairs, coco)["segm_coco"]["AP"]
         assert (own == pytest.approx(100)) == (cocos == pytest.approx(100)) == perfect
 
@@ -158,7 +158,7 @@ def test_missing_ground_truth(tree, tmp_path):
     name = "cityscapes_nowhere"
     MetadataCatalog.get(name).set(gt_dir=str(tmp_path), thing_classes=CLASSES)
     with pytest.raises(InputError, match="'cityscapes_nowhere': there is no .*DETECTRON2_DATASETS"):
-        CityscapesMetricsEvaluator(name, output_dir=str(tmp_path))
+        CityscapesCOCOEvaluator(name, output_dir=str(tmp_path))
     with pytest.raises(InputError, match="'cityscapes_nowhere': there is no"):
         evaluate([], CityscapesEvaluator(name))
     MetadataCatalog.remove(name)

@@ -20,7 +20,7 @@ from msad_kd.checkpoint.checkpoint import load_strictly
 from msad_kd.config.build import build_config
 from msad_kd.evaluation import coco as module
 from msad_kd.evaluation.build import build_evaluator
-from msad_kd.evaluation.coco import IMPLEMENTATIONS, MetricsEvaluator, choose_implementation
+from msad_kd.evaluation.coco import IMPLEMENTATIONS, AnyCOCOEvaluator, choose_implementation
 from msad_kd.utils.errors import InputError
 from projects.Shapes.generate import generate
 
@@ -98,7 +98,7 @@ def test_same_numbers_as_detectron2_by_pycocotools(predictions, stock, implement
             other["instances"].remove("pred_masks")
         other["instances"].pred_classes += 5  # the data lacks these classes: they do not count
         other["instances"] = Instances.cat([output["instances"], other["instances"]])
-    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation, masks=masks)
+    evaluator = AnyCOCOEvaluator("evaluated_val", implementation=implementation, masks=masks)
     for each in (pairs, more):  # the second evaluation must find the kept ground truth unchanged
         found = evaluate(each, evaluator)
         assert found.keys() == ({"bbox", "segm"} if masks else {"bbox"})
@@ -111,7 +111,7 @@ def test_a_perfect_prediction_scores_100(scenes, tmp_path, caplog, implementatio
     """The log names the implementation, and the predictions are written."""
     options = {"implementation": implementation, "output_dir": str(tmp_path)}
     with caplog.at_level(logging.INFO):
-        found = evaluate(perfect(), MetricsEvaluator("evaluated_val", **options))
+        found = evaluate(perfect(), AnyCOCOEvaluator("evaluated_val", **options))
     for task in ("bbox", "segm"):
         assert [found[task][name] for name in METRICS] == pytest.approx([100.0] * 6)
     messages = [r.message for r in caplog.records if r.name == "msad_kd.evaluation.coco"]
@@ -125,7 +125,7 @@ def test_a_perfect_prediction_scores_100(scenes, tmp_path, caplog, implementatio
 @pytest.mark.parametrize(("masks", "tasks"), [(True, {"bbox", "segm"}), (False, {"bbox"})])
 @pytest.mark.parametrize("implementation", INSTALLED)
 def test_a_model_that_finds_nothing_has_nan(predictions, implementation, masks, tasks):
-    evaluator = MetricsEvaluator("evaluated_val", implementation=implementation, masks=masks)
+    evaluator = AnyCOCOEvaluator("evaluated_val", implementation=implementation, masks=masks)
     nothing = [(x, [{"instances": y[0]["instances"][:0]}]) for x, y in predictions]
     found = evaluate(nothing, evaluator)
     assert found.keys() == tasks
@@ -166,8 +166,8 @@ def test_image_ids_that_are_not_integers(scenes, tmp_path):
     register_coco_instances("named", {}, str(tmp_path / "named.json"), str(folder / "val"))
     if "faster-coco-eval" in INSTALLED:
         with pytest.raises(InputError, match="'named': faster-coco-eval needs integers as image"):
-            MetricsEvaluator("named", implementation="faster-coco-eval")
-    found = evaluate(perfect("named"), MetricsEvaluator("named"))
+            AnyCOCOEvaluator("named", implementation="faster-coco-eval")
+    found = evaluate(perfect("named"), AnyCOCOEvaluator("named"))
     assert found["bbox"]["AP"] == pytest.approx(100.0)
 
 

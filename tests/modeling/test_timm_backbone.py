@@ -213,6 +213,14 @@ def test_the_efficientnet_lite0_of_the_package_index():
     net = backbone("tf_efficientnet_lite0", checkpoint=str(path))
     values = torch.load(path, weights_only=True).values()  # all names differ
     assert all(torch.equal(*pair) for pair in zip(net.body.state_dict().values(), values))
+    stock = timm.create_model("tf_efficientnet_lite0").eval()
+    stock.load_state_dict(dict(zip(stock.state_dict(), values, strict=True)))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        features = net.eval()(image).values()
+        expected = stock.forward_intermediates(image, intermediates_only=True)[-4:]
+    for feature, other in zip(features, expected, strict=True):
+        torch.testing.assert_close(feature, other, atol=1e-5, rtol=1e-5)
 
 
 def classifier(path, drop="none", rename="", **changes):
