@@ -1,4 +1,7 @@
-"""What the feature and the RoI distiller share. The warm-up itself is in ``losses/terms.py``."""
+"""The base of the feature and the RoI distiller: it weights, sums and logs their losses.
+
+The warm-up of a weight is in ``losses/terms.py``.
+"""
 
 import torch
 from detectron2.utils.events import get_event_storage

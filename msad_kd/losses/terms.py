@@ -36,7 +36,7 @@ class LossTerm:
 
     @property
     def of_regions(self) -> bool:
-        """Whether the loss compares RoI predictions, not feature maps."""
+        """Tell whether the loss compares RoI predictions, not feature maps."""
         return self.name in ROI_LOSS_REGISTRY
 
     @property

@@ -34,7 +34,7 @@ class Row:
 
     @property
     def trained(self):
-        """Whether the study trains the row itself."""
+        """Tell whether the study trains the row itself."""
         return not (self.checkpoint or self.checkpoint_of)
 
     def references(self):
