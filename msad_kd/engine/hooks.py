@@ -1,4 +1,4 @@
-"""Hooks of the trainer: seeding each step, and evaluating the teacher before the first one."""
+"""Hooks of the trainer: they seed each step, evaluate the teacher and keep the normalizer."""
 
 import logging
 import os

@@ -37,11 +37,9 @@ def main(args):
     stages, solver = cfg.KD.LADDER.STAGES, cfg.SOLVER
     if not stages:
         raise InputError(f"'{args.ladder}' has no KD.LADDER.STAGES")
-    total = sum(stage.get("iterations") or solver.MAX_ITER for stage in stages)
-    changes = {
-        name: {"KD": {"LADDER": {"STAGES": control}}}
-        for name, control in control_stages(stages, solver.MAX_ITER).items()
-    }
+    controls = control_stages(stages, solver.MAX_ITER)
+    changes = {name: {"KD": {"LADDER": {"STAGES": x}}} for name, x in controls.items()}
+    total = controls["strongest"][0]["iterations"]  # the ladder's, in one stage
     start = cfg.MODEL.WEIGHTS if args.start is None else args.start
     if not start and args.start is None:
         raise InputError(

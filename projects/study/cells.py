@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detectron2.config import get_cfg
 
+from msad_kd.checkpoint.files import hash_file
 from msad_kd.config.build import build_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.utils.errors import InputError
@@ -100,10 +101,11 @@ def _make_cell(row, seed, sources, folder, data, extra):
     if row.trained:
         folders += _folders(cfg, "TRAIN", data)
         teachers = [stage["weights"] for stage in stages] or [cfg.KD.TEACHER.WEIGHTS]
-        files = [_hash_file(path) for path in (cfg.MODEL.WEIGHTS, *teachers)]
+        files = [cfg.MODEL.WEIGHTS, *teachers]
+        files = [hash_file(x) if Path(x).is_file() else None for x in files]
         meaning |= {"train": changed_keys(cfg), "files": files}
     else:
-        meaning |= {"checkpoint": origins.get(row.checkpoint_of) or _hash_file(weights)}
+        meaning |= {"checkpoint": origins.get(row.checkpoint_of) or hash_file(weights)}
     meaning |= {"data": {name: data[name] for name in folders}}
     meaning = json.dumps(meaning, sort_keys=True, default=str)
     iterations = [stage.get("iterations") or cfg.SOLVER.MAX_ITER for stage in stages]
@@ -131,11 +133,6 @@ def _folders(cfg, split, data):
     """Return the generated folders that hold a config's data sets of a split."""
     used = [each for each in cfg.DATASETS.COCO_FORMAT if each["name"] in cfg.DATASETS[split]]
     return [folder for folder in data if any(x["json"].startswith(f"{folder}/") for x in used)]
-
-
-def _hash_file(path):
-    """Return the hash of a file's content, or None if it does not exist."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
 def changed_keys(cfg):
