@@ -13,6 +13,7 @@ from msad_kd.distill.student import (
     attach_teacher,
 )
 from msad_kd.engine.trainer import KDTrainer
+from msad_kd.losses.dense import DENSE_LOSS_REGISTRY
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY
 from msad_kd.modeling.fcos import FCOS

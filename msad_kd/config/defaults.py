@@ -51,14 +51,15 @@ def add_msad_kd_config(cfg: CN) -> None:
     # k: the side of a high-resolution image over the side of a low-resolution one, a power of two.
     cfg.KD.SCALE = 2
     # The distillation losses (L_KD), a list of dicts:
-    #   name: a loss in DISTILL_LOSS_REGISTRY (between feature maps) or ROI_LOSS_REGISTRY (between
-    #     what the RoI heads of student and teacher predict for the student's proposals).
+    #   name: a loss in DISTILL_LOSS_REGISTRY (between feature maps), ROI_LOSS_REGISTRY (between
+    #     what the RoI heads of student and teacher predict for the student's proposals) or
+    #     DENSE_LOSS_REGISTRY (between what dense heads or RPNs predict at every anchor).
     #   weight: its weight in the total loss; feature losses are summed over their levels.
     #   warmup_iters: the iterations over which the weight rises linearly from 0; default 0.
     #   levels: the student's levels to compare; default: all that have a partner in the teacher.
     #   adapter: whether the student's map passes a 1x1 convolution first: true, false or "auto"
     #     (the default), which means where the channels differ.
-    # Any other field is an argument of the loss. RoI losses have neither levels nor adapter.
+    # Any other field is an argument of the loss. Only losses between maps have levels and adapter.
     cfg.KD.LOSSES = [{"name": "l1", "weight": 0.6, "warmup_iters": 500}]
     # Log every loss without its weight, by level, and its own diagnostics as kd/*, every so many
     # iterations; 0: never. Detectron2 writes its log every 20.

@@ -1,4 +1,4 @@
-"""The base of the feature and the RoI distiller: it weights, sums and logs their losses.
+"""The base of the feature, RoI and dense distillers: it weights, sums and logs their losses.
 
 The warm-up of a weight is in ``losses/terms.py``.
 """

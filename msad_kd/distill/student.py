@@ -8,6 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from msad_kd.distill.dense_distiller import DenseDistiller
 from msad_kd.distill.feature_distiller import FeatureDistiller
 from msad_kd.distill.gradient_ratio import gradient_ratio
 from msad_kd.distill.roi_distiller import RoIDistiller, predict_regions, recording_regions
@@ -35,6 +36,7 @@ class DistilledMixin:
     Args:
         distiller: the losses between feature maps.
         roi_distiller: the losses between predictions of RoI heads.
+        dense_distiller: the losses between predictions of dense heads or RPNs.
         gradient_ratio_period: log the gradient norm of the distillation losses over that of the
             detection losses every so many iterations; 0: never.
         kwargs: arguments of the stock detector.
@@ -50,27 +52,33 @@ class DistilledMixin:
         *,
         distiller: FeatureDistiller,
         roi_distiller: RoIDistiller,
+        dense_distiller: DenseDistiller,
         gradient_ratio_period: int = 0,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.distiller = distiller
         self.roi_distiller = roi_distiller
+        self.dense_distiller = dense_distiller
         self.gradient_ratio_period = gradient_ratio_period
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """Return the constructor's arguments. Nothing is read of the teacher."""
         stock = super().from_config(cfg)
-        terms, period = read_losses(cfg.KD.LOSSES), cfg.KD.DIAGNOSTICS_PERIOD
+        terms = {"features": [], "regions": [], "anchors": []}
+        for term in read_losses(cfg.KD.LOSSES):
+            terms[term.compares].append(term)
+        period = cfg.KD.DIAGNOSTICS_PERIOD
         return {
             **stock,
             "distiller": FeatureDistiller(
-                terms=[term for term in terms if not term.of_regions],
+                terms=terms["features"],
                 student=in_high_resolution(stock["backbone"].output_shape(), cfg.KD.SCALE),
                 diagnostics_period=period,
             ),
-            "roi_distiller": RoIDistiller([term for term in terms if term.of_regions], period),
+            "roi_distiller": RoIDistiller(terms["regions"], period),
+            "dense_distiller": DenseDistiller(terms["anchors"], period),
             "gradient_ratio_period": cfg.KD.GRADIENT_RATIO_PERIOD,
         }
 
@@ -85,6 +93,7 @@ class DistilledMixin:
         teacher.needed = self.distiller.connect(teacher.levels())
         self.distiller.to(next(self.parameters()).device)
         teacher.needed |= self.roi_distiller.connect(self, teacher.model)
+        teacher.needed |= self.dense_distiller.connect(self, teacher)
         self._teacher = (teacher,)
 
     @property
@@ -99,9 +108,11 @@ class DistilledMixin:
         if self.teacher is None:
             raise RuntimeError("there is no teacher; call msad_kd.attach_teacher(model, cfg) first")
         rois = self.roi_distiller if self.roi_distiller.terms else None
+        dense = self.dense_distiller if self.dense_distiller.terms else None
         with (
             recording(self.backbone) as call,
             recording_regions(self.roi_heads, rois.reads_masks) if rois else nullcontext() as seen,
+            dense.recording() if dense else nullcontext() as anchors,
         ):
             losses = super().forward(batched_inputs)
         teacher, storage = self.teacher, get_event_storage()
@@ -110,6 +121,8 @@ class DistilledMixin:
         if rois:
             theirs = predict_regions(teacher.model.roi_heads, pyramid, seen, teacher.image_scale)
             distillation |= rois(seen, theirs, storage.iter)
+        if dense:
+            distillation |= dense(anchors, pyramid, storage.iter)
         period = self.gradient_ratio_period
         if period and distillation and (storage.iter + 1) % period == 0:
             ratio = gradient_ratio(distillation.values(), losses.values(), self.backbone)
@@ -118,7 +131,8 @@ class DistilledMixin:
 
     def not_finite(self) -> list[str]:
         """Return the distillation losses of the last step that are NaN or infinite."""
-        return self.distiller.not_finite() + self.roi_distiller.not_finite()
+        parts = self.distiller, self.roi_distiller, self.dense_distiller
+        return [name for part in parts for name in part.not_finite()]
 
 
 @META_ARCH_REGISTRY.register()

@@ -5,18 +5,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
+from msad_kd.losses.dense import DENSE_LOSS_REGISTRY
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY
 from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.schema import read_fields
+
+# What the losses of a registry compare.
+_REGISTRIES = {
+    "features": DISTILL_LOSS_REGISTRY,
+    "regions": ROI_LOSS_REGISTRY,
+    "anchors": DENSE_LOSS_REGISTRY,
+}
 
 
 @dataclass(frozen=True)
 class LossTerm:
     """One entry of KD.LOSSES."""
 
-    name: str  # in DISTILL_LOSS_REGISTRY or ROI_LOSS_REGISTRY
-    weight: float  # of the sum over levels, or of the loss between RoI predictions
+    name: str  # in one of the registries
+    weight: float  # of the sum over levels, or of the loss between predictions
     levels: tuple[str, ...] = ()  # the student's; empty: all that have a partner
     # Iterations over which the weight rises linearly from 0.
     warmup_iters: Annotated[int, lambda count: count >= 0, "a whole number of 0 or more"] = 0
@@ -35,14 +43,19 @@ class LossTerm:
         return student_channels != teacher_channels if self.adapter == "auto" else self.adapter
 
     @property
-    def of_regions(self) -> bool:
-        """Tell whether the loss compares RoI predictions, not feature maps."""
-        return self.name in ROI_LOSS_REGISTRY
+    def compares(self) -> str:
+        """Tell what the loss compares: "features", predictions for "regions" or for "anchors"."""
+        return next(kind for kind, losses in _REGISTRIES.items() if self.name in losses)
+
+    @property
+    def part(self) -> str:
+        """Tell which predictions for anchors the loss compares; see ``dense.of_head``."""
+        return getattr(self.function, "part", "own")
 
     @property
     def function(self) -> Callable:
         """The loss function of the registry."""
-        return (ROI_LOSS_REGISTRY if self.of_regions else DISTILL_LOSS_REGISTRY).get(self.name)
+        return _REGISTRIES[self.compares].get(self.name)
 
 
 def read_losses(entries: list[dict]) -> list[LossTerm]:
@@ -60,15 +73,15 @@ def _read_term(entry: Any) -> LossTerm:
     name = entry.get("name") if isinstance(entry, dict) else None
     if name is None:
         raise InputError(f"KD.LOSSES: {entry!r} should be a dict with a name and a weight")
-    names = sorted(name for name, _ in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY))
+    names = sorted(name for losses in _REGISTRIES.values() for name, _ in losses)
     if name not in names:
         known = ", ".join(names) + nearest(str(name), names)
         raise InputError(f"KD.LOSSES: there is no loss '{name}'; known: {known}")
     if names.count(name) > 1:
-        raise InputError(f"KD.LOSSES: '{name}' is in both registries of losses; rename one of them")
+        raise InputError(f"KD.LOSSES: '{name}' is in two registries of losses; rename one of them")
     annotations = get_type_hints(LossTerm, include_extras=True)
     del annotations["arguments"]
-    if name in ROI_LOSS_REGISTRY:
+    if name not in DISTILL_LOSS_REGISTRY:
         del annotations["levels"], annotations["adapter"]
     settings = set(annotations)
     for parameter in inspect.signature(LossTerm(name, 0).function).parameters.values():

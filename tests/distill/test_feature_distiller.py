@@ -105,7 +105,7 @@ def test_a_name_that_two_losses_have_is_refused(register):
         return (student - teacher).sum()
 
     register(roi_box)
-    with pytest.raises(InputError, match="'roi_box' is in both registries"):
+    with pytest.raises(InputError, match="'roi_box' is in two registries"):
         read_losses([{"name": "roi_box", "weight": 1.0}])
 
 
