@@ -1,5 +1,7 @@
 """Explains losses that are NaN or infinite."""
 
+from itertools import chain
+
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -38,7 +40,7 @@ class WatchLosses(HookBase):
         """Return the error for the last step. All processes have to call it.
 
         Args:
-            message: what is known if no loss of the step is bad.
+            message: the error in this process, which is used if no loss of the step is bad.
         """
         trainer = self.trainer
         checkpointer, model = trainer.checkpointer, trainer.checkpointer.model
@@ -46,16 +48,17 @@ class WatchLosses(HookBase):
         levels = model.not_finite() if hasattr(model, "not_finite") else []
         if levels:  # the distillation losses, by level
             bad = [name for name in bad if not name.startswith("loss_kd_")] + levels
-        reports = comm.all_gather((bad, self._files if bad else []))
-        names = list(dict.fromkeys(name for names, _ in reports for name in names))
-        files = [f"'{file}'" for _, files in reports for file in files]
+        names, files, messages = zip(*comm.all_gather((bad, self._files if bad else [], message)))
+        names = list(dict.fromkeys(chain(*names))) or list(filter(None, messages))
+        files = [f"'{file}'" for file in chain(*files)]
         files[MOST:] = [f"{len(files) - MOST} more"] if len(files) > MOST else []
+        images = f"the images of its batch are {', '.join(files)}; " if files else ""
         checkpoint = "there is no checkpoint yet"
         if checkpointer.has_checkpoint():
             checkpoint = f"the last checkpoint is '{checkpointer.get_checkpoint_file()}'"
         self._error = NotFiniteError(
-            f"training stops, because a loss is not finite; the images of the batch are "
-            f"{', '.join(files)}; {checkpoint}; check these images and their annotations, or lower "
-            f"SOLVER.BASE_LR. Not finite at iteration {trainer.iter}: {', '.join(names) or message}"
+            f"the training stops, because a loss is not finite; {images}{checkpoint}; check the "
+            "images and their annotations, or lower SOLVER.BASE_LR. Not finite at iteration "
+            f"{trainer.iter}: {', '.join(names)}"
         )
         return self._error

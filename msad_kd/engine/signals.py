@@ -4,6 +4,8 @@ import logging
 import signal
 from contextlib import contextmanager
 
+import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
@@ -66,15 +68,18 @@ class StopOnSignal(HookBase):
         """Begin a step, which a signal does not interrupt."""
         self._at_once, self._unsaved = False, None
 
-    def agree(self, error: str) -> list[str]:
-        """Tell all processes of a signal, and of an error in this step.
+    def agree(self, failed: bool) -> bool:
+        """Tell all processes of a signal, and whether this step has failed.
 
         Returns:
-            The errors of all processes.
+            Whether it has failed in any of them.
         """
-        signals, errors = zip(*comm.all_gather((self.received, error)))
-        self.agreed = max(signals)
-        return [error for error in errors if error]
+        news = torch.tensor([self.received, failed])
+        if comm.get_world_size() > 1:
+            # On GPUs, too, through the CPU: it must not wait for the step's kernels.
+            dist.all_reduce(news, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
+        self.agreed, failed = news.tolist()
+        return bool(failed)
 
     def after_step(self):
         """Stop if a process has got a signal."""

@@ -100,8 +100,8 @@ class KDTrainer(DefaultTrainer):
             super().run_step()
         except FloatingPointError as e:  # Detectron2's, in the main process alone
             error = str(e)
-        if errors := self._stop.agree(error):
-            raise self._losses.explain(errors[0])
+        if self._stop.agree(bool(error)):
+            raise self._losses.explain(error)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume the run or start it, a student from its teacher's weights (INIT_STUDENT).

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -124,6 +125,8 @@ def start(config_files):
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more},
             capture_output=True,
             text=True,
+            # A shell's background job ignores it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     return call
@@ -213,7 +216,9 @@ class UsersHeads(StandardROIHeads):
     def forward(self, *args):
         if self.training and get_event_storage().iter == 1:
             print("process", os.getpid(), flush=True)
-            if comm.get_rank() == int(rank):
+            if comm.get_rank() == int(rank) and number == "NAN":
+                self.mask_head.predictor.bias.data.fill_(float("nan"))
+            elif comm.get_rank() == int(rank):
                 process = {"itself": os.getpid(), "launcher": os.getppid()}[goal]
                 os.kill(process, getattr(signal, number))
         return super().forward(*args)
@@ -262,6 +267,16 @@ def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, 
     states = (x["trainer"]["_trainer"]["optimizer"]["state"] for x in (found, expected))
     for one, other in zip(*(state.values() for state in states)):
         assert differing(one, other) == []
+
+
+@pytest.mark.long
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled):
+    process = signalled("1 NAN -")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stdout + process.stderr
+    (sentence,) = [x for x in process.stderr.splitlines() if x.startswith("train_net.py:")]
+    assert sentence.endswith("Not finite at iteration 1: loss_mask")
+    assert sentence.count("/train/") == 2  # of the four images those of its process
 
 
 @pytest.mark.long
