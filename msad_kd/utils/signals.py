@@ -33,7 +33,7 @@ def on_signal(act: Callable[[int], None]):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pid, handlers = os.getpid(), {n: signal.getsignal(n) for n in (*SIGNALS, signal.SIGCHLD)}
+    pid, handlers = os.getpid(), {number: signal.getsignal(number) for number in SIGNALS}
     caught = [n for n in SIGNALS if handlers[n] not in (signal.SIG_IGN, None)]
 
     def handle(number, frame):
@@ -42,7 +42,7 @@ def on_signal(act: Callable[[int], None]):
         for other in caught:
             signal.signal(other, signal.SIG_DFL)
         # The signal may have ended the workers of a data loader too, for which torch would raise.
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         act(number)
 
     try:

@@ -203,6 +203,7 @@ def test_two_processes_of_torchrun_are_the_launchers(run, whole, teacher_weights
 USERS_MODULE = """
 import os
 import signal
+import time
 
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.utils import comm
@@ -214,13 +215,18 @@ rank, number, goal = os.environ["AT_ITERATION_1"].split()
 @ROI_HEADS_REGISTRY.register()
 class UsersHeads(StandardROIHeads):
     def forward(self, *args):
+        if self.training and get_event_storage().iter == 0:
+            open(f"{__file__}.{os.getpid()}", "w").close()
         if self.training and get_event_storage().iter == 1:
-            print("process", os.getpid(), flush=True)
             if comm.get_rank() == int(rank) and number == "NAN":
                 self.mask_head.predictor.bias.data.fill_(float("nan"))
-            elif comm.get_rank() == int(rank):
+            elif comm.get_rank() == int(rank) and number != "EVALUATION":
                 process = {"itself": os.getpid(), "launcher": os.getppid()}[goal]
                 os.kill(process, getattr(signal, number))
+        elif not self.training and number == "EVALUATION":
+            if comm.get_rank() == int(rank):
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(100)
         return super().forward(*args)
 """
 
@@ -233,12 +239,12 @@ def signalled(start, teacher_weights, tmp_path):
         (tmp_path / "users_module.py").write_text(USERS_MODULE)
         process = start(
             tmp_path / "run",
-            *("--import=users_module", *arguments, "KD.TEACHER.WEIGHTS", teacher_weights),
+            *("--import=users_module", "KD.TEACHER.WEIGHTS", teacher_weights, *arguments),
             *("MODEL.ROI_HEADS.NAME", "UsersHeads", "SOLVER.CHECKPOINT_PERIOD", 100),
             **{"AT_ITERATION_1": what, "PYTHONPATH": f"{tmp_path}:{ROOT}", **options},
         )
-        pids = [x.split()[1] for x in process.stdout.splitlines() if x.startswith("process ")]
-        assert len(pids) == 2
+        pids = [x.suffix[1:] for x in tmp_path.glob("users_module.py.*")]
+        assert len(pids) == 2, process.stdout + process.stderr
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
         return process
 
@@ -252,10 +258,12 @@ def signalled(start, teacher_weights, tmp_path):
         pytest.param("0 SIGINT launcher", 130, marks=pytest.mark.long),
         pytest.param("1 SIGTERM itself", 143, marks=pytest.mark.long),
         pytest.param("1 SIGHUP itself", 129, marks=pytest.mark.long),
+        pytest.param("0 EVALUATION itself", 143, marks=pytest.mark.long),
+        pytest.param("1 EVALUATION itself", 143, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, what, code):
-    process = signalled(what)
+    process = signalled(what, "TEST.EVAL_PERIOD", 2)
     assert process.returncode == code, process.stderr
     assert "Traceback" not in process.stdout + process.stderr
     found, expected = (
