@@ -59,6 +59,7 @@ def setup(args):
 
 def main(args):
     """Train, resume or evaluate in one process, as the command line and the config say."""
+    args.resume |= is_restarted() and not args.eval_only
     cfg = setup(args)
     if args.eval_only:
         check_augmentation(cfg)
@@ -95,7 +96,6 @@ if __name__ == "__main__":
         "given several times",
     )
     arguments = parser.parse_args()
-    arguments.resume |= is_restarted() and not arguments.eval_only
     try:
         launch(
             main,

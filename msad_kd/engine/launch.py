@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from multiprocessing import connection
 
@@ -13,10 +14,11 @@ from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch import multiprocessing
 from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.distributed.rendezvous import rendezvous
 
 from msad_kd.utils.compat import create_local_process_group
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.signals import EXIT_CODES, Stopped, on_signal, stop
+from msad_kd.utils.signals import EXIT_CODES, Stopped, expect_repeated_signals, on_signal, stop
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Seconds after which the other processes are asked to end, and then killed: once a process has
@@ -67,8 +69,11 @@ def launch(
 
 
 def is_restarted() -> bool:
-    """Return whether torchrun has started this process again after one of a run failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Return whether torchrun has started a process of this run again, after one failed.
+
+    All processes have to call it: the nodes count their restarts separately.
+    """
+    return any(comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
 
 
 def _run_under_torchrun(main: Callable, args: tuple) -> None:
@@ -76,22 +81,45 @@ def _run_under_torchrun(main: Callable, args: tuple) -> None:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     with on_signal(stop):
         if world_size > 1:
-            _join_processes(rank, world_size, local_rank, local_size, "env://")
+            store = _fresh_store(rank, world_size)
+            _join_processes(rank, world_size, local_rank, local_size, store=store)
         main(*args)
+
+
+def _fresh_store(rank: int, world_size: int) -> dist.Store:
+    """Return a store without the entries of earlier starts.
+
+    torchrun keeps one over its restarts, and with it the addresses of processes that have died.
+    Each process asks the first one, by a name that it has just made up, for a prefix.
+    """
+    store, _, _ = next(rendezvous("env://"))
+    store.set_timeout(DEFAULT_TIMEOUT)
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"msad_kd/asks/{rank}", name)
+        name = store.get(f"msad_kd/answer/{name}").decode()
+        store.add(f"msad_kd/answered/{name}", 1)
+        return dist.PrefixStore(name, store)
+    asking = [f"msad_kd/asks/{other}" for other in range(1, world_size)]
+    while store.add(f"msad_kd/answered/{name}", 0) < len(asking):
+        for key in asking:
+            if store.check([key]):
+                store.set(f"msad_kd/answer/{store.get(key).decode()}", name)
+        time.sleep(0.1)
+    return dist.PrefixStore(name, store)
 
 
 def _worker(local_rank, main, local_size, world_size, machine_rank, dist_url, args):
-    # Ctrl-C reaches a whole group of processes. In a group of its own, this one hears of it from
-    # the launcher, once. Should the launcher die, the kernel sends SIGINT, which torch asked for.
-    os.setpgid(0, 0)
+    # Should the launcher be killed, the kernel sends SIGINT, as torch has asked it to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with on_signal(stop):
         rank = machine_rank * local_size + local_rank
-        _join_processes(rank, world_size, local_rank, local_size, dist_url)
+        _join_processes(rank, world_size, local_rank, local_size, init_method=dist_url)
         main(*args)
 
 
-def _join_processes(rank, world_size, local_rank, local_size, address):
+def _join_processes(rank, world_size, local_rank, local_size, **where):
+    expect_repeated_signals()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and local_size > gpus:
         raise InputError(f"{local_size} processes need as many GPUs, and this machine has {gpus}")
@@ -102,7 +130,7 @@ def _join_processes(rank, world_size, local_rank, local_size, address):
         torch.cuda.set_device(local_rank)
     dist.init_process_group(
         "nccl" if gpus else "gloo",
-        init_method=address,
+        **where,
         world_size=world_size,
         rank=rank,
         timeout=DEFAULT_TIMEOUT,
@@ -120,7 +148,11 @@ def _spawn(arguments: tuple, count: int) -> None:
         for process in processes:
             process.terminate()
 
-    with on_signal(pass_on):
+    def kill(number):
+        for process in processes:
+            process.kill()
+
+    with on_signal(pass_on, again=kill):
         context = multiprocessing.spawn(_worker, arguments, nprocs=count, join=False)
         processes += context.processes
         if received:

@@ -3,11 +3,23 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)  # as a shell counts them
+
+
+# Seconds in which a signal that comes again is the same one. Schedulers signal all processes of a
+# run, and then its launcher passes the signal on.
+_deaf = 0.0
+
+
+def expect_repeated_signals() -> None:
+    """Take signals within five seconds as one, because this process is one of several of a run."""
+    global _deaf
+    _deaf = 5.0
 
 
 class Stopped(SystemExit):
@@ -23,24 +35,41 @@ def stop(number: int) -> None:
     raise Stopped(number)
 
 
+def _die(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 @contextmanager
-def on_signal(act: Callable[[int], None]):
-    """Call ``act(number)`` at the first of SIGNALS; a second one ends the process at once.
+def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
+    """Call ``act(number)`` at the first of SIGNALS, and ``again(number)`` at those that follow.
 
     It does nothing outside the main thread, and for signals that are ignored, as under nohup. The
     handlers that were there before are restored in the end.
+
+    Args:
+        act: what to do at the first signal.
+        again: what to do at the next ones; by default the process ends at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     pid, handlers = os.getpid(), {number: signal.getsignal(number) for number in SIGNALS}
     caught = [n for n in SIGNALS if handlers[n] not in (signal.SIG_IGN, None)]
+    first = None
 
     def handle(number, frame):
+        nonlocal first
         if os.getpid() != pid:  # a fork: a data loader's worker ends with its parent
             return
-        for other in caught:
-            signal.signal(other, signal.SIG_DFL)
+        if first is not None:
+            if time.monotonic() - first >= _deaf:
+                again(number)
+            return
+        first = time.monotonic()
+        if again is _die and not _deaf:  # even where no Python code is run any more
+            for other in caught:
+                signal.signal(other, signal.SIG_DFL)
         # The signal may have ended the workers of a data loader too, for which torch would raise.
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         act(number)

@@ -36,6 +36,7 @@ NOTE = "lambda n: print('noted', flush=True)"
         ("", "s.stop", [SIGHUP], 129),
         ("", NOTE, [SIGTERM, SIGTERM], -15),
         ("", NOTE, [SIGINT, SIGTERM], -15),
+        ("s.expect_repeated_signals()", NOTE, [SIGTERM, SIGTERM], 0),
         ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", "s.stop", [SIGHUP], 0),
     ],
 )
