@@ -15,11 +15,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from msad_kd import KDTrainer
 from msad_kd.config.build import build_config, import_module
-from msad_kd.engine.launch import launch
+from msad_kd.engine.launch import is_restarted, launch
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.ladder.run import run_ladder
 from msad_kd.utils.errors import InputError, input_error_of
@@ -31,7 +31,8 @@ examples:
   train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
 Configs are YAML files, and options on top of them are KEY VALUE pairs. Python configs (LazyConfig)
-are not read. Without a GPU, --num-gpus counts processes on the CPU.
+are not read. Without a GPU, --num-gpus counts processes on the CPU. Instead of --num-gpus, torchrun
+may start the processes; those that it starts again after a failure resume by themselves.
 """
 
 
@@ -58,6 +59,7 @@ def setup(args):
 
 def main(args):
     """Train, resume or evaluate in one process, as the command line and the config say."""
+    args.resume |= is_restarted() and not args.eval_only
     cfg = setup(args)
     if args.eval_only:
         check_augmentation(cfg)
@@ -108,3 +110,6 @@ if __name__ == "__main__":
         if sentence is None:
             raise
         sys.exit(f"{os.path.basename(__file__)}: {sentence}")
+    except ProcessExitedException as error:  # killed, perhaps because memory ran out
+        words = "the others were ended; --resume goes on from the last checkpoint"
+        sys.exit(f"{os.path.basename(__file__)}: {error}; {words}")

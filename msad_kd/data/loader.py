@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from msad_kd.utils.compat import repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
+from msad_kd.utils.signals import heed_parent_alone
 
 
 @dataclass
@@ -112,12 +113,13 @@ class ResumableLoader:
             batch_sampler=([(i, derive_seed(seed, rank, d)) for i, d in x] for x in batches),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_limit_threads,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),
         )
 
 
-def _limit_threads(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
+    heed_parent_alone()
     cv2.setNumThreads(0)  # the workers already run in parallel; OpenCV's threads would compete
 
 

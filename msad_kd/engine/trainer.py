@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer
-from detectron2.engine.hooks import EvalHook, PeriodicWriter
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
@@ -18,10 +18,13 @@ from msad_kd.data.loader import CheckedMapper, build_train_loader, explain_missi
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.distill.teacher import Teacher, TeacherSpec
-from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep
+from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep, ShareStatistics
+from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.optimizer import build_optimizer
+from msad_kd.engine.signals import StopOnSignal
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.losses.terms import read_losses
+from msad_kd.modeling.batch_statistics import check_synchronised
 from msad_kd.modeling.classes import check_classes, is_a
 from msad_kd.utils.compat import ddp_on, load_trainer_state, trainer_state
 from msad_kd.utils.errors import InputError
@@ -74,22 +77,31 @@ class KDTrainer(DefaultTrainer):
 
         Returns:
             The last results on DATASETS.TEST; only the main process has any.
+
+        Raises:
+            NotFiniteError: in all processes, if a loss of one is NaN or infinite.
+            Stopped: if this or another process has got a signal; the step is done and saved.
         """
-        try:
-            # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
-            # calls, which changes its last bits: a resumed run, whose first calls come later, would
-            # differ. GPUs do not promise equal bits, and there the rewritten one saves memory.
-            with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
-                super().train()
-        except FloatingPointError as error:  # Detectron2's, which names total losses only
-            names = self.checkpointer.model.not_finite() if self.teacher is not None else []
-            if not names:
-                raise
-            raise FloatingPointError(
-                f"{error}\nNot finite at iteration {self.iter}: {', '.join(names)}"
-            ) from error
+        # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
+        # calls, which changes its last bits: a resumed run, whose first calls come later, would
+        # differ. GPUs do not promise equal bits, and there the rewritten one saves memory.
+        with (
+            self._stop.handling(),
+            torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"),
+        ):
+            super().train()
         # Detectron2 returns them only if TEST.EXPECTED_RESULTS is set.
         return getattr(self, "_last_eval_results", {})
+
+    def run_step(self) -> None:
+        """Train one step; signals and losses that are not finite end all processes after it."""
+        error = ""
+        try:
+            super().run_step()
+        except FloatingPointError as e:  # Detectron2's, in the main process alone
+            error = str(e)
+        if self._stop.agree(bool(error)):
+            raise self._losses.explain(error)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume the run or start it, a student from its teacher's weights (INIT_STUDENT).
@@ -137,7 +149,14 @@ class KDTrainer(DefaultTrainer):
     def build_hooks(self):
         """Build Detectron2's hooks and those of this project."""
         hooks = super().build_hooks()
-        hooks.insert(0, KeepNormalizer(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
+        before_saving = [ShareStatistics(*periods), KeepNormalizer(*periods)]
+        self._stop, self._losses = StopOnSignal(*periods, before_saving), WatchLosses()
+        kinds = PeriodicCheckpointer, EvalHook  # only the main process has the first
+        saving = next(i for i, hook in enumerate(hooks) if isinstance(hook, kinds))
+        evaluating = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks.insert(evaluating, self._stop)
+        hooks[saving:saving] = [*before_saving, self._losses]
         if self.cfg.SEED >= 0:
             hooks.insert(0, SeedEachStep(self.cfg.SEED))
         if self.teacher_spec is not None and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
@@ -152,6 +171,7 @@ class KDTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer of SOLVER.OPTIMIZER; see ``engine.optimizer``."""
+        check_synchronised(model, cfg)
         return build_optimizer(cfg, model)
 
     @classmethod
