@@ -88,9 +88,10 @@ def find_checkpoint(folder: str, *, training: bool = True) -> Path | None:
             continue
         _logger.warning("%s; '%s' is used", "; ".join(faults or [f"'{last}' is missing"]), path)
         return path
+    more = f"; {len(faults) - 2} more cannot either" if len(faults) > 2 else ""
     raise InputError(
-        f"no checkpoint in '{folder}' can be used: {'; '.join(faults)}; start without --resume, "
-        "which sets the old run aside"
+        f"no checkpoint in '{folder}' can be used: {'; '.join(faults[:2])}{more}; start without "
+        "--resume, which sets the old run aside"
     )
 
 

@@ -105,12 +105,12 @@ def _lock(folder: str) -> None:
         # loader's workers, and block a run that is resumed right after a kill.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        with file:
+            file.seek(0)
+            owner = file.read(200).strip()
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             _logger.warning(f"OUTPUT_DIR '{folder}' cannot be locked ({error.strerror})")
             return
-        file.seek(0)
-        owner = file.read(200).strip()
-        file.close()
         raise InputError(
             f"another run ({owner}) is at work in OUTPUT_DIR '{folder}'; wait for its end, or name "
             "another OUTPUT_DIR"

@@ -140,7 +140,8 @@ class Study:
             facts["total_seconds"] = own + sum(x.get("total_seconds") or 0 for x in before)
             facts["gradient_ratio"] = progress.gradient_ratio(cell.folder)
             for old in cell.folder.glob("**/model_0*.pth*"):
-                old.unlink()  # no longer needed to resume
+                if not old.parent.name.startswith("previous_run"):
+                    old.unlink()  # no longer needed to resume
         self.results["cells"][cell.key] = {**facts, **result}
         self.write()
 
