@@ -195,7 +195,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, damage, c
         (run / name).write_bytes(damage((run / name).read_bytes()))
         if not checked:
             (run / f"{name}.sha256").unlink()
-    with pytest.raises(InputError, match=f"no checkpoint in .*{FINAL}.*; 2 more .*without --resume"):
+    with pytest.raises(
+        InputError, match=f"no checkpoint in .*{FINAL}.*; 2 more .*without --resume"
+    ):
         resumed(run)
 
 
