@@ -87,7 +87,6 @@ class KDTrainer(DefaultTrainer):
         Returns:
             The last results on DATASETS.TEST; only the main process has any.
         """
-        lock_folder(self.cfg.OUTPUT_DIR)
         try:
             # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
             # calls, which changes its last bits: a resumed run, whose first calls come later, would
@@ -101,8 +100,6 @@ class KDTrainer(DefaultTrainer):
             raise FloatingPointError(
                 f"{error}\nNot finite at iteration {self.iter}: {', '.join(names)}"
             ) from error
-        finally:
-            release_folder(self.cfg.OUTPUT_DIR)
         # Detectron2 returns them only if TEST.EXPECTED_RESULTS is set.
         return getattr(self, "_last_eval_results", {})
 
@@ -158,15 +155,23 @@ class KDTrainer(DefaultTrainer):
         """Restore a checkpoint's state; see ``engine.resume``."""
         restore_state(self, state_dict)
 
+    def before_train(self):
+        """Keep other runs out of OUTPUT_DIR until the end, and run the hooks."""
+        lock_folder(self.cfg.OUTPUT_DIR)
+        super().before_train()
+
     def after_step(self):
         """Run the hooks, which write checkpoints, logs and results."""
         with explain_disk_errors():
             super().after_step()
 
     def after_train(self):
-        """Run the hooks after the last step."""
-        with explain_disk_errors():
-            super().after_train()
+        """Run the hooks after the last step, and leave OUTPUT_DIR to other runs."""
+        try:
+            with explain_disk_errors():
+                super().after_train()
+        finally:
+            release_folder(self.cfg.OUTPUT_DIR)
 
     def build_hooks(self):
         """Build Detectron2's hooks and those of this project."""
