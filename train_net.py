@@ -13,13 +13,13 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from fvcore.common.checkpoint import Checkpointer
-from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from msad_kd import KDTrainer
+from msad_kd.checkpoint.checkpointer import find_checkpoint
 from msad_kd.config.build import build_config, import_module
 from msad_kd.engine.launch import launch
+from msad_kd.engine.run_folder import explain_disk_errors, make_folder, take_folder
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.ladder.run import run_ladder
 from msad_kd.utils.errors import InputError, input_error_of
@@ -44,6 +44,10 @@ def setup(args):
     logger.addHandler(early)
     cfg = build_config(args.config_file, args.opts)
     cfg.freeze()
+    if args.eval_only:
+        make_folder(cfg.OUTPUT_DIR)
+    else:  # before the config is written there
+        take_folder(cfg, resume=args.resume)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="msad_kd")
     logger.removeHandler(early)
@@ -56,6 +60,7 @@ def setup(args):
     return cfg
 
 
+@explain_disk_errors()
 def main(args):
     """Train, resume or evaluate in one process, as the command line and the config say."""
     cfg = setup(args)
@@ -63,7 +68,7 @@ def main(args):
         check_augmentation(cfg)
         weights = cfg.MODEL.WEIGHTS
         if args.resume:  # the run's last checkpoint, if there is one
-            weights = Checkpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file() or weights
+            weights = str(find_checkpoint(cfg.OUTPUT_DIR, training=False) or weights)
         model = KDTrainer.load_model(cfg, weights, f"the config '{args.config_file}'")
         results = KDTrainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:

@@ -30,6 +30,14 @@ def ddp_on(device: str) -> AbstractContextManager:
     return mock.patch.object(defaults, "create_ddp_model", wrap)
 
 
+def checkpointer_of(cls: type) -> AbstractContextManager:
+    """Let ``DefaultTrainer`` make its checkpointer of this class, before it builds its hooks.
+
+    Neither version has a method to override for this.
+    """
+    return mock.patch.object(defaults, "DetectionCheckpointer", cls)
+
+
 def create_local_process_group(processes_per_machine: int) -> None:
     """Tell Detectron2 which processes run on the same machine.
 
