@@ -152,26 +152,28 @@ def _impostor(file: str) -> str | None:
 
 def _reader(file: str) -> Callable[[str], Any]:
     readers = {".pkl": _read_pickle, ".pyth": _read_pycls, ".safetensors": _read_safetensors}
-    return readers.get(os.path.splitext(file)[1], _read_torch)
+    return readers.get(os.path.splitext(file)[1], _read_pth)
 
 
-def _read_torch(file: str) -> Any:
+def _read_pth(file: str) -> Any:
+    contents = _load_torch(file)
+    bare = isinstance(contents, dict) and "model" not in contents
+    return {"model": contents} if bare else contents
+
+
+def _load_torch(file: str) -> Any:
     """Read torch's formats as weights and plain containers, unless files are trusted."""
     if trusted():
-        contents = torch.load(file, map_location="cpu", weights_only=False)
-    else:
-        _check_format(file)
-        try:
-            contents = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            if name := re.search(r"(?:GLOBAL|class|function) `?([\w.]+\.[\w.]+|\w+)", str(error)):
-                raise UntrustedError(name[1]) from error
-            if reason := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
-                raise ValueError(reason[1]) from error
-            raise
-    if isinstance(contents, dict) and "model" not in contents:
-        contents = {"model": contents}
-    return contents
+        return torch.load(file, map_location="cpu", weights_only=False)
+    _check_format(file)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # with advice of many lines, which names torch's own options
+        if name := re.search(r"(?:GLOBAL|unrecognized function|class) <?([\w.]+)", str(error)):
+            raise UntrustedError(name[1]) from error
+        if reason := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
+            raise ValueError(reason[1]) from error
+        raise
 
 
 def _check_format(file: str) -> None:
@@ -214,7 +216,7 @@ def _read_pickle(file: str) -> dict:
 
 
 def _read_pycls(file: str) -> dict:
-    weights = _read_torch(file)["model_state"]
+    weights = _load_torch(file)["model_state"]
     weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
 

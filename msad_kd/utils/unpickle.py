@@ -1,10 +1,11 @@
 """Reading pickles without running the code that a file may hold.
 
 A pickle names functions and calls them while it is read. The model zoo's weights and proposals are
-pickles of NumPy arrays in plain containers, which need a few functions. They have stand-ins here, so
-that no pickle calls NumPy's own functions with arguments of its choice.
+pickles of NumPy arrays in plain containers, which need a few functions. These have stand-ins here,
+so that no pickle calls NumPy's own functions with arguments of its choice.
 """
 
+import argparse
 import codecs
 import pickle
 import re
@@ -26,6 +27,19 @@ def trust_files() -> None:
 def trusted() -> bool:
     """Return whether ``trust_files`` was called in this process."""
     return _trusted
+
+
+class TrustFiles(argparse.Action):
+    """The option ``--trust-files`` of a command: it calls ``trust_files`` when it is given."""
+
+    def __init__(self, option_strings, dest, **keywords):
+        words = "run the code in weights and proposals (.pkl, .pth): only if you know who made them"
+        super().__init__(option_strings, dest, nargs=0, default=False, help=words, **keywords)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Trust the files."""
+        setattr(namespace, self.dest, True)
+        trust_files()
 
 
 class UntrustedError(pickle.UnpicklingError):
