@@ -38,7 +38,7 @@ are not read. Without a GPU, --num-gpus counts processes on the CPU.
 
 def setup(args):
     """Import the user's modules, read the config, and prepare logs and seeds."""
-    if args.trust_files:  # in each process
+    if getattr(args, "trust_files", False):  # in each process
         trust_files()
     for module in args.imports:
         import_module(module)

@@ -84,23 +84,25 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"'{self._path}' for {self.purpose} has {len(wrong)} weights whose numbers are of "
                 f"another kind than the model's, e.g. {wrong[0]}; take another checkpoint"
             )
-        self._size = len(checkpoint["model"])
+        self._size, self._weights = len(checkpoint["model"]), checkpoint["model"]
         return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible) -> None:
         shapes = {key: f"{key} {a} -> {b}" for key, a, b in incompatible.incorrect_shapes}
         own = [key for key in self.model.state_dict() if _is_weight(key)]
+        fitting = [key for key in own if key in self._weights]  # Detectron2 took the others out
+        # Keys that a layer fills in itself, such as those of frozen statistics, are in neither.
         missing = _filter_reused_missing_keys(self.model, incompatible.missing_keys)
         missing = [key for key in own if key in missing]
         unused = [key for key in incompatible.unexpected_keys if _is_weight(key)]
         subject = f"'{self._path}' for {self.purpose}"
-        if len(missing) == len(own) > 0:
+        if own and not fitting:
             other = next(iter(shapes.values()), unused[0] if unused else "none")
             raise InputError(
                 f"none of the {self._size} weights of {subject} fits the model, e.g. {other} (the "
                 f'model has {own[0]}); name the checkpoint of another model, or "" for none'
             )
-        said = [f"{len(own) - len(missing)} of the model's {len(own)} weights are in {subject}"]
+        said = [f"{len(fitting)} of the model's {len(own)} weights are in {subject}"]
         if missing:
             said.append(f"{len(missing)} start untrained: {_grouped(missing)}")
         if shapes:

@@ -26,7 +26,8 @@ _IMPOSTORS = {
     b"{": "is a JSON file; name a checkpoint",
     b"[": "is a JSON file; name a checkpoint",
 }
-_TORCH_HEADS = (b"PK\x03\x04", b"\x80")  # an archive, and torch's format before 1.6
+_ARCHIVE = b"PK\x03\x04"  # the first bytes of torch's format
+_LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # a number at the beginning of the one before torch 1.6
 _ADVICE = "; if you know who made it, --trust-files reads it, and runs the code in it"
 
 
@@ -90,10 +91,12 @@ def fetch(address: str, purpose: str) -> str:
     """Return the local path of a file, downloaded if it is an address.
 
     Raises:
-        InputError: if it cannot be downloaded.
+        InputError: if it cannot be downloaded or opened.
     """
     try:
-        return PathManager.get_local_path(address)
+        local = PathManager.get_local_path(address)
+        open(local, "rb").close()
+        return local
     except Exception as error:  # whatever the handlers of addresses raise
         raise InputError(
             f"the checkpoint '{address}' for {purpose} cannot be fetched ({_first_line(error)})"
@@ -182,10 +185,10 @@ def _check_format(file: str) -> None:
     torch itself does not compare the checksums in its archives.
     """
     with open(file, "rb") as stream:
-        head = stream.read(4)
-    if not head.startswith(_TORCH_HEADS) or tarfile.is_tarfile(file):
+        head = stream.read(32)
+    if not (head.startswith(_ARCHIVE) or _LEGACY in head) or tarfile.is_tarfile(file):
         raise ValueError("it has none of torch's formats")
-    if head != _TORCH_HEADS[0]:
+    if not head.startswith(_ARCHIVE):
         return
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
