@@ -23,6 +23,7 @@ from msad_kd.engine.run_folder import explain_disk_errors, make_folder, take_fol
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.ladder.run import run_ladder
 from msad_kd.utils.errors import InputError, input_error_of
+from msad_kd.utils.unpickle import TrustFiles, trust_files
 
 EXAMPLES = """
 examples:
@@ -37,6 +38,8 @@ are not read. Without a GPU, --num-gpus counts processes on the CPU.
 
 def setup(args):
     """Import the user's modules, read the config, and prepare logs and seeds."""
+    if args.trust_files:  # in each process
+        trust_files()
     for module in args.imports:
         import_module(module)
     # The config says where the log goes: keep what is logged before it is read.
@@ -98,6 +101,7 @@ if __name__ == "__main__":
         help="Python module to import first, so that a config can name what it registers; may be "
         "given several times",
     )
+    parser.add_argument("--trust-files", action=TrustFiles)
     arguments = parser.parse_args()
     try:
         launch(

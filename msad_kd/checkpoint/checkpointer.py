@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 
+from msad_kd.checkpoint.checkpoint import SafeCheckpointer
 from msad_kd.checkpoint.files import (
     CHECKSUM,
     PART,
-    check_checksum,
     replacing,
     replacing_with_checksum,
 )
@@ -96,7 +95,6 @@ def find_checkpoint(folder: str, *, training: bool = True) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    check_checksum(path)
     return read_checkpoint(str(path), "resuming")
 
 
@@ -120,7 +118,7 @@ def _check_training(path: Path, contents: dict) -> None:
         )
 
 
-class TrainingCheckpointer(DetectionCheckpointer):
+class TrainingCheckpointer(SafeCheckpointer):
     """Detectron2's checkpointer, except that nothing it wrote before can be lost or taken wrongly.
 
     Each file is on disk before it takes its place, with its SHA-256 beside it. Weights that are not
