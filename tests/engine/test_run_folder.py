@@ -211,4 +211,7 @@ def test_the_first_sentence_is_the_one_that_is_told():
         try:
             raise InputError("the checkpoint cannot be written")
         finally:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            try:
+                raise KeyError("what an evaluation caught")
+            except KeyError:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: B904
