@@ -56,6 +56,7 @@ def setup(args):
     logger.removeHandler(early)
     for record in early.buffer:
         logger.handle(record)
+    logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
     # Detectron2 logs the traceback of any error in training; an InputError needs none.
     logging.getLogger("detectron2.engine.train_loop").addFilter(
         lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError))

@@ -56,6 +56,12 @@ def find_checkpoint(folder: str, *, training: bool = True) -> Path | None:
         InputError: if the folder has checkpoints and none can be used, or if ``last_checkpoint``
             names one that holds weights alone.
     """
+    found = _find(folder, training=training)
+    return found[0] if found else None
+
+
+def _find(folder: str, *, training: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """Return what ``find_checkpoint`` returns, and the checkpoint's contents."""
     if not has_checkpoint(folder):
         return None
     last, others, faults = Path(folder, LAST), checkpoints_in(folder), []
@@ -76,7 +82,7 @@ def find_checkpoint(folder: str, *, training: bool = True) -> Path | None:
         else:
             if training:
                 _check_training(named, contents)
-            return named
+            return named, contents
     for path in sorted(others, key=_iteration, reverse=True):
         try:
             contents = _read(path)
@@ -86,7 +92,7 @@ def find_checkpoint(folder: str, *, training: bool = True) -> Path | None:
             faults.append(str(error))
             continue
         _logger.warning("%s; '%s' is used", "; ".join(faults or [f"'{last}' is missing"]), path)
-        return path
+        return path, contents
     more = f"; {len(faults) - 2} more cannot either" if len(faults) > 2 else ""
     raise InputError(
         f"no checkpoint in '{folder}' can be used: {'; '.join(faults[:2])}{more}; start without "
@@ -111,7 +117,8 @@ def _iteration(path: Path) -> float:
 
 def _check_training(path: Path, contents: dict) -> None:
     trainer = contents.get("trainer")
-    if not isinstance(trainer, dict) or not isinstance(trainer.get("iteration"), int):
+    iteration = trainer.get("iteration") if isinstance(trainer, dict) else None
+    if not isinstance(iteration, int) or iteration < 0:
         raise InputError(
             f"'{path}' cannot be resumed: it has no 'trainer' with the state of a training; to "
             "start from its weights, name it as MODEL.WEIGHTS of a run with another OUTPUT_DIR"
@@ -132,6 +139,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         super().__init__(*args, **keywords)
         self.extra: dict[str, Any] = {}
         self._resumed: str | None = None  # the file while it is being resumed
+        self._contents: dict[str, Any] | None = None  # those of the file that ``find`` found
         self._changes = ""  # the config keys that differ from the resumed run's, for errors
 
     def save(self, name: str, **kwargs) -> None:
@@ -181,7 +189,13 @@ class TrainingCheckpointer(SafeCheckpointer):
 
     def find(self) -> Path | None:
         """Return ``find_checkpoint`` of the main process; every process has to call this."""
-        return in_main_process(lambda: find_checkpoint(self.save_dir))
+
+        def find():
+            found = _find(self.save_dir)
+            path, self._contents = found or (None, None)
+            return path
+
+        return in_main_process(find)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume the folder's run if it has one, or load the weights of a file."""
@@ -189,7 +203,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         return self.resume(found) if found else self.load(path, checkpointables=[])
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """Load a training checkpoint, in which every key has to fit.
+        """Load the training checkpoint that ``find`` found; every key has to fit.
 
         Raises:
             InputError: if the file does not fit the model or the trainer; nothing is loaded then.
@@ -203,7 +217,8 @@ class TrainingCheckpointer(SafeCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if self._resumed is None:
             return super()._load_file(filename)
-        contents = _read(Path(filename))
+        contents = self._contents or _read(Path(filename))  # another process has not read it yet
+        self._contents = None
         for key, part in self.checkpointables.items():
             if hasattr(part, "check_state_dict"):
                 self._changes = part.check_state_dict(contents[key])

@@ -23,6 +23,7 @@ LOCK, METRICS, ASIDE = ".run.lock", "metrics.json", "previous_run_{}"
 # The marks of a run, which a new one would write over or go on from, and what belongs to it.
 _MARKS = (LAST, "model_[0-9]*.pth", "model_final.pth", METRICS, "DONE")  # DONE: a ladder's stage
 _REST = ("model_*.pth.*", "model_best.pth", "events.out.tfevents.*", "student.pth")
+_LEAST_BYTES = 1 << 20  # logs and configs take some 100 kB
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def make_folder(folder: str) -> None:
         try:
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b"a disk that is full is noticed by the first byte")
+                file.write(bytes(_LEAST_BYTES))
         except OSError as error:
             raise InputError(
                 f"OUTPUT_DIR '{folder}' cannot be written to ({error.strerror}); name another "
@@ -171,8 +172,10 @@ def explain_disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        if isinstance(error.__context__, InputError):
-            raise error.__context__ from None
+        before = error
+        while before := before.__context__:
+            if isinstance(before, InputError):
+                raise before from None
         name = f" to '{error.filename}'" if error.filename else ""
         raise InputError(
             f"nothing can be written{name} ({error.strerror}); make room on the disk of OUTPUT_DIR "

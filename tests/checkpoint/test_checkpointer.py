@@ -311,6 +311,7 @@ def test_a_checkpoint_of_before_is_resumed(run):
         (lambda x: x.update(trainer=[1]), "has no 'trainer'"),
         (lambda x: x.update(trainer={}), "has no 'trainer'"),
         (lambda x: x.update(trainer={"iteration": "5"}), "has no 'trainer'"),
+        (lambda x: x.update(trainer={"iteration": -9}), "has no 'trainer'"),
     ],
 )
 def test_what_does_not_fit_is_refused(run, change, words):

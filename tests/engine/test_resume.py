@@ -71,7 +71,7 @@ def momenta(trainer):
     }
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
+@pytest.mark.parametrize("optimizer", [pytest.param("SGD", marks=pytest.mark.long), "ADAMW"])
 def test_without_a_change_nothing_is_said_and_the_end_is_the_same(resumed, runs, caplog, optimizer):
     trainer = resumed("TEST.EVAL_PERIOD", 2, "DATALOADER.NUM_WORKERS", 1, optimizer=optimizer)
     assert messages(caplog) == [] and trainer.start_iter == 2
@@ -120,9 +120,10 @@ def test_the_present_solver_wins_and_the_optimizers_state_is_kept(
     assert ours == expected
     before = resumed_state(runs(optimizer), config, optimizer)
     assert before and differing(momenta(trainer), before) == []
-    trainer.max_iter = 3
-    trainer.train()
-    assert trainer.iter == 3
+    if keys is GROUPED:
+        trainer.max_iter = 3
+        trainer.train()
+        assert trainer.iter == 3
 
 
 def resumed_state(folder, config, optimizer):
@@ -168,7 +169,9 @@ def test_another_precision_is_refused(resumed):
         trainer.check_state_dict(state)
 
 
-@pytest.mark.parametrize(("before", "now"), [([], ADAPTED), (ADAPTED, [])])
+@pytest.mark.parametrize(
+    ("before", "now"), [([], ADAPTED), pytest.param(ADAPTED, [], marks=pytest.mark.long)]
+)
 def test_losses_with_parameters_are_refused(student_config, before, now):
     losses = [[*x, {"name": "mse", "weight": 1.0}] for x in (before, now)]
     cfg = student_config("KD.LOSSES", losses[0], "SOLVER.MAX_ITER", 2, *NO_TEST)
@@ -331,9 +334,8 @@ def check_kill(config, whole, moments):
     assert again["trainer"]["iteration"] == 3
 
 
-@pytest.mark.parametrize("moment", [-6, 14], ids=["in the second", "before the last is tagged"])
-def test_killed_while_it_writes_a_checkpoint(config, whole, moment):
-    check_kill(config, whole, [moment])
+def test_killed_while_it_writes_its_second_checkpoint(config, whole):
+    check_kill(config, whole, [-6])
 
 
 @pytest.mark.long

@@ -178,7 +178,7 @@ def test_an_output_dir_that_cannot_be(config_files, tmp_path, output, words, fla
     (tmp_path / "file").write_text("")
     arguments = [*flags, "--config-file", str(config_files["lr"]), "OUTPUT_DIR"]
     args = default_argument_parser().parse_args([*arguments, output.format(file=tmp_path / "file")])
-    args.imports = []
+    args.imports, args.trust_files = [], False
     with pytest.raises(InputError, match=words):
         train_net.main(args)
 
@@ -211,4 +211,7 @@ def test_the_first_sentence_is_the_one_that_is_told():
         try:
             raise InputError("the checkpoint cannot be written")
         finally:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            try:
+                raise KeyError("what an evaluation caught")
+            except KeyError:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: B904
