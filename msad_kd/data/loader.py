@@ -16,7 +16,7 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 
-from msad_kd.utils.compat import repeat_factor_options
+from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
 from msad_kd.utils.signals import heed_parent_alone
@@ -44,7 +44,8 @@ def explain_missing_data(names: tuple[str, ...]):
         raise InputError("no data set is named; set DATASETS.TRAIN")
     data_sets = f"data set {', '.join(names)}"
     try:
-        yield
+        with plain_proposals():
+            yield
     except FileNotFoundError as error:
         words = f"'{error.filename}' does not exist; set DETECTRON2_DATASETS to the folder with it"
         raise InputError(f"{data_sets}: {words}") from error

@@ -5,7 +5,7 @@ import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
@@ -13,6 +13,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.checkpointer import TrainingCheckpointer
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.data.loader import CheckedMapper, build_train_loader, explain_missing_data
 from msad_kd.data.mapper import build_mapper
@@ -21,13 +22,20 @@ from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep, ShareStatistics
 from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.optimizer import build_optimizer
+from msad_kd.engine.resume import check_state, restore_state
+from msad_kd.engine.run_folder import (
+    explain_disk_errors,
+    lock_folder,
+    make_folder,
+    release_folder,
+    take_folder,
+)
 from msad_kd.engine.signals import StopOnSignal
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.batch_statistics import check_synchronised
 from msad_kd.modeling.classes import check_classes, is_a
-from msad_kd.utils.compat import ddp_on, load_trainer_state, trainer_state
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.compat import checkpointer_of, ddp_on, trainer_state
 
 _logger = logging.getLogger(__name__)
 
@@ -63,8 +71,12 @@ class KDTrainer(DefaultTrainer):
                 f"KD.TEACHER is not used: a {cfg.MODEL.META_ARCHITECTURE} is trained without "
                 "distillation (students are DistilledRCNN and the like)"
             )
-        with ddp_on(cfg.MODEL.DEVICE):
+        make_folder(cfg.OUTPUT_DIR)
+        with ddp_on(cfg.MODEL.DEVICE), checkpointer_of(TrainingCheckpointer):
             super().__init__(cfg)
+        if cfg.DATASETS.TRAIN:
+            names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+            self.checkpointer.extra = {"classes": list(names)} if names else {}
 
     def _build_student(self, cfg: CfgNode) -> nn.Module:
         student = type(self).build_model(cfg)
@@ -106,16 +118,26 @@ class KDTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume the run or start it, a student from its teacher's weights (INIT_STUDENT).
 
+        A fresh start moves an old run in OUTPUT_DIR aside; see ``engine.run_folder``.
+
         Raises:
-            InputError: if MODEL.WEIGHTS does not exist or the backbones differ.
+            InputError: if MODEL.WEIGHTS does not exist or the backbones differ, if the run cannot
+                be resumed with this config, or if another run is at work in OUTPUT_DIR.
         """
-        fresh = not (resume and self.checkpointer.has_checkpoint())
+        if take_folder(self.cfg, resume=resume):
+            self._reopen_writers()
+        if found := self.checkpointer.find() if resume else None:
+            self.checkpointer.resume(found)
+            self.data_loader.start = self.start_iter = self.iter + 1
+            if self.start_iter == self.max_iter:  # it may have been killed before its last file
+                self.checkpointer.keep_as_final(found)
+            return
         weights = self.cfg.MODEL.WEIGHTS
-        if fresh and weights:
+        if weights:
             check_exists(weights, "MODEL.WEIGHTS")
-        super().resume_or_load(resume)
+        super().resume_or_load(resume=False)
         self.data_loader.start = self.start_iter
-        if fresh and self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
+        if self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
             backbone = self.cfg.KD.TEACHER.INIT_BACKBONE
             if weights and backbone:
                 _logger.warning(
@@ -124,27 +146,44 @@ class KDTrainer(DefaultTrainer):
                 )
             init_from_teacher(self.checkpointer.model, self.teacher.model, backbone=backbone)
 
+    def _reopen_writers(self) -> None:
+        """Let the writers write new files, after those that they had opened were moved."""
+        for hook in self._hooks:
+            if isinstance(hook, PeriodicWriter):
+                for writer in hook._writers:
+                    writer.close()
+                hook._writers[:] = self.build_writers()
+
     def state_dict(self) -> dict:
-        """Return the state for a checkpoint, with optimizer and batch size."""
-        return {**trainer_state(self), "images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH}
+        """Return the state for a checkpoint, with optimizer, batch size and config."""
+        own = {"images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH, "config": self.cfg.dump()}
+        return {**trainer_state(self), **own}
+
+    def check_state_dict(self, state_dict: dict) -> str:
+        """Check a checkpoint's state before anything is loaded; see ``engine.resume``."""
+        return check_state(self, state_dict)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore a checkpoint's state.
+        """Restore a checkpoint's state; see ``engine.resume``."""
+        restore_state(self, state_dict)
 
-        Raises:
-            InputError: if the run had another batch size.
-        """
-        before, now = state_dict.get("images_per_batch"), self.cfg.SOLVER.IMS_PER_BATCH
-        if before not in (None, now):
-            raise InputError(
-                f"the run in '{self.cfg.OUTPUT_DIR}' had {before} images a batch and is resumed "
-                f"with {now}, which is another schedule; resume it on as many processes, with the "
-                "same SOLVER.IMS_PER_BATCH"
-            )
-        if not load_trainer_state(self, state_dict):
-            _logger.warning(
-                "The checkpoint has no optimizer state: it was written by Detectron2 0.6 itself"
-            )
+    def before_train(self):
+        """Keep other runs out of OUTPUT_DIR until the end, and run the hooks."""
+        lock_folder(self.cfg.OUTPUT_DIR)
+        super().before_train()
+
+    def after_step(self):
+        """Run the hooks, which write checkpoints, logs and results."""
+        with explain_disk_errors():
+            super().after_step()
+
+    def after_train(self):
+        """Run the hooks after the last step, and leave OUTPUT_DIR to other runs."""
+        try:
+            with explain_disk_errors():
+                super().after_train()
+        finally:
+            release_folder(self.cfg.OUTPUT_DIR)
 
     def build_hooks(self):
         """Build Detectron2's hooks and those of this project."""

@@ -1,6 +1,7 @@
 """What differs between Detectron2 0.6 and its git main, and the patches that libraries need."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -8,9 +9,13 @@ from unittest import mock
 import numpy as np
 import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.data import build as data_build
 from detectron2.engine import DefaultTrainer, TrainerBase, defaults
 from detectron2.evaluation import coco_evaluation
 from detectron2.utils import comm
+
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.unpickle import UntrustedError, load_pickle
 
 
 def add_missing_keys(cfg: CfgNode) -> None:
@@ -28,6 +33,14 @@ def ddp_on(device: str) -> AbstractContextManager:
         return nullcontext()
     wrap = partial(defaults.create_ddp_model, device_ids=None)
     return mock.patch.object(defaults, "create_ddp_model", wrap)
+
+
+def checkpointer_of(cls: type) -> AbstractContextManager:
+    """Let ``DefaultTrainer`` make its checkpointer of this class, before it builds its hooks.
+
+    Neither version has a method to override for this.
+    """
+    return mock.patch.object(defaults, "DetectionCheckpointer", cls)
 
 
 def create_local_process_group(processes_per_machine: int) -> None:
@@ -59,6 +72,35 @@ def load_trainer_state(trainer: DefaultTrainer, state: dict) -> bool:
     if "_trainer" in state:
         trainer._trainer.load_state_dict(state["_trainer"])
     return "_trainer" in state
+
+
+@contextmanager
+def plain_proposals() -> Iterator[None]:
+    """Let Detectron2 read DATASETS.PROPOSAL_FILES by ``load_pickle``, which runs no code.
+
+    Neither version has a method to override for this.
+
+    Raises:
+        InputError: if a file cannot be read, or does not fit the images.
+    """
+    load = data_build.load_proposals_into_dataset
+
+    def load_or_explain(dicts: list[dict], file: str) -> list[dict]:
+        try:
+            return load(dicts, file)
+        except UntrustedError as error:
+            words = f"asks for {error}, which could run code; --trust-files would run it"
+            raise InputError(f"DATASETS.PROPOSAL_FILES: '{file}' {words}") from error
+        except Exception as error:  # whatever a damaged pickle, or one of other contents, raises
+            words = "cannot be read as proposals for these images"
+            raise InputError(f"DATASETS.PROPOSAL_FILES: '{file}' {words} ({error!r})") from error
+
+    reader = SimpleNamespace(load=load_pickle)
+    with (
+        mock.patch.object(data_build, "pickle", reader),
+        mock.patch.object(data_build, "load_proposals_into_dataset", load_or_explain),
+    ):
+        yield
 
 
 def repeat_factor_options(cfg: CfgNode) -> dict[str, bool]:

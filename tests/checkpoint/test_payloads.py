@@ -1,0 +1,373 @@
+"""Files with a payload, through everything that takes a file: none runs.
+
+The payload of every file writes the file MARK beside it.
+"""
+
+import argparse
+import io
+import pickle
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import NO_TEST, ROOT, train
+from timm_networks import backbone
+from torch import nn
+
+from msad_kd import KDTrainer
+from msad_kd.checkpoint.checkpoint import SafeCheckpointer, load_strictly
+from msad_kd.checkpoint.checkpointer import find_checkpoint
+from msad_kd.checkpoint.reading import read_checkpoint
+from msad_kd.checkpoint.strip import strip_checkpoint
+from msad_kd.config.build import build_config
+from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.ladder.run import run_ladder
+from msad_kd.utils import unpickle
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.unpickle import TrustFiles, load_pickle
+from projects.study import grid
+
+MARK = "the_payload_ran"
+
+
+class Payload:
+    def __init__(self, folder):
+        self.mark = str(folder / MARK)
+
+    def __reduce__(self):
+        return open, (self.mark, "w")
+
+
+class Built:
+    """A payload in the state of an object that is allowed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return OrderedDict, (), {"x": Payload(self.folder)}
+
+
+def as_zip(content):
+    """The archive that torch.save writes, with any pickle in it."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/version", "3\n")
+        archive.writestr("a/byteorder", "little")
+    return stream.getvalue()
+
+
+def nested_zip(content):
+    """An archive in an archive, as torch once stored models of several parts."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({"model": {"x": content}}, 2))
+        archive.writestr("data.pkl", content)
+        archive.writestr("a/constants.pkl", content)
+        archive.writestr("a/version", "3\n")
+        archive.writestr("inner.pth", as_zip(content))
+    return stream.getvalue()
+
+
+def as_tar(content):
+    """The format of torch until 0.1.10; torch 2.5 still ran the code in one (CVE-2025-32434)."""
+    stream = io.BytesIO()
+    # The first file's name looks like the beginning of the later format.
+    first = pickle.dumps(LEGACY[0], 2).decode(errors="surrogateescape")
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name in (first, "sys_info", "storages", "tensors", "pickle"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+LEGACY = 0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}  # what the next one begins with
+
+
+def legacy(content):
+    """The format before torch 1.6: pickles one after another."""
+    head = b"".join(pickle.dumps(x, 2) for x in LEGACY)
+    return head + content + pickle.dumps([], 2)
+
+
+CONTENTS = {  # of what a file pickles
+    "alone": lambda payload: payload,
+    "key": lambda payload: {"model": {"a": np.ones(1), "b": payload}, "__author__": "x"},
+    "blobs": lambda payload: {"blobs": {"a": np.array([payload], dtype=object)}},
+    "beside": lambda payload: {"model": {"a": torch.ones(1)}, "trainer": [payload]},
+}
+FORMATS = {
+    "0.pkl": lambda x: pickle.dumps(x, 0),
+    "2.pkl": lambda x: pickle.dumps(x, 2),
+    "5.pkl": lambda x: pickle.dumps(x, 5),
+    "zip.pth": lambda x: as_zip(pickle.dumps(x, 2)),
+    "zip.pyth": lambda x: as_zip(pickle.dumps({"model_state": x}, 2)),
+    "legacy.pth": lambda x: legacy(pickle.dumps(x, 2)),
+    "nested.pth": lambda x: nested_zip(pickle.dumps(x, 2)),
+    "pickle.pth": lambda x: pickle.dumps(x, 4),
+    "pickle.safetensors": lambda x: pickle.dumps(x, 4),
+    "tar.pth": lambda x: as_tar(pickle.dumps(x, 2)),
+}
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """bomb(name): write a file with a payload. That none ran is checked at the end."""
+
+    def write(name="5.pkl", content="key", payload=Payload):
+        path = tmp_path / name
+        path.write_bytes(FORMATS[name](CONTENTS[content](payload(tmp_path))))
+        return str(path)
+
+    yield write
+    assert not (tmp_path / MARK).exists()
+
+
+def test_the_payload_works(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path)))
+    assert (tmp_path / MARK).exists()
+
+
+READERS = {
+    "read": lambda path, folder: read_checkpoint(path, "x"),
+    "MODEL.WEIGHTS": lambda path, folder: SafeCheckpointer(nn.Linear(1, 1)).load(path),
+    "strictly": lambda path, folder: load_strictly(nn.Linear(1, 1), path, "x"),
+    "strip": lambda path, folder: strip_checkpoint(path, str(folder / "target.pth")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_format_runs_it(bomb, tmp_path, name, content):
+    for payload in (Payload, Built):
+        path = bomb(name, content, payload)
+        for read in READERS.values():
+            with pytest.raises(InputError, match=f"{name}' for "):
+                read(path, tmp_path)
+
+
+def test_the_tar_file_is_taken_for_the_later_format_by_its_beginning(bomb):
+    path = bomb("tar.pth")
+    assert open(path, "rb").read().startswith(pickle.dumps(LEGACY[0], 2))
+    with pytest.raises(InputError, match="has none of torch's formats"):
+        read_checkpoint(path, "x")
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.endswith("h")])
+def test_a_timm_backbone_runs_none(bomb, name):
+    with pytest.raises(InputError, match=f"MODEL.TIMM.CHECKPOINT: .*{name}"):
+        backbone(checkpoint=bomb(name))
+
+
+OPCODES = {  # what a pickle could do to the functions that are allowed
+    "a_state_for_a_function": b"ccollections\nOrderedDict\n}}U\x01xNs\x86b.",
+    "a_length_for_bytes": b"cbuiltins\nbytes\n(L99999999999L\ntR.",
+    "a_shape_for_an_array": b"cnumpy\nndarray\n((L99999999999L\nttR.",
+    "another_codec": b"c_codecs\nencode\nX\x01\0\0\0aX\x03\0\0\0zip\x86R.",
+    "a_name_in_a_module": b"\x80\x04\x8c\x05numpy\x8c\x0bos.system\x93.",
+    "an_extension": b"\x82\x01.",
+    "a_persistent_id": b"Pos.system\n.",
+    "an_instance": b"(ios\nsystem\n.",
+}
+
+
+@pytest.mark.parametrize("content", OPCODES.values(), ids=OPCODES)
+def test_allowed_functions_cannot_be_misused(content):
+    with pytest.raises((pickle.UnpicklingError, TypeError, ValueError, AttributeError)):
+        load_pickle(io.BytesIO(b"\x80\x02" + content if content[0] != 0x80 else content))
+
+
+@pytest.mark.parametrize("name", ["5.pkl", "zip.pth"])
+class TestARun:
+    def test_its_start(self, bomb, config, name):
+        with pytest.raises(InputError, match=f"{name}' for MODEL.WEIGHTS"):
+            train(config("lr", "MODEL.WEIGHTS", bomb(name), *NO_TEST))
+
+    def test_its_teacher(self, bomb, config, name):
+        spec = TeacherSpec.from_config(config("student", "KD.TEACHER.WEIGHTS", bomb(name)))
+        with pytest.raises(InputError, match=f"{name}' for KD.TEACHER"):
+            spec.build()
+
+    def test_its_evaluation(self, bomb, config, name):
+        with pytest.raises(InputError, match=f"{name}' for the config"):
+            KDTrainer.load_model(config("lr"), bomb(name), "the config")
+
+    def test_its_last_checkpoint(self, bomb, config, name, tmp_path):
+        path = bomb(name)
+        cfg = config("lr", *NO_TEST, "OUTPUT_DIR", str(tmp_path))
+        (tmp_path / "last_checkpoint").write_text(name)
+        (tmp_path / "model_0000001.pth").write_bytes((tmp_path / name).read_bytes())
+        for training in (True, False):
+            with pytest.raises(InputError, match="no checkpoint in"):
+                find_checkpoint(str(tmp_path), training=training)
+        with pytest.raises(InputError, match="no checkpoint in"):
+            train(cfg, resume=True)
+        assert path
+
+    @pytest.mark.parametrize("part", ["weights", "start"])
+    def test_a_stage_of_its_ladder(self, bomb, config, config_files, teacher_weights, name, part):
+        losses = [{"name": "l1", "weight": 1}]
+        stage = {"name": "a", "config_file": str(config_files["teacher"]), "losses": losses}
+        stage["weights"] = bomb(name) if part == "weights" else str(teacher_weights)
+        options = ["KD.LADDER.STAGES", [stage], *NO_TEST]
+        options += ["MODEL.WEIGHTS", bomb(name)] if part == "start" else []
+        with pytest.raises(InputError, match=f"{name}' for "):
+            run_ladder(config("student", *options), resume=False)
+
+
+class TestProposals:
+    """DATASETS.PROPOSAL_FILES_*, which Detectron2 reads itself."""
+
+    @pytest.fixture
+    def load(self, config, tmp_path):
+        def build(content, split="TRAIN"):
+            path = tmp_path / "proposals.pkl"
+            path.write_bytes(content)
+            options = [f"DATASETS.PROPOSAL_FILES_{split}", [str(path)]]
+            cfg = config("lr", "MODEL.LOAD_PROPOSALS", True, *options)
+            if split == "TRAIN":
+                return KDTrainer.build_train_loader(cfg).dataset.dicts
+            return KDTrainer.build_test_loader(cfg, "tiny_val").dataset
+
+        return build
+
+    @pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+    def test_none_runs(self, load, split, tmp_path):
+        proposals = {"ids": [1], "boxes": [Payload(tmp_path)], "objectness_logits": [np.ones(1)]}
+        with pytest.raises(InputError, match="PROPOSAL_FILES: '.*proposals.pkl' asks for .*open"):
+            load(pickle.dumps(proposals), split)
+        assert not (tmp_path / MARK).exists()
+
+    def test_arrays_are_read(self, load):
+        logits = [np.array([0.1, 0.9], "f4")] * 6
+        boxes = [np.array([[0, 0, 1, 1], [0, 0, i, 2]], "f4") for i in range(6)]
+        names = {"ids": [*range(6)], "boxes": boxes, "objectness_logits": logits}
+        for protocol in (2, 5):
+            dicts = load(pickle.dumps(names, protocol))
+            assert [d["proposal_boxes"][0].tolist() for d in dicts] == [
+                [0, 0, d["image_id"], 2] for d in dicts
+            ]
+            assert {type(d["proposal_boxes"]) for d in dicts} == {np.ndarray}
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"<html>", pickle.dumps([1]), pickle.dumps({"ids": [], "boxes": []})]
+    )
+    def test_other_files_are_one_sentence(self, load, content):
+        with pytest.raises(InputError, match="PROPOSAL_FILES: '.*proposals.pkl' cannot be read"):
+            load(content)
+
+
+TOOLS = {  # tool: its arguments, with BOMB for the file
+    "analyze_model": "--config-file {lr} --weights BOMB",
+    "resolution_sweep": "--model a {lr} BOMB --sizes 32 --output {out}/sweep",
+    "precise_statistics": "--config-file {teacher} --batches 1 BOMB {out}/new.pth",
+    "compare_gradients": "--config-file {student} KD.TEACHER.WEIGHTS BOMB",
+    "compare_gradients --weights": "--config-file {student} --weights BOMB "
+    "KD.TEACHER.WEIGHTS {good}",
+    "compare_gradients MODEL.WEIGHTS": "--config-file {student} KD.TEACHER.WEIGHTS {good} "
+    "MODEL.WEIGHTS BOMB",
+    "compare_features": "--config-file {student} --split train --model a BOMB "
+    "KD.TEACHER.WEIGHTS {good}",
+    "suggest_ladder": "--student {lr} BOMB --teacher a {teacher} {good} --images 5 "
+    "--output {out}/l",
+    "suggest_ladder --teacher": "--student {lr} --teacher a {teacher} BOMB --images 5 "
+    "--output {out}/l",
+    "strip_checkpoint": "BOMB {out}/target.pth",
+}
+
+
+@pytest.mark.parametrize("case", TOOLS)
+def test_no_tool_runs_it(bomb, tmp_path, config_files, teacher_weights, monkeypatch, capsys, case):
+    name = case.split()[0]
+    values = {**config_files, "out": tmp_path, "good": teacher_weights}
+    arguments = TOOLS[case].replace("BOMB", bomb("2.pkl")).format(**values).split()
+    folder = ROOT / "tools" / ("" if name == "strip_checkpoint" else "analysis")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    source = (folder / f"{name}.py").read_text()
+    assert "TrustFiles" in source
+    with pytest.raises((SystemExit, InputError)) as error:
+        exec(compile(source, name, "exec"), {"__name__": "__main__", "__doc__": "x"})
+    said = capsys.readouterr().err + str(error.value)
+    assert "2.pkl' for " in said and "--trust-files" in said
+
+
+TAG = "!!python/object/apply:builtins.open [{mark}, w]"
+
+
+def test_no_tag_of_yaml_runs(tmp_path, config_files):
+    tag = TAG.format(mark=tmp_path / MARK)
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"_BASE_: {config_files['lr']}\nMODEL:\n  WEIGHTS: {tag}\n")
+    base = tmp_path / "derived.yaml"
+    base.write_text(f"_BASE_: {file}\n")
+    stages = yaml.safe_dump([{"name": "a", "config_file": str(file), "weights": "x.pth"}])
+    for role, options in {
+        file: [],
+        base: [],
+        config_files["student"]: ["KD.LOSSES", f"[{tag}]"],
+        config_files["lr"]: ["MODEL.WEIGHTS", tag, "DATASETS.COCO_FORMAT", f"[{tag}]"],
+    }.items():
+        try:
+            build_config(str(role), options)
+        except InputError:
+            pass
+    for options in (["KD.TEACHER.CONFIG_FILE", str(file)], ["KD.LADDER.STAGES", stages]):
+        options += ["KD.TEACHER.WEIGHTS", "x.pth"]
+        with pytest.raises(InputError):
+            cfg = build_config(str(config_files["student"]), options)
+            run_ladder(cfg, resume=False) if stages in options else TeacherSpec.from_config(cfg)
+    with pytest.raises(InputError):
+        grid.read_grid(file)
+    assert not (tmp_path / MARK).exists()
+
+
+class TestTrust:
+    @pytest.fixture(autouse=True)
+    def forget(self):
+        yield
+        unpickle._trusted = False
+
+    def test_a_harmless_file_of_other_objects_is_read(self, tmp_path):
+        state = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
+        contents = {"model": state, "args": argparse.Namespace(lr=1), "e": SimpleNamespace(x=2)}
+        path = tmp_path / "a.pth"
+        torch.save(contents, path)
+        old = tmp_path / "a.pkl"
+        old.write_bytes(pickle.dumps({**contents, "__author__": "me"}))
+        for file in (path, old):
+            with pytest.raises(InputError, match=f"{file}' for x asks for .*--trust-files"):
+                read_checkpoint(str(file), "x")
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--trust-files", action=TrustFiles)
+        assert not parser.parse_args([]).trust_files and not unpickle.trusted()
+        assert parser.parse_args(["--trust-files"]).trust_files
+        for file in (path, old):
+            assert read_checkpoint(str(file), "x")["args"] == argparse.Namespace(lr=1)
+            load_strictly(nn.Linear(1, 1), str(file), "x")
+
+    def test_faults_are_told_all_the_same(self, tmp_path):
+        unpickle.trust_files()
+        (tmp_path / "a.pth").write_bytes(b"<html>")
+        torch.save({"model": {"a": torch.tensor(float("nan"))}}, tmp_path / "b.pth")
+        for name, words in {"a": "web page", "b": "not finite"}.items():
+            with pytest.raises(InputError, match=words):
+                read_checkpoint(str(tmp_path / f"{name}.pth"), "x")
+
+
+def test_train_net_runs_none_and_says_so_in_one_sentence(bomb, config_files, tmp_path):
+    command = [sys.executable, ROOT / "train_net.py", "--config-file", config_files["lr"]]
+    command += ["OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", bomb()]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("train_net.py: ")]
+    assert "5.pkl' for MODEL.WEIGHTS asks for " in line and "open" in line
