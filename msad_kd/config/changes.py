@@ -1,6 +1,7 @@
 """What differs between the config of a run and the config that it is resumed with."""
 
 import reprlib
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -47,12 +48,17 @@ def find_changes(dumped: str, cfg: CfgNode) -> Changes:
         dumped: what ``cfg.dump()`` was when the checkpoint was written.
         cfg: the present config.
     """
-    before, now = (flatten_config(yaml.safe_load(text)) for text in (dumped, cfg.dump()))
+    before, now = _flatten(dumped), _flatten(cfg.dump())
     ignored = {*NEUTRAL, _SCALED}
     if not cfg.TEST.PRECISE_BN.ENABLED:
         ignored.add("TEST.EVAL_PERIOD")
     shared = [key for key in now if key in before and key not in ignored]
     return {key: (before[key], now[key]) for key in shared if before[key] != now[key]}
+
+
+@lru_cache(maxsize=4)  # YAML is slow to read
+def _flatten(dumped: str) -> dict[str, Any]:
+    return flatten_config(yaml.safe_load(dumped))
 
 
 def describe_changes(changes: Changes) -> str:

@@ -1,6 +1,9 @@
 """Resuming a run: what of its config may change, and how the change is applied."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
@@ -22,6 +25,24 @@ _logger = logging.getLogger(__name__)
 _UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
+@contextmanager
+def _explained(trainer: DefaultTrainer) -> Iterator[None]:
+    """Turn what a damaged state raises into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _UNFIT as error:
+        raise InputError(
+            f"the checkpoint in '{trainer.cfg.OUTPUT_DIR}' cannot be resumed: the state of its "
+            f"training is damaged ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
 def check_state(trainer: DefaultTrainer, state: dict) -> str:
     """Check that a checkpoint's state can be resumed with the present config, and log what differs.
 
@@ -36,6 +57,11 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
         InputError: if batch, optimizer, AMP or trained parameters differ, or if the run has
             already gone beyond SOLVER.MAX_ITER.
     """
+    with _explained(trainer):
+        return _check_state(trainer, state)
+
+
+def _check_state(trainer: DefaultTrainer, state: dict) -> str:
     cfg, solver = trainer.cfg, trainer.cfg.SOLVER
     before, now = state.get("images_per_batch"), solver.IMS_PER_BATCH
     if before not in (None, now):
@@ -89,15 +115,9 @@ def _log_changes(changes: Changes) -> None:
 def _check_optimizer(trainer: DefaultTrainer, state: dict, said: str) -> None:
     """Check that the saved state is that of an optimizer of the same kind and parameters."""
     present = trainer.optimizer.param_groups
-    try:
-        groups = state["optimizer"]["param_groups"]
-        kinds = [{"momentum", "betas"} & x[0].keys() for x in (groups, present)]
-        counts = [sum(len(group["params"]) for group in x) for x in (groups, present)]
-    except _UNFIT as error:
-        raise InputError(
-            f"the checkpoint in '{trainer.cfg.OUTPUT_DIR}' cannot be resumed: the state of its "
-            f"optimizer is damaged ({error!r})"
-        ) from error
+    groups = state["optimizer"]["param_groups"]
+    kinds = [{"momentum", "betas"} & x[0].keys() for x in (groups, present)]
+    counts = [sum(len(group["params"]) for group in x) for x in (groups, present)]
     problems = {
         f"its optimizer is not SOLVER.OPTIMIZER {trainer.cfg.SOLVER.OPTIMIZER}": kinds,
         "SOLVER.AMP.ENABLED differs": ["grad_scaler" in state, trainer.cfg.SOLVER.AMP.ENABLED],
@@ -119,7 +139,8 @@ def restore_state(trainer: DefaultTrainer, state: dict) -> None:
     """
     changes = _changes(state, trainer.cfg)
     solver = {key: values for key, values in changes.items() if key.startswith("SOLVER.")}
-    try:
+    built = [dict(group) for group in trainer.optimizer.param_groups]
+    with _explained(trainer):
         if solver and "_trainer" in state:
             optimizer = _in_present_groups(trainer, state["_trainer"]["optimizer"], solver)
             state = {**state, "_trainer": {**state["_trainer"], "optimizer": optimizer}}
@@ -127,17 +148,12 @@ def restore_state(trainer: DefaultTrainer, state: dict) -> None:
             _logger.warning(
                 "The checkpoint has no optimizer state: it was written by Detectron2 0.6 itself"
             )
-        _check_shapes(trainer.optimizer)
-    except _UNFIT as error:
-        raise InputError(
-            f"the checkpoint in '{trainer.cfg.OUTPUT_DIR}' cannot be resumed: the state of its "
-            f"training is damaged ({error!r})"
-        ) from error
-    if solver and isinstance(trainer.scheduler, LRMultiplier):
-        scheduler, groups = trainer.scheduler, trainer.optimizer.param_groups
-        scheduler.base_lrs = [group["initial_lr"] for group in groups]
-        for group, rate in zip(groups, scheduler.get_lr()):
-            group["lr"] = rate
+        if solver and isinstance(trainer.scheduler, LRMultiplier):
+            groups = trainer.optimizer.param_groups
+            trainer.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, rate in zip(groups, trainer.scheduler.get_lr()):
+                group["lr"] = rate
+        _check_restored(trainer, built)
 
 
 def _in_present_groups(trainer: DefaultTrainer, saved: dict, changes: Changes) -> dict:
@@ -153,9 +169,43 @@ def _in_present_groups(trainer: DefaultTrainer, saved: dict, changes: Changes) -
     return trainer.optimizer.state_dict()
 
 
-def _check_shapes(optimizer) -> None:
-    """Check that the state of each parameter has its shape; numbers such as a step have none."""
-    for parameter, state in optimizer.state.items():
+def _check_restored(trainer: DefaultTrainer, built: list[dict]) -> None:
+    """Check that the optimizer and the scheduler have what a step needs.
+
+    Args:
+        trainer: the trainer, with the state restored.
+        built: the optimizer's groups as it was built, for the kinds of their values.
+
+    Raises:
+        ValueError: if a value is missing, or of another kind.
+    """
+    groups, states = trainer.optimizer.param_groups, trainer.optimizer.state
+    for group, expected in zip(groups, built):
+        for name, value in expected.items():
+            # An older version of torch may not have known it.
+            if name != "params" and not _alike(group.setdefault(name, value), value):
+                raise ValueError(f"{name} is {group[name]!r}")
+    example = next((state for state in states.values() if state), {})
+    for parameter, state in states.items():
+        if state and state.keys() != example.keys():
+            raise ValueError(f"a weight has {list(state)}, another {list(example)}")
         for name, value in state.items():
+            kinds = (type(value), type(example[name]))
+            if kinds[0] is not kinds[1] and type(None) not in kinds:
+                raise ValueError(f"{name} is {value!r}")
+            # A number, such as that of the steps, has no dimension.
             if getattr(value, "ndim", 0) and value.shape != parameter.shape:
                 raise ValueError(f"{name} is {tuple(value.shape)} for {tuple(parameter.shape)}")
+    if isinstance(trainer.scheduler, LRMultiplier):
+        rates, last = trainer.scheduler.base_lrs, trainer.scheduler.last_epoch
+        if not _alike(rates, [0.0] * len(groups)) or not isinstance(last, int):
+            raise ValueError(f"the scheduler has base_lrs {rates!r} and last_epoch {last!r}")
+
+
+def _alike(value: Any, expected: Any) -> bool:
+    """Return whether a hyperparameter is of the kind that the optimizer was built with."""
+    if isinstance(expected, (list, tuple)):
+        same = isinstance(value, (list, tuple)) and len(value) == len(expected)
+        return same and all(map(_alike, value, expected))
+    kind = (bool, type(None)) if expected is None or isinstance(expected, bool) else (int, float)
+    return isinstance(value, kind)

@@ -344,3 +344,65 @@ def test_killed_at_random_moments_of_writing(config, whole, seed):
     generator = random.Random(seed)
     moment = generator.choice([1, -1]) * generator.randrange(18)  # three checkpoints
     check_kill(config, whole, [moment, *([generator.randrange(5)] if moment < 12 else [])])
+
+
+# ---- Mutated states ----
+
+VALUES = [None, "text", -1, 1 << 40, 0.5, [], {}, [1, 2], {"a": 1}, torch.zeros(3), True]
+
+
+def mutate(state, generator):
+    """Replace, remove or add one value somewhere in nested containers; return where and what."""
+    node, path = state, []
+    while True:
+        key = generator.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        path.append(key)
+        below = node[key]
+        if not isinstance(below, (dict, list)) or not below or generator.random() < 0.3:
+            break
+        node = below
+    action = generator.choice(["replace", "replace", "remove", "add"])
+    value = generator.choice(VALUES)
+    if action == "replace":
+        node[key] = value
+    elif action == "remove":
+        del node[key]
+    elif isinstance(node, dict):
+        node["more"] = value
+    else:
+        node.append(value)
+    return f"{action} {path} {value!r}"
+
+
+def copy_containers(node):
+    if isinstance(node, dict):
+        return {key: copy_containers(value) for key, value in node.items()}
+    return list(map(copy_containers, node)) if isinstance(node, list) else node
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.long)])
+def test_a_mutated_state_is_resumed_or_refused(runs, trainer, count):
+    generator, refused = random.Random(count), 0
+    original = torch.load(runs("SGD") / "model_0000001.pth", weights_only=True)["trainer"]
+    groups = [dict(group) for group in trainer.optimizer.param_groups]
+    parameters = [x for group in groups for x in group["params"]]
+    original.pop("iteration")  # checked when the file is found
+    for _ in range(count):
+        trainer.optimizer.param_groups = [dict(group) for group in groups]
+        trainer.optimizer.state.clear()
+        state = copy_containers(original)
+        what = mutate(state, generator)
+        state["iteration"] = 1
+        try:
+            trainer.check_state_dict(state)
+            trainer.load_state_dict(state)
+            for parameter in parameters:  # a step shows whether the optimizer can go on
+                parameter.grad = torch.zeros_like(parameter)
+            trainer.optimizer.step()
+            trainer.scheduler.step()
+        except InputError as error:
+            assert "\n" not in str(error), what
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{what}: {error!r}") from error
+    assert 0.1 * count < refused < 0.9 * count
