@@ -85,7 +85,8 @@ def load_strictly(model: nn.Module, path: str, config: str) -> None:
         InputError: if the file is missing or cannot be read, or if keys do not fit.
     """
     check_exists(path, config)
-    _StrictCheckpointer(model, path, config).load(path)
+    rest = _StrictCheckpointer(model, path, config).load(path)
+    model.classes = list(rest.get("classes") or ())  # the names that it was trained on, if known
 
 
 def read_model(path: str) -> dict[str, torch.Tensor]:

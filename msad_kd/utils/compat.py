@@ -1,5 +1,6 @@
 """What differs between Detectron2 0.6 and its git main, and the patches that libraries need."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, TrainerBase, defaults
 from detectron2.evaluation import coco_evaluation
 from detectron2.utils import comm
+from pycocotools.coco import COCO
 
 
 def add_missing_keys(cfg: CfgNode) -> None:
@@ -75,6 +77,21 @@ def coco_eval_class(cls: type) -> AbstractContextManager:
     Neither version has an option for this.
     """
     return mock.patch.object(coco_evaluation, "COCOeval_opt", cls)
+
+
+def coco_ground_truth(read: Callable[[str], dict]) -> AbstractContextManager:
+    """Let ``COCOEvaluator``'s constructor get its ground truth by ``read(path)``.
+
+    Neither version takes anything but the path of a file, which pycocotools reads as it is.
+    """
+
+    def build(path: str) -> COCO:
+        truth = COCO()
+        truth.dataset = read(path)
+        truth.createIndex()
+        return truth
+
+    return mock.patch.object(coco_evaluation, "COCO", build)
 
 
 def numpy_with_in1d(module: ModuleType) -> AbstractContextManager:

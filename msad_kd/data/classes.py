@@ -1,0 +1,202 @@
+"""The classes of data sets: read from their files, and mapped by name to those of the model.
+
+The model's classes, in its order, are DATASETS.CLASSES or, by default, those of the data set in
+DATASETS.TRAIN that has most. Other data sets may have fewer, in any order.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import count
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from msad_kd.data.coco_format import load_checked
+from msad_kd.modeling.classes import class_key, number_of_classes
+from msad_kd.utils.errors import InputError
+
+# The modules whose functions load a data set from a file in COCO format.
+_COCO_LOADERS = ("detectron2.data.datasets.coco", "msad_kd.data.coco_format")
+
+
+def annotation_file(data_set: str) -> str | None:
+    """Return the file in COCO format that a data set is loaded from, None if there is none."""
+    load = DatasetCatalog.data.get(data_set)
+    load = load.load if isinstance(load, _Mapped) else load
+    file = MetadataCatalog.get(data_set).get("json_file")
+    known = getattr(getattr(load, "func", load), "__module__", None) in _COCO_LOADERS
+    return file if known and file and PathManager.isfile(file) else None
+
+
+def class_names(data_set: str) -> list[str]:
+    """Return a data set's own classes in the order of their ids; [] if unknown."""
+    file = annotation_file(data_set)
+    if file is None:
+        return list(MetadataCatalog.get(data_set).get("thing_classes") or ())
+    file = PathManager.get_local_path(file)
+    return list(_names_in(file, os.stat(file).st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _names_in(file: str, _modified: int) -> tuple[str, ...]:
+    with open(file, "rb") as opened:
+        content = opened.read()
+    try:
+        # COCO's training file has 450 MB, of which the categories are a few kilobytes.
+        _, *after = content.split(b'"categories"')
+        if len(after) == 1:
+            text = after[0].lstrip(b" \t\r\n:").decode()
+            categories = json.JSONDecoder().raw_decode(text)[0]
+        else:  # other parts of the file may use this word
+            categories = json.loads(content)["categories"]
+        return tuple(x["name"] for x in sorted(categories, key=lambda x: x["id"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return ()  # not in COCO format, which is an error when the data set is loaded
+
+
+def model_classes(cfg: CfgNode) -> tuple[list[str], str]:
+    """Return the names of a model's classes, [] if unknown, and where they come from.
+
+    Raises:
+        InputError: if DATASETS.CLASSES is not a list of different names.
+    """
+    names = list(cfg.DATASETS.CLASSES)
+    if len({name for name in names if isinstance(name, str)}) != len(names):
+        raise InputError(f"DATASETS.CLASSES is {names}; it should be a list of different names")
+    if names:
+        return names, "the model (DATASETS.CLASSES, or its checkpoint's classes)"
+    known = {data_set: class_names(data_set) for data_set in cfg.DATASETS.TRAIN or ()}
+    first = max(known, key=lambda data_set: len(known[data_set]), default=None)
+    return (known[first], _describe(first)) if first else ([], "")
+
+
+def _describe(data_set: str) -> str:
+    file = annotation_file(data_set)
+    return f"data set '{data_set}'" + (f" ('{file}')" if file else "")
+
+
+def align_classes(cfg: CfgNode, data_sets: Sequence[str]) -> None:
+    """Check the classes of data sets, and number those of their dicts as the model does.
+
+    Afterwards, metadata and dicts of a data set with an annotation file have all of the model's
+    classes. A class that the file lacks gets an id that the file does not use. A model may have
+    more classes than the data: these have no names and are never seen.
+
+    Raises:
+        InputError: if a data set has a class that the model lacks, or if the order of its classes
+            differs and cannot be changed.
+    """
+    classes, source = model_classes(cfg)
+    limit = number_of_classes(cfg)
+    for data_set in data_sets:
+        own = class_names(data_set)
+        if classes and own:
+            _check_names(data_set, own, classes, source)
+        if limit is not None and len(own) > limit:
+            raise InputError(_too_many(cfg, f"the data set '{data_set}'", own))
+        if limit is not None and len(classes) > limit:
+            raise InputError(_too_many(cfg, source, classes))
+        _check_file_when_loaded(data_set)
+        load = DatasetCatalog.data.get(data_set)
+        if isinstance(load, _Mapped):
+            load.classes = classes or own
+        elif annotation_file(data_set) and classes not in ([], own) and own:
+            DatasetCatalog.data[data_set] = _Mapped(load, data_set, classes)
+
+
+def _check_file_when_loaded(data_set: str) -> None:
+    """Let a data set of Detectron2's, or registered by its function, be read as COCO_FORMAT is."""
+    load, metadata = DatasetCatalog.data.get(data_set), MetadataCatalog.get(data_set)
+    if getattr(load, "__module__", None) == _COCO_LOADERS[0]:
+        checked = partial(load_checked, metadata.json_file, metadata.image_root, data_set)
+        DatasetCatalog.data[data_set] = checked
+
+
+def _check_names(data_set: str, own: list[str], classes: list[str], source: str) -> None:
+    unknown = [name for name in own if name not in classes]
+    if unknown:
+        examples = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise InputError(
+            f"{_describe(data_set)} has classes that {source} lacks: {examples}; give a class the "
+            "same name in all files, or list all classes that a model to be trained should have in "
+            "DATASETS.CLASSES"
+        )
+    if annotation_file(data_set) is None and own != classes[: len(own)]:
+        raise InputError(
+            f"{_describe(data_set)} has its classes in another order than {source}, and no "
+            f"annotation file in which they could be mapped; set DATASETS.CLASSES to {own}"
+        )
+
+
+def _too_many(cfg: CfgNode, owner: str, names: list[str]) -> str:
+    return (
+        f"{class_key(cfg)} is {number_of_classes(cfg)}, but {owner} has {len(names)} classes "
+        f"({', '.join(names[:3])}, ...); set it to {len(names)}"
+    )
+
+
+def map_ids(ids: dict[int, str], classes: Sequence[str]) -> dict[int, int]:
+    """Return the index in ``classes`` of each category id.
+
+    Args:
+        ids: a file's category ids and their names, all of which are in ``classes``.
+        classes: the model's classes. Those that the file lacks get unused ids.
+    """
+    index = {name: number for number, name in enumerate(classes)}
+    unused = count(max(ids, default=0) + 1)
+    absent = {next(unused): index[name] for name in classes if name not in set(ids.values())}
+    return {**{key: index[name] for key, name in ids.items()}, **absent}
+
+
+@dataclass
+class _Mapped:
+    """Stands in Detectron2's catalog for the function that loads a data set; maps its classes."""
+
+    load: Callable[[], list[dict]]
+    data_set: str
+    classes: list[str]
+
+    def __call__(self) -> list[dict]:
+        metadata = MetadataCatalog.get(self.data_set)
+        for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+            vars(metadata).pop(key, None)  # metadata cannot be changed, only removed
+        dicts = self.load()
+        own = metadata.thing_classes
+        if own == self.classes:
+            return dicts
+        new = [self.classes.index(name) for name in own]
+        for annotation in (x for entry in dicts for x in entry.get("annotations", ())):
+            annotation["category_id"] = new[annotation["category_id"]]
+        ids = {key: own[i] for key, i in metadata.thing_dataset_id_to_contiguous_id.items()}
+        mapped = {
+            "thing_classes": list(self.classes),
+            "thing_dataset_id_to_contiguous_id": map_ids(ids, self.classes),
+        }
+        vars(metadata).update(mapped)
+        return dicts
+
+
+def with_classes_of(cfg: CfgNode, model: nn.Module) -> CfgNode:
+    """Return a config whose DATASETS.CLASSES are those that a model's checkpoint names.
+
+    ``load_strictly`` keeps them as ``model.classes``. If there are none, nothing changes.
+
+    Raises:
+        InputError: if DATASETS.CLASSES has others already.
+    """
+    classes, now = list(getattr(model, "classes", ())), list(cfg.DATASETS.CLASSES)
+    if now and classes not in ([], now):
+        raise InputError(
+            f"DATASETS.CLASSES is {now}, but the model's checkpoint was trained on {classes}; "
+            "correct DATASETS.CLASSES or leave it empty"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.CLASSES = classes or now
+    cfg.freeze()
+    return cfg
