@@ -7,6 +7,7 @@ k: high-resolution side / low-resolution side.
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
@@ -17,6 +18,8 @@ from msad_kd.checkpoint.checkpoint import load_strictly
 from msad_kd.config.build import check_parts, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.modeling.capture import computing
+from msad_kd.modeling.classes import is_a
+from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.modeling.pyramid import (
     Pyramid,
@@ -147,6 +150,7 @@ class TeacherSpec:
         teacher_cfg.DATASETS = cfg.DATASETS.clone()
         teacher_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
         _check_images(cfg, teacher_cfg)
+        _warn_of_other_sizes(cfg, teacher_cfg)
         teacher_cfg.freeze()
         return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH)
 
@@ -186,3 +190,25 @@ def _check_images(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
                 f"{key} is {teacher} in the teacher's config '{cfg.KD.TEACHER.CONFIG_FILE}' and "
                 f"{student} in the student's; both have to see the same images"
             )
+
+
+def _warn_of_other_sizes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
+    """Warn of images or anchors that do not have k times the student's size."""
+    aligned = is_a(teacher_cfg, MultiResolutionMixin)
+    factor = cfg.KD.SCALE if aligned or cfg.KD.TEACHER.BRANCH == "hr" else 1
+    logger, file = logging.getLogger(__name__), cfg.KD.TEACHER.CONFIG_FILE
+    size, trained = factor * cfg.INPUT.MIN_SIZE_TEST, teacher_cfg.INPUT.MIN_SIZE_TRAIN
+    if not teacher_cfg.INPUT.JITTER.SIZE and not min(trained) <= size <= max(trained):
+        logger.warning(
+            f"INPUT.MIN_SIZE_TEST is {cfg.INPUT.MIN_SIZE_TEST}, so the teacher gets images of "
+            f"{size} px, but its config '{file}' has INPUT.MIN_SIZE_TRAIN {tuple(trained)}; it is "
+            "weaker at sizes that it was not trained on"
+        )
+    anchors, theirs = (x.MODEL.ANCHOR_GENERATOR.SIZES for x in (cfg, teacher_cfg))
+    sides, their_sides = (np.concatenate(sizes) for sizes in (anchors, theirs))
+    same = sides.shape == their_sides.shape and np.allclose(factor * sides, their_sides)
+    if aligned and not is_a(cfg, FCOS) and not same:
+        logger.warning(
+            f"MODEL.ANCHOR_GENERATOR.SIZES is {theirs} in the teacher's config '{file}', not "
+            f"{factor} times the student's {anchors}; the two then find an object on other levels"
+        )

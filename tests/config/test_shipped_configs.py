@@ -20,7 +20,7 @@ for part in ("ROI_HEADS", "RETINANET", "FCOS"):
     NARROW += [f"MODEL.{part}.NUM_CLASSES", 8]
 NARROW += ["MODEL.RETINANET.NUM_CONVS", 1, "MODEL.FCOS.NUM_CONVS", 1]
 SWIN = [["embed_dim", 24], ["depths", [1, 1, 2, 1]], ["num_heads", [1, 2, 4, 8]]]
-NARROW += ["MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.ARGUMENTS", SWIN]
+NARROW += ["MODEL.TIMM.PRETRAINED", False]
 STOCK = ("GeneralizedRCNN", "RetinaNet", "FCOS")
 
 # These differ from a config that is tried in sizes and schedule alone, as a test below asserts.
@@ -52,8 +52,9 @@ def shrunk(cfg):
 @pytest.mark.parametrize("path", TRIED, ids=name_of)
 def test_a_step_and_a_prediction(path, data, tmp_path):
     cfg = build_config(str(path), [])
+    narrow = NARROW + ["MODEL.TIMM.ARGUMENTS", SWIN] * cfg.MODEL.TIMM.NAME.startswith("swin")
     options = [
-        *NARROW,
+        *narrow,
         *shrunk(cfg),
         *("DATASETS.COCO_FORMAT", coco_format(data, "tiny")),
         *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ()),
@@ -62,10 +63,10 @@ def test_a_step_and_a_prediction(path, data, tmp_path):
         *("DATALOADER.NUM_WORKERS", 0),
     ]
     if cfg.KD.TEACHER.CONFIG_FILE:
-        teacher = build_model(build_config(cfg.KD.TEACHER.CONFIG_FILE, NARROW))
+        teacher = build_model(build_config(cfg.KD.TEACHER.CONFIG_FILE, narrow))
         torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
         options += ["KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
-        options += ["KD.TEACHER.OPTS", NARROW]
+        options += ["KD.TEACHER.OPTS", narrow]
     trainer = train(build_config(str(path), options))
     assert trainer.iter == 1
     inputs = next(iter(KDTrainer.build_test_loader(trainer.cfg, "tiny_val")))
@@ -87,6 +88,7 @@ def test_every_student_equals_an_lr_baseline_but_for_the_distillation():
     students = {p: c for p, c in models().items() if "Distilled" in c.MODEL.META_ARCHITECTURE}
     assert len(students) >= 11
     differing = ("KD.", "OUTPUT_DIR", "MODEL.META_ARCHITECTURE", "MODEL.WEIGHTS")
+    differing += ("MODEL.TIMM.PRETRAINED",)
     for path, student in students.items():
         baselines = [
             without(cfg, *differing)
@@ -100,6 +102,7 @@ def test_every_student_and_its_teacher_are_one_network():
     """Equal but for anchors of twice the size, on levels of twice the stride."""
     readers = ("RPN", "ROI_HEADS", "RETINANET", "FCOS")
     frame = ["WEIGHTS", "META_ARCHITECTURE", "BACKBONE.NAME", "ANCHOR_GENERATOR.SIZES"]
+    frame += ["TIMM.PRETRAINED"]
     frame += ["MULTI_RESOLUTION", *(f"{part}.IN_FEATURES" for part in readers)]
     for path, cfg in models().items():
         if not cfg.KD.TEACHER.CONFIG_FILE:

@@ -1,6 +1,7 @@
 """The teacher: loaded to the last key or not at all, frozen, aligned with any student's batch."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -219,3 +220,21 @@ def test_a_student_teaches_without_a_teacher_of_its_own(student_config, config_f
     keys = ["KD.TEACHER.CONFIG_FILE", str(config_files["student"]), "KD.TEACHER.BRANCH", "lr"]
     model = build_teacher(student_config(*keys, "KD.TEACHER.WEIGHTS", str(weights))).model
     assert not any(key.startswith("distiller") for key in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        ([], ""),
+        (["INPUT.MIN_SIZE_TEST", 48], "96 px, but .* has INPUT.MIN_SIZE_TRAIN .64,."),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[4.0000001], [8], [16], [32], [64]]], ""),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[8]] * 5], "teacher.yaml', not 2 times the student's"),
+    ],
+)
+def test_a_student_of_other_sizes_than_the_teachers_is_warned_of(
+    student_config, caplog, opts, words
+):
+    cfg = student_config(*opts)
+    caplog.clear()
+    TeacherSpec.from_config(cfg)
+    assert re.search(words, caplog.text) if words else not caplog.text
