@@ -28,9 +28,8 @@ def annotation_file(data_set: str) -> str | None:
     """Return the file in COCO format that a data set is loaded from, None if there is none."""
     load = DatasetCatalog.data.get(data_set)
     load = load.load if isinstance(load, _Mapped) else load
-    file = MetadataCatalog.get(data_set).get("json_file")
     known = getattr(getattr(load, "func", load), "__module__", None) in _COCO_LOADERS
-    return file if known and file and PathManager.isfile(file) else None
+    return MetadataCatalog.get(data_set).get("json_file") if known else None
 
 
 def class_names(data_set: str) -> list[str]:
@@ -38,6 +37,8 @@ def class_names(data_set: str) -> list[str]:
     file = annotation_file(data_set)
     if file is None:
         return list(MetadataCatalog.get(data_set).get("thing_classes") or ())
+    if not PathManager.isfile(file):
+        return []  # which is an error when the data set is loaded
     file = PathManager.get_local_path(file)
     return list(_names_in(file, os.stat(file).st_mtime_ns))
 
@@ -56,7 +57,7 @@ def _names_in(file: str, _modified: int) -> tuple[str, ...]:
             categories = json.loads(content)["categories"]
         return tuple(x["name"] for x in sorted(categories, key=lambda x: x["id"]))
     except (KeyError, TypeError, ValueError, RecursionError):
-        return ()  # not in COCO format, which is an error when the data set is loaded
+        return ()  # not in COCO format, which is an error then, too
 
 
 def model_classes(cfg: CfgNode) -> tuple[list[str], str]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
 from msad_kd.checkpoint.start import init_from_teacher
-from msad_kd.data.classes import with_classes_of
+from msad_kd.data.classes import align_classes, with_classes_of
 from msad_kd.data.loader import build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
@@ -67,6 +67,7 @@ class KDTrainer(DefaultTrainer):
 
     def _check_test_data(self, cfg: CfgNode) -> None:
         """Read what the evaluations will read: its mistakes cost a training if found later."""
+        align_classes(cfg, cfg.DATASETS.TRAIN)
         for name in cfg.DATASETS.TEST:
             self.build_test_loader(cfg, name)
             with contextlib.suppress(NotImplementedError):  # as in Detectron2: not evaluated

@@ -7,7 +7,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNN
 
-from msad_kd.data.classes import model_classes
+from msad_kd.data.classes import align_classes, model_classes
 from msad_kd.evaluation.cityscapes import CityscapesCOCOEvaluator, CityscapesEvaluator
 from msad_kd.evaluation.coco import AnyCOCOEvaluator
 from msad_kd.modeling.classes import has_masks, is_a
@@ -25,8 +25,9 @@ def build_evaluator(
     ``output_folder``, by default OUTPUT_DIR/inference.
 
     Raises:
-        InputError: if this kind of data set is not supported.
+        InputError: if this kind of data set is not supported, or if its classes do not fit.
     """
+    align_classes(cfg, (dataset_name,))
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     options = {
         "output_dir": output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
