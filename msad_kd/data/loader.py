@@ -1,6 +1,7 @@
 """A training loader whose batches depend on (seed, rank, iteration) and on nothing else."""
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,8 @@ def explain_missing_data(names: tuple[str, ...]):
         words = "install the package, for Cityscapes cityscapesScripts and shapely"
         raise InputError(f"{data_sets}: {error}; {words}") from error
     except AssertionError as error:  # empty, or empty without the images that have no boxes
-        raise InputError(f"{data_sets}: {error}") from error
+        words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path
+        raise InputError(f"{data_sets}: {words}") from error
 
 
 @dataclass

@@ -12,6 +12,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.transforms.transform import TransformList
 
+from msad_kd.data.keypoints import check_keypoints
 from msad_kd.data.transforms import scale_transforms
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.errors import InputError
@@ -124,6 +125,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     A student gets the "lr" frame in training, a multi-resolution teacher always the "hr" frame. Any
     other model, and a student in evaluation, gets the stock mapper.
     """
+    check_keypoints(cfg)
     frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
     if frame is None or (frame == "lr" and not is_train):
         return DatasetMapper(cfg, is_train, **jitter_arguments(cfg, is_train))
