@@ -102,20 +102,10 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str]) -> None:
             raise InputError(_too_many(cfg, f"the data set '{data_set}'", own))
         if limit is not None and len(classes) > limit:
             raise InputError(_too_many(cfg, source, classes))
-        _check_file_when_loaded(data_set)
-        load = DatasetCatalog.data.get(data_set)
-        if isinstance(load, _Mapped):
-            load.classes = classes or own
-        elif annotation_file(data_set) and classes not in ([], own) and own:
+        if file := annotation_file(data_set):
+            images = MetadataCatalog.get(data_set).image_root
+            load = partial(load_checked, file, images, data_set, cfg.DATASETS.INVALID_ANNOTATIONS)
             DatasetCatalog.data[data_set] = _Mapped(load, data_set, classes)
-
-
-def _check_file_when_loaded(data_set: str) -> None:
-    """Let a data set of Detectron2's, or registered by its function, be read as COCO_FORMAT is."""
-    load, metadata = DatasetCatalog.data.get(data_set), MetadataCatalog.get(data_set)
-    if getattr(load, "__module__", None) == _COCO_LOADERS[0]:
-        checked = partial(load_checked, metadata.json_file, metadata.image_root, data_set)
-        DatasetCatalog.data[data_set] = checked
 
 
 def _check_names(data_set: str, own: list[str], classes: list[str], source: str) -> None:
@@ -156,11 +146,14 @@ def map_ids(ids: dict[int, str], classes: Sequence[str]) -> dict[int, int]:
 
 @dataclass
 class _Mapped:
-    """Stands in Detectron2's catalog for the function that loads a data set; maps its classes."""
+    """Stands in Detectron2's catalog for the function that loads a data set; maps its classes.
+
+    It also lets a data set that Detectron2 registers be read as those of DATASETS.COCO_FORMAT are.
+    """
 
     load: Callable[[], list[dict]]
     data_set: str
-    classes: list[str]
+    classes: list[str]  # those of the model; [] keeps the file's
 
     def __call__(self) -> list[dict]:
         metadata = MetadataCatalog.get(self.data_set)
@@ -168,7 +161,7 @@ class _Mapped:
             vars(metadata).pop(key, None)  # metadata cannot be changed, only removed
         dicts = self.load()
         own = metadata.thing_classes
-        if own == self.classes:
+        if self.classes in ([], own):
             return dicts
         new = [self.classes.index(name) for name in own]
         for annotation in (x for entry in dicts for x in entry.get("annotations", ())):

@@ -38,13 +38,22 @@ def _locate(path: str) -> str:
     return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), path)
 
 
-def load_checked(json_file: str, images: str, name: str) -> list[dict]:
+def load_checked(
+    json_file: str,
+    images: str,
+    name: str,
+    invalid: str = "error",
+    classes: list[str] | None = None,
+) -> list[dict]:
     """Load a COCO-format data set as Detectron2's dicts, and check that every image exists.
 
     Args:
         json_file: the annotation file.
         images: the folder that ``file_name`` entries are relative to.
         name: the data set's name; its metadata receive the class names.
+        invalid: DATASETS.INVALID_ANNOTATIONS.
+        classes: the class names in the model's order, which the file's categories are mapped to by
+            name; None for the file's own, in the order of their ids.
 
     Raises:
         InputError: if something is missing, or if the file is not in COCO format.

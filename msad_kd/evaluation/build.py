@@ -33,7 +33,7 @@ def build_evaluator(
         "output_dir": output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
         "implementation": cfg.TEST.COCO_EVALUATOR,
         "masks": has_masks(cfg),
-        "invalid": cfg.DATASETS.get("INVALID_ANNOTATIONS", "error"),
+        "invalid": cfg.DATASETS.INVALID_ANNOTATIONS,
         # COCO's 100, unless the model may keep more: an image may have more objects than that.
         "classes": model_classes(cfg)[0],
         "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS,
