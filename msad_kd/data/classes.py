@@ -6,10 +6,8 @@ DATASETS.TRAIN that has most. Other data sets may have fewer, in any order.
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache, partial
-from itertools import count
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -27,7 +25,6 @@ _COCO_LOADERS = ("detectron2.data.datasets.coco", "msad_kd.data.coco_format")
 def annotation_file(data_set: str) -> str | None:
     """Return the file in COCO format that a data set is loaded from, None if there is none."""
     load = DatasetCatalog.data.get(data_set)
-    load = load.load if isinstance(load, _Mapped) else load
     known = getattr(getattr(load, "func", load), "__module__", None) in _COCO_LOADERS
     return MetadataCatalog.get(data_set).get("json_file") if known else None
 
@@ -104,8 +101,9 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str]) -> None:
             raise InputError(_too_many(cfg, source, classes))
         if file := annotation_file(data_set):
             images = MetadataCatalog.get(data_set).image_root
-            load = partial(load_checked, file, images, data_set, cfg.DATASETS.INVALID_ANNOTATIONS)
-            DatasetCatalog.data[data_set] = _Mapped(load, data_set, classes)
+            invalid = cfg.DATASETS.INVALID_ANNOTATIONS
+            load = partial(load_checked, file, images, data_set, invalid, classes or None)
+            DatasetCatalog.data[data_set] = load
 
 
 def _check_names(data_set: str, own: list[str], classes: list[str], source: str) -> None:
@@ -129,50 +127,6 @@ def _too_many(cfg: CfgNode, owner: str, names: list[str]) -> str:
         f"{class_key(cfg)} is {number_of_classes(cfg)}, but {owner} has {len(names)} classes "
         f"({', '.join(names[:3])}, ...); set it to {len(names)}"
     )
-
-
-def map_ids(ids: dict[int, str], classes: Sequence[str]) -> dict[int, int]:
-    """Return the index in ``classes`` of each category id.
-
-    Args:
-        ids: a file's category ids and their names, all of which are in ``classes``.
-        classes: the model's classes. Those that the file lacks get unused ids.
-    """
-    index = {name: number for number, name in enumerate(classes)}
-    unused = count(max(ids, default=0) + 1)
-    absent = {next(unused): index[name] for name in classes if name not in set(ids.values())}
-    return {**{key: index[name] for key, name in ids.items()}, **absent}
-
-
-@dataclass
-class _Mapped:
-    """Stands in Detectron2's catalog for the function that loads a data set; maps its classes.
-
-    It also lets a data set that Detectron2 registers be read as those of DATASETS.COCO_FORMAT are.
-    """
-
-    load: Callable[[], list[dict]]
-    data_set: str
-    classes: list[str]  # those of the model; [] keeps the file's
-
-    def __call__(self) -> list[dict]:
-        metadata = MetadataCatalog.get(self.data_set)
-        for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
-            vars(metadata).pop(key, None)  # metadata cannot be changed, only removed
-        dicts = self.load()
-        own = metadata.thing_classes
-        if self.classes in ([], own):
-            return dicts
-        new = [self.classes.index(name) for name in own]
-        for annotation in (x for entry in dicts for x in entry.get("annotations", ())):
-            annotation["category_id"] = new[annotation["category_id"]]
-        ids = {key: own[i] for key, i in metadata.thing_dataset_id_to_contiguous_id.items()}
-        mapped = {
-            "thing_classes": list(self.classes),
-            "thing_dataset_id_to_contiguous_id": map_ids(ids, self.classes),
-        }
-        vars(metadata).update(mapped)
-        return dicts
 
 
 def with_classes_of(cfg: CfgNode, model: nn.Module) -> CfgNode:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import defaultdict
 from functools import partial
+from itertools import count
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -91,14 +92,9 @@ def load_checked(
             )
     content = read_annotations(json_file, name, invalid)
     classes, index_of = class_order(content["categories"], name, classes)
-    metadata = MetadataCatalog.get(name)
-    try:
-        metadata.set(thing_classes=classes, thing_dataset_id_to_contiguous_id=index_of)
-    except AssertionError as error:  # they are set already, to something else
-        raise InputError(
-            f"data set '{name}': the categories of '{json_file}' are not the classes that are "
-            f"registered for it ({', '.join(metadata.thing_classes[:3])}, ...)"
-        ) from error
+    # Metadata refuse to change. A run may have other classes than the one before in this process.
+    new = {"thing_classes": classes, "thing_dataset_id_to_contiguous_id": index_of}
+    vars(MetadataCatalog.get(name)).update(new)
     dicts = make_dicts(content, images, index_of)
     check_files([entry["file_name"] for entry in dicts], f"data set '{name}': '{json_file}'")
     return dicts
@@ -108,6 +104,8 @@ def class_order(
     categories: list[dict], name: str, classes: list[str] | None = None
 ) -> tuple[list[str], dict[int, int]]:
     """Return the class names of a data set, and the class of each category id.
+
+    A class that the file lacks gets an id that it does not use: Detectron2 wants one for each.
 
     Args:
         categories: the categories of the annotation file.
@@ -124,7 +122,10 @@ def class_order(
     if unknown:
         words = f"the class '{unknown[0]}' is not one of {', '.join(classes)}"
         raise InputError(f"data set '{name}': {words}")
-    return classes, {category["id"]: classes.index(category["name"]) for category in categories}
+    index_of = {category["id"]: classes.index(category["name"]) for category in categories}
+    unused = count(max(index_of, default=0) + 1)
+    absent = sorted(set(range(len(classes))) - set(index_of.values()))
+    return classes, index_of | {next(unused): index for index in absent}
 
 
 def make_dicts(content: dict, image_root: str, index_of: dict[int, int]) -> list[dict]:

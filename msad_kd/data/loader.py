@@ -21,9 +21,9 @@ from detectron2.data import (
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 
 from msad_kd.data.classes import align_classes
+from msad_kd.data.coco_format import check_files
 from msad_kd.utils.compat import repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
@@ -202,10 +202,7 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Callable[[dict], dict]):
         proposals = [files[name]]
     with explain_missing_data((name,)):
         dicts = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
-    files = [x["file_name"] for x in dicts if "file_name" in x] if isinstance(dicts, list) else []
-    missing = [file for file in files if not PathManager.isfile(file)]
-    if missing:
-        words = f"{len(missing)} of its {len(files)} images are missing, e.g. '{missing[0]}'"
-        raise InputError(f"data set '{name}': {words}")
+    if isinstance(dicts, list):
+        check_files([x["file_name"] for x in dicts if "file_name" in x], f"data set '{name}'")
     workers = cfg.DATALOADER.NUM_WORKERS
     return build_detection_test_loader(dicts, mapper=CheckedMapper(mapper), num_workers=workers)

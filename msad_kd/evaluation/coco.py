@@ -14,7 +14,7 @@ from detectron2.data import Metadata
 from detectron2.evaluation import COCOEvaluator
 
 from msad_kd.data.annotations import read_annotations
-from msad_kd.data.classes import map_ids
+from msad_kd.data.coco_format import class_order
 from msad_kd.utils.compat import coco_eval_class, coco_ground_truth
 from msad_kd.utils.errors import InputError
 
@@ -127,11 +127,9 @@ class AnyCOCOEvaluator(COCOEvaluator):
     def _name_classes(self, classes: Sequence[str] | None) -> None:
         """Map the model's classes by name to the file's categories, and add those that it lacks."""
         categories = self._coco_api.dataset["categories"]
-        names = {x["id"]: x["name"] for x in sorted(categories, key=lambda x: x["id"])}
-        classes = list(classes or names.values())
-        ids = map_ids(names, classes)
-        for key in ids.keys() - names.keys():
-            categories.append({"id": key, "name": classes[ids[key]]})
+        classes, ids = class_order(categories, self._metadata.name, classes or None)
+        absent = ids.keys() - {category["id"] for category in categories}
+        categories += [{"id": key, "name": classes[ids[key]]} for key in absent]
         self._coco_api.createIndex()
         new = {"thing_classes": classes, "thing_dataset_id_to_contiguous_id": ids}
         self._metadata = Metadata(**{**vars(self._metadata), **new})

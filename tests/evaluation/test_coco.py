@@ -1,5 +1,6 @@
 """All implementations of COCO's AP give the same numbers; which one runs is logged."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -208,13 +209,19 @@ AS_GIVEN = {
 }
 
 
+REFUSED = {  # by all, or by one implementation
+    ("category ids as texts", None): "given.json': category 'class 1': id should be a whole number",
+    ("image ids as texts", "faster-coco-eval"): "'given': faster-coco-eval needs integers as image",
+}
+
+
 @pytest.mark.parametrize("implementation", INSTALLED)
-@pytest.mark.parametrize("change", AS_GIVEN.values(), ids=AS_GIVEN)
-def test_ground_truth_as_it_comes(scenes, tmp_path, monkeypatch, change, implementation):
+@pytest.mark.parametrize("kind", AS_GIVEN)
+def test_ground_truth_as_it_comes(scenes, tmp_path, monkeypatch, kind, implementation):
     """Perfect predictions have 100 in all metrics, or the file is refused by name."""
     folder = Path(scenes.OUTPUT_DIR) / "data"
     content = json.loads((folder / "annotations/instances_val.json").read_text())
-    change(content)
+    AS_GIVEN[kind](content)
     file = tmp_path / "given.json"
     file.write_text(json.dumps(content))
     monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
@@ -223,14 +230,18 @@ def test_ground_truth_as_it_comes(scenes, tmp_path, monkeypatch, change, impleme
     cfg = scenes.clone()
     cfg.TEST.COCO_EVALUATOR = implementation
     cfg.DATASETS.CLASSES = list(CLASS_NAMES[:5])
-    try:
+    words = REFUSED.get((kind, None)) or REFUSED.get((kind, implementation))
+    with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
         inputs = [sample for (sample,) in KDTrainer.build_test_loader(cfg, "given")]
-    except InputError as error:
-        assert str(file) in str(error) and "area" in str(error) + str(change)
+        evaluator = KDTrainer.build_evaluator(cfg, "given")
+    if words:
+        if kind == "image ids as texts":
+            cfg.TEST.COCO_EVALUATOR = "auto"
+            assert KDTrainer.build_evaluator(cfg, "given")._implementation == "pycocotools"
         return
     outputs = {entry["file_name"]: output for ((entry,), output) in perfect()}
     pairs = [([x], outputs[x["file_name"]]) for x in inputs]
-    found = evaluate(pairs, KDTrainer.build_evaluator(cfg, "given"))
+    found = evaluate(pairs, evaluator)
     for task in ("bbox", "segm"):
         assert [found[task][name] for name in METRICS] == pytest.approx([100.0] * 6), task
 
