@@ -171,9 +171,10 @@ def load_strictly(model: nn.Module, path: str, config: str, contents: dict | Non
     checkpointer = _StrictCheckpointer(model, path, config)
     if contents is None:
         check_exists(path, config)
-        checkpointer.load(path)
+        contents = checkpointer.load(path)
     else:
         checkpointer._log_incompatible_keys(checkpointer._load_model(contents))
+    model.classes = list(contents.get("classes") or ())  # that it was trained on, if known
 
 
 def read_model(path: str, purpose: str) -> dict:

@@ -1,6 +1,7 @@
 """A training loader whose batches depend on (seed, rank, iteration) and on nothing else."""
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,18 @@ import cv2
 import torch
 import torch.utils.data as torchdata
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts, samplers
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+    samplers,
+)
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 
+from msad_kd.data.classes import align_classes
+from msad_kd.data.coco_format import check_files
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
@@ -53,7 +61,8 @@ def explain_missing_data(names: tuple[str, ...]):
         words = "install the package, for Cityscapes cityscapesScripts and shapely"
         raise InputError(f"{data_sets}: {error}; {words}") from error
     except AssertionError as error:  # empty, or empty without the images that have no boxes
-        raise InputError(f"{data_sets}: {error}") from error
+        words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path
+        raise InputError(f"{data_sets}: {words}") from error
 
 
 @dataclass
@@ -153,8 +162,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         mapper: turns a data set dict into a sample, or returns None to refuse it.
 
     Raises:
-        InputError: if a data set is missing, or a key does not fit.
+        InputError: if a data set is missing, if its classes do not fit, or if a key does not.
     """
+    align_classes(cfg, cfg.DATASETS.TRAIN)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD
     with explain_missing_data(cfg.DATASETS.TRAIN):
         dicts = get_detection_dataset_dicts(
@@ -178,3 +188,24 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         seed=seed,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+
+
+def build_test_loader(cfg: CfgNode, name: str, mapper: Callable[[dict], dict]):
+    """Build Detectron2's loader for a data set in DATASETS.TEST.
+
+    Raises:
+        InputError: if the data set or one of its images is missing, or if its classes do not fit.
+    """
+    align_classes(cfg, (name,))
+    proposals = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
+        if name not in files:
+            raise InputError(f"data set '{name}' has no file in DATASETS.PROPOSAL_FILES_TEST")
+        proposals = [files[name]]
+    with explain_missing_data((name,)):
+        dicts = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
+    if isinstance(dicts, list):
+        check_files([x["file_name"] for x in dicts if "file_name" in x], f"data set '{name}'")
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return build_detection_test_loader(dicts, mapper=CheckedMapper(mapper), num_workers=workers)

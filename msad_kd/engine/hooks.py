@@ -6,6 +6,7 @@ import os
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from msad_kd.data.classes import model_classes
 from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.modeling.batch_statistics import share_statistics
 from msad_kd.modeling.classes import number_of_classes
@@ -38,13 +39,17 @@ class EvaluateTeacher(HookBase):
         trainer, logger = self.trainer, logging.getLogger(__name__)
         if trainer.start_iter > 0:
             return
-        cfg = self.spec.cfg.clone()
+        cfg, names = self.spec.cfg.clone(), getattr(trainer.teacher.model, "classes", ())
         theirs, ours = number_of_classes(cfg), number_of_classes(trainer.cfg)
-        if theirs != ours:
+        lacking = [name for name in model_classes(trainer.cfg)[0] if name not in names]
+        if lacking if names else theirs != ours:
             counts = f"{theirs} classes, the student {ours}"
+            counts = f"no {', '.join(lacking)}" if names else counts
             logger.warning(f"The teacher predicts {counts}: the teacher is not evaluated")
             return
         cfg.defrost()
+        if names:
+            cfg.DATASETS.CLASSES = []  # the evaluation takes those that the checkpoint names
         cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")
         for key in ("COCO_EVALUATOR", "CITYSCAPES_COCO"):  # to compare its AP with the student's
             cfg.TEST[key] = trainer.cfg.TEST[key]

@@ -1,11 +1,12 @@
 """Detectron2's ``DefaultTrainer`` with two resolutions, a teacher and repeatable steps."""
 
+import contextlib
 import logging
 import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
@@ -15,7 +16,8 @@ from torch import nn
 from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
 from msad_kd.checkpoint.checkpointer import TrainingCheckpointer
 from msad_kd.checkpoint.start import init_from_teacher
-from msad_kd.data.loader import CheckedMapper, build_train_loader, explain_missing_data
+from msad_kd.data.classes import align_classes, with_classes_of
+from msad_kd.data.loader import build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.distill.teacher import Teacher, TeacherSpec
@@ -34,7 +36,7 @@ from msad_kd.engine.signals import StopOnSignal
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.batch_statistics import check_synchronised
-from msad_kd.modeling.classes import check_classes, is_a
+from msad_kd.modeling.classes import is_a
 from msad_kd.utils.compat import checkpointer_of, ddp_on, trainer_state
 
 _logger = logging.getLogger(__name__)
@@ -51,13 +53,14 @@ class KDTrainer(DefaultTrainer):
         teacher_spec: a student's teacher, if its config has been read already.
 
     Raises:
-        InputError: before any data are read, if TEST asks for what the model cannot do, if the
-            teacher cannot be built, or if the student cannot learn from it.
+        InputError: if TEST asks for what the model cannot do, if data are missing or do not fit, if
+            the teacher cannot be built, or if the student cannot learn from it.
     """
 
     def __init__(self, cfg: CfgNode, teacher_spec: TeacherSpec | None = None):
         check_augmentation(cfg)
         check_precise_bn(cfg)
+        self._check_test_data(cfg)
         self.teacher: Teacher | None = None
         self.teacher_spec: TeacherSpec | None = None
         if is_a(cfg, DistilledMixin):
@@ -77,6 +80,14 @@ class KDTrainer(DefaultTrainer):
         if cfg.DATASETS.TRAIN:
             names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
             self.checkpointer.extra = {"classes": list(names)} if names else {}
+
+    def _check_test_data(self, cfg: CfgNode) -> None:
+        """Read what the evaluations will read: its mistakes cost a training if found later."""
+        align_classes(cfg, cfg.DATASETS.TRAIN)
+        for name in cfg.DATASETS.TEST:
+            self.build_test_loader(cfg, name)
+            with contextlib.suppress(NotImplementedError):  # as in Detectron2: not evaluated
+                self.build_evaluator(cfg, name)
 
     def _build_student(self, cfg: CfgNode) -> nn.Module:
         student = type(self).build_model(cfg)
@@ -216,23 +227,22 @@ class KDTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         """Build a loader whose batches depend on (SEED, rank, iteration) alone."""
-        loader = build_train_loader(cfg, build_mapper(cfg, is_train=True))
-        check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-        return loader
+        return build_train_loader(cfg, build_mapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Build Detectron2's loader with the mapper that the model needs."""
-        mapper = CheckedMapper(build_mapper(cfg, is_train=False))
-        with explain_missing_data((dataset_name,)):
-            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        check_classes(cfg, (dataset_name,))
-        return loader
+        return build_test_loader(cfg, dataset_name, build_mapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None) -> DatasetEvaluator:
         """Build the evaluator of a data set; see ``evaluation.build``."""
         return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict:
+        """Evaluate as Detectron2 does, with the classes that the model's checkpoint names."""
+        return super().test(with_classes_of(cfg, model), model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:  # as Detectron2's tools call it
@@ -242,6 +252,7 @@ class KDTrainer(DefaultTrainer):
             The results as ``test`` returns them, with "_TTA" after the name of each task.
         """
         _logger.info("Evaluating with test-time augmentation (TEST.AUG)")
+        cfg = with_classes_of(cfg, model)
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
