@@ -132,6 +132,9 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
         return samplers.RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        if int(ratio * len(dicts)) == 0:
+            words = f"{ratio}, which of {len(dicts)} images leaves none"
+            raise InputError(f"DATALOADER.RANDOM_SUBSET_RATIO is {words}")
         return samplers.RandomSubsetTrainingSampler(len(dicts), ratio, True, seed, seed)
     raise InputError(
         f"DATALOADER.SAMPLER_TRAIN: '{name}' is unknown; use TrainingSampler, "
