@@ -24,6 +24,8 @@ from detectron2.utils import comm
 
 from msad_kd.data.classes import align_classes
 from msad_kd.data.coco_format import check_files
+from msad_kd.data.dict_checks import accept_rles, check_masks, check_shapes
+from msad_kd.data.mapper import longest_side
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
@@ -144,6 +146,9 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
         return samplers.RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        if int(ratio * len(dicts)) == 0:
+            words = f"{ratio}, which of {len(dicts)} images leaves none"
+            raise InputError(f"DATALOADER.RANDOM_SUBSET_RATIO is {words}")
         return samplers.RandomSubsetTrainingSampler(len(dicts), ratio, True, seed, seed)
     raise InputError(
         f"DATALOADER.SAMPLER_TRAIN: '{name}' is unknown; use TrainingSampler, "
@@ -173,6 +178,11 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
             min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+    names = ", ".join(cfg.DATASETS.TRAIN)
+    dicts = check_shapes(dicts, names, longest_side(cfg), cfg.DATASETS.INVALID_ANNOTATIONS)
+    if cfg.MODEL.MASK_ON:
+        check_masks(dicts, names)
+        accept_rles(mapper, dicts, names)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     count, world_size = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if count % world_size:

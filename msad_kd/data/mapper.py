@@ -100,7 +100,7 @@ class CheckedDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
         """Return the constructor's arguments for a config."""
-        drop = is_train and cfg.DATASETS.get("INVALID_ANNOTATIONS") == "drop"
+        drop = is_train and cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
         arguments = {**super().from_config(cfg, is_train), **jitter_arguments(cfg, is_train)}
         return {**arguments, "skip_unusable": drop}
 
@@ -231,3 +231,13 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     if frame is None or (frame == "lr" and not is_train):
         return CheckedDatasetMapper(cfg, is_train)
     return TwoResolutionMapper(cfg, is_train, frame=frame)
+
+
+def longest_side(cfg: CfgNode) -> float:
+    """Return to how many pixels, at the most, the longer side of a training image is resized.
+
+    It is that of the smallest image that the mapper may make: of the low-resolution one.
+    """
+    jitter, frame = cfg.INPUT.JITTER, META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    longest = jitter.SIZE * jitter.SCALES[0] if jitter.SIZE else cfg.INPUT.MAX_SIZE_TRAIN
+    return longest / cfg.KD.SCALE if getattr(frame, "frame", None) == "hr" else longest

@@ -16,6 +16,7 @@ from torch import nn
 from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
 from msad_kd.checkpoint.checkpointer import TrainingCheckpointer
 from msad_kd.checkpoint.start import init_from_teacher
+from msad_kd.config.schedule import warn_of_long_warmups
 from msad_kd.data.classes import align_classes, with_classes_of
 from msad_kd.data.loader import build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
@@ -63,8 +64,9 @@ class KDTrainer(DefaultTrainer):
         self._check_test_data(cfg)
         self.teacher: Teacher | None = None
         self.teacher_spec: TeacherSpec | None = None
-        if is_a(cfg, DistilledMixin):
-            _warn_of_long_warmup(cfg)
+        student = is_a(cfg, DistilledMixin)
+        warn_of_long_warmups(cfg, read_losses(cfg.KD.LOSSES) if student else [])
+        if student:
             self.teacher_spec = teacher_spec or TeacherSpec.from_config(cfg)
             # DefaultTrainer's constructor builds the model and then its optimizer. In between, the
             # teacher has to be attached: it decides which adapters there are to train.
@@ -280,14 +282,3 @@ class KDTrainer(DefaultTrainer):
 
 def _add_suffix(results: dict) -> dict:
     return {f"{task}_TTA": metrics for task, metrics in results.items()}
-
-
-def _warn_of_long_warmup(cfg: CfgNode) -> None:
-    iterations = cfg.SOLVER.MAX_ITER
-    slow = [term for term in read_losses(cfg.KD.LOSSES) if term.warmup_iters > iterations]
-    if slow:
-        names = ", ".join(f"{term.name} (warmup_iters {term.warmup_iters})" for term in slow)
-        _logger.warning(
-            f"KD.LOSSES: {names} will not reach their weight, because the run ends after "
-            f"{iterations} iterations (SOLVER.MAX_ITER); lower warmup_iters"
-        )

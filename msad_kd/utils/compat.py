@@ -187,7 +187,8 @@ def find_cityscapes_scripts(source: str) -> None:
     """
     known = any(isinstance(finder, _CityscapesScripts) for finder in sys.meta_path)
     if _CityscapesScripts.package in source and not known:
-        sys.meta_path.append(_CityscapesScripts())
+        # First: others would load the scripts a second time, as their package's path is known.
+        sys.meta_path.insert(0, _CityscapesScripts())
 
 
 find_cityscapes_scripts(Path(cityscapes.__file__).read_text())

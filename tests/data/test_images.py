@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import struct
 import zlib
@@ -177,7 +178,7 @@ def test_the_pixels_of_what_can_be_read(kind, mappers, tmp_path):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_cannot_be_used_is_named_or_skipped_and_counted(kind, mappers, tmp_path, caplog):
+def test_what_cannot_be_used_is_named(kind, mappers, tmp_path):
     write, words = BAD[kind]
     path = tmp_path / kind
     write(path)
@@ -186,11 +187,23 @@ def test_what_cannot_be_used_is_named_or_skipped_and_counted(kind, mappers, tmp_
             mapper(entry_of(kind, path))
         assert type(error.value) is InputError  # known by its name in a worker's traceback
         assert str(error.value).startswith(f"image '{path}' ") and "\n" not in str(error.value)
-        mapper.skip_unusable = True
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_or_skipped_and_counted_in_training(kind, config, tmp_path, caplog):
+    cfg = config("lr", "DATASETS.INVALID_ANNOTATIONS", "drop")
+    write, words = BAD[kind]
+    paths = [tmp_path / f"{number}_{kind}" for number in (1, 2)]
+    for path in paths:
+        write(path)
+    for mapper in (TwoResolutionMapper(cfg, True, frame="lr"), CheckedDatasetMapper(cfg, True)):
         caplog.clear()
-        assert [mapper(entry_of(kind, path)) for _ in range(2)] == [None, None]
-        (record,) = [r for r in caplog.records if r.name == "msad_kd.data.mapper"]
-        assert record.message.startswith(f"Skipped (1 in this process): image '{path}' ")
+        assert [mapper(entry_of(kind, path)) for path in (*paths, *paths)] == [None] * 4
+        messages = [r.message for r in caplog.records if r.name == "msad_kd.data.mapper"]
+        assert len(messages) == 2 and "Skipped (2 in this process): image " in messages[1]
+        assert re.search(words, messages[0])
+    with pytest.raises(InputError, match=words):  # no evaluation leaves out an image
+        CheckedDatasetMapper(cfg, False)(entry_of(kind, path))
 
 
 def test_the_scaling_of_16_bits_is_said_once(tmp_path, caplog, monkeypatch):

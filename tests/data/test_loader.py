@@ -128,6 +128,10 @@ def test_mappers_can_be_pickled_for_spawned_workers(student_config):
         (["DATASETS.TRAIN", ()], "no data set is named.*DATASETS.TRAIN"),
         (["DATASETS.TRAIN", ("bare",)], "data set bare: No valid data found"),
         (["DATALOADER.SAMPLER_TRAIN", "Fancy"], "'Fancy' is unknown; use TrainingSampler"),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", SAMPLERS[2], "DATALOADER.RANDOM_SUBSET_RATIO", 0.1],
+            "RANDOM_SUBSET_RATIO is 0.1, which of 6 images leaves none",
+        ),
         (["SOLVER.IMS_PER_BATCH", 3], "IMS_PER_BATCH is 3, which 2 processes"),
     ],
 )
