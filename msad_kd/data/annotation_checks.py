@@ -12,6 +12,8 @@ from msad_kd.data.columns import flatten, positions, reduce_rows
 from msad_kd.data.findings import DOUBTFUL, EMPTY, INVALID, MENDED, PLURALS, Findings
 from msad_kd.data.segmentations import mask_areas, polygon_bounds
 
+TINY = 1e-5  # pixels; a box with a shorter side has no width or no height
+
 
 def compressed(rle: dict) -> dict:
     """Return an RLE in the compressed form, as Detectron2's ``load_coco_json`` does."""
@@ -174,8 +176,9 @@ class AnnotationChecks:
         self.boxes, sides = boxes, boxes[:, 2:]
         self._add(~np.isfinite(boxes).all(axis=1), "bbox should be finite", key="bbox")
         self._add((sides < 0).any(axis=1), "bbox has a negative width or height", key="bbox")
-        self._add((sides == 0).all(axis=1), "bbox has neither width nor height", key="bbox")
-        self._add((sides == 0).any(axis=1), "bbox has no width or no height", EMPTY, key="bbox")
+        self._add((sides < TINY).all(axis=1), "bbox has neither width nor height", key="bbox")
+        # COCO's own training file has two of these.
+        self._add((sides < TINY).any(axis=1), "bbox has no width or no height", EMPTY, key="bbox")
         self._check_inside(np.concatenate([boxes[:, :2], boxes[:, :2] + sides], axis=1), "bbox")
 
     def _check_areas(self) -> None:
