@@ -206,10 +206,12 @@ class AnnotationChecks:
         flat, lengths = flatten([values[row] for row in given])
         common = np.bincount(lengths.clip(min=0)).argmax()
         fits = (lengths == common) & (common % 3 == 0)
-        words = f"keypoints should be {common} numbers, x, y and visibility of each"
+        words = "keypoints should be x, y, visibility of each, as many in every annotation"
         self._add(given[~fits], words, key="keypoints")
         given = given[fits]
-        points = flat[np.repeat(fits, lengths.clip(min=0))].reshape(len(given), -1, 3)
+        points = flat[np.repeat(fits, lengths.clip(min=0))].reshape(
+            len(given), max(common // 3, 1), 3
+        )
         wrong = ~np.isfinite(points).all(axis=(1, 2)) | ~np.isin(points[..., 2], (0, 1, 2)).all(1)
         words = "keypoints should be finite, and the visibility 0, 1 or 2"
         self._add(given[wrong], words, key="keypoints")
@@ -248,4 +250,5 @@ class AnnotationChecks:
             self._add(
                 self.usable, "ids are not unique numbers from 1; all are numbered anew", MENDED
             )
-            self._set("id", range(len(ids)), range(1, len(ids) + 1))
+            rows = np.flatnonzero(self.usable).tolist()
+            self._set("id", rows, range(1, len(rows) + 1))

@@ -82,7 +82,7 @@ def load_checked(json_file: str, images: str, name: str, invalid: str = "error")
             f"registered for it ({', '.join(metadata.thing_classes[:3])}, ...)"
         ) from error
     dicts = make_dicts(content, images, index_of)
-    check_files([entry["file_name"] for entry in dicts], f"data set '{name}': '{json_file}'")
+    check_files([entry["file_name"] for entry in dicts], json_file, name)
     _logger.info("Loaded %d images in COCO format from %s", len(dicts), json_file)
     return dicts
 
