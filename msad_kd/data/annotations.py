@@ -64,7 +64,8 @@ def _usable_content(findings: Findings, source: str, drop: bool) -> dict:
     faulty = refused or [x for x in problems if x.severity == INVALID and not drop]
     if faulty:
         remedy = "" if refused else ", or set DATASETS.INVALID_ANNOTATIONS drop"
-        raise InputError(f"{source}: {summarise(faulty)}; mend the file{remedy}")
+        mark = "" if faulty[0].record == "file" else ":"
+        raise InputError(f"{source}{mark} {summarise(faulty)}; mend the file{remedy}")
     content, usable = findings.content, findings.usable
     for problem in problems:
         if problem.severity == DOUBTFUL and drop:

@@ -76,7 +76,7 @@ def load_checked(json_file: str, images: str, name: str, invalid: str = "error")
     new = {"thing_classes": classes, "thing_dataset_id_to_contiguous_id": index_of}
     vars(MetadataCatalog.get(name)).update(new)
     dicts = make_dicts(content, images, index_of)
-    check_files([entry["file_name"] for entry in dicts], f"data set '{name}': '{json_file}'")
+    check_files([entry["file_name"] for entry in dicts], json_file, name)
     _logger.info("Loaded %d images in COCO format from %s", len(dicts), json_file)
     return dicts
 

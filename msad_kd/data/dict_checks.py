@@ -11,13 +11,18 @@ from msad_kd.utils.errors import InputError
 _logger = logging.getLogger(__name__)
 
 
-def check_files(files: list[str], source: str) -> None:
+def check_files(files: list[str], json_file: str, name: str) -> None:
     """Check that images are regular files: to open a pipe would wait for ever.
 
     A folder is listed once, which takes a fraction of the time of asking for each file.
 
+    Args:
+        files: the images' files.
+        json_file: the annotation file that names them, for the message.
+        name: the data set's name.
+
     Raises:
-        InputError: if one is missing or no regular file; the message begins with ``source``.
+        InputError: if one is missing or no regular file.
     """
     folders: dict[str, set[str]] = {}
     missing = []
@@ -30,9 +35,13 @@ def check_files(files: list[str], source: str) -> None:
             missing.append(file)
     if missing:
         raise InputError(
-            f"{source}: {len(missing)} of the {len(files)} images are missing or no regular files, "
-            f"e.g. {missing[0]!r}"
+            f"data set '{name}': {len(missing)} of the {len(files)} images in '{json_file}' are "
+            f"missing or no regular files, e.g. {_short(missing[0])}"
         )
+
+
+def _short(file: str) -> str:
+    return repr(file if len(file) < 300 else f"{file[:300]}...")
 
 
 def _regular_files(folder: str) -> set[str]:
