@@ -2,11 +2,7 @@
 
 import logging
 import math
-import multiprocessing
-import os
-import random
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -181,37 +177,6 @@ def test_losses_with_parameters_are_refused(student_config, before, now):
         train(student_config(*keys), resume=True)
 
 
-DAMAGES = {
-    "another shape": lambda x: x["_trainer"]["optimizer"]["state"][0].update(
-        momentum_buffer=torch.zeros(1, 2)
-    ),
-    "no groups": lambda x: x["_trainer"]["optimizer"].pop("param_groups"),
-    "empty groups": lambda x: x["_trainer"]["optimizer"].update(param_groups=[]),
-    "no optimizer": lambda x: x["_trainer"].pop("optimizer"),
-    "no state": lambda x: x["_trainer"]["optimizer"].pop("state"),
-    "text": lambda x: x.update(_trainer="text"),
-    "no scheduler": lambda x: x["hooks"].update(LRScheduler=None),
-    "hooks": lambda x: x.update(hooks=[]),
-}
-
-
-@pytest.fixture(scope="module", params=[0.001, 0.5], ids=["same", "changed"])
-def trainer(request, files_of, tmp_path_factory):
-    """A trainer whose learning rate is that of the run, or another."""
-    keys = ["OUTPUT_DIR", str(tmp_path_factory.mktemp("trainer")), *NO_TEST]
-    keys += ["SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", request.param]
-    return KDTrainer(build_config(str(files_of("mask_rcnn")["lr"]), keys))
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_state_is_one_sentence(runs, trainer, damage):
-    state = torch.load(runs("SGD") / "model_0000001.pth", weights_only=True)["trainer"]
-    damage(state)
-    with pytest.raises(InputError, match="cannot be resumed: the state of its .* is damaged"):
-        trainer.check_state_dict(state)
-        trainer.load_state_dict(state)
-
-
 def test_a_checkpoint_without_config_is_resumed_as_before(resumed, tmp_path, runs, caplog):
     folder = tmp_path / "resumed"
     folder.mkdir()
@@ -285,124 +250,3 @@ def test_a_fresh_run_in_an_old_folder_is_not_mixed_with_it(config, caplog):
     }
     assert len((folder / "metrics.json").read_text().splitlines()) == 1
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
-
-
-# ---- Kills ----
-
-
-def die_at(cfg, moment, resume):
-    """Train, and kill this process at a moment of writing: the n-th time a file is synced.
-
-    Each checkpoint syncs six times: itself, its checksum and last_checkpoint, before and after each
-    is renamed. A negative moment is the middle of the file that would be synced then.
-    """
-    sync, count = os.fsync, iter(range(1000))
-
-    def dying(descriptor):
-        if next(count) == abs(moment):
-            if moment < 0 and not os.path.isdir(f"/proc/self/fd/{descriptor}"):
-                path = os.readlink(f"/proc/self/fd/{descriptor}")
-                os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(descriptor)
-
-    os.fsync = dying
-    torch.manual_seed(0)
-    train(cfg, resume=resume)
-
-
-def killed(cfg, moment, resume=False):
-    child = multiprocessing.get_context("fork").Process(target=die_at, args=(cfg, moment, resume))
-    child.start()
-    child.join(120)
-    return child.exitcode
-
-
-@pytest.fixture(scope="module")
-def whole(runs):
-    return torch.load(runs("ADAMW") / "model_final.pth", weights_only=True)
-
-
-def check_kill(config, whole, moments):
-    cfg = config("lr", "SOLVER.OPTIMIZER", "ADAMW", *NO_TEST)
-    for number, moment in enumerate(moments):
-        assert killed(cfg, moment, resume=number > 0) == -signal.SIGKILL
-    torch.manual_seed(0)
-    train(cfg, resume=True)
-    again = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
-    assert differing(whole["model"], again["model"]) == []
-    assert again["trainer"]["iteration"] == 3
-
-
-def test_killed_while_it_writes_its_second_checkpoint(config, whole):
-    check_kill(config, whole, [-6])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_at_random_moments_of_writing(config, whole, seed):
-    generator = random.Random(seed)
-    moment = generator.choice([1, -1]) * generator.randrange(18)  # three checkpoints
-    check_kill(config, whole, [moment, *([generator.randrange(5)] if moment < 12 else [])])
-
-
-# ---- Mutated states ----
-
-VALUES = [None, "text", -1, 1 << 40, 0.5, [], {}, [1, 2], {"a": 1}, torch.zeros(3), True]
-
-
-def mutate(state, generator):
-    """Replace, remove or add one value somewhere in nested containers; return where and what."""
-    node, path = state, []
-    while True:
-        key = generator.choice(list(node) if isinstance(node, dict) else range(len(node)))
-        path.append(key)
-        below = node[key]
-        if not isinstance(below, (dict, list)) or not below or generator.random() < 0.3:
-            break
-        node = below
-    action = generator.choice(["replace", "replace", "remove", "add"])
-    value = generator.choice(VALUES)
-    if action == "replace":
-        node[key] = value
-    elif action == "remove":
-        del node[key]
-    elif isinstance(node, dict):
-        node["more"] = value
-    else:
-        node.append(value)
-    return f"{action} {path} {value!r}"
-
-
-def copy_containers(node):
-    if isinstance(node, dict):
-        return {key: copy_containers(value) for key, value in node.items()}
-    return list(map(copy_containers, node)) if isinstance(node, list) else node
-
-
-@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.long)])
-def test_a_mutated_state_is_resumed_or_refused(runs, trainer, count):
-    generator, refused = random.Random(count), 0
-    original = torch.load(runs("SGD") / "model_0000001.pth", weights_only=True)["trainer"]
-    groups = [dict(group) for group in trainer.optimizer.param_groups]
-    parameters = [x for group in groups for x in group["params"]]
-    original.pop("iteration")  # checked when the file is found
-    for _ in range(count):
-        trainer.optimizer.param_groups = [dict(group) for group in groups]
-        trainer.optimizer.state.clear()
-        state = copy_containers(original)
-        what = mutate(state, generator)
-        state["iteration"] = 1
-        try:
-            trainer.check_state_dict(state)
-            trainer.load_state_dict(state)
-            for parameter in parameters:  # a step shows whether the optimizer can go on
-                parameter.grad = torch.zeros_like(parameter)
-            trainer.optimizer.step()
-            trainer.scheduler.step()
-        except InputError as error:
-            assert "\n" not in str(error), what
-            refused += 1
-        except Exception as error:
-            raise AssertionError(f"{what}: {error!r}") from error
-    assert 0.1 * count < refused < 0.9 * count
