@@ -218,10 +218,10 @@ class AnnotationChecks:
         visible = np.zeros(len(values), dtype=np.int64)
         visible[given] = (points[..., 2] > 0).sum(axis=1)
         numbers = self._column("num_keypoints")
-        for row in np.flatnonzero(self.usable):
+        for row in np.flatnonzero(self.usable).tolist():
             if not values[row]:  # Detectron2 and COCO's evaluation need as many everywhere
                 self.records[row]["keypoints"] = [0] * int(common)
-            if numbers[row] != visible[row]:
+            if type(numbers[row]) is not int or numbers[row] != visible[row]:
                 self.records[row]["num_keypoints"] = int(visible[row])
 
     def _check_copies(self) -> None:

@@ -81,7 +81,7 @@ def check_masks(dicts: list[dict], name: str) -> None:
         entry, place, _ = bare[0]
         raise InputError(
             f"data set '{name}': {len(bare)} of {len(objects)} annotations have no segmentation, "
-            f"e.g. number {place + 1} of image {entry['image_id']} ('{entry['file_name']}'); set "
+            f"e.g. number {place + 1} of image '{entry['file_name']}'; set "
             "MODEL.MASK_ON False, or add the masks"
         )
 

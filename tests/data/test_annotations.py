@@ -18,6 +18,7 @@ from msad_kd.data.coco_format import load_checked
 from msad_kd.data.dict_checks import accept_rles, check_masks, check_shapes
 from msad_kd.data.mapper import longest_side
 from msad_kd.data.segmentations import mask_areas, run_lengths
+from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.errors import InputError
 
 NAN, INF = float("nan"), float("inf")
@@ -323,6 +324,7 @@ def test_keypoints_that_are_missing(files):
     content = valid_content(keypoints=True)
     del content["annotations"][0]["keypoints"], content["annotations"][2]["num_keypoints"]
     content["annotations"][1]["num_keypoints"] = "two"
+    content["annotations"][3]["num_keypoints"] = [1, 2]
     read = read_annotations(files(content)[0], "mine")["annotations"]
     assert read[0]["keypoints"] == [0] * 6 and [x["num_keypoints"] for x in read] == [0, 2, 1, 2]
 
@@ -410,9 +412,7 @@ def test_objects_without_masks(files):
     del content["annotations"][3]["segmentation"]  # a crowd is not trained on
     check_masks(load_checked(*files(content), "some"), "some")
     del content["annotations"][1]["segmentation"]
-    words = (
-        r"'some': 1 of 3 annotations have no segmentation, e.g. number 2 of image 7 .*MASK_ON False"
-    )
+    words = r"'some': 1 of 3 annotations have no segmentation, e.g. number 2 of image '.*7.png'.*MASK_ON False"
     with pytest.raises(InputError, match=words):
         check_masks(load_checked(*files(content), "some"), "some")
 
@@ -437,3 +437,21 @@ def test_the_longest_side_is_that_of_the_smallest_image(config):
     assert longest_side(config("teacher", "INPUT.MAX_SIZE_TRAIN", 300)) == 150
     jitter = ("INPUT.JITTER.SIZE", 200, "INPUT.JITTER.SCALES", [0.1, 2.0])
     assert longest_side(config("student", *jitter)) == 20
+
+
+def test_training_says_at_the_start_what_it_cannot_learn_from(files, config):
+    content = valid_content()
+    del content["annotations"][1]["segmentation"]
+    entry = dict(zip(("json", "images"), files(content)))
+    sets = ["DATASETS.COCO_FORMAT", [{"name": "bare", **entry}], "DATASETS.TRAIN", ("bare",)]
+    # Nothing is compared with a test set's classes.
+    cfg = config("lr", *sets, "DATASETS.TEST", ())
+    with pytest.raises(InputError, match="'bare': 1 of 3 annotations have no segmentation"):
+        KDTrainer.build_train_loader(cfg)
+    cfg = config(
+        "lr", *sets, "DATASETS.TEST", (), "MODEL.MASK_ON", False, "INPUT.MAX_SIZE_TRAIN", 0
+    )
+    with pytest.raises(InputError, match="'bare': 2 of 2 images are so narrow"):
+        KDTrainer.build_train_loader(cfg)
+    with pytest.raises(InputError, match="INVALID_ANNOTATIONS is 'skip'"):
+        config("lr", "DATASETS.INVALID_ANNOTATIONS", "skip")
