@@ -12,6 +12,8 @@ from msad_kd.data.columns import flatten, positions, reduce_rows
 from msad_kd.data.findings import DOUBTFUL, EMPTY, INVALID, MENDED, PLURALS, Findings
 from msad_kd.data.segmentations import mask_areas, polygon_bounds
 
+TINY = 1e-5  # pixels; a box with a shorter side has no width or no height
+
 
 def compressed(rle: dict) -> dict:
     """Return an RLE in the compressed form, as Detectron2's ``load_coco_json`` does."""
@@ -174,8 +176,9 @@ class AnnotationChecks:
         self.boxes, sides = boxes, boxes[:, 2:]
         self._add(~np.isfinite(boxes).all(axis=1), "bbox should be finite", key="bbox")
         self._add((sides < 0).any(axis=1), "bbox has a negative width or height", key="bbox")
-        self._add((sides == 0).all(axis=1), "bbox has neither width nor height", key="bbox")
-        self._add((sides == 0).any(axis=1), "bbox has no width or no height", EMPTY, key="bbox")
+        self._add((sides < TINY).all(axis=1), "bbox has neither width nor height", key="bbox")
+        # COCO's own training file has two of these.
+        self._add((sides < TINY).any(axis=1), "bbox has no width or no height", EMPTY, key="bbox")
         self._check_inside(np.concatenate([boxes[:, :2], boxes[:, :2] + sides], axis=1), "bbox")
 
     def _check_areas(self) -> None:
@@ -203,10 +206,12 @@ class AnnotationChecks:
         flat, lengths = flatten([values[row] for row in given])
         common = np.bincount(lengths.clip(min=0)).argmax()
         fits = (lengths == common) & (common % 3 == 0)
-        words = f"keypoints should be {common} numbers, x, y and visibility of each"
+        words = "keypoints should be x, y, visibility of each, as many in every annotation"
         self._add(given[~fits], words, key="keypoints")
         given = given[fits]
-        points = flat[np.repeat(fits, lengths.clip(min=0))].reshape(len(given), -1, 3)
+        points = flat[np.repeat(fits, lengths.clip(min=0))].reshape(
+            len(given), max(common // 3, 1), 3
+        )
         wrong = ~np.isfinite(points).all(axis=(1, 2)) | ~np.isin(points[..., 2], (0, 1, 2)).all(1)
         words = "keypoints should be finite, and the visibility 0, 1 or 2"
         self._add(given[wrong], words, key="keypoints")
@@ -245,4 +250,5 @@ class AnnotationChecks:
             self._add(
                 self.usable, "ids are not unique numbers from 1; all are numbered anew", MENDED
             )
-            self._set("id", range(len(ids)), range(1, len(ids) + 1))
+            rows = np.flatnonzero(self.usable).tolist()
+            self._set("id", rows, range(1, len(rows) + 1))

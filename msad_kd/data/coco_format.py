@@ -12,7 +12,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from msad_kd.data.annotation_checks import compressed
-from msad_kd.data.annotations import POLICIES, read_annotations
+from msad_kd.data.annotations import POLICIES, read_annotations, read_kept
+from msad_kd.data.dict_checks import check_files
 from msad_kd.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -21,9 +22,7 @@ _logger = logging.getLogger(__name__)
 def register_coco_format(cfg: CfgNode) -> None:
     """Register the data sets of DATASETS.COCO_FORMAT under their names.
 
-    Registering the same files under the same name twice is allowed. COCO-format data sets of TRAIN
-    and TEST that Detectron2 or ``register_coco_instances`` has registered are checked like these
-    from now on.
+    Registering the same files under the same name twice is allowed.
 
     Raises:
         InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
@@ -39,26 +38,15 @@ def register_coco_format(cfg: CfgNode) -> None:
         name, json_file, images = entry["name"], _locate(entry["json"]), _locate(entry["images"])
         if name in DatasetCatalog.list():
             registered = MetadataCatalog.get(name)
-            if (registered.get("json_file"), registered.get("image_root")) != (json_file, images):
-                words = f"'{name}' exists already; rename your data set"
-                raise InputError(f"DATASETS.COCO_FORMAT: {words}")
-        _register(name, json_file, images, invalid)
+            if (registered.get("json_file"), registered.get("image_root")) == (json_file, images):
+                continue
+            raise InputError(f"DATASETS.COCO_FORMAT: '{name}' exists already; rename your data set")
+        DatasetCatalog.register(name, partial(load_checked, json_file, images, name, invalid))
         MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        load = DatasetCatalog.get if name not in DatasetCatalog else DatasetCatalog[name]
-        if load.__module__ == "detectron2.data.datasets.coco":
-            metadata = MetadataCatalog.get(name)
-            _register(name, metadata.json_file, metadata.image_root, invalid)
 
 
 def _locate(path: str) -> str:
     return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), path)
-
-
-def _register(name: str, json_file: str, images: str, invalid: str) -> None:
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-    DatasetCatalog.register(name, partial(load_checked, json_file, images, name, invalid))
 
 
 def load_checked(
@@ -67,6 +55,7 @@ def load_checked(
     name: str,
     invalid: str = "error",
     classes: list[str] | None = None,
+    keep: bool = False,
 ) -> list[dict]:
     """Load a COCO-format data set as Detectron2's dicts, and check that every image exists.
 
@@ -77,6 +66,7 @@ def load_checked(
         invalid: DATASETS.INVALID_ANNOTATIONS.
         classes: the class names in the model's order, which the file's categories are mapped to by
             name; None for the file's own, in the order of their ids.
+        keep: whether to keep the file's content for ``read_kept``.
 
     Returns:
         The dicts that Detectron2's ``load_coco_json`` returns for a valid file.
@@ -90,13 +80,14 @@ def load_checked(
                 f"data set '{name}': the {kind} '{path}' does not exist; check "
                 "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
             )
-    content = read_annotations(json_file, name, invalid)
+    content = (read_kept if keep else read_annotations)(json_file, name, invalid)
     classes, index_of = class_order(content["categories"], name, classes)
     # Metadata refuse to change. A run may have other classes than the one before in this process.
     new = {"thing_classes": classes, "thing_dataset_id_to_contiguous_id": index_of}
     vars(MetadataCatalog.get(name)).update(new)
     dicts = make_dicts(content, images, index_of)
-    check_files([entry["file_name"] for entry in dicts], f"data set '{name}': '{json_file}'")
+    check_files([entry["file_name"] for entry in dicts], json_file, name)
+    _logger.info("Loaded %d images in COCO format from %s", len(dicts), json_file)
     return dicts
 
 
@@ -158,63 +149,3 @@ def make_dicts(content: dict, image_root: str, index_of: dict[int, int]) -> list
         }
         for image in sorted(content["images"], key=lambda image: image["id"])
     ]
-
-
-def check_files(files: list[str], source: str) -> None:
-    """Check that images are regular files: to open a pipe would wait for ever.
-
-    A folder is listed once, which takes a fraction of the time of asking for each file.
-
-    Raises:
-        InputError: if one is missing or no regular file; the message begins with ``source``.
-    """
-    folders: dict[str, set[str]] = {}
-    missing = []
-    for file in files:
-        folder, base = os.path.split(file)
-        if folder not in folders:
-            folders[folder] = _regular_files(folder)
-        # Asked for alone, what no list has: on a server, or in other letters.
-        if base not in folders[folder] and not _is_regular(file):
-            missing.append(file)
-    if missing:
-        raise InputError(
-            f"{source}: {len(missing)} of the {len(files)} images are missing or no regular files, "
-            f"e.g. {missing[0]!r}"
-        )
-
-
-def _regular_files(folder: str) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):
-        return set()
-
-
-def _is_regular(file: str) -> bool:
-    try:
-        return PathManager.isfile(file)
-    except (OSError, ValueError):  # a name of 1,000 letters, or with "\0"
-        return False
-
-
-def check_masks(dicts: list[dict], name: str) -> None:
-    """Check that every object has a mask, as training with MODEL.MASK_ON needs.
-
-    Args:
-        dicts: Detectron2's dicts; crowds are not trained on.
-        name: the data sets' names, for the message.
-
-    Raises:
-        InputError: if an object has none.
-    """
-    objects = [(d, i) for d in dicts for i, x in enumerate(d["annotations"]) if not x["iscrowd"]]
-    bare = [(d, i) for d, i in objects if "segmentation" not in d["annotations"][i]]
-    if bare:
-        entry, place = bare[0]
-        raise InputError(
-            f"data set '{name}': {len(bare)} of {len(objects)} annotations have no segmentation, "
-            f"e.g. number {place + 1} of image {entry['image_id']} ('{entry['file_name']}'); set "
-            "MODEL.MASK_ON False, or add the masks"
-        )

@@ -14,7 +14,7 @@ def check_structure(findings: Findings) -> bool:
     for record, plural in PLURALS.items():
         records = content[plural] if isinstance(content.get(plural), list) else None
         if records is None or not (records or record == "annotation"):
-            findings.refuse(f"it is not in COCO format, it has no list of {plural}")
+            findings.refuse(f"is not in COCO format: it has no list of {plural}")
             continue
         findings.usable[record] = np.ones(len(records), dtype=bool)
         wrong = np.array([not isinstance(entry, dict) for entry in records], dtype=bool)

@@ -231,3 +231,13 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     if frame is None or (frame == "lr" and not is_train):
         return CheckedDatasetMapper(cfg, is_train)
     return TwoResolutionMapper(cfg, is_train, frame=frame)
+
+
+def longest_side(cfg: CfgNode) -> float:
+    """Return to how many pixels, at the most, the longer side of a training image is resized.
+
+    It is that of the smallest image that the mapper may make: of the low-resolution one.
+    """
+    jitter, frame = cfg.INPUT.JITTER, META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    longest = jitter.SIZE * jitter.SCALES[0] if jitter.SIZE else cfg.INPUT.MAX_SIZE_TRAIN
+    return longest / cfg.KD.SCALE if getattr(frame, "frame", None) == "hr" else longest
