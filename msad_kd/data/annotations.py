@@ -3,8 +3,10 @@
 import gc
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
@@ -56,6 +58,22 @@ def read_annotations(json_file: str, name: str, invalid: str = "error") -> dict:
     with _without_garbage_collection():
         findings = check_content(parse_json(json_file, source))
         return _usable_content(findings, source, invalid == "drop")
+
+
+def read_kept(json_file: str, name: str, invalid: str = "error") -> dict:
+    """Do what ``read_annotations`` does, and keep the content of the last file in memory.
+
+    A training's evaluations read the same file again and again. What is returned must stay as it
+    is, and is read again if the file changes.
+    """
+    json_file = PathManager.get_local_path(json_file)
+    status = os.stat(json_file)
+    return _read_once(json_file, name, invalid, (status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read_once(json_file: str, name: str, invalid: str, _version: tuple[int, int]) -> dict:
+    return read_annotations(json_file, name, invalid)
 
 
 def _usable_content(findings: Findings, source: str, drop: bool) -> dict:

@@ -78,7 +78,7 @@ def _describe(data_set: str) -> str:
     return f"data set '{data_set}'" + (f" ('{file}')" if file else "")
 
 
-def align_classes(cfg: CfgNode, data_sets: Sequence[str]) -> None:
+def align_classes(cfg: CfgNode, data_sets: Sequence[str] | None) -> None:
     """Check the classes of data sets, and number those of their dicts as the model does.
 
     Afterwards, metadata and dicts of a data set with an annotation file have all of the model's
@@ -91,7 +91,7 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str]) -> None:
     """
     classes, source = model_classes(cfg)
     limit = number_of_classes(cfg)
-    for data_set in data_sets:
+    for data_set in data_sets or ():
         own = class_names(data_set)
         if classes and own:
             _check_names(data_set, own, classes, source)
@@ -102,7 +102,11 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str]) -> None:
         if file := annotation_file(data_set):
             images = MetadataCatalog.get(data_set).image_root
             invalid = cfg.DATASETS.INVALID_ANNOTATIONS
-            load = partial(load_checked, file, images, data_set, invalid, classes or None)
+            # Evaluations read their file again; training data may be too large to be kept.
+            keep = data_set in (cfg.DATASETS.TEST or ()) and data_set not in (
+                cfg.DATASETS.TRAIN or ()
+            )
+            load = partial(load_checked, file, images, data_set, invalid, classes or None, keep)
             DatasetCatalog.data[data_set] = load
 
 

@@ -12,7 +12,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from msad_kd.data.annotation_checks import compressed
-from msad_kd.data.annotations import POLICIES, read_annotations
+from msad_kd.data.annotations import POLICIES, read_annotations, read_kept
 from msad_kd.data.dict_checks import check_files
 from msad_kd.utils.errors import InputError
 
@@ -49,7 +49,14 @@ def _locate(path: str) -> str:
     return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), path)
 
 
-def load_checked(json_file: str, images: str, name: str, invalid: str = "error") -> list[dict]:
+def load_checked(
+    json_file: str,
+    images: str,
+    name: str,
+    invalid: str = "error",
+    classes: list[str] | None = None,
+    keep: bool = False,
+) -> list[dict]:
     """Load a COCO-format data set as Detectron2's dicts, and check that every image exists.
 
     Args:
@@ -57,6 +64,9 @@ def load_checked(json_file: str, images: str, name: str, invalid: str = "error")
         images: the folder that ``file_name`` entries are relative to.
         name: the data set's name; its metadata receive the class names.
         invalid: DATASETS.INVALID_ANNOTATIONS.
+        classes: the class names in the model's order, which the file's categories are mapped to by
+            name; None for the file's own, in the order of their ids.
+        keep: whether to keep the file's content for ``read_kept``.
 
     Returns:
         The dicts that Detectron2's ``load_coco_json`` returns for a valid file.
@@ -70,7 +80,7 @@ def load_checked(json_file: str, images: str, name: str, invalid: str = "error")
                 f"data set '{name}': the {kind} '{path}' does not exist; check "
                 "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
             )
-    content = read_annotations(json_file, name, invalid)
+    content = (read_kept if keep else read_annotations)(json_file, name, invalid)
     classes, index_of = class_order(content["categories"], name, classes)
     # Metadata refuse to change. A run may have other classes than the one before in this process.
     new = {"thing_classes": classes, "thing_dataset_id_to_contiguous_id": index_of}

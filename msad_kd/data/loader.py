@@ -14,6 +14,7 @@ import torch.utils.data as torchdata
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
+    MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
     samplers,
@@ -22,9 +23,8 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 
-from msad_kd.data.classes import align_classes
-from msad_kd.data.coco_format import check_files
-from msad_kd.data.dict_checks import accept_rles, check_masks, check_shapes
+from msad_kd.data.classes import align_classes, annotation_file
+from msad_kd.data.dict_checks import accept_rles, check_files, check_masks, check_shapes
 from msad_kd.data.mapper import longest_side
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
@@ -216,6 +216,7 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Callable[[dict], dict]):
     with explain_missing_data((name,)):
         dicts = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
     if isinstance(dicts, list):
-        check_files([x["file_name"] for x in dicts if "file_name" in x], f"data set '{name}'")
+        source = annotation_file(name) or MetadataCatalog.get(name).get("image_dir", name)
+        check_files([x["file_name"] for x in dicts if "file_name" in x], source, name)
     workers = cfg.DATALOADER.NUM_WORKERS
     return build_detection_test_loader(dicts, mapper=CheckedMapper(mapper), num_workers=workers)

@@ -86,7 +86,7 @@ class KDTrainer(DefaultTrainer):
     def _check_test_data(self, cfg: CfgNode) -> None:
         """Read what the evaluations will read: its mistakes cost a training if found later."""
         align_classes(cfg, cfg.DATASETS.TRAIN)
-        for name in cfg.DATASETS.TEST:
+        for name in cfg.DATASETS.TEST or ():
             self.build_test_loader(cfg, name)
             with contextlib.suppress(NotImplementedError):  # as in Detectron2: not evaluated
                 self.build_evaluator(cfg, name)

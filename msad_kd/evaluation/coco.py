@@ -6,14 +6,12 @@ Detectron2 has its C++ code. pycocotools is always installed.
 
 import contextlib
 import logging
-import os
 from collections.abc import Sequence
-from functools import lru_cache
 
 from detectron2.data import Metadata
 from detectron2.evaluation import COCOEvaluator
 
-from msad_kd.data.annotations import read_annotations
+from msad_kd.data.annotations import read_kept
 from msad_kd.data.coco_format import class_order
 from msad_kd.utils.compat import coco_eval_class, coco_ground_truth
 from msad_kd.utils.errors import InputError
@@ -67,13 +65,8 @@ def within_classes(outputs: list[dict], classes: int) -> list[dict]:
 
 def _ground_truth(path: str, dataset_name: str, invalid: str) -> dict:
     """Return the ground truth in a file, as a copy: what computes AP writes into annotations."""
-    content = _read(path, os.stat(path).st_mtime_ns, dataset_name, invalid)
+    content = read_kept(path, dataset_name, invalid)
     return {key: [dict(entry) for entry in content[key]] for key in content}
-
-
-@lru_cache(maxsize=1)  # a training reads the same file at each evaluation
-def _read(path: str, _modified: int, dataset_name: str, invalid: str) -> dict:
-    return read_annotations(path, dataset_name, invalid=invalid)
 
 
 class AnyCOCOEvaluator(COCOEvaluator):
@@ -129,8 +122,9 @@ class AnyCOCOEvaluator(COCOEvaluator):
         categories = self._coco_api.dataset["categories"]
         classes, ids = class_order(categories, self._metadata.name, classes or None)
         absent = ids.keys() - {category["id"] for category in categories}
-        categories += [{"id": key, "name": classes[ids[key]]} for key in absent]
-        self._coco_api.createIndex()
+        for category in ({"id": key, "name": classes[ids[key]]} for key in sorted(absent)):
+            categories.append(category)
+            self._coco_api.cats[category["id"]] = category
         new = {"thing_classes": classes, "thing_dataset_id_to_contiguous_id": ids}
         self._metadata = Metadata(**{**vars(self._metadata), **new})
 

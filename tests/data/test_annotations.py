@@ -412,7 +412,8 @@ def test_objects_without_masks(files):
     del content["annotations"][3]["segmentation"]  # a crowd is not trained on
     check_masks(load_checked(*files(content), "some"), "some")
     del content["annotations"][1]["segmentation"]
-    words = r"'some': 1 of 3 annotations have no segmentation, e.g. number 2 of image '.*7.png'.*MASK_ON False"
+    words = "'some': 1 of 3 annotations have no segmentation, e.g. number 2 of image '.*7.png'.*"
+    words += "MASK_ON False"
     with pytest.raises(InputError, match=words):
         check_masks(load_checked(*files(content), "some"), "some")
 
