@@ -95,6 +95,7 @@ def test_a_batch_is_all_portrait_or_all_landscape(config, monkeypatch):
     dicts = [{"file_name": str(i), "width": 50 if i % 3 else 30, **size} for i in range(12)]
     monkeypatch.setitem(DatasetCatalog.data, "portraits", lambda: dicts)
     keys = ["DATASETS.TRAIN", ("portraits",), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
+    keys += ["MODEL.MASK_ON", False]
     found = batches(config("lr", *keys), 12, mapper=orientation)
     assert {frozenset(batch) for batch in found} == {frozenset([True]), frozenset([False])}
     ungrouped = config("lr", *keys, "DATALOADER.ASPECT_RATIO_GROUPING", False)
@@ -146,7 +147,8 @@ def test_images_with_too_few_keypoints_are_left_out(config, monkeypatch):
         for name, values in points.items()
     ]
     monkeypatch.setitem(DatasetCatalog.data, "people", lambda: dicts)
-    found = batches(config("lr", "DATASETS.TRAIN", ("people",), "MODEL.KEYPOINT_ON", True), 2)
+    options = ["MODEL.KEYPOINT_ON", True, "MODEL.MASK_ON", False]
+    found = batches(config("lr", "DATASETS.TRAIN", ("people",), *options), 2)
     assert {name for batch in found for name, *_ in batch} == {"with"}
 
 
