@@ -151,8 +151,8 @@ def test_images_with_too_few_keypoints_are_left_out(config, monkeypatch):
         for name, values in points.items()
     ]
     monkeypatch.setitem(DatasetCatalog.data, "people", lambda: dicts)
-    keys = ["MODEL.KEYPOINT_ON", True, "MODEL.MASK_ON", False]
-    found = batches(config("lr", "DATASETS.TRAIN", ("people",), *keys), 2)
+    options = ["MODEL.KEYPOINT_ON", True, "MODEL.MASK_ON", False]
+    found = batches(config("lr", "DATASETS.TRAIN", ("people",), *options), 2)
     assert {name for batch in found for name, *_ in batch} == {"with"}
 
 
