@@ -9,16 +9,7 @@ from detectron2.solver import build_lr_scheduler
 
 from msad_kd.losses.terms import LossTerm
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.schema import (
-    Count,
-    NotNegative,
-    Positive,
-    Share,
-    WholeNumber,
-    check_value,
-)
-
-_UpToOne = Annotated[float, lambda x: 0 < x <= 1, "a number above 0, up to 1"]
+from msad_kd.utils.schema import Count, NotNegative, Share, WholeNumber, check_value
 
 
 def _rise_from_one(steps) -> bool:
@@ -36,10 +27,10 @@ _NUMBERS = {
     "SOLVER.WEIGHT_DECAY": NotNegative,
     "SOLVER.WARMUP_ITERS": WholeNumber,
     "SOLVER.WARMUP_FACTOR": Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"],
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Positive,
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Annotated[float, lambda x: x > 0, "a number above 0"],
     "SOLVER.REFERENCE_WORLD_SIZE": WholeNumber,
     "DATALOADER.NUM_WORKERS": WholeNumber,
-    "DATALOADER.RANDOM_SUBSET_RATIO": _UpToOne,
+    "DATALOADER.RANDOM_SUBSET_RATIO": Annotated[float, lambda x: 0 < x <= 1, "above 0, up to 1"],
     "DATALOADER.REPEAT_THRESHOLD": NotNegative,
     "INPUT.MIN_SIZE_TRAIN": Annotated[tuple[WholeNumber, ...], len, "whole numbers of 0 or more"],
     "INPUT.MIN_SIZE_TEST": WholeNumber,
