@@ -44,16 +44,16 @@ def test_a_loss_of_the_detector(config, spoil, bad):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_a_loss_of_the_distillation_in_the_first_step(student_config, monkeypatch, last):
-    monkeypatch.setattr(KDTrainer, "test", lambda *_: pytest.fail("a broken model was evaluated"))
-
     @DISTILL_LOSS_REGISTRY.register()
     def bad(student, teacher):
         return (student - teacher).mean() * (float("nan") if student.shape[-1] == 4 else 1.0)
 
     try:
         options = ["KD.LOSSES", [{"name": "bad", "weight": 1.0}], "TEST.EVAL_PERIOD", 1]
+        cfg = student_config(*options, "SOLVER.MAX_ITER", 1 if last else 3)
+        monkeypatch.setattr(KDTrainer, "test", lambda *_: pytest.fail("it was evaluated"))
         with pytest.raises(FloatingPointError, match="Not finite at iteration 0: bad_p4$") as error:
-            train(student_config(*options, "SOLVER.MAX_ITER", 1 if last else 3))
+            train(cfg)
         assert "there is no checkpoint yet" in str(error.value)
     finally:
         DISTILL_LOSS_REGISTRY._obj_map.pop("bad")
