@@ -199,8 +199,12 @@ class TrainingCheckpointer(SafeCheckpointer):
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume the folder's run if it has one, or load the weights of a file."""
-        found = self.find() if resume else None
-        return self.resume(found) if found else self.load(path, checkpointables=[])
+        if found := self.find() if resume else None:
+            return self.resume(found)
+        rest = self.load(path, checkpointables=[])
+        if words := self._other_classes(rest):
+            _logger.warning(f"MODEL.WEIGHTS '{path}' was trained on {words}")
+        return rest
 
     def resume(self, path: Path) -> dict[str, Any]:
         """Load the training checkpoint that ``find`` found; every key has to fit.
@@ -219,6 +223,11 @@ class TrainingCheckpointer(SafeCheckpointer):
             return super()._load_file(filename)
         contents = self._contents or _read(Path(filename))  # another process has not read it yet
         self._contents = None
+        if words := self._other_classes(contents):
+            raise InputError(
+                f"'{filename}' was trained on {words}; resume it with its data or set "
+                "DATASETS.CLASSES, or start another run from its weights"
+            )
         for key, part in self.checkpointables.items():
             if hasattr(part, "check_state_dict"):
                 self._changes = part.check_state_dict(contents[key])
@@ -241,6 +250,13 @@ class TrainingCheckpointer(SafeCheckpointer):
                 f"'{self._resumed}' cannot be resumed: {'; '.join(said)}{self._changes}; use the "
                 "run's config, or start without --resume, which sets the old run aside"
             )
+
+    def _other_classes(self, contents: dict[str, Any]) -> str:
+        """Say how a checkpoint's classes differ from the run's; "" if not, or if unknown."""
+        old, new = contents.get("classes"), self.extra.get("classes")
+        if not old or not new or list(old) == list(new):
+            return ""
+        return f"the classes {', '.join(old)}, and the run has {', '.join(new)}, in this order"
 
     def _last(self) -> str:
         last = Path(self.save_dir, LAST)

@@ -1,7 +1,9 @@
 """Resuming with another config, and runs that are killed while they write a checkpoint."""
 
+import json
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -211,6 +213,19 @@ def test_a_complete_run_says_so_and_gets_its_last_file(resumed, runs, caplog):
 def test_the_classes_are_kept(runs):
     contents = torch.load(runs("SGD") / "model_final.pth", weights_only=True)
     assert len(contents["classes"]) == 8 and all(isinstance(x, str) for x in contents["classes"])
+
+
+def test_classes_of_another_order_are_refused_in_a_resume_and_warned_of_at_a_start(
+    runs, resumed, config, data, caplog
+):
+    content = json.loads((data / "annotations" / "instances_train.json").read_text())
+    names = [category["name"] for category in content["categories"]]
+    keys = ["DATASETS.CLASSES", names[::-1]]
+    with pytest.raises(InputError, match=f"the classes {names[0]}, .* in this order; resume it"):
+        resumed(*keys)
+    weights = ["MODEL.WEIGHTS", str(runs("SGD") / "model_final.pth")]
+    KDTrainer(config("lr", *weights, *keys, *NO_TEST)).resume_or_load(resume=False)
+    assert re.search(f"model_final.pth' was trained on the classes {names[0]}", caplog.text)
 
 
 def test_weights_that_become_nan_end_the_run_and_are_not_kept(config):
