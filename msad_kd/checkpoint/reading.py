@@ -194,6 +194,9 @@ def _check_format(file: str) -> None:
         records = archive.infolist()
         if any(os.path.basename(record.filename) == "constants.pkl" for record in records):
             raise UntrustedError("TorchScript")
+        # torch returns what was in the memory before for a record that is marked as a folder.
+        if any(record.is_dir() or record.external_attr & 0x10 for record in records):
+            raise ValueError("a record of it is marked as a folder")
         # All are 0 if torch was told to compute none (torch.serialization.set_crc32_options).
         if any(record.CRC for record in records) and (name := archive.testzip()):
             raise ValueError(f"its record '{name}' has changed")

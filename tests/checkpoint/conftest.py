@@ -1,9 +1,10 @@
-"""Fixtures: a checkpointer, and the folder of a run."""
+"""Fixtures: a checkpointer, the folder of a run, and a payload."""
 
 import shutil
 
 import pytest
 from checkpoints import FINAL, ONE, THREE, new_checkpointer, save
+from payloads import bomb  # noqa: F401
 
 
 @pytest.fixture

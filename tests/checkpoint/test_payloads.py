@@ -1,23 +1,14 @@
-"""Files with a payload, through everything that takes a file: none runs.
+"""Files with a payload, through everything that takes a file: none runs."""
 
-The payload of every file writes the file MARK beside it.
-"""
-
-import argparse
 import io
 import pickle
 import subprocess
 import sys
-import tarfile
-import zipfile
-from collections import OrderedDict
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 import yaml
 from helpers import NO_TEST, ROOT, train
+from payloads import CONTENTS, FORMATS, LEGACY, MARK, Built, Payload
 from timm_networks import backbone
 from torch import nn
 
@@ -29,107 +20,9 @@ from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.config.build import build_config
 from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.ladder.run import run_ladder
-from msad_kd.utils import unpickle
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.unpickle import TrustFiles, load_pickle
+from msad_kd.utils.unpickle import load_pickle
 from projects.study import grid
-
-MARK = "the_payload_ran"
-
-
-class Payload:
-    def __init__(self, folder):
-        self.mark = str(folder / MARK)
-
-    def __reduce__(self):
-        return open, (self.mark, "w")
-
-
-class Built:
-    """A payload in the state of an object that is allowed."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return OrderedDict, (), {"x": Payload(self.folder)}
-
-
-def as_zip(content):
-    """The archive that torch.save writes, with any pickle in it."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("a/data.pkl", content)
-        archive.writestr("a/version", "3\n")
-        archive.writestr("a/byteorder", "little")
-    return stream.getvalue()
-
-
-def nested_zip(content):
-    """An archive in an archive, as torch once stored models of several parts."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("a/data.pkl", pickle.dumps({"model": {"x": content}}, 2))
-        archive.writestr("data.pkl", content)
-        archive.writestr("a/constants.pkl", content)
-        archive.writestr("a/version", "3\n")
-        archive.writestr("inner.pth", as_zip(content))
-    return stream.getvalue()
-
-
-def as_tar(content):
-    """The format of torch until 0.1.10; torch 2.5 still ran the code in one (CVE-2025-32434)."""
-    stream = io.BytesIO()
-    # The first file's name looks like the beginning of the later format.
-    first = pickle.dumps(LEGACY[0], 2).decode(errors="surrogateescape")
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for name in (first, "sys_info", "storages", "tensors", "pickle"):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return stream.getvalue()
-
-
-LEGACY = 0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}  # what the next one begins with
-
-
-def legacy(content):
-    """The format before torch 1.6: pickles one after another."""
-    head = b"".join(pickle.dumps(x, 2) for x in LEGACY)
-    return head + content + pickle.dumps([], 2)
-
-
-CONTENTS = {  # of what a file pickles
-    "alone": lambda payload: payload,
-    "key": lambda payload: {"model": {"a": np.ones(1), "b": payload}, "__author__": "x"},
-    "blobs": lambda payload: {"blobs": {"a": np.array([payload], dtype=object)}},
-    "beside": lambda payload: {"model": {"a": torch.ones(1)}, "trainer": [payload]},
-}
-FORMATS = {
-    "0.pkl": lambda x: pickle.dumps(x, 0),
-    "2.pkl": lambda x: pickle.dumps(x, 2),
-    "5.pkl": lambda x: pickle.dumps(x, 5),
-    "zip.pth": lambda x: as_zip(pickle.dumps(x, 2)),
-    "zip.pyth": lambda x: as_zip(pickle.dumps({"model_state": x}, 2)),
-    "legacy.pth": lambda x: legacy(pickle.dumps(x, 2)),
-    "nested.pth": lambda x: nested_zip(pickle.dumps(x, 2)),
-    "pickle.pth": lambda x: pickle.dumps(x, 4),
-    "pickle.safetensors": lambda x: pickle.dumps(x, 4),
-    "tar.pth": lambda x: as_tar(pickle.dumps(x, 2)),
-}
-
-
-@pytest.fixture
-def bomb(tmp_path):
-    """bomb(name): write a file with a payload. That none ran is checked at the end."""
-
-    def write(name="5.pkl", content="key", payload=Payload):
-        path = tmp_path / name
-        path.write_bytes(FORMATS[name](CONTENTS[content](payload(tmp_path))))
-        return str(path)
-
-    yield write
-    assert not (tmp_path / MARK).exists()
 
 
 def test_the_payload_works(tmp_path):
@@ -225,82 +118,6 @@ class TestARun:
             run_ladder(config("student", *options), resume=False)
 
 
-class TestProposals:
-    """DATASETS.PROPOSAL_FILES_*, which Detectron2 reads itself."""
-
-    @pytest.fixture
-    def load(self, config, tmp_path):
-        def build(content, split="TRAIN"):
-            path = tmp_path / "proposals.pkl"
-            path.write_bytes(content)
-            options = [f"DATASETS.PROPOSAL_FILES_{split}", [str(path)]]
-            cfg = config("lr", "MODEL.LOAD_PROPOSALS", True, *options)
-            if split == "TRAIN":
-                return KDTrainer.build_train_loader(cfg).dataset.dicts
-            return KDTrainer.build_test_loader(cfg, "tiny_val").dataset
-
-        return build
-
-    @pytest.mark.parametrize("split", ["TRAIN", "TEST"])
-    def test_none_runs(self, load, split, tmp_path):
-        proposals = {"ids": [1], "boxes": [Payload(tmp_path)], "objectness_logits": [np.ones(1)]}
-        with pytest.raises(InputError, match="PROPOSAL_FILES: '.*proposals.pkl' asks for .*open"):
-            load(pickle.dumps(proposals), split)
-        assert not (tmp_path / MARK).exists()
-
-    def test_arrays_are_read(self, load):
-        logits = [np.array([0.1, 0.9], "f4")] * 6
-        boxes = [np.array([[0, 0, 1, 1], [0, 0, i, 2]], "f4") for i in range(6)]
-        names = {"ids": [*range(6)], "boxes": boxes, "objectness_logits": logits}
-        for protocol in (2, 5):
-            dicts = load(pickle.dumps(names, protocol))
-            assert [d["proposal_boxes"][0].tolist() for d in dicts] == [
-                [0, 0, d["image_id"], 2] for d in dicts
-            ]
-            assert {type(d["proposal_boxes"]) for d in dicts} == {np.ndarray}
-
-    @pytest.mark.parametrize(
-        "content", [b"", b"<html>", pickle.dumps([1]), pickle.dumps({"ids": [], "boxes": []})]
-    )
-    def test_other_files_are_one_sentence(self, load, content):
-        with pytest.raises(InputError, match="PROPOSAL_FILES: '.*proposals.pkl' cannot be read"):
-            load(content)
-
-
-TOOLS = {  # tool: its arguments, with BOMB for the file
-    "analyze_model": "--config-file {lr} --weights BOMB",
-    "resolution_sweep": "--model a {lr} BOMB --sizes 32 --output {out}/sweep",
-    "precise_statistics": "--config-file {teacher} --batches 1 BOMB {out}/new.pth",
-    "compare_gradients": "--config-file {student} KD.TEACHER.WEIGHTS BOMB",
-    "compare_gradients --weights": "--config-file {student} --weights BOMB "
-    "KD.TEACHER.WEIGHTS {good}",
-    "compare_gradients MODEL.WEIGHTS": "--config-file {student} KD.TEACHER.WEIGHTS {good} "
-    "MODEL.WEIGHTS BOMB",
-    "compare_features": "--config-file {student} --split train --model a BOMB "
-    "KD.TEACHER.WEIGHTS {good}",
-    "suggest_ladder": "--student {lr} BOMB --teacher a {teacher} {good} --images 5 "
-    "--output {out}/l",
-    "suggest_ladder --teacher": "--student {lr} --teacher a {teacher} BOMB --images 5 "
-    "--output {out}/l",
-    "strip_checkpoint": "BOMB {out}/target.pth",
-}
-
-
-@pytest.mark.parametrize("case", TOOLS)
-def test_no_tool_runs_it(bomb, tmp_path, config_files, teacher_weights, monkeypatch, capsys, case):
-    name = case.split()[0]
-    values = {**config_files, "out": tmp_path, "good": teacher_weights}
-    arguments = TOOLS[case].replace("BOMB", bomb("2.pkl")).format(**values).split()
-    folder = ROOT / "tools" / ("" if name == "strip_checkpoint" else "analysis")
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    source = (folder / f"{name}.py").read_text()
-    assert "TrustFiles" in source
-    with pytest.raises((SystemExit, InputError)) as error:
-        exec(compile(source, name, "exec"), {"__name__": "__main__", "__doc__": "x"})
-    said = capsys.readouterr().err + str(error.value)
-    assert "2.pkl' for " in said and "--trust-files" in said
-
-
 TAG = "!!python/object/apply:builtins.open [{mark}, w]"
 
 
@@ -329,39 +146,6 @@ def test_no_tag_of_yaml_runs(tmp_path, config_files):
     with pytest.raises(InputError):
         grid.read_grid(file)
     assert not (tmp_path / MARK).exists()
-
-
-class TestTrust:
-    @pytest.fixture(autouse=True)
-    def forget(self):
-        yield
-        unpickle._trusted = False
-
-    def test_a_harmless_file_of_other_objects_is_read(self, tmp_path):
-        state = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
-        contents = {"model": state, "args": argparse.Namespace(lr=1), "e": SimpleNamespace(x=2)}
-        path = tmp_path / "a.pth"
-        torch.save(contents, path)
-        old = tmp_path / "a.pkl"
-        old.write_bytes(pickle.dumps({**contents, "__author__": "me"}))
-        for file in (path, old):
-            with pytest.raises(InputError, match=f"{file}' for x asks for .*--trust-files"):
-                read_checkpoint(str(file), "x")
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--trust-files", action=TrustFiles)
-        assert not parser.parse_args([]).trust_files and not unpickle.trusted()
-        assert parser.parse_args(["--trust-files"]).trust_files
-        for file in (path, old):
-            assert read_checkpoint(str(file), "x")["args"] == argparse.Namespace(lr=1)
-            load_strictly(nn.Linear(1, 1), str(file), "x")
-
-    def test_faults_are_told_all_the_same(self, tmp_path):
-        unpickle.trust_files()
-        (tmp_path / "a.pth").write_bytes(b"<html>")
-        torch.save({"model": {"a": torch.tensor(float("nan"))}}, tmp_path / "b.pth")
-        for name, words in {"a": "web page", "b": "not finite"}.items():
-            with pytest.raises(InputError, match=words):
-                read_checkpoint(str(tmp_path / f"{name}.pth"), "x")
 
 
 def test_train_net_runs_none_and_says_so_in_one_sentence(bomb, config_files, tmp_path):
