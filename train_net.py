@@ -13,16 +13,17 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from fvcore.common.checkpoint import Checkpointer
-from torch import nn
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from msad_kd import KDTrainer
+from msad_kd.checkpoint.checkpointer import find_checkpoint
 from msad_kd.config.build import build_config, import_module
-from msad_kd.engine.launch import launch
+from msad_kd.engine.launch import is_restarted, launch
+from msad_kd.engine.run_folder import explain_disk_errors, make_folder, take_folder
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.ladder.run import run_ladder
 from msad_kd.utils.errors import InputError, input_error_of
+from msad_kd.utils.unpickle import TrustFiles, trust_files
 
 EXAMPLES = """
 examples:
@@ -31,12 +32,15 @@ examples:
   train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
 Configs are YAML files, and options on top of them are KEY VALUE pairs. Python configs (LazyConfig)
-are not read. Without a GPU, --num-gpus counts processes on the CPU.
+are not read. Without a GPU, --num-gpus counts processes on the CPU. Instead of --num-gpus, torchrun
+may start the processes; those that it starts again after a failure resume by themselves.
 """
 
 
 def setup(args):
     """Import the user's modules, read the config, and prepare logs and seeds."""
+    if getattr(args, "trust_files", False):  # in each process
+        trust_files()
     for module in args.imports:
         import_module(module)
     # The config says where the log goes: keep what is logged before it is read.
@@ -44,11 +48,16 @@ def setup(args):
     logger.addHandler(early)
     cfg = build_config(args.config_file, args.opts)
     cfg.freeze()
+    if args.eval_only:
+        make_folder(cfg.OUTPUT_DIR)
+    else:  # before the config is written there
+        take_folder(cfg, resume=args.resume)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="msad_kd")
     logger.removeHandler(early)
     for record in early.buffer:
         logger.handle(record)
+    logging.raiseExceptions = False  # no traceback for each line that a full disk does not take
     # Detectron2 logs the traceback of any error in training; an InputError needs none.
     logging.getLogger("detectron2.engine.train_loop").addFilter(
         lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError))
@@ -56,14 +65,16 @@ def setup(args):
     return cfg
 
 
+@explain_disk_errors()
 def main(args):
     """Train, resume or evaluate in one process, as the command line and the config say."""
+    args.resume |= is_restarted() and not args.eval_only
     cfg = setup(args)
     if args.eval_only:
         check_augmentation(cfg)
         weights = cfg.MODEL.WEIGHTS
         if args.resume:  # the run's last checkpoint, if there is one
-            weights = Checkpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file() or weights
+            weights = str(find_checkpoint(cfg.OUTPUT_DIR, training=False) or weights)
         model = KDTrainer.load_model(cfg, weights, f"the config '{args.config_file}'")
         results = KDTrainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
@@ -93,6 +104,7 @@ if __name__ == "__main__":
         help="Python module to import first, so that a config can name what it registers; may be "
         "given several times",
     )
+    parser.add_argument("--trust-files", action=TrustFiles)
     arguments = parser.parse_args()
     try:
         launch(
@@ -108,3 +120,6 @@ if __name__ == "__main__":
         if sentence is None:
             raise
         sys.exit(f"{os.path.basename(__file__)}: {sentence}")
+    except ProcessExitedException as error:  # killed, perhaps because memory ran out
+        words = "the others were ended; --resume goes on from the last checkpoint"
+        sys.exit(f"{os.path.basename(__file__)}: {error}; {words}")

@@ -3,7 +3,8 @@
 
     python tools/strip_checkpoint.py output/mine/student/model_final.pth student.pth --half
 
-Stock Detectron2 loads the result with a plain config (MODEL.WEIGHTS student.pth).
+Stock Detectron2 loads the result with a plain config (MODEL.WEIGHTS student.pth). A name that ends
+in .safetensors writes that format. The file's SHA-256 is written beside it (student.pth.sha256).
 """
 
 import argparse
@@ -11,12 +12,14 @@ import os
 
 from msad_kd import InputError
 from msad_kd.checkpoint.strip import strip_checkpoint
+from msad_kd.utils.unpickle import TrustFiles
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", help="a checkpoint written by train_net.py")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("--half", action="store_true", help="store the weights in fp16")
+    parser.add_argument("--trust-files", action=TrustFiles)
     arguments = parser.parse_args()
     try:
         strip_checkpoint(arguments.source, arguments.target, half=arguments.half)

@@ -1,14 +1,26 @@
 """Reading and writing checkpoints; loading one in which every key has to fit."""
 
+import json
+import logging
 import os
-import pickle
+from collections import Counter
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathManager
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from fvcore.common.checkpoint import _filter_reused_missing_keys
+from safetensors.torch import save_file
 from torch import nn
 
-from msad_kd.checkpoint.files import replacing
+from msad_kd.checkpoint.files import replacing_with_checksum
+from msad_kd.checkpoint.reading import (
+    check_exists,
+    fetch,
+    read_checkpoint,
+    read_local,
+    split_hash,
+)
 from msad_kd.utils.errors import InputError
 
 # Prefix of the parameters that distillation adds to a student; a stripped checkpoint has none.
@@ -17,23 +29,111 @@ TRAINING_PREFIX = "distiller."
 # Keys that need not fit: Detectron2 stored the pixels' statistics until 2020.
 _IGNORED = (TRAINING_PREFIX, "pixel_mean", "pixel_std")
 
-# What torch.load raises for a broken file, or for a file that is no checkpoint.
-_UNREADABLE = (EOFError, KeyError, RuntimeError, pickle.UnpicklingError)
+# At the end of an address, it asks Detectron2's git main to match keys as it does those of a .pkl.
+_HEURISTICS = "?matching_heuristics=True"
 
 
-class _StrictCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, except that a key that does not fit is an error."""
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, except that no file runs code and that faults are sentences.
+
+    It reads what ``read_checkpoint`` reads, and one line of the log says how much of the model is
+    in the file. A file of which nothing fits is refused.
+    """
+
+    purpose = "MODEL.WEIGHTS"  # what needs the file, for error messages
+
+    def load(self, path: str, *args, **keywords) -> dict[str, Any]:
+        """Load a file of weights; nothing happens if the path is "".
+
+        Raises:
+            InputError: as ``read_checkpoint``, if a weight has another kind of numbers than the
+                model's, or if nothing fits.
+        """
+        file, mark, digest = (path or "").partition("#")
+        self._heuristics = file.endswith(_HEURISTICS)
+        file = file.removesuffix(_HEURISTICS)
+        self._path = file + mark + digest
+        if file:
+            check_exists(self._path, self.purpose)
+            file = fetch(split_hash(self._path)[0], self.purpose)
+        try:
+            return super().load(file, *args, **keywords)
+        finally:
+            self._parsed_url_during_load = None  # git main wants this before the next file
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        contents = read_local(filename, self._path, self.purpose)
+        if "__author__" in contents:
+            self.logger.info("Reading a file from '%s'", contents["__author__"])
+        return {**contents, "matching_heuristics": True} if self._heuristics else contents
+
+    def _load_model(self, checkpoint: dict[str, Any]):
+        own = self.model.state_dict()
+        if checkpoint.pop("matching_heuristics", False):  # as Detectron2 does
+            checkpoint["model"] = align_and_update_state_dicts(
+                own, checkpoint["model"], c2_conversion=checkpoint.get("__author__") == "Caffe2"
+            )
+        types = {
+            key: (value.dtype, own[name].dtype)
+            for key, value in checkpoint["model"].items()
+            if (name := key.removeprefix("module.")) in own
+        }
+        wrong = [f"'{key}' ({a}, {b})" for key, (a, b) in types.items() if _kind(a) != _kind(b)]
+        if wrong:
+            raise InputError(
+                f"'{self._path}' for {self.purpose} has {len(wrong)} weights whose numbers are of "
+                f"another kind than the model's, e.g. {wrong[0]}; take another checkpoint"
+            )
+        self._size, self._weights = len(checkpoint["model"]), checkpoint["model"]
+        return super()._load_model(checkpoint)
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        shapes = {key: f"{key} {a} -> {b}" for key, a, b in incompatible.incorrect_shapes}
+        own = [key for key in self.model.state_dict() if _is_weight(key)]
+        fitting = [key for key in own if key in self._weights]  # Detectron2 took the others out
+        # Keys that a layer fills in itself, such as those of frozen statistics, are in neither.
+        missing = _filter_reused_missing_keys(self.model, incompatible.missing_keys)
+        missing = [key for key in own if key in missing]
+        unused = [key for key in incompatible.unexpected_keys if _is_weight(key)]
+        subject = f"'{self._path}' for {self.purpose}"
+        if own and not fitting:
+            other = next(iter(shapes.values()), unused[0] if unused else "none")
+            raise InputError(
+                f"none of the {self._size} weights of {subject} fits the model, e.g. {other} (the "
+                f'model has {own[0]}); name the checkpoint of another model, or "" for none'
+            )
+        said = [f"{len(fitting)} of the model's {len(own)} weights are in {subject}"]
+        if missing:
+            said.append(f"{len(missing)} start untrained: {_grouped(missing)}")
+        if shapes:
+            said.append(f"{len(shapes)} of these have another shape: {', '.join(shapes.values())}")
+        if unused:
+            said.append(f"{len(unused)} of the file's are not in the model: {_grouped(unused)}")
+        level = logging.WARNING if missing or unused else logging.INFO
+        logging.getLogger(__name__).log(level, "; ".join(said))
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    return dtype.is_floating_point, dtype == torch.bool
+
+
+def _is_weight(key: str) -> bool:
+    """Return whether a key counts: neither one that need not fit nor a counter of batches."""
+    return not key.startswith(_IGNORED) and not key.endswith("num_batches_tracked")
+
+
+def _grouped(keys: list[str]) -> str:
+    """Name the parts of a model that keys belong to, with the number of keys in each."""
+    counts = Counter(".".join(key.split(".")[:2]) for key in keys)
+    return ", ".join(f"{part} ({count})" for part, count in counts.items())
+
+
+class _StrictCheckpointer(SafeCheckpointer):
+    """A checkpointer for which a key that does not fit is an error."""
 
     def __init__(self, model: nn.Module, file: str, config: str):
         super().__init__(model)
-        self.file, self.config = file, config
-
-    def _load_file(self, filename):
-        try:
-            return super()._load_file(filename)
-        except _UNREADABLE as error:
-            message = f"the checkpoint '{self.file}' for {self.config} cannot be read ({error})"
-            raise InputError(message) from error
+        self._path, self.purpose = file, config
 
     def _log_incompatible_keys(self, incompatible) -> None:
         unexpected = [k for k in incompatible.unexpected_keys if not k.startswith(_IGNORED)]
@@ -48,29 +148,12 @@ class _StrictCheckpointer(DetectionCheckpointer):
         problems = [f"{len(v)} {what}, e.g. {v[0]}" for what, v in mismatches.items() if v]
         if problems:
             raise InputError(
-                f"'{self.file}' does not fit {self.config}: {'; '.join(problems)}; was it trained "
-                "with another config?"
+                f"'{self._path}' does not fit {self.purpose}: {'; '.join(problems)}; was it "
+                "trained with another config?"
             )
 
 
-def check_exists(path: str, purpose: str) -> None:
-    """Check that a checkpoint exists; URLs are not checked.
-
-    Args:
-        path: the checkpoint.
-        purpose: what needs it, for the error message.
-
-    Raises:
-        InputError: if the path is empty or no such file exists.
-    """
-    if not path:
-        raise InputError(f"no checkpoint is named for {purpose}; give one, e.g. by MODEL.WEIGHTS")
-    # Addresses such as https:// and detectron2:// are fetched when they are read.
-    if "://" not in path and not PathManager.isfile(path):
-        raise InputError(f"the checkpoint '{path}' for {purpose} does not exist; correct the path")
-
-
-def load_strictly(model: nn.Module, path: str, config: str) -> None:
+def load_strictly(model: nn.Module, path: str, config: str, contents: dict | None = None) -> None:
     """Load a checkpoint into a model; every key has to fit.
 
     The file may also hold a student's ``distiller`` and, as old checkpoints do, the pixels' mean
@@ -78,34 +161,50 @@ def load_strictly(model: nn.Module, path: str, config: str) -> None:
 
     Args:
         model: the model.
-        path: a file or address that Detectron2's checkpointer reads.
+        path: what ``read_checkpoint`` reads.
         config: what the model was built from, for error messages.
+        contents: what the file holds, if it has been read; its "model" is taken out.
 
     Raises:
-        InputError: if the file is missing or cannot be read, or if keys do not fit.
+        InputError: as ``read_checkpoint``, or if keys do not fit.
     """
-    check_exists(path, config)
-    _StrictCheckpointer(model, path, config).load(path)
+    checkpointer = _StrictCheckpointer(model, path, config)
+    if contents is None:
+        check_exists(path, config)
+        contents = checkpointer.load(path)
+    else:
+        checkpointer._log_incompatible_keys(checkpointer._load_model(contents))
+    model.classes = list(contents.get("classes") or ())  # that it was trained on, if known
 
 
-def read_model(path: str) -> dict[str, torch.Tensor]:
-    """Return the state dict in a Detectron2 checkpoint, on the CPU.
+def read_model(path: str, purpose: str) -> dict:
+    """Do what ``read_checkpoint`` does for a file whose keys are those of Detectron2.
 
     Raises:
-        InputError: if the file does not exist, cannot be read, or is not such a checkpoint.
+        InputError: as ``read_checkpoint``, or if the keys are those of another project.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"the file '{path}' does not exist")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        raise InputError(f"the file '{path}' cannot be read as a checkpoint ({error})") from error
-    if not isinstance(contents, dict) or "model" not in contents:
-        raise InputError(f"'{path}' is not a Detectron2 checkpoint: it has no 'model'")
-    return contents["model"]
+    contents = read_checkpoint(path, purpose)
+    if contents.get("matching_heuristics"):
+        raise InputError(
+            f"'{path}' for {purpose} has another project's names of weights; load it as "
+            "MODEL.WEIGHTS, and take the checkpoint that the run writes"
+        )
+    return contents
 
 
-def save_model(state: dict[str, torch.Tensor], path: str) -> None:
-    """Write a state dict as a Detectron2 checkpoint, completely or not at all."""
-    with replacing(path) as part:
-        torch.save({"model": state}, part)
+def save_model(state: dict[str, torch.Tensor], path: str, classes: list[str] | None = None) -> None:
+    """Write a state dict as a Detectron2 checkpoint, completely or not at all, with its checksum.
+
+    Args:
+        state: the state dict.
+        path: the file to write: .safetensors, or else torch's format.
+        classes: the names of the classes that the model predicts.
+    """
+    extra = {} if classes is None else {"classes": list(classes)}
+    with replacing_with_checksum(path) as part:
+        if os.fspath(path).endswith(".safetensors"):
+            # The format takes no two tensors that share their numbers.
+            tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
+            save_file(tensors, part, {key: json.dumps(value) for key, value in extra.items()})
+        else:
+            torch.save({"model": state, **extra}, part)

@@ -4,24 +4,73 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from msad_kd.utils.errors import InputError
+
+PART, CHECKSUM = ".part", ".sha256"  # suffixes of an unfinished file, and of a checksum
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a path to write to, and move that file to ``path`` when the block ends.
 
+    The file is on disk before it is moved, so that a power cut leaves the old or the new one.
     Missing folders are created. If the block raises, ``path`` stays as it was.
     """
-    part = Path(f"{os.fspath(path)}.part")
+    part = Path(f"{os.fspath(path)}{PART}")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
+        _sync(part)
         os.replace(part, path)
+        with suppress(OSError):  # not every file system lets a folder be synced
+            _sync(part.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing_with_checksum(path: str | os.PathLike) -> Iterator[Path]:
+    """Do what ``replacing`` does, and write the file's SHA-256 to ``<path>.sha256``.
+
+    A process that is killed in between leaves a complete file without checksum, never one with the
+    checksum of another.
+    """
+    checksum = Path(f"{os.fspath(path)}{CHECKSUM}")
+    with replacing(path) as part:
+        yield part
+        digest = hash_file(part)
+        checksum.unlink(missing_ok=True)
+    with replacing(checksum) as part:
+        part.write_text(f"{digest}  {os.path.basename(path)}\n")  # what "sha256sum -c" reads
+
+
+def check_checksum(path: str | os.PathLike) -> None:
+    """Check a file against the ``<path>.sha256`` beside it, if there is one.
+
+    Raises:
+        InputError: if they disagree.
+    """
+    checksum = f"{os.fspath(path)}{CHECKSUM}"
+    if os.path.isfile(checksum):
+        with open(checksum, errors="replace") as file:
+            if file.read().split(maxsplit=1)[:1] == [hash_file(path)]:
+                return
+        raise InputError(
+            f"'{path}' has changed since it was written: its SHA-256 is not the one in "
+            f"'{checksum}'; take another copy, or delete '{checksum}' to trust it as it is"
+        )
 
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2) -> None:

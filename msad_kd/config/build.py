@@ -1,5 +1,6 @@
 """Builds the config of a run from a YAML file and command-line options, and checks it."""
 
+import ast
 import importlib
 import logging
 import re
@@ -15,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.config.schedule import check_numbers
 from msad_kd.config.stages import read_stages
 from msad_kd.data.coco_format import register_coco_format
 from msad_kd.evaluation.coco import choose_implementation
@@ -61,7 +63,7 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
             # A YAML tag that constructs Python objects could run any code.
             cfg.merge_from_file(config_file, allow_unsafe=False)
         source = ""
-        cfg.merge_from_list(list(opts))
+        cfg.merge_from_list(_read_lists(cfg, list(opts)))
     except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
         unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
         if not unknown:
@@ -71,6 +73,29 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
         last, last_known = key.rsplit(".", 1)[-1], (name.rsplit(".", 1)[-1] for name in known)
         hint = nearest(key, known) or nearest(last, last_known)
         raise InputError(f"unknown config key{source}: {key}{hint}") from error
+
+
+def _read_lists(cfg: CfgNode, opts: list) -> list:
+    """Return KEY VALUE pairs in which lists that are YAML, [{name: l1}], are read.
+
+    Detectron2 reads values as Python alone, [{'name': 'l1'}], and what is not Python as text.
+    """
+    values = flatten_config(cfg)
+    read = list(opts)
+    for index, (key, value) in enumerate(zip(opts[::2], opts[1::2])):
+        if not isinstance(value, str) or not isinstance(values.get(key), (list, tuple)):
+            continue
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            try:
+                as_yaml = yaml.safe_load(value)
+            except (yaml.YAMLError, RecursionError) as error:
+                reason = " ".join(str(error).split())
+                raise InputError(f"{key}: {value} is not a list in YAML ({reason})") from error
+            if isinstance(as_yaml, list):
+                read[2 * index + 1] = as_yaml
+    return read
 
 
 def _known_keys(cfg: CfgNode) -> list[str]:
@@ -91,6 +116,7 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     cfg = get_cfg()
     add_msad_kd_config(cfg)
     merge_config(cfg, config_file, opts)
+    check_numbers(cfg)
     level_shift(cfg.KD.SCALE)
     read_losses(cfg.KD.LOSSES)
     read_stages(cfg.KD.LADDER.STAGES)
@@ -149,6 +175,10 @@ def _scale_to_world(cfg: CfgNode) -> CfgNode:
         *(reference, world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
     )
     scaled.defrost()
+    # Rounding to 0 would be an error in the one, and in the other mean never.
+    solver.CHECKPOINT_PERIOD = max(1, solver.CHECKPOINT_PERIOD)
+    if cfg.TEST.EVAL_PERIOD:
+        scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD)
 
     def rescaled(losses):  # copies: with a YAML alias, several keys hold the same dict
         factor = reference / world_size
@@ -162,4 +192,5 @@ def _scale_to_world(cfg: CfgNode) -> CfgNode:
             stage["iterations"] = max(1, round(stage["iterations"] * reference / world_size))
         if stage.get("base_lr"):
             stage["base_lr"] = yaml_number(stage["base_lr"]) * world_size / reference
+    check_numbers(scaled)
     return scaled

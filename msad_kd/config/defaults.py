@@ -12,6 +12,13 @@ def add_msad_kd_config(cfg: CN) -> None:
     # Data sets in COCO format to register: a list of {name, json, images}. Relative paths start at
     # the folder that the environment variable DETECTRON2_DATASETS names (./datasets if unset).
     cfg.DATASETS.COCO_FORMAT = []
+    # The names of the model's classes, in its order; data sets are mapped to them by name and may
+    # have fewer. By default those of the data set in TRAIN that has most and, in an evaluation,
+    # those that the checkpoint names.
+    cfg.DATASETS.CLASSES = []
+    # What happens to an image or annotation that cannot be used, such as a box of NaN: "error"
+    # refuses the data set before training starts, "drop" leaves it out with a warning.
+    cfg.DATASETS.INVALID_ANNOTATIONS = "error"
 
     # Large-scale jitter, which replaces the resize in training: an image is scaled to fit a square,
     # times a random factor in the range SCALES, and then cropped or padded to it. SIZE is the

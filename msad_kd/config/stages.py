@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from detectron2.config import CfgNode
 
+from msad_kd.config.schedule import check_numbers
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.schema import read_dataclass
+from msad_kd.utils.schema import Count, read_dataclass
 
 # The checkpoint that a stage leaves: the model alone, without optimizer and adapters.
 STUDENT = "student.pth"
@@ -29,7 +30,7 @@ class Stage:
     image: Literal["hr", "lr"] = "hr"  # which image a plain teacher reads
     losses: list | None = None  # KD.LOSSES
     # SOLVER.MAX_ITER, which SOLVER.STEPS follow.
-    iterations: Annotated[int, lambda count: count > 0, "a whole number above 0"] | None = None
+    iterations: Count | None = None
     base_lr: Annotated[float, lambda rate: rate > 0, "a number above 0"] | None = None
     # The student starts from "previous" (in the first stage: MODEL.WEIGHTS), from a checkpoint,
     # from all that fits of the "teacher", or from that without its bottom-up path: "teacher_heads".
@@ -68,6 +69,9 @@ def stage_config(cfg: CfgNode, stages: list[Stage], index: int) -> CfgNode:
         cfg: the ladder's config.
         stages: all of its stages.
         index: the stage's, counting from 0.
+
+    Raises:
+        InputError: if the stage has no schedule.
     """
     stage, stage_cfg = stages[index], cfg.clone()
     stage_cfg.defrost()
@@ -96,4 +100,8 @@ def stage_config(cfg: CfgNode, stages: list[Stage], index: int) -> CfgNode:
         stage_cfg.SEED += 1000 * index
     stage_cfg.OUTPUT_DIR = str(stage.folder(cfg.OUTPUT_DIR, index))
     stage_cfg.freeze()
+    try:
+        check_numbers(stage_cfg)  # rounded, a short stage's steps may meet
+    except InputError as error:
+        raise InputError(f"KD.LADDER.STAGES: stage '{stage.name}': {error}") from error
     return stage_cfg

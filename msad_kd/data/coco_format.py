@@ -1,14 +1,22 @@
 """Data sets in COCO format, registered from the config and checked before training starts."""
 
+import logging
 import os
+from collections import defaultdict
 from functools import partial
+from itertools import count
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from msad_kd.data.annotation_checks import compressed
+from msad_kd.data.annotations import POLICIES, read_annotations, read_kept
+from msad_kd.data.dict_checks import check_files
 from msad_kd.utils.errors import InputError
+
+_logger = logging.getLogger(__name__)
 
 
 def register_coco_format(cfg: CfgNode) -> None:
@@ -19,6 +27,9 @@ def register_coco_format(cfg: CfgNode) -> None:
     Raises:
         InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
     """
+    invalid = cfg.DATASETS.INVALID_ANNOTATIONS
+    if invalid not in POLICIES:
+        raise InputError(f"DATASETS.INVALID_ANNOTATIONS is {invalid!r}; use error or drop")
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
     for entry in cfg.DATASETS.COCO_FORMAT:
@@ -30,7 +41,7 @@ def register_coco_format(cfg: CfgNode) -> None:
             if (registered.get("json_file"), registered.get("image_root")) == (json_file, images):
                 continue
             raise InputError(f"DATASETS.COCO_FORMAT: '{name}' exists already; rename your data set")
-        DatasetCatalog.register(name, partial(load_checked, json_file, images, name))
+        DatasetCatalog.register(name, partial(load_checked, json_file, images, name, invalid))
         MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
 
 
@@ -38,13 +49,27 @@ def _locate(path: str) -> str:
     return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), path)
 
 
-def load_checked(json_file: str, images: str, name: str) -> list[dict]:
+def load_checked(
+    json_file: str,
+    images: str,
+    name: str,
+    invalid: str = "error",
+    classes: list[str] | None = None,
+    keep: bool = False,
+) -> list[dict]:
     """Load a COCO-format data set as Detectron2's dicts, and check that every image exists.
 
     Args:
         json_file: the annotation file.
         images: the folder that ``file_name`` entries are relative to.
         name: the data set's name; its metadata receive the class names.
+        invalid: DATASETS.INVALID_ANNOTATIONS.
+        classes: the class names in the model's order, which the file's categories are mapped to by
+            name; None for the file's own, in the order of their ids.
+        keep: whether to keep the file's content for ``read_kept``.
+
+    Returns:
+        The dicts that Detectron2's ``load_coco_json`` returns for a valid file.
 
     Raises:
         InputError: if something is missing, or if the file is not in COCO format.
@@ -55,19 +80,72 @@ def load_checked(json_file: str, images: str, name: str) -> list[dict]:
                 f"data set '{name}': the {kind} '{path}' does not exist; check "
                 "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
             )
-    try:
-        dicts = load_coco_json(json_file, images, name)
-    except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"data set '{name}': '{json_file}' is not in COCO format ({type(error).__name__}: "
-            f"{error}), which has images, annotations and categories"
-        ) from error
-    if not dicts:
-        raise InputError(f"data set '{name}': '{json_file}' is not in COCO format, or is empty")
-    missing = [d["file_name"] for d in dicts if not PathManager.exists(d["file_name"])]
-    if missing:
-        raise InputError(
-            f"data set '{name}': {len(missing)} of the {len(dicts)} images in '{json_file}' are "
-            f"missing, e.g. '{missing[0]}'"
-        )
+    content = (read_kept if keep else read_annotations)(json_file, name, invalid)
+    classes, index_of = class_order(content["categories"], name, classes)
+    # Metadata refuse to change. A run may have other classes than the one before in this process.
+    new = {"thing_classes": classes, "thing_dataset_id_to_contiguous_id": index_of}
+    vars(MetadataCatalog.get(name)).update(new)
+    dicts = make_dicts(content, images, index_of)
+    check_files([entry["file_name"] for entry in dicts], json_file, name)
+    _logger.info("Loaded %d images in COCO format from %s", len(dicts), json_file)
     return dicts
+
+
+def class_order(
+    categories: list[dict], name: str, classes: list[str] | None = None
+) -> tuple[list[str], dict[int, int]]:
+    """Return the class names of a data set, and the class of each category id.
+
+    A class that the file lacks gets an id that it does not use: Detectron2 wants one for each.
+
+    Args:
+        categories: the categories of the annotation file.
+        name: the data set's name, for messages.
+        classes: as for ``load_checked``.
+
+    Raises:
+        InputError: if a category is not among ``classes``.
+    """
+    categories = sorted(categories, key=lambda category: category["id"])
+    names = [category["name"] for category in categories]
+    classes = names if classes is None else list(classes)
+    unknown = [category for category in names if category not in classes]
+    if unknown:
+        words = f"the class '{unknown[0]}' is not one of {', '.join(classes)}"
+        raise InputError(f"data set '{name}': {words}")
+    index_of = {category["id"]: classes.index(category["name"]) for category in categories}
+    unused = count(max(index_of, default=0) + 1)
+    absent = sorted(set(range(len(classes))) - set(index_of.values()))
+    return classes, index_of | {next(unused): index for index in absent}
+
+
+def make_dicts(content: dict, image_root: str, index_of: dict[int, int]) -> list[dict]:
+    """Return Detectron2's dicts of a normalised annotation file, images in the order of their ids.
+
+    Args:
+        content: what ``read_annotations`` returns; it stays as it is.
+        image_root: the folder of the images.
+        index_of: category id to class.
+    """
+    objects = defaultdict(list)
+    for annotation in content["annotations"]:
+        entry = {key: annotation[key] for key in ("iscrowd", "bbox")}
+        if segmentation := annotation.get("segmentation"):
+            is_rle = isinstance(segmentation, dict)
+            entry["segmentation"] = compressed(segmentation) if is_rle else segmentation
+        if keypoints := annotation.get("keypoints"):
+            # COCO's keypoints are pixel indices; half a pixel makes them coordinates.
+            entry["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(keypoints)]
+        entry["bbox_mode"] = BoxMode.XYWH_ABS
+        entry["category_id"] = index_of[annotation["category_id"]]
+        objects[annotation["image_id"]].append(entry)
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": objects[image["id"]],
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]

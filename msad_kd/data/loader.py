@@ -1,6 +1,7 @@
 """A training loader whose batches depend on (seed, rank, iteration) and on nothing else."""
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,14 +12,24 @@ import cv2
 import torch
 import torch.utils.data as torchdata
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts, samplers
+from detectron2.data import (
+    DatasetFromList,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+    samplers,
+)
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 
-from msad_kd.utils.compat import repeat_factor_options
+from msad_kd.data.classes import align_classes, annotation_file
+from msad_kd.data.dict_checks import accept_rles, check_files, check_masks, check_shapes
+from msad_kd.data.mapper import longest_side
+from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
+from msad_kd.utils.signals import heed_parent_alone
 
 
 @dataclass
@@ -43,7 +54,8 @@ def explain_missing_data(names: tuple[str, ...]):
         raise InputError("no data set is named; set DATASETS.TRAIN")
     data_sets = f"data set {', '.join(names)}"
     try:
-        yield
+        with plain_proposals():
+            yield
     except FileNotFoundError as error:
         words = f"'{error.filename}' does not exist; set DETECTRON2_DATASETS to the folder with it"
         raise InputError(f"{data_sets}: {words}") from error
@@ -51,7 +63,8 @@ def explain_missing_data(names: tuple[str, ...]):
         words = "install the package, for Cityscapes cityscapesScripts and shapely"
         raise InputError(f"{data_sets}: {error}; {words}") from error
     except AssertionError as error:  # empty, or empty without the images that have no boxes
-        raise InputError(f"{data_sets}: {error}") from error
+        words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path
+        raise InputError(f"{data_sets}: {words}") from error
 
 
 @dataclass
@@ -112,12 +125,13 @@ class ResumableLoader:
             batch_sampler=([(i, derive_seed(seed, rank, d)) for i, d in x] for x in batches),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_limit_threads,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),
         )
 
 
-def _limit_threads(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
+    heed_parent_alone()
     cv2.setNumThreads(0)  # the workers already run in parallel; OpenCV's threads would compete
 
 
@@ -132,6 +146,9 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
         return samplers.RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        if int(ratio * len(dicts)) == 0:
+            words = f"{ratio}, which of {len(dicts)} images leaves none"
+            raise InputError(f"DATALOADER.RANDOM_SUBSET_RATIO is {words}")
         return samplers.RandomSubsetTrainingSampler(len(dicts), ratio, True, seed, seed)
     raise InputError(
         f"DATALOADER.SAMPLER_TRAIN: '{name}' is unknown; use TrainingSampler, "
@@ -150,8 +167,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         mapper: turns a data set dict into a sample, or returns None to refuse it.
 
     Raises:
-        InputError: if a data set is missing, or a key does not fit.
+        InputError: if a data set is missing, if its classes do not fit, or if a key does not.
     """
+    align_classes(cfg, cfg.DATASETS.TRAIN)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD
     with explain_missing_data(cfg.DATASETS.TRAIN):
         dicts = get_detection_dataset_dicts(
@@ -160,6 +178,11 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
             min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+    names = ", ".join(cfg.DATASETS.TRAIN)
+    dicts = check_shapes(dicts, names, longest_side(cfg), cfg.DATASETS.INVALID_ANNOTATIONS)
+    if cfg.MODEL.MASK_ON:
+        check_masks(dicts, names)
+        accept_rles(mapper, dicts, names)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     count, world_size = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if count % world_size:
@@ -175,3 +198,25 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         seed=seed,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+
+
+def build_test_loader(cfg: CfgNode, name: str, mapper: Callable[[dict], dict]):
+    """Build Detectron2's loader for a data set in DATASETS.TEST.
+
+    Raises:
+        InputError: if the data set or one of its images is missing, or if its classes do not fit.
+    """
+    align_classes(cfg, (name,))
+    proposals = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
+        if name not in files:
+            raise InputError(f"data set '{name}' has no file in DATASETS.PROPOSAL_FILES_TEST")
+        proposals = [files[name]]
+    with explain_missing_data((name,)):
+        dicts = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
+    if isinstance(dicts, list):
+        source = annotation_file(name) or MetadataCatalog.get(name).get("image_dir", name)
+        check_files([x["file_name"] for x in dicts if "file_name" in x], source, name)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return build_detection_test_loader(dicts, mapper=CheckedMapper(mapper), num_workers=workers)

@@ -1,19 +1,25 @@
-"""The mapper that gives one image at two resolutions.
+"""The mappers: Detectron2's for anyone's images, and one that gives an image at two resolutions.
 
 H, W: height and width of the low-resolution image; k: high-resolution side / low-resolution side.
 """
+
+import logging
+from functools import partial
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import build_augmentation
+from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
 from detectron2.modeling import META_ARCH_REGISTRY
-from fvcore.transforms.transform import TransformList
+from fvcore.transforms.transform import Transform, TransformList
 
+from msad_kd.data.images import ImageError, read_image, unreadable
+from msad_kd.data.keypoints import check_keypoints
 from msad_kd.data.transforms import scale_transforms
 from msad_kd.modeling.pyramid import level_shift
+from msad_kd.utils.compat import images_read_by
 from msad_kd.utils.errors import InputError
 
 
@@ -36,6 +42,101 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
         "augmentations": [resize, T.FixedSizeCrop((jitter.SIZE, jitter.SIZE)), *flips],
         "recompute_boxes": cfg.MODEL.MASK_ON,  # the box of what the crop leaves of a mask
     }
+
+
+class _NoPixels(ValueError):
+    """Resize or crop leaves no pixel of an image."""
+
+
+class _CheckedInput(T.AugInput):
+    """An image to augment; a transform that leaves no pixel of it raises ``_NoPixels``."""
+
+    def transform(self, tfm: Transform) -> None:
+        """Apply a transform to all that is held."""
+        height, width = self.image.shape[:2]
+        after = getattr(tfm, "new_h", 1), getattr(tfm, "new_w", 1)
+        if min(after) > 0:
+            super().transform(tfm)
+            after = self.image.shape[:2]
+        if min(after) == 0:
+            raise _NoPixels(f"its {width} x {height} px would become {after[1]} x {after[0]} px")
+
+
+class _CheckedAugmentations:
+    """Augments an image; takes the place of a mapper's ``AugmentationList``."""
+
+    def __init__(self, augmentations: T.AugmentationList):
+        self.augmentations = augmentations
+
+    def __call__(self, inputs: T.AugInput) -> TransformList:
+        checked = _CheckedInput(inputs.image, sem_seg=inputs.sem_seg)
+        transforms = self.augmentations(checked)
+        inputs.image, inputs.sem_seg = checked.image, checked.sem_seg
+        return transforms
+
+
+class CheckedDatasetMapper(DatasetMapper):
+    """Detectron2's mapper with ``data.images.read_image``, jitter, and errors that name the image.
+
+    An image that cannot be read, has another size than the annotation file says, or would have no
+    pixel left after resize and crop raises an ``InputError``. With DATASETS.INVALID_ANNOTATIONS
+    "drop", it is logged and counted in training instead, and None is returned for it.
+    """
+
+    @configurable
+    def __init__(self, is_train: bool, *, skip_unusable: bool = False, **kwargs):
+        """Build the mapper.
+
+        Args:
+            is_train: as in ``DatasetMapper``.
+            skip_unusable: return None for images that cannot be used.
+            **kwargs: the other arguments of ``DatasetMapper``.
+        """
+        super().__init__(is_train, **kwargs)
+        self.augmentations = _CheckedAugmentations(self.augmentations)
+        self.skip_unusable = skip_unusable
+        self.skipped: set[str] = set()  # files, in this process
+
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True):
+        """Return the constructor's arguments for a config."""
+        drop = is_train and cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
+        arguments = {**super().from_config(cfg, is_train), **jitter_arguments(cfg, is_train)}
+        return {**arguments, "skip_unusable": drop}
+
+    def __call__(self, dataset_dict: dict) -> dict | None:
+        """Map a dict, or return None if its image cannot be used and such images are skipped."""
+        file = dataset_dict["file_name"]
+        read = partial(_read, label_file=dataset_dict.get("sem_seg_file_name"))
+        try:
+            with images_read_by(read):
+                return super().__call__(dataset_dict)
+        except ImageError as error:
+            message = str(error)
+        except SizeMismatchError as error:
+            message = str(unreadable(file, error))
+        except _NoPixels as error:
+            words = f"{error} by the sizes of INPUT; crop it or remove it from the annotation file"
+            message = f"image '{file}' cannot be used: {words}"
+        if not self.skip_unusable:
+            raise InputError(message)
+        if file not in self.skipped:
+            self.skipped.add(file)
+            count = len(self.skipped)
+            logging.getLogger(__name__).warning(f"Skipped ({count} in this process): {message}")
+        return None
+
+    def _transform_annotations(self, dataset_dict, transforms, image_shape):
+        # An image without objects has no masks from which boxes could be computed.
+        recompute_boxes = self.recompute_boxes
+        objects = [x for x in dataset_dict["annotations"] if x.get("iscrowd", 0) == 0]
+        self.recompute_boxes = recompute_boxes and bool(objects)
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        self.recompute_boxes = recompute_boxes
+
+
+def _read(file_name: str, format: str | None = None, *, label_file: str | None) -> np.ndarray:
+    return read_image(file_name, format, labels=file_name == label_file)
 
 
 class _PairedAugmentations:
@@ -63,8 +164,8 @@ class _PairedAugmentations:
         return high
 
 
-class TwoResolutionMapper(DatasetMapper):
-    """Detectron2's mapper, plus the image at a second resolution.
+class TwoResolutionMapper(CheckedDatasetMapper):
+    """The same mapper, plus the image at a second resolution.
 
     The low-resolution image is bit for bit the one that ``DatasetMapper`` makes. The
     high-resolution image is resized from the original as well, to exactly k times that size, with
@@ -85,7 +186,7 @@ class TwoResolutionMapper(DatasetMapper):
             frame: "lr" or "hr".
             scale: k, a power of two.
             augmentations: augmentations to low resolution, in both frames.
-            **kwargs: the other arguments of ``DatasetMapper``.
+            **kwargs: the other arguments of ``CheckedDatasetMapper``.
         """
         if frame not in ("lr", "hr"):
             raise InputError(f"the frame is 'lr' or 'hr', not '{frame}'")
@@ -106,14 +207,15 @@ class TwoResolutionMapper(DatasetMapper):
             for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
                 inputs[key] = -(-inputs[key] // scale)
             inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
-        arguments = {**super().from_config(cfg, is_train), **jitter_arguments(cfg, is_train)}
-        return {**arguments, "frame": frame, "scale": scale}
+        return {**super().from_config(cfg, is_train), "frame": frame, "scale": scale}
 
-    def __call__(self, dataset_dict: dict) -> dict:
+    def __call__(self, dataset_dict: dict) -> dict | None:
         """Map a dict and add the image at the other resolution."""
         mapped = super().__call__(dataset_dict)
         paired = self.augmentations
         image, paired.other_image = paired.other_image, None
+        if mapped is None:
+            return None
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return {**mapped, "image_hr" if paired.frame == "lr" else "image_lr": image}
 
@@ -122,9 +224,20 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     """Build the mapper for a config's meta-architecture.
 
     A student gets the "lr" frame in training, a multi-resolution teacher always the "hr" frame. Any
-    other model, and a student in evaluation, gets the stock mapper.
+    other model, and a student in evaluation, gets the mapper of one image.
     """
+    check_keypoints(cfg)
     frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
     if frame is None or (frame == "lr" and not is_train):
-        return DatasetMapper(cfg, is_train, **jitter_arguments(cfg, is_train))
+        return CheckedDatasetMapper(cfg, is_train)
     return TwoResolutionMapper(cfg, is_train, frame=frame)
+
+
+def longest_side(cfg: CfgNode) -> float:
+    """Return to how many pixels, at the most, the longer side of a training image is resized.
+
+    It is that of the smallest image that the mapper may make: of the low-resolution one.
+    """
+    jitter, frame = cfg.INPUT.JITTER, META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    longest = jitter.SIZE * jitter.SCALES[0] if jitter.SIZE else cfg.INPUT.MAX_SIZE_TRAIN
+    return longest / cfg.KD.SCALE if getattr(frame, "frame", None) == "hr" else longest

@@ -17,8 +17,10 @@ from torch import nn
 from msad_kd.checkpoint.checkpoint import load_strictly
 from msad_kd.config.build import check_parts, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.data.classes import model_classes
+from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import computing
-from msad_kd.modeling.classes import is_a
+from msad_kd.modeling.classes import is_a, number_of_classes
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.modeling.pyramid import (
@@ -118,6 +120,8 @@ class TeacherSpec:
     cfg: CfgNode
     config_file: str
     branch: str
+    # The keys, if any, for which the teacher's classes have to be the student's.
+    needs_classes_for: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "TeacherSpec":
@@ -152,7 +156,13 @@ class TeacherSpec:
         _check_images(cfg, teacher_cfg)
         _warn_of_other_sizes(cfg, teacher_cfg)
         teacher_cfg.freeze()
-        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH)
+        needs = [
+            f"the loss {x.name} of KD.LOSSES" for x in read_losses(cfg.KD.LOSSES) if x.of_regions
+        ]
+        # Predictors of another size are not copied.
+        if keys.INIT_STUDENT and number_of_classes(cfg) == number_of_classes(teacher_cfg):
+            needs.append("KD.TEACHER.INIT_STUDENT True")
+        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH, tuple(needs))
 
     def build(self) -> Teacher:
         """Build, load and freeze the teacher, without drawing random numbers.
@@ -160,16 +170,28 @@ class TeacherSpec:
         A student therefore has the same initial weights and data with a teacher as without.
 
         Raises:
-            InputError: if the checkpoint is missing or a key of it does not fit.
+            InputError: if the checkpoint is missing or a key of it does not fit, or if a loss or
+                INIT_STUDENT needs the student's classes and the checkpoint names others.
         """
         weights = self.cfg.MODEL.WEIGHTS
         with preserved_rng():
             model = build_model(self.cfg)
         load_strictly(model, weights, f"KD.TEACHER.CONFIG_FILE '{self.config_file}'")
+        self._check_classes(model.classes)
         logging.getLogger(__name__).info(
             "Teacher: %s from %s, branch %s", type(model).__name__, weights, self.branch
         )
         return Teacher(model, branch=self.branch, scale=self.cfg.KD.SCALE)
+
+    def _check_classes(self, theirs: list[str]) -> None:
+        ours, source = model_classes(self.cfg)
+        if self.needs_classes_for and any(a != b for a, b in zip(theirs, ours)):
+            raise InputError(
+                f"the teacher '{self.cfg.MODEL.WEIGHTS}' was trained on other classes "
+                f"({', '.join(theirs)}) than those of {source} ({', '.join(ours)}), and "
+                f"{self.needs_classes_for[0]} needs the same in the same order; set "
+                "DATASETS.CLASSES to the teacher's, or do without"
+            )
 
     def build_on_meta(self) -> Teacher:
         """Build the teacher on torch's meta device: it has shapes, but no weights and no cost."""

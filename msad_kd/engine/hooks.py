@@ -1,4 +1,4 @@
-"""Hooks of the trainer: they seed each step, evaluate the teacher and keep the normalizer."""
+"""Hooks of the trainer: they seed steps, evaluate the teacher and make checkpoints complete."""
 
 import logging
 import os
@@ -6,7 +6,9 @@ import os
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from msad_kd.data.classes import model_classes
 from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.modeling.batch_statistics import share_statistics
 from msad_kd.modeling.classes import number_of_classes
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
@@ -37,13 +39,17 @@ class EvaluateTeacher(HookBase):
         trainer, logger = self.trainer, logging.getLogger(__name__)
         if trainer.start_iter > 0:
             return
-        cfg = self.spec.cfg.clone()
+        cfg, names = self.spec.cfg.clone(), getattr(trainer.teacher.model, "classes", ())
         theirs, ours = number_of_classes(cfg), number_of_classes(trainer.cfg)
-        if theirs != ours:
+        lacking = [name for name in model_classes(trainer.cfg)[0] if name not in names]
+        if lacking if names else theirs != ours:
             counts = f"{theirs} classes, the student {ours}"
+            counts = f"no {', '.join(lacking)}" if names else counts
             logger.warning(f"The teacher predicts {counts}: the teacher is not evaluated")
             return
         cfg.defrost()
+        if names:
+            cfg.DATASETS.CLASSES = []  # the evaluation takes those that the checkpoint names
         cfg.OUTPUT_DIR = os.path.join(trainer.cfg.OUTPUT_DIR, "teacher")
         for key in ("COCO_EVALUATOR", "CITYSCAPES_COCO"):  # to compare its AP with the student's
             cfg.TEST[key] = trainer.cfg.TEST[key]
@@ -52,22 +58,53 @@ class EvaluateTeacher(HookBase):
             trainer.test(cfg, trainer.teacher.model)
 
 
-class KeepNormalizer(HookBase):
-    """Keep the loss normalizer of every process in the training checkpoints, not in the model's.
+class BeforeSaving(HookBase):
+    """A hook that talks with all processes before a checkpoint, which the main one writes alone.
 
     It has to stand before the hook that writes checkpoints, in all processes.
+
+    Args:
+        periods: iterations between two checkpoints, and the like; 0: only after the last iteration.
     """
 
-    def __init__(self, period: int):
-        self.period = period  # iterations between two checkpoints
-        self._gathered: tuple[int, list[float | None]] = (-1, [])
+    def __init__(self, *periods: int):
+        self.periods = periods
 
     def after_step(self):
-        """Gather the normalizers if a checkpoint is due: only one process writes it."""
-        done = self.trainer.iter + 1
-        if done % self.period == 0 or done >= self.trainer.max_iter:
-            values = comm.all_gather(get_normalizer(self.trainer.checkpointer.model))
-            self._gathered = done, values
+        """Prepare if a period or the training is over."""
+        if is_due(self.trainer, *self.periods):
+            self.prepare()
+
+    def prepare(self):
+        """Prepare for a checkpoint after this iteration. All processes have to call it."""
+        raise NotImplementedError
+
+
+def is_due(trainer, *periods: int) -> bool:
+    """Return whether this iteration is the last one, or ends a period; 0 is no period."""
+    done = trainer.iter + 1
+    return done >= trainer.max_iter or any(p > 0 and done % p == 0 for p in periods)
+
+
+class ShareStatistics(BeforeSaving):
+    """Share the running statistics, so that what is evaluated in the run is what is saved."""
+
+    def prepare(self):
+        """Share them."""
+        share_statistics(self.trainer.checkpointer.model)
+
+
+class KeepNormalizer(BeforeSaving):
+    """Keep the loss normalizer of every process in the training checkpoints, not in the model's."""
+
+    def __init__(self, *periods: int):
+        super().__init__(*periods)
+        self._gathered: tuple[int, list[float | None]] = (-1, [])
+
+    def prepare(self):
+        """Gather the normalizers."""
+        values = comm.all_gather(get_normalizer(self.trainer.checkpointer.model))
+        self._gathered = self.trainer.iter + 1, values
 
     def state_dict(self) -> dict:
         """Return the normalizers, of this process alone if the checkpoint was not due."""

@@ -1,30 +1,44 @@
 """Detectron2's ``DefaultTrainer`` with two resolutions, a teacher and repeatable steps."""
 
+import contextlib
 import logging
 import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.engine.hooks import EvalHook, PeriodicWriter
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.checkpointer import TrainingCheckpointer
 from msad_kd.checkpoint.start import init_from_teacher
-from msad_kd.data.loader import CheckedMapper, build_train_loader, explain_missing_data
+from msad_kd.config.schedule import warn_of_long_warmups
+from msad_kd.data.classes import align_classes, with_classes_of
+from msad_kd.data.loader import build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.distill.teacher import Teacher, TeacherSpec
-from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep
+from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep, ShareStatistics
+from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.optimizer import build_optimizer
+from msad_kd.engine.resume import check_state, restore_state
+from msad_kd.engine.run_folder import (
+    explain_disk_errors,
+    lock_folder,
+    make_folder,
+    release_folder,
+    take_folder,
+)
+from msad_kd.engine.signals import StopOnSignal
 from msad_kd.evaluation.build import build_evaluator, check_augmentation, check_precise_bn
 from msad_kd.losses.terms import read_losses
-from msad_kd.modeling.classes import check_classes, is_a
-from msad_kd.utils.compat import ddp_on, load_trainer_state, trainer_state
-from msad_kd.utils.errors import InputError
+from msad_kd.modeling.batch_statistics import check_synchronised
+from msad_kd.modeling.classes import is_a
+from msad_kd.utils.compat import checkpointer_of, ddp_on, trainer_state
 
 _logger = logging.getLogger(__name__)
 
@@ -40,17 +54,19 @@ class KDTrainer(DefaultTrainer):
         teacher_spec: a student's teacher, if its config has been read already.
 
     Raises:
-        InputError: before any data are read, if TEST asks for what the model cannot do, if the
-            teacher cannot be built, or if the student cannot learn from it.
+        InputError: if TEST asks for what the model cannot do, if data are missing or do not fit, if
+            the teacher cannot be built, or if the student cannot learn from it.
     """
 
     def __init__(self, cfg: CfgNode, teacher_spec: TeacherSpec | None = None):
         check_augmentation(cfg)
         check_precise_bn(cfg)
+        self._check_test_data(cfg)
         self.teacher: Teacher | None = None
         self.teacher_spec: TeacherSpec | None = None
-        if is_a(cfg, DistilledMixin):
-            _warn_of_long_warmup(cfg)
+        student = is_a(cfg, DistilledMixin)
+        warn_of_long_warmups(cfg, read_losses(cfg.KD.LOSSES) if student else [])
+        if student:
             self.teacher_spec = teacher_spec or TeacherSpec.from_config(cfg)
             # DefaultTrainer's constructor builds the model and then its optimizer. In between, the
             # teacher has to be attached: it decides which adapters there are to train.
@@ -60,8 +76,20 @@ class KDTrainer(DefaultTrainer):
                 f"KD.TEACHER is not used: a {cfg.MODEL.META_ARCHITECTURE} is trained without "
                 "distillation (students are DistilledRCNN and the like)"
             )
-        with ddp_on(cfg.MODEL.DEVICE):
+        make_folder(cfg.OUTPUT_DIR)
+        with ddp_on(cfg.MODEL.DEVICE), checkpointer_of(TrainingCheckpointer):
             super().__init__(cfg)
+        if cfg.DATASETS.TRAIN:
+            names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+            self.checkpointer.extra = {"classes": list(names)} if names else {}
+
+    def _check_test_data(self, cfg: CfgNode) -> None:
+        """Read what the evaluations will read: its mistakes cost a training if found later."""
+        align_classes(cfg, cfg.DATASETS.TRAIN)
+        for name in cfg.DATASETS.TEST or ():
+            self.build_test_loader(cfg, name)
+            with contextlib.suppress(NotImplementedError):  # as in Detectron2: not evaluated
+                self.build_evaluator(cfg, name)
 
     def _build_student(self, cfg: CfgNode) -> nn.Module:
         student = type(self).build_model(cfg)
@@ -74,36 +102,55 @@ class KDTrainer(DefaultTrainer):
 
         Returns:
             The last results on DATASETS.TEST; only the main process has any.
+
+        Raises:
+            NotFiniteError: in all processes, if a loss of one is NaN or infinite.
+            Stopped: if this or another process has got a signal; the step is done and saved.
         """
-        try:
-            # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
-            # calls, which changes its last bits: a resumed run, whose first calls come later, would
-            # differ. GPUs do not promise equal bits, and there the rewritten one saves memory.
-            with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
-                super().train()
-        except FloatingPointError as error:  # Detectron2's, which names total losses only
-            names = self.checkpointer.model.not_finite() if self.teacher is not None else []
-            if not names:
-                raise
-            raise FloatingPointError(
-                f"{error}\nNot finite at iteration {self.iter}: {', '.join(names)}"
-            ) from error
+        # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
+        # calls, which changes its last bits: a resumed run, whose first calls come later, would
+        # differ. GPUs do not promise equal bits, and there the rewritten one saves memory.
+        with (
+            self._stop.handling(),
+            torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"),
+        ):
+            super().train()
         # Detectron2 returns them only if TEST.EXPECTED_RESULTS is set.
         return getattr(self, "_last_eval_results", {})
+
+    def run_step(self) -> None:
+        """Train one step; signals and losses that are not finite end all processes after it."""
+        error = ""
+        try:
+            super().run_step()
+        except FloatingPointError as e:  # Detectron2's, in the main process alone
+            error = str(e)
+        if self._stop.agree(bool(error)):
+            raise self._losses.explain(error)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume the run or start it, a student from its teacher's weights (INIT_STUDENT).
 
+        A fresh start moves an old run in OUTPUT_DIR aside; see ``engine.run_folder``.
+
         Raises:
-            InputError: if MODEL.WEIGHTS does not exist or the backbones differ.
+            InputError: if MODEL.WEIGHTS does not exist or the backbones differ, if the run cannot
+                be resumed with this config, or if another run is at work in OUTPUT_DIR.
         """
-        fresh = not (resume and self.checkpointer.has_checkpoint())
+        if take_folder(self.cfg, resume=resume):
+            self._reopen_writers()
+        if found := self.checkpointer.find() if resume else None:
+            self.checkpointer.resume(found)
+            self.data_loader.start = self.start_iter = self.iter + 1
+            if self.start_iter == self.max_iter:  # it may have been killed before its last file
+                self.checkpointer.keep_as_final(found)
+            return
         weights = self.cfg.MODEL.WEIGHTS
-        if fresh and weights:
+        if weights:
             check_exists(weights, "MODEL.WEIGHTS")
-        super().resume_or_load(resume)
+        super().resume_or_load(resume=False)
         self.data_loader.start = self.start_iter
-        if fresh and self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
+        if self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
             backbone = self.cfg.KD.TEACHER.INIT_BACKBONE
             if weights and backbone:
                 _logger.warning(
@@ -112,32 +159,56 @@ class KDTrainer(DefaultTrainer):
                 )
             init_from_teacher(self.checkpointer.model, self.teacher.model, backbone=backbone)
 
+    def _reopen_writers(self) -> None:
+        """Let the writers write new files, after those that they had opened were moved."""
+        for hook in self._hooks:
+            if isinstance(hook, PeriodicWriter):
+                for writer in hook._writers:
+                    writer.close()
+                hook._writers[:] = self.build_writers()
+
     def state_dict(self) -> dict:
-        """Return the state for a checkpoint, with optimizer and batch size."""
-        return {**trainer_state(self), "images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH}
+        """Return the state for a checkpoint, with optimizer, batch size and config."""
+        own = {"images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH, "config": self.cfg.dump()}
+        return {**trainer_state(self), **own}
+
+    def check_state_dict(self, state_dict: dict) -> str:
+        """Check a checkpoint's state before anything is loaded; see ``engine.resume``."""
+        return check_state(self, state_dict)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore a checkpoint's state.
+        """Restore a checkpoint's state; see ``engine.resume``."""
+        restore_state(self, state_dict)
 
-        Raises:
-            InputError: if the run had another batch size.
-        """
-        before, now = state_dict.get("images_per_batch"), self.cfg.SOLVER.IMS_PER_BATCH
-        if before not in (None, now):
-            raise InputError(
-                f"the run in '{self.cfg.OUTPUT_DIR}' had {before} images a batch and is resumed "
-                f"with {now}, which is another schedule; resume it on as many processes, with the "
-                "same SOLVER.IMS_PER_BATCH"
-            )
-        if not load_trainer_state(self, state_dict):
-            _logger.warning(
-                "The checkpoint has no optimizer state: it was written by Detectron2 0.6 itself"
-            )
+    def before_train(self):
+        """Keep other runs out of OUTPUT_DIR until the end, and run the hooks."""
+        lock_folder(self.cfg.OUTPUT_DIR)
+        super().before_train()
+
+    def after_step(self):
+        """Run the hooks, which write checkpoints, logs and results."""
+        with explain_disk_errors():
+            super().after_step()
+
+    def after_train(self):
+        """Run the hooks after the last step, and leave OUTPUT_DIR to other runs."""
+        try:
+            with explain_disk_errors():
+                super().after_train()
+        finally:
+            release_folder(self.cfg.OUTPUT_DIR)
 
     def build_hooks(self):
         """Build Detectron2's hooks and those of this project."""
         hooks = super().build_hooks()
-        hooks.insert(0, KeepNormalizer(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
+        before_saving = [ShareStatistics(*periods), KeepNormalizer(*periods)]
+        self._stop, self._losses = StopOnSignal(*periods, before_saving), WatchLosses()
+        kinds = PeriodicCheckpointer, EvalHook  # only the main process has the first
+        saving = next(i for i, hook in enumerate(hooks) if isinstance(hook, kinds))
+        evaluating = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks.insert(evaluating, self._stop)
+        hooks[saving:saving] = [*before_saving, self._losses]
         if self.cfg.SEED >= 0:
             hooks.insert(0, SeedEachStep(self.cfg.SEED))
         if self.teacher_spec is not None and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
@@ -152,28 +223,28 @@ class KDTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer of SOLVER.OPTIMIZER; see ``engine.optimizer``."""
+        check_synchronised(model, cfg)
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         """Build a loader whose batches depend on (SEED, rank, iteration) alone."""
-        loader = build_train_loader(cfg, build_mapper(cfg, is_train=True))
-        check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-        return loader
+        return build_train_loader(cfg, build_mapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Build Detectron2's loader with the mapper that the model needs."""
-        mapper = CheckedMapper(build_mapper(cfg, is_train=False))
-        with explain_missing_data((dataset_name,)):
-            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        check_classes(cfg, (dataset_name,))
-        return loader
+        return build_test_loader(cfg, dataset_name, build_mapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None) -> DatasetEvaluator:
         """Build the evaluator of a data set; see ``evaluation.build``."""
         return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict:
+        """Evaluate as Detectron2 does, with the classes that the model's checkpoint names."""
+        return super().test(with_classes_of(cfg, model), model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:  # as Detectron2's tools call it
@@ -183,6 +254,7 @@ class KDTrainer(DefaultTrainer):
             The results as ``test`` returns them, with "_TTA" after the name of each task.
         """
         _logger.info("Evaluating with test-time augmentation (TEST.AUG)")
+        cfg = with_classes_of(cfg, model)
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
@@ -210,14 +282,3 @@ class KDTrainer(DefaultTrainer):
 
 def _add_suffix(results: dict) -> dict:
     return {f"{task}_TTA": metrics for task, metrics in results.items()}
-
-
-def _warn_of_long_warmup(cfg: CfgNode) -> None:
-    iterations = cfg.SOLVER.MAX_ITER
-    slow = [term for term in read_losses(cfg.KD.LOSSES) if term.warmup_iters > iterations]
-    if slow:
-        names = ", ".join(f"{term.name} (warmup_iters {term.warmup_iters})" for term in slow)
-        _logger.warning(
-            f"KD.LOSSES: {names} will not reach their weight, because the run ends after "
-            f"{iterations} iterations (SOLVER.MAX_ITER); lower warmup_iters"
-        )

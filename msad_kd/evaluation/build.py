@@ -7,6 +7,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNN
 
+from msad_kd.data.classes import align_classes, model_classes
 from msad_kd.evaluation.cityscapes import CityscapesCOCOEvaluator, CityscapesEvaluator
 from msad_kd.evaluation.coco import AnyCOCOEvaluator
 from msad_kd.modeling.classes import has_masks, is_a
@@ -24,14 +25,18 @@ def build_evaluator(
     ``output_folder``, by default OUTPUT_DIR/inference.
 
     Raises:
-        InputError: if this kind of data set is not supported.
+        InputError: if this kind of data set is not supported, or if its classes do not fit.
     """
+    align_classes(cfg, (dataset_name,))
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     options = {
         "output_dir": output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
         "implementation": cfg.TEST.COCO_EVALUATOR,
         "masks": has_masks(cfg),
+        "invalid": cfg.DATASETS.INVALID_ANNOTATIONS,
         # COCO's 100, unless the model may keep more: an image may have more objects than that.
+        "classes": model_classes(cfg)[0],
+        "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS,
         "max_dets_per_image": max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
     }
     if kind == "coco":

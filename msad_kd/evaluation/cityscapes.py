@@ -24,7 +24,7 @@ from msad_kd.evaluation.coco import AnyCOCOEvaluator, within_classes
 from msad_kd.utils.compat import numpy_with_in1d
 from msad_kd.utils.errors import InputError
 
-_SUFFIX = "_gtFine_instanceIds.png"
+_SUFFIX, _IMAGE_SUFFIX = "_gtFine_instanceIds.png", "_leftImg8bit.png"
 
 
 def _instance_images(dataset_name: str) -> list[str]:
@@ -39,12 +39,37 @@ def _instance_images(dataset_name: str) -> list[str]:
     return paths
 
 
+def _check_pairs(dataset_name: str) -> None:
+    truth = {os.path.basename(x).removesuffix(_SUFFIX) for x in _instance_images(dataset_name)}
+    folder = MetadataCatalog.get(dataset_name).get("image_dir")
+    if folder is None:
+        return  # no data set of Detectron2
+    folder = PathManager.get_local_path(folder)
+    files = glob.glob(os.path.join(folder, "*", f"*{_IMAGE_SUFFIX}"))
+    images = {os.path.basename(x).removesuffix(_IMAGE_SUFFIX) for x in files}
+    for lost, suffix in ((images - truth, _SUFFIX), (truth - images, _IMAGE_SUFFIX)):
+        if lost:
+            raise InputError(
+                f"data set '{dataset_name}': {len(lost)} of the {len(images | truth)} scenes have "
+                f"no '*{suffix}', e.g. '{min(lost)}{suffix}'; copy the missing files"
+            )
+
+
 class CityscapesEvaluator(CityscapesInstanceEvaluator):
     """Detectron2's evaluator, which reports the AP of each class as well.
 
     It calls the functions of cityscapesScripts one by one: their common entry point also writes
     ``matches.json`` into the current folder.
     """
+
+    def __init__(self, dataset_name: str):
+        """Build the evaluator, and check that each image has its instance image.
+
+        Raises:
+            InputError: if an image or an instance image is missing.
+        """
+        super().__init__(dataset_name)
+        _check_pairs(dataset_name)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Collect the outputs of a batch."""
@@ -94,7 +119,7 @@ def cityscapes_as_coco(dataset_name: str) -> dict:
     for number, path in enumerate(_instance_images(dataset_name), start=1):
         ids = np.asarray(Image.open(path))
         height, width = ids.shape
-        file = os.path.basename(path).replace(_SUFFIX, "_leftImg8bit.png")
+        file = os.path.basename(path).replace(_SUFFIX, _IMAGE_SUFFIX)
         images.append({"id": number, "file_name": file, "height": height, "width": width})
         for instance in np.unique(ids).tolist():
             # An instance is 1000 x label + number; a group, or stuff, is the label alone.

@@ -6,10 +6,14 @@ Detectron2 has its C++ code. pycocotools is always installed.
 
 import contextlib
 import logging
+from collections.abc import Sequence
 
+from detectron2.data import Metadata
 from detectron2.evaluation import COCOEvaluator
 
-from msad_kd.utils.compat import coco_eval_class
+from msad_kd.data.annotations import read_kept
+from msad_kd.data.coco_format import class_order
+from msad_kd.utils.compat import coco_eval_class, coco_ground_truth
 from msad_kd.utils.errors import InputError
 
 FASTER, COMPILED, OFFICIAL = IMPLEMENTATIONS = ("faster-coco-eval", "detectron2", "pycocotools")
@@ -59,11 +63,24 @@ def within_classes(outputs: list[dict], classes: int) -> list[dict]:
     return kept
 
 
+def _ground_truth(path: str, dataset_name: str, invalid: str) -> dict:
+    """Return the ground truth in a file, as a copy: what computes AP writes into annotations."""
+    content = read_kept(path, dataset_name, invalid)
+    return {key: [dict(entry) for entry in content[key]] for key in content}
+
+
 class AnyCOCOEvaluator(COCOEvaluator):
     """Detectron2's ``COCOEvaluator`` with a choice of what computes AP."""
 
     def __init__(
-        self, dataset_name: str, *, implementation: str = "auto", masks: bool = True, **kwargs
+        self,
+        dataset_name: str,
+        *,
+        implementation: str = "auto",
+        masks: bool = True,
+        classes: Sequence[str] = (),
+        invalid: str = "error",
+        **kwargs,
     ):
         """Build the evaluator.
 
@@ -71,6 +88,9 @@ class AnyCOCOEvaluator(COCOEvaluator):
             dataset_name: as for ``COCOEvaluator``.
             implementation: "auto" or one of ``IMPLEMENTATIONS``.
             masks: whether to report mask AP (as NaN) if the model finds nothing at all.
+            classes: the names of the model's classes, in its order; by default those in the data
+                set's metadata, or those of its file.
+            invalid: what becomes of annotations that mean nothing; see ``read_annotations``.
             **kwargs: further arguments of ``COCOEvaluator``.
 
         Raises:
@@ -78,7 +98,9 @@ class AnyCOCOEvaluator(COCOEvaluator):
                 data set whose image ids are not integers.
         """
         chosen = choose_implementation(implementation)
-        super().__init__(dataset_name, use_fast_impl=chosen == COMPILED, **kwargs)
+        with coco_ground_truth(lambda path: _ground_truth(path, dataset_name, invalid)):
+            super().__init__(dataset_name, use_fast_impl=chosen == COMPILED, **kwargs)
+        self._name_classes(classes or self._metadata.get("thing_classes"))
         if chosen == FASTER and not all(isinstance(image, int) for image in self._coco_api.imgs):
             if implementation == FASTER:
                 raise InputError(
@@ -95,16 +117,32 @@ class AnyCOCOEvaluator(COCOEvaluator):
             self._coco_api = COCO(self._coco_api.dataset)
             self._patch = coco_eval_class(COCOeval_faster)
 
+    def _name_classes(self, classes: Sequence[str] | None) -> None:
+        """Map the model's classes by name to the file's categories, and add those that it lacks."""
+        categories = self._coco_api.dataset["categories"]
+        classes, ids = class_order(categories, self._metadata.name, classes or None)
+        absent = ids.keys() - {category["id"] for category in categories}
+        for category in ({"id": key, "name": classes[ids[key]]} for key in sorted(absent)):
+            categories.append(category)
+            self._coco_api.cats[category["id"]] = category
+        new = {"thing_classes": classes, "thing_dataset_id_to_contiguous_id": ids}
+        self._metadata = Metadata(**{**vars(self._metadata), **new})
+
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Collect the outputs of a batch."""
-        if names := self._metadata.get("thing_classes"):
-            outputs = within_classes(outputs, len(names))
+        outputs = within_classes(outputs, len(self._metadata.thing_classes))
         super().process(inputs, outputs)
 
     def _tasks_from_predictions(self, predictions):
         if not predictions:
             return ["bbox", "segm"] if self._masks else ["bbox"]
         return super()._tasks_from_predictions(predictions)
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        # Detectron2 takes the classes to be in the order of the file's ids.
+        ids = self._metadata.thing_dataset_id_to_contiguous_id
+        names = [self._metadata.thing_classes[ids[key]] for key in sorted(ids)]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names=names)
 
     def _eval_predictions(self, predictions, img_ids=None):
         logging.getLogger(__name__).info("COCO-style AP is computed by %s", self._implementation)

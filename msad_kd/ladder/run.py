@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -17,20 +18,18 @@ from detectron2.utils import comm
 from msad_kd.checkpoint.checkpoint import check_exists
 from msad_kd.checkpoint.files import hash_file, write_json
 from msad_kd.checkpoint.strip import strip_checkpoint
+from msad_kd.config.changes import neutral_config
 from msad_kd.config.stages import STUDENT, Stage, read_stages, stage_config
 from msad_kd.distill.student import DistilledMixin, check_losses
 from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.engine.run_folder import lock_folder, move_aside, release_folder
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.modeling.classes import is_a
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.processes import in_main_process
 from msad_kd.utils.seed import derive_seed, seed_all
 
 STATE, DONE = "ladder_state.json", "DONE"
-RESUMABLE = "last_checkpoint"  # Detectron2's file with the name of the checkpoint to resume from
-# Keys that change neither weights nor results, with the value that all configs are compared with.
-NEUTRAL = ["OUTPUT_DIR", "", "SOLVER.CHECKPOINT_PERIOD", 0, "DATALOADER.NUM_WORKERS", 0]
-NEUTRAL += ["KD.TEACHER.EVAL_BEFORE_TRAIN", False, "KD.DIAGNOSTICS_PERIOD", 0]
-NEUTRAL += ["KD.GRADIENT_RATIO_PERIOD", 0, "VIS_PERIOD", 0, "TEST.COCO_EVALUATOR", "auto"]
 
 
 def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
@@ -45,12 +44,28 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
         The last stage's results on DATASETS.TEST, in the main process.
 
     Raises:
-        InputError: if a stage has a mistake, before anything is trained, or has changed since done.
+        InputError: if a stage has a mistake, before anything is trained, or has changed since done,
+            or if another run is at work in OUTPUT_DIR.
     """
-    logger = logging.getLogger(__name__)
     stages = read_stages(cfg.KD.LADDER.STAGES)
     configs = [stage_config(cfg, stages, index) for index in range(len(stages))]
     specs = _check_stages(stages, configs)
+    lock_folder(cfg.OUTPUT_DIR)
+    try:
+        return _run_stages(cfg, stages, configs, specs, resume=resume)
+    finally:
+        release_folder(cfg.OUTPUT_DIR)
+
+
+def _run_stages(
+    cfg: CfgNode,
+    stages: list[Stage],
+    configs: list[CfgNode],
+    specs: list[TeacherSpec],
+    *,
+    resume: bool,
+) -> dict:
+    logger = logging.getLogger(__name__)
     state_file = Path(cfg.OUTPUT_DIR) / STATE
     state = json.loads(state_file.read_text()) if resume and state_file.is_file() else {}
     results: dict = {}
@@ -62,14 +77,9 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
             logger.info("Stage %d, '%s', is done: skipped", index + 1, stage.name)
             continue
         logger.info("Stage %d of %d: '%s', in %s", index + 1, len(stages), stage.name, folder)
-        if comm.is_main_process():
-            # Now: if the ladder is killed, a resume must not take up what the old students led to.
-            for stale in configs[index + 1 :] if resume else configs[index:]:
-                for mark in (DONE, RESUMABLE):
-                    Path(stale.OUTPUT_DIR, mark).unlink(missing_ok=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(stage_cfg.dump())
-        comm.synchronize()
+        # Now: if the ladder is killed, a resume must not take up what the old students led to.
+        stale = configs[index + 1 :] if resume else configs[index:]
+        in_main_process(partial(_begin_stage, stage_cfg, stale))
         hashes = _hash_sources(stage_cfg, spec)  # now: the files may change during the training
         results = _run_stage(stage_cfg, spec, resume=resume)
         resume = False
@@ -81,6 +91,14 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
             (folder / DONE).touch()
         comm.synchronize()
     return results
+
+
+def _begin_stage(cfg: CfgNode, stale: list[CfgNode]) -> None:
+    """Move the runs of these configs aside, and write the stage's config into its folder."""
+    for old_cfg in stale:
+        move_aside(old_cfg)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
 
 
 def _check_stages(stages: list[Stage], configs: list[CfgNode]) -> list[TeacherSpec]:
@@ -144,11 +162,7 @@ def _hash_sources(cfg: CfgNode, spec: TeacherSpec) -> dict[str, str | None]:
 
 def _neutral(cfg: CfgNode) -> str:
     """Dump a config without the keys that change no result."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list(NEUTRAL)
-    if not cfg.TEST.PRECISE_BN.ENABLED:  # it takes other images after each evaluation
-        cfg.TEST.EVAL_PERIOD = 0
+    cfg = neutral_config(cfg)
     start = Path(cfg.MODEL.WEIGHTS)
     if start.parent.name.startswith("stage_"):  # an earlier stage's; the ladder may be moved
         cfg.MODEL.WEIGHTS = os.path.join(*start.parts[-2:])

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from detectron2.utils.registry import Registry
 from fvcore.nn import giou_loss
 
+from msad_kd.utils.schema import NotNegative, WholeNumber
+
 # A loss's name in KD.LOSSES is its function's name; KD.LOSSES can set the arguments with a default.
 DENSE_LOSS_REGISTRY = Registry("DENSE_LOSS")
 
@@ -92,9 +94,9 @@ def _centerness_loss(student: DensePredictions, teacher: DensePredictions) -> to
 def cross_head(
     student: DensePredictions,
     teacher: DensePredictions,
-    convs: int = 3,
-    box_weight: float = 1.0,
-    centerness_weight: float = 1.0,
+    convs: WholeNumber = 3,
+    box_weight: NotNegative = 1.0,
+    centerness_weight: NotNegative = 1.0,
 ) -> torch.Tensor:
     """Return the sum of a class, a box and, for FCOS, a centerness loss (CrossKD, CVPR 2024).
 

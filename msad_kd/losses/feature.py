@@ -6,6 +6,7 @@ teacher's map, (N, C, H, W), and returns a scalar whose gradient flows to the st
 
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,15 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from msad_kd.losses.ssim import functional
+from msad_kd.losses.ssim.blur import PADDINGS
+from msad_kd.utils.schema import Positive, Share
 
 # A loss's name in KD.LOSSES is its function's name; KD.LOSSES can set the arguments with a default.
+# Their annotations are checked when the config is read; utils.schema says what they can be.
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
+
+_ODD = "an odd whole number above 0"
+_EXPONENTS = "a list of 3 numbers, none negative"
 
 
 def with_parts(build: Callable[[int], nn.Module]) -> Callable:
@@ -62,12 +69,12 @@ def _blind_share(student, teacher, rescale="channel", exponents=None, **argument
 def ssim(
     student: torch.Tensor,
     teacher: torch.Tensor,
-    rescale: str = "channel",
-    exponents: tuple[float, float, float] = (1, 1, 1),
-    window_size: int = 11,
-    sigma: float = 1.5,
-    data_range: float = 1.0,
-    padding: str = "reflect",
+    rescale: Literal[functional.SCOPES] = "channel",
+    exponents: Annotated[tuple[float, float, float], lambda x: min(x) >= 0, _EXPONENTS] = (1, 1, 1),
+    window_size: Annotated[int, lambda size: size > 0 and size % 2 == 1, _ODD] = 11,
+    sigma: Positive = 1.5,
+    data_range: Positive = 1.0,
+    padding: Literal[PADDINGS] = "reflect",
 ) -> torch.Tensor:
     """Return the mean of (1 - SSIM) / 2 of the rescaled maps (Structural KD, arXiv 2211.13133).
 
@@ -81,7 +88,11 @@ def ssim(
 
 
 @DISTILL_LOSS_REGISTRY.register()
-def pkd(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def pkd(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    eps: Annotated[float, lambda x: 1e-12 <= x <= 1, "a number from 1e-12 to 1"] = 1e-6,
+) -> torch.Tensor:
     """Return 1 - Pearson correlation per channel over (N, H, W), averaged (PKD, NeurIPS 2022).
 
     This is half the mean squared difference of the maps with each channel standardised: from 0
@@ -95,7 +106,7 @@ def pkd(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torc
 
 
 @DISTILL_LOSS_REGISTRY.register()
-def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: Positive = 1.0) -> torch.Tensor:
     """Return tau^2 KL(T || S) of each channel's softmax over cells, averaged (CWD, ICCV 2021).
 
     It compares where a channel is strong, whatever its offset. ``tau``, above 0, divides the maps.
@@ -115,7 +126,7 @@ def generator(channels: int) -> nn.Module:
 @DISTILL_LOSS_REGISTRY.register()
 @with_parts(generator)
 def mgd(
-    student: torch.Tensor, teacher: torch.Tensor, parts: nn.Module, mask_ratio: float = 0.65
+    student: torch.Tensor, teacher: torch.Tensor, parts: nn.Module, mask_ratio: Share = 0.65
 ) -> torch.Tensor:
     """Return the sum of (T - G(masked S))^2 over N: masked generative distillation (ECCV 2022).
 

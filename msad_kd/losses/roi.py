@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.registry import Registry
 
+from msad_kd.utils.schema import Positive
+
 # A loss's name in KD.LOSSES is its function's name; KD.LOSSES can set the arguments with a default.
 ROI_LOSS_REGISTRY = Registry("ROI_LOSS")
 
@@ -34,7 +36,7 @@ def without_masks(loss: Callable) -> Callable:
 @ROI_LOSS_REGISTRY.register()
 @without_masks
 def roi_class(
-    student: RoIPredictions, teacher: RoIPredictions, temperature: float = 1.0
+    student: RoIPredictions, teacher: RoIPredictions, temperature: Positive = 1.0
 ) -> torch.Tensor:
     """Return tau^2 KL(p_T || p_S) of the class probabilities (Hinton et al., arXiv 1503.02531).
 

@@ -9,7 +9,11 @@ from msad_kd.losses.dense import DENSE_LOSS_REGISTRY
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY
 from msad_kd.utils.errors import InputError, nearest
-from msad_kd.utils.schema import read_fields
+from msad_kd.utils.schema import NotNegative, WholeNumber, read_fields
+
+_Levels = Annotated[
+    tuple[str, ...], lambda levels: len(set(levels)) == len(levels), "a list of different texts"
+]
 
 # What the losses of a registry compare.
 _REGISTRIES = {
@@ -24,10 +28,10 @@ class LossTerm:
     """One entry of KD.LOSSES."""
 
     name: str  # in one of the registries
-    weight: float  # of the sum over levels, or of the loss between predictions
-    levels: tuple[str, ...] = ()  # the student's; empty: all that have a partner
+    weight: NotNegative  # of the sum over levels, or of the loss between predictions
+    levels: _Levels = ()  # the student's; empty: all that have a partner
     # Iterations over which the weight rises linearly from 0.
-    warmup_iters: Annotated[int, lambda count: count >= 0, "a whole number of 0 or more"] = 0
+    warmup_iters: WholeNumber = 0
     # Whether a 1x1 convolution adapts the student's map; "auto": where the channels differ.
     adapter: Literal["auto", True, False] = "auto"
     arguments: dict = field(default_factory=dict)  # of the loss function

@@ -1,13 +1,19 @@
-"""Separate running statistics of batch normalisation for each resolution of one backbone.
+"""Running statistics of batch normalisation: for each resolution, and of several processes.
 
-In training, both resolutions are normalised by the statistics of their own batch. At test time one
-shared set of running statistics would fit neither.
+In training, both resolutions of one backbone are normalised by the statistics of their own batch.
+At test time one shared set of running statistics would fit neither.
 """
 
 from contextlib import contextmanager
 
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.flat_config import flatten_config
 
 # The low resolution's running_mean is called running_mean_lr, and so on.
 LOW_SUFFIX = "_lr"
@@ -45,3 +51,28 @@ def low_resolution_statistics(module: nn.Module):
         yield
     finally:
         swap()
+
+
+def share_statistics(module: nn.Module) -> None:
+    """Give all processes the running statistics of the main one, which are those it saves.
+
+    Each process averages over its own images. In training these averages are written, never read.
+    """
+    if comm.get_world_size() == 1:
+        return
+    for norm in module.modules():
+        if isinstance(norm, _NormBase):
+            for statistic in norm.buffers(recurse=False):
+                dist.broadcast(statistic, 0)
+
+
+def check_synchronised(module: nn.Module, cfg: CfgNode) -> None:
+    """Raise an InputError if several processes on the CPU would train with torch's SyncBN."""
+    count, on_cpu = comm.get_world_size(), cfg.MODEL.DEVICE == "cpu"
+    if count > 1 and on_cpu and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+        flat = flatten_config(cfg)
+        keys = [key for key, value in flat.items() if value in ("SyncBN", "nnSyncBN")]
+        raise InputError(
+            f"{', '.join(keys) or 'the model'}: SyncBN needs GPUs, and {count} processes train on "
+            "the CPU; use BN instead, or one process"
+        )

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from msad_kd.modeling.fpn import AlignedFPN, build_aligned_fpn, build_five_level_fpn
 from msad_kd.utils.errors import InputError, nearest
+from msad_kd.utils.unpickle import trusted
 
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 _NORMS = {"BN": lambda x: x, "SyncBN": convert_sync_batchnorm, "FrozenBN": freeze_batch_norm_2d}
@@ -204,7 +205,7 @@ def _create(name: str, arguments: dict | list, in_channels: int, pretrained: boo
 def _load(body: nn.Module, name: str, path: str) -> None:
     """Load a classifier's file; its head may differ, and so may all names if the shapes agree."""
     try:
-        state = load_state_dict(path)
+        state = load_state_dict(path, weights_only=not trusted())
         shapes = {key: value.shape for key, value in state.items()}
     except Exception as error:  # whatever timm, torch and safetensors raise
         raise InputError(

@@ -1,16 +1,29 @@
 """What differs between Detectron2 0.6 and its git main, and the patches that libraries need."""
 
-from contextlib import AbstractContextManager, nullcontext
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.data import build as data_build
+from detectron2.data import detection_utils
+from detectron2.data.datasets import cityscapes
 from detectron2.engine import DefaultTrainer, TrainerBase, defaults
 from detectron2.evaluation import coco_evaluation
 from detectron2.utils import comm
+from pycocotools.coco import COCO
+
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.unpickle import UntrustedError, load_pickle
 
 
 def add_missing_keys(cfg: CfgNode) -> None:
@@ -28,6 +41,14 @@ def ddp_on(device: str) -> AbstractContextManager:
         return nullcontext()
     wrap = partial(defaults.create_ddp_model, device_ids=None)
     return mock.patch.object(defaults, "create_ddp_model", wrap)
+
+
+def checkpointer_of(cls: type) -> AbstractContextManager:
+    """Let ``DefaultTrainer`` make its checkpointer of this class, before it builds its hooks.
+
+    Neither version has a method to override for this.
+    """
+    return mock.patch.object(defaults, "DetectionCheckpointer", cls)
 
 
 def create_local_process_group(processes_per_machine: int) -> None:
@@ -61,6 +82,35 @@ def load_trainer_state(trainer: DefaultTrainer, state: dict) -> bool:
     return "_trainer" in state
 
 
+@contextmanager
+def plain_proposals() -> Iterator[None]:
+    """Let Detectron2 read DATASETS.PROPOSAL_FILES by ``load_pickle``, which runs no code.
+
+    Neither version has a method to override for this.
+
+    Raises:
+        InputError: if a file cannot be read, or does not fit the images.
+    """
+    load = data_build.load_proposals_into_dataset
+
+    def load_or_explain(dicts: list[dict], file: str) -> list[dict]:
+        try:
+            return load(dicts, file)
+        except UntrustedError as error:
+            words = f"asks for {error}, which could run code; --trust-files would run it"
+            raise InputError(f"DATASETS.PROPOSAL_FILES: '{file}' {words}") from error
+        except Exception as error:  # whatever a damaged pickle, or one of other contents, raises
+            words = "cannot be read as proposals for these images"
+            raise InputError(f"DATASETS.PROPOSAL_FILES: '{file}' {words} ({error!r})") from error
+
+    reader = SimpleNamespace(load=load_pickle)
+    with (
+        mock.patch.object(data_build, "pickle", reader),
+        mock.patch.object(data_build, "load_proposals_into_dataset", load_or_explain),
+    ):
+        yield
+
+
 def repeat_factor_options(cfg: CfgNode) -> dict[str, bool]:
     """Return the options of ``repeat_factors_from_category_frequency`` that this version takes.
 
@@ -77,9 +127,68 @@ def coco_eval_class(cls: type) -> AbstractContextManager:
     return mock.patch.object(coco_evaluation, "COCOeval_opt", cls)
 
 
+def coco_ground_truth(read: Callable[[str], dict]) -> AbstractContextManager:
+    """Let ``COCOEvaluator``'s constructor get its ground truth by ``read(path)``.
+
+    Neither version takes anything but the path of a file, which pycocotools reads as it is.
+    """
+
+    def build(path: str) -> COCO:
+        truth = COCO()
+        truth.dataset = read(path)
+        truth.createIndex()
+        return truth
+
+    return mock.patch.object(coco_evaluation, "COCO", build)
+
+
 def numpy_with_in1d(module: ModuleType) -> AbstractContextManager:
     """Give a module that has NumPy as ``np`` one with ``in1d``; no other module sees it.
 
     cityscapesScripts 2.3 calls ``in1d``, which NumPy 2.4 dropped.
     """
     return mock.patch.object(module, "np", SimpleNamespace(**{**vars(np), "in1d": np.isin}))
+
+
+def images_read_by(read: Callable[..., np.ndarray]) -> AbstractContextManager:
+    """Let ``DatasetMapper`` read images by ``read(file_name, format)``.
+
+    Neither version has a method or an option for this.
+    """
+    return mock.patch.object(detection_utils, "read_image", read)
+
+
+class _CityscapesScripts(MetaPathFinder, Loader):
+    """Finds the installed cityscapesScripts under the path that git main imports them from."""
+
+    package = "deeplearning.projects.cityscapesApi.cityscapesscripts"
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        if name == self.package or name.startswith(f"{self.package}."):
+            return ModuleSpec(name, self, is_package=True)
+        if self.package.startswith(f"{name}."):
+            return ModuleSpec(name, None, is_package=True)  # an empty namespace
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        prefix = self.package.removesuffix("cityscapesscripts")
+        module = importlib.import_module(spec.name.removeprefix(prefix))
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = module.__spec__.loader_state  # the import has replaced it
+
+
+def find_cityscapes_scripts(source: str) -> None:
+    """Let the code of a module of Detectron2 import cityscapesScripts, if it has another path.
+
+    Since December 2024 git main imports it from a package inside Meta, which nobody else has.
+    """
+    known = any(isinstance(finder, _CityscapesScripts) for finder in sys.meta_path)
+    if _CityscapesScripts.package in source and not known:
+        # First: others would load the scripts a second time, as their package's path is known.
+        sys.meta_path.insert(0, _CityscapesScripts())
+
+
+find_cityscapes_scripts(Path(cityscapes.__file__).read_text())

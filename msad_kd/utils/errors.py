@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class NotFiniteError(InputError, FloatingPointError):
+    """A loss is NaN or infinite; the message names it, its images and the last checkpoint."""
+
+
 def input_error_of(error: Exception) -> str | None:
     """Return the message of an ``InputError``, or None for any other error.
 
@@ -18,9 +22,10 @@ def input_error_of(error: Exception) -> str | None:
     It ends with the error's qualified name and its message, so the message is found there too.
     """
     text = str(error).rstrip()
-    _, mark, message = text.rpartition(f"{InputError.__module__}.{InputError.__qualname__}: ")
-    if mark:
-        return message
+    for cls in (InputError, NotFiniteError):
+        _, mark, message = text.rpartition(f"{cls.__module__}.{cls.__qualname__}: ")
+        if mark:
+            return message
     return text if isinstance(error, InputError) else None
 
 

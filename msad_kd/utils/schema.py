@@ -6,6 +6,7 @@ which the words describe.
 """
 
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
@@ -13,7 +14,24 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from msad_kd.utils.errors import InputError, nearest
 
+Count = Annotated[int, lambda x: x > 0, "a whole number above 0"]
+WholeNumber = Annotated[int, lambda x: x >= 0, "a whole number of 0 or more"]
+NotNegative = Annotated[float, lambda x: x >= 0, "a number of 0 or more"]
+# The limits keep squares and quotients finite in fp32.
+Positive = Annotated[float, lambda x: 1e-6 <= x <= 1e6, "a number above 0, from 1e-6 to 1e6"]
+Share = Annotated[float, lambda x: 0 <= x < 1, "a number from 0 to below 1"]
+
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def check_value(value: Any, annotation: Any, key: str) -> None:
+    """Check the value of a config key.
+
+    Raises:
+        InputError: if it does not fit the annotation; the message says what would.
+    """
+    if not _fits(value, annotation):
+        raise InputError(f"{key} is {value!r}; it should be {_describe(annotation)}")
 
 
 def yaml_number(value: Any) -> Any:
@@ -86,8 +104,8 @@ def _fits(value: Any, annotation: Any) -> bool:
             return isinstance(value, (list, tuple))
         args = args[:1] * len(value) if origin is list or args[-1] is ... else args
         return len(value) == len(args) and all(map(_fits, value, args))
-    if origin in (int, float):  # true is not a number; a whole number is a number
-        return type(value) in (int, origin)
+    if origin in (int, float):  # true is not a number, nor is NaN; a whole number is a number
+        return type(value) in (int, origin) and abs(value) <= sys.float_info.max
     return not isinstance(origin, type) or isinstance(value, origin)
 
 

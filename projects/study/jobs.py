@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.signals import EXIT_CODES
 
 # Several threads in each of several processes slow one another down more than tenfold.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -135,6 +136,8 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
 
 def _failure(job, code):
     log = job.folder / CONSOLE
+    if code in EXIT_CODES:
+        code = 128 - code
     if code < 0:
         hint = ", perhaps because memory ran out" if -code == signal.SIGKILL else ""
         return f"{job.name} was ended by signal {-code}{hint}; its log is '{log}'"

@@ -139,8 +139,9 @@ class Study:
             facts["training_seconds"] = own = progress.training_seconds(cell.folder)
             facts["total_seconds"] = own + sum(x.get("total_seconds") or 0 for x in before)
             facts["gradient_ratio"] = progress.gradient_ratio(cell.folder)
-            for old in cell.folder.glob("**/model_0*.pth"):
-                old.unlink()  # no longer needed to resume
+            for old in cell.folder.glob("**/model_0*.pth*"):
+                if not old.parent.name.startswith("previous_run"):
+                    old.unlink()  # no longer needed to resume
         self.results["cells"][cell.key] = {**facts, **result}
         self.write()
 

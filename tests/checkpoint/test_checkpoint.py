@@ -107,7 +107,8 @@ def test_a_stripped_checkpoint_is_the_model_alone(tmp_path, half):
     source = save(net, tmp_path / "train.pth", optimizer={"state": [1]}, iteration=9)
     target = tmp_path / "model.pth"
     strip_checkpoint(source, str(target), half=half)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pth", "train.pth"]
+    names = ["model.pth", "model.pth.sha256", "train.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
     content = torch.load(target, weights_only=True)
     assert content.keys() == {"model"}
     assert content["model"].keys() == Net().state_dict().keys()
@@ -127,9 +128,9 @@ def test_files_that_are_not_checkpoints(tmp_path):
     for name, words in {
         "list.pth": "is not a Detectron2 checkpoint",
         "nowhere.pth": "does not exist",
-        "short.pth": "cannot be read as a checkpoint",
+        "short.pth": "cannot be read",
     }.items():
-        with pytest.raises(InputError, match=f"{name}' {words}"):
+        with pytest.raises(InputError, match=f"{name}' for stripping {words}"):
             strip_checkpoint(str(tmp_path / name), str(tmp_path / "model.pth"))
     assert not (tmp_path / "model.pth").exists()
 
@@ -147,7 +148,7 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
     assert f"{target}: 0.0 MiB" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         run("nowhere.pth", target)
-    assert "the file 'nowhere.pth' does not exist" in capsys.readouterr().err
+    assert "'nowhere.pth' for stripping does not exist" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_name_or_a_file():

@@ -95,6 +95,7 @@ def test_a_batch_is_all_portrait_or_all_landscape(config, monkeypatch):
     dicts = [{"file_name": str(i), "width": 50 if i % 3 else 30, **size} for i in range(12)]
     monkeypatch.setitem(DatasetCatalog.data, "portraits", lambda: dicts)
     keys = ["DATASETS.TRAIN", ("portraits",), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
+    keys += ["MODEL.MASK_ON", False]
     found = batches(config("lr", *keys), 12, mapper=orientation)
     assert {frozenset(batch) for batch in found} == {frozenset([True]), frozenset([False])}
     ungrouped = config("lr", *keys, "DATALOADER.ASPECT_RATIO_GROUPING", False)
@@ -128,6 +129,10 @@ def test_mappers_can_be_pickled_for_spawned_workers(student_config):
         (["DATASETS.TRAIN", ()], "no data set is named.*DATASETS.TRAIN"),
         (["DATASETS.TRAIN", ("bare",)], "data set bare: No valid data found"),
         (["DATALOADER.SAMPLER_TRAIN", "Fancy"], "'Fancy' is unknown; use TrainingSampler"),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", SAMPLERS[2], "DATALOADER.RANDOM_SUBSET_RATIO", 0.1],
+            "RANDOM_SUBSET_RATIO is 0.1, which of 6 images leaves none",
+        ),
         (["SOLVER.IMS_PER_BATCH", 3], "IMS_PER_BATCH is 3, which 2 processes"),
     ],
 )
@@ -146,7 +151,8 @@ def test_images_with_too_few_keypoints_are_left_out(config, monkeypatch):
         for name, values in points.items()
     ]
     monkeypatch.setitem(DatasetCatalog.data, "people", lambda: dicts)
-    found = batches(config("lr", "DATASETS.TRAIN", ("people",), "MODEL.KEYPOINT_ON", True), 2)
+    options = ["MODEL.KEYPOINT_ON", True, "MODEL.MASK_ON", False]
+    found = batches(config("lr", "DATASETS.TRAIN", ("people",), *options), 2)
     assert {name for batch in found for name, *_ in batch} == {"with"}
 
 

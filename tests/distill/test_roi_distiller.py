@@ -12,7 +12,7 @@ from msad_kd.distill.roi_distiller import RoIDistiller, predict_regions, recordi
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY, RoIPredictions
-from msad_kd.losses.terms import read_losses
+from msad_kd.losses.terms import LossTerm, read_losses
 from msad_kd.modeling.capture import recording
 from msad_kd.utils.errors import InputError
 
@@ -189,7 +189,7 @@ def test_teachers_whose_predictions_cannot_be_compared(student_config, opts, mes
 
 
 def test_a_value_that_a_loss_refuses_is_told_with_its_name(recorded):
-    (term,) = read_losses([{"name": "roi_class", "weight": 1.0, "temperature": -1}])
+    term = LossTerm("roi_class", 1.0, arguments={"temperature": -1})
     with pytest.raises(InputError, match="KD.LOSSES: 'roi_class': temperature is -1; it should be"):
         RoIDistiller([term])(recorded[2], recorded[2].predictions, 0)
 

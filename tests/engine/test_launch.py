@@ -3,19 +3,34 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils import comm
 from helpers import ROOT, TEST_SCENES, differing
+from torch import distributed as dist
+from torch import nn
 
-from msad_kd.engine.launch import launch
+from msad_kd import KDTrainer
+from msad_kd.config.build import build_config
+from msad_kd.engine.launch import TORCHRUN, is_restarted, launch
+from msad_kd.modeling.batch_statistics import (
+    add_low_resolution_statistics,
+    check_synchronised,
+    share_statistics,
+)
+from msad_kd.utils.errors import InputError
 
 TERMS = [
     {"name": "l1", "weight": 0.6, "adapter": True, "warmup_iters": 2},
     {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
 ]
+TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 STAGES = {"first": "stage_01_first", "second": "stage_02_second"}
 
 
@@ -25,23 +40,104 @@ def test_no_gpu_is_one_process_on_the_cpu():
     assert calls == ["called"]
 
 
-@pytest.fixture(scope="module")
-def run(config_files):
-    """run(folder, ...): a training by two processes that share its batches."""
+@pytest.mark.parametrize(
+    ("environment", "arguments", "words"),
+    [
+        (dict.fromkeys(TORCHRUN, "0"), (2,), "torchrun has started .* leave out --num-gpus"),
+        (dict.fromkeys(TORCHRUN, "0"), (1, 2), "torchrun has started .* and --num-machines"),
+        ({}, (1, 2), "several machines need --dist-url tcp://"),
+    ],
+)
+def test_arguments_that_do_not_fit(monkeypatch, environment, arguments, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words):
+        launch(pytest.fail, *arguments)
 
-    def call(folder, *arguments):
+
+def test_one_process_of_torchrun_needs_no_others(monkeypatch):
+    for name, value in zip(TORCHRUN, ("0", "1", "0", "127.0.0.1", "1")):
+        monkeypatch.setenv(name, value)
+    for count, restarted in (("0", False), ("2", True)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert is_restarted() == restarted
+    launch(lambda: setattr(launch, "seen", comm.get_world_size()), 1)
+    assert launch.__dict__.pop("seen") == 1
+
+
+def test_the_statistics_of_both_resolutions_are_shared(monkeypatch):
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1))
+    add_low_resolution_statistics(module)
+    sent = []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: sent.append((tensor, source)))
+    share_statistics(module)
+    assert sent == []  # one process
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    share_statistics(module)
+    assert [(id(x), 0) for x in module.buffers()] == [(id(x), source) for x, source in sent]
+    assert len(sent) == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"MODEL.RESNETS.NORM": "SyncBN"},
+        {"MODEL.RESNETS.NORM": "nnSyncBN", "MODEL.FPN.NORM": "SyncBN"},
+        {"MODEL.ROI_BOX_HEAD.NORM": "SyncBN", "MODEL.ROI_BOX_HEAD.NUM_CONV": 1},
+        {"MODEL.ROI_MASK_HEAD.NORM": "SyncBN"},
+        {
+            "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
+            "MODEL.TIMM.NORM": "SyncBN",
+            "MODEL.TIMM.PRETRAINED": False,
+        },
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_synchronised_statistics_need_gpus(config, monkeypatch, options):
+    cfg = config("lr", *(x for pair in options.items() for x in pair))
+    model = KDTrainer.build_model(cfg)
+    check_synchronised(model, cfg)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    keys = ", ".join(sorted(k for k, v in options.items() if k.endswith("NORM")))
+    with pytest.raises(InputError) as error:
+        KDTrainer.build_optimizer(cfg, model)
+    named, _, words = str(error.value).partition(": ")
+    assert ", ".join(sorted(named.split(", "))) == keys
+    assert "SyncBN needs GPUs, and 2 processes train on the CPU" in words
+    cfg.MODEL.DEVICE = "cuda"
+    check_synchronised(model, cfg)
+
+
+@pytest.fixture(scope="module")
+def start(config_files):
+    """start(folder, ...): train_net.py by two processes that share its batches."""
+
+    def call(folder, *arguments, by=("--num-gpus", 2, "--dist-url", "auto"), launcher=(), **more):
+        flags = [x for x in arguments if str(x).startswith("--")]
         options = [
             *("KD.LOSSES", TERMS, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2),
-            *("SOLVER.IMS_PER_BATCH", 4, "OUTPUT_DIR", folder),
+            *("SOLVER.IMS_PER_BATCH", 4, "OUTPUT_DIR", folder, *arguments[len(flags) :]),
         ]
-        start = ["--num-gpus", 2, "--dist-url", "auto", "--config-file", config_files["student"]]
-        process = subprocess.run(
-            [sys.executable, str(ROOT / "train_net.py"), *map(str, start + [*arguments, *options])],
+        flags += [*by, "--config-file", config_files["student"]]
+        return subprocess.run(
+            [sys.executable, *map(str, [*launcher, ROOT / "train_net.py", *flags, *options])],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more},
             capture_output=True,
             text=True,
+            # A shell's background job ignores it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """run(folder, ...): the same, that has to succeed."""
+
+    def call(*arguments, **options):
+        process = start(*arguments, **options)
         assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
         return process
 
@@ -74,6 +170,131 @@ def test_two_processes_train_and_evaluate(whole):
         assert not torch.equal(early[part], state[part])
     predictions = json.loads((folder / "inference" / "coco_instances_results.json").read_text())
     assert len({x["image_id"] for x in predictions}) == TEST_SCENES
+
+
+def test_the_evaluation_in_the_run_is_that_of_its_checkpoint(whole, config_files, tmp_path):
+    folder, _, state = whole
+    options = ["OUTPUT_DIR", str(tmp_path), "KD.LOSSES", TERMS]
+    cfg = build_config(str(config_files["student"]), options)
+    model = KDTrainer.load_model(cfg, str(folder / "model_final.pth"), "it")
+    KDTrainer.test(cfg, model)
+    found, expected = (
+        sorted(json.loads((x / "inference/coco_instances_results.json").read_text()), key=str)
+        for x in (folder, tmp_path)
+    )
+    assert found == expected != []
+
+
+def test_two_processes_of_torchrun_are_the_launchers(run, whole, teacher_weights, tmp_path):
+    keys = ["KD.TEACHER.WEIGHTS", teacher_weights, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"]
+    run(tmp_path, *keys, by=(), launcher=TORCHRUN_2)
+    state, expected = (
+        torch.load(file, weights_only=False)["model"]
+        for file in (tmp_path / "model_final.pth", whole[0] / "model_0000001.pth")
+    )
+    assert differing(state, expected) == []
+    assert {"log.txt", "log.txt.rank1", "metrics.json"} <= {x.name for x in tmp_path.iterdir()}
+    assert "Rank of current process: 1. World size: 2" in (tmp_path / "log.txt.rank1").read_text()
+    assert len((tmp_path / "metrics.json").read_text().splitlines()) == 1
+
+
+# ---- Signals ----
+
+USERS_MODULE = """
+import os
+import signal
+import time
+
+from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+rank, number, goal = os.environ["AT_ITERATION_1"].split()
+
+
+@ROI_HEADS_REGISTRY.register()
+class UsersHeads(StandardROIHeads):
+    def forward(self, *args):
+        if self.training and get_event_storage().iter == 0:
+            open(f"{__file__}.{os.getpid()}", "w").close()
+        if self.training and get_event_storage().iter == 1:
+            if comm.get_rank() == int(rank) and number == "NAN":
+                self.mask_head.predictor.bias.data.fill_(float("nan"))
+            elif comm.get_rank() == int(rank) and number != "EVALUATION":
+                process = {"itself": os.getpid(), "launcher": os.getppid()}[goal]
+                os.kill(process, getattr(signal, number))
+        elif not self.training and number == "EVALUATION":
+            if comm.get_rank() == int(rank):
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(100)
+        return super().forward(*args)
+"""
+
+
+@pytest.fixture
+def signalled(start, teacher_weights, tmp_path):
+    """signalled("RANK SIGNAL itself|launcher", ...): a run in whose step 1 a process sends it."""
+
+    def call(what, *arguments, **options):
+        (tmp_path / "users_module.py").write_text(USERS_MODULE)
+        process = start(
+            tmp_path / "run",
+            *("--import=users_module", "KD.TEACHER.WEIGHTS", teacher_weights, *arguments),
+            *("MODEL.ROI_HEADS.NAME", "UsersHeads", "SOLVER.CHECKPOINT_PERIOD", 100),
+            **{"AT_ITERATION_1": what, "PYTHONPATH": f"{tmp_path}:{ROOT}", **options},
+        )
+        pids = [x.suffix[1:] for x in tmp_path.glob("users_module.py.*")]
+        assert len(pids) == 2, process.stdout + process.stderr
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        return process
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("1 SIGTERM launcher", 143),
+        pytest.param("0 SIGINT launcher", 130, marks=pytest.mark.long),
+        pytest.param("1 SIGTERM itself", 143, marks=pytest.mark.long),
+        pytest.param("1 SIGHUP itself", 129, marks=pytest.mark.long),
+        pytest.param("0 EVALUATION itself", 143, marks=pytest.mark.long),
+        pytest.param("1 EVALUATION itself", 143, marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, what, code):
+    process = signalled(what, "TEST.EVAL_PERIOD", 2)
+    assert process.returncode == code, process.stderr
+    assert "Traceback" not in process.stdout + process.stderr
+    found, expected = (
+        torch.load(folder / "model_0000001.pth", weights_only=False)
+        for folder in (tmp_path / "run", whole[0])
+    )
+    assert [x.name for x in (tmp_path / "run").glob("*.pth")] == ["model_0000001.pth"]
+    assert differing(found["model"], expected["model"]) == []
+    states = (x["trainer"]["_trainer"]["optimizer"]["state"] for x in (found, expected))
+    for one, other in zip(*(state.values() for state in states)):
+        assert differing(one, other) == []
+
+
+@pytest.mark.long
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled):
+    process = signalled("1 NAN -")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stdout + process.stderr
+    (sentence,) = [x for x in process.stderr.splitlines() if x.startswith("train_net.py:")]
+    assert sentence.endswith("Not finite at iteration 1: loss_mask")
+    assert sentence.count("/train/") == 2  # of the four images those of its process
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_other(signalled, rank):
+    began = time.monotonic()
+    process = signalled(f"{rank} SIGKILL itself")
+    assert process.returncode == 1 and time.monotonic() - began < 60
+    (sentence,) = [x for x in process.stderr.splitlines() if x.startswith("train_net.py:")]
+    assert f"process {rank} terminated with signal SIGKILL; the others were ended" in sentence
 
 
 @pytest.mark.long

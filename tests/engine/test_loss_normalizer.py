@@ -11,7 +11,7 @@ from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 
 
 def hook(value, iteration=3, max_iter=100):
-    kept = KeepNormalizer(period=2)
+    kept = KeepNormalizer(2)
     model = nn.Linear(1, 1)
     set_normalizer(model, value)
     checkpointer = SimpleNamespace(model=model)  # which has unwrapped DistributedDataParallel

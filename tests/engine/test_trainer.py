@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import torch
-from detectron2.data import DatasetMapper
 from detectron2.modeling import BACKBONE_REGISTRY
 from helpers import NO_TEST, differing, tensors_of, train
 
 from msad_kd import KDTrainer, TwoResolutionMapper
-from msad_kd.data.mapper import build_mapper
+from msad_kd.data.mapper import CheckedDatasetMapper, build_mapper
 from msad_kd.distill.teacher import Teacher
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
 from msad_kd.utils.errors import InputError
@@ -239,5 +238,5 @@ def test_each_model_gets_its_mapper(config):
         ("teacher", False, "hr"),
     ):
         mapper = build_mapper(config(role), is_train)
-        assert type(mapper) is (TwoResolutionMapper if frame else DatasetMapper)
+        assert type(mapper) is (TwoResolutionMapper if frame else CheckedDatasetMapper)
         assert frame is None or mapper.augmentations.frame == frame

@@ -3,10 +3,14 @@
 import glob
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
+import detectron2
 import numpy as np
 import pytest
 import torch
@@ -28,6 +32,7 @@ from projects.Shapes.generate import generate
 pytest.importorskip("cityscapesscripts")
 
 NAME = "cityscapes_of_shapes"
+TRAINED_ON_IT = ("DATASETS.TRAIN", (NAME,))
 SIZE = 160, 320
 INSTALLED = [name for name in IMPLEMENTATIONS if module._is_installed(name)]
 CLASSES = list(MetadataCatalog.get("cityscapes_fine_instance_seg_val").thing_classes)
@@ -174,7 +179,7 @@ def test_missing_ground_truth(tree, tmp_path):
     ],
 )
 def test_evaluators_of_a_config(tree, config, options, tasks):
-    evaluator = build_evaluator(config("lr", *options), NAME)
+    evaluator = build_evaluator(config("lr", *TRAINED_ON_IT, *options), NAME)
     pairs = predict()
     if "segm" not in tasks:
         for _, outputs in pairs:
@@ -183,7 +188,7 @@ def test_evaluators_of_a_config(tree, config, options, tasks):
 
 
 def test_masks_of_a_low_resolution_model_have_the_images_size(tree, config):
-    cfg = config("lr")
+    cfg = config("lr", *TRAINED_ON_IT)
     model = KDTrainer.build_model(cfg).eval()
     inputs = next(iter(KDTrainer.build_test_loader(cfg, NAME)))
     assert min(inputs[0]["image"].shape[-2:]) == 32
@@ -192,21 +197,63 @@ def test_masks_of_a_low_resolution_model_have_the_images_size(tree, config):
 
 
 def test_without_cityscapesscripts(tree, config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cityscapesscripts.helpers.labels", None)
+    module = "cityscapesscripts.helpers.labels"
+    for name in {module, *(name for name in sys.modules if name.endswith(f".{module}"))}:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=f"data set {NAME}: .*install .*cityscapesScripts"):
-        KDTrainer.build_test_loader(config("lr"), NAME)
+        KDTrainer.build_test_loader(config("lr", *TRAINED_ON_IT), NAME)
+
+
+# Run with a Detectron2 that imports the scripts as git main does, {imports} being its statements.
+ON_GIT_MAIN = """
+import detectron2, msad_kd.utils.compat
+from detectron2.data.datasets.cityscapes import load_cityscapes_instances
+assert detectron2.__file__.startswith({folder!r}), detectron2.__file__
+assert len(load_cityscapes_instances({images!r}, {labels!r})) == 5
+{imports}
+from cityscapesscripts.helpers import labels
+from {package}.helpers import labels as same
+assert same is labels and labels.__spec__.name == "cityscapesscripts.helpers.labels"
+try:
+    import {package}.nothing
+except ModuleNotFoundError as error:
+    assert error.name == "cityscapesscripts.nothing", error
+"""
+
+
+def test_the_scripts_are_found_where_git_main_imports_them(tree, tmp_path):
+    package = "deeplearning.projects.cityscapesApi.cityscapesscripts"
+    skipped = shutil.ignore_patterns("configs", "projects")
+    installed = Path(detectron2.__file__).parent
+    main = shutil.copytree(installed, tmp_path / "detectron2", ignore=skipped)
+    imports = []
+    for file in ("data/datasets/cityscapes.py", "evaluation/cityscapes_evaluation.py"):
+        old = r"(from|import) [\w.]*cityscapesscripts\."
+        text = re.sub(old, rf"\1 {package}.", (main / file).read_text())
+        (main / file).write_text(text)
+        imports += re.findall(rf"^ *((?:from|import) {package}.*)$", text, re.MULTILINE)
+    assert len(imports) >= 6
+    images, labels = (f"{tree}/cityscapes/{part}/val" for part in ("leftImg8bit", "gtFine"))
+    values = {"imports": "\n".join(imports), "folder": str(tmp_path), "package": package}
+    code = ON_GIT_MAIN.format(**values, images=images, labels=labels)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_student_is_trained_and_evaluated_on_the_tree(
     tree, config_files, teacher_weights, tmp_path
 ):
     """Run train_net.py with Detectron2's names of the data sets."""
+    # The teacher was trained on eight other classes. Without their names, it may teach these.
+    teacher, weights = torch.load(teacher_weights), tmp_path.parent / f"{tmp_path.name}.pth"
+    torch.save({"model": teacher["model"]}, weights)
     options = [
         *("--config-file", str(config_files["student"])),
         *("DATASETS.TRAIN", "('cityscapes_fine_instance_seg_train',)"),
         *("DATASETS.TEST", "('cityscapes_fine_instance_seg_val',)"),
         *("TEST.CITYSCAPES_COCO", "True", "SOLVER.MAX_ITER", "2"),
-        *("KD.TEACHER.WEIGHTS", str(teacher_weights), "KD.TEACHER.EVAL_BEFORE_TRAIN", "True"),
+        *("KD.TEACHER.WEIGHTS", str(weights), "KD.TEACHER.EVAL_BEFORE_TRAIN", "True"),
         *("OUTPUT_DIR", str(tmp_path / "student")),
     ]
     command = [sys.executable, str(ROOT / "train_net.py"), *options]

@@ -1,5 +1,6 @@
 """All implementations of COCO's AP give the same numbers; which one runs is logged."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -23,6 +24,7 @@ from msad_kd.evaluation.build import build_evaluator
 from msad_kd.evaluation.coco import IMPLEMENTATIONS, AnyCOCOEvaluator, choose_implementation
 from msad_kd.utils.errors import InputError
 from projects.Shapes.generate import generate
+from projects.Shapes.placement import CLASS_NAMES
 
 INSTALLED = [name for name in IMPLEMENTATIONS if module._is_installed(name)]
 METRICS = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
@@ -156,19 +158,92 @@ def test_an_implementation_that_is_missing_or_unknown(monkeypatch, name, words):
         build_config("", ["TEST.COCO_EVALUATOR", name])
 
 
-def test_image_ids_that_are_not_integers(scenes, tmp_path):
+def _set(parts, **values):
+    """A change that sets keys of all records of some parts; None removes them."""
+
+    def change(content):
+        for part in parts:
+            for number, record in enumerate(content[part]):
+                for key, value in values.items():
+                    record[key] = value(number, record) if callable(value) else value
+                    if value is None:
+                        del record[key]
+
+    return change
+
+
+def _name_images(content):
+    _set(["images"], id=lambda _, x: f"scene {x['id']}")(content)
+    _set(["annotations"], image_id=lambda _, x: f"scene {x['image_id']}")(content)
+
+
+def _name_categories(content):
+    _set(["categories"], id=lambda _, x: f"class {x['id']}")(content)
+    _set(["annotations"], category_id=lambda _, x: f"class {x['category_id']}")(content)
+
+
+def _shuffle(content):
+    for records in content.values():
+        if isinstance(records, list):
+            records.reverse()
+
+
+OBJECTS = ["annotations"]
+AS_GIVEN = {
+    "as they are": lambda content: None,
+    "ids from 0": _set(OBJECTS, id=lambda number, _: number),
+    "negative ids": _set(OBJECTS, id=lambda number, _: -number),
+    "no ids": _set(OBJECTS, id=None),
+    "ids as texts": _set(OBJECTS, id=lambda number, _: f"object {number}"),
+    "one id for all": _set(OBJECTS, id=7),
+    "no areas": _set(OBJECTS, area=None),
+    "areas of 0": _set(OBJECTS, area=0),
+    "no iscrowd": lambda x: (
+        x.update(annotations=[y for y in x["annotations"] if not y["iscrowd"]]),
+        _set(OBJECTS, iscrowd=None)(x),
+    ),
+    "iscrowd as bool": _set(OBJECTS, iscrowd=lambda _, x: bool(x["iscrowd"])),
+    "image ids as texts": _name_images,
+    "category ids as texts": _name_categories,
+    "in another order": _shuffle,
+}
+
+
+REFUSED = {  # by all, or by one implementation
+    ("category ids as texts", None): "given.json': category 'class 1': id should be a whole number",
+    ("image ids as texts", "faster-coco-eval"): "'given': faster-coco-eval needs integers as image",
+}
+
+
+@pytest.mark.parametrize("implementation", INSTALLED)
+@pytest.mark.parametrize("kind", AS_GIVEN)
+def test_ground_truth_as_it_comes(scenes, tmp_path, monkeypatch, kind, implementation):
+    """Perfect predictions have 100 in all metrics, or the file is refused by name."""
     folder = Path(scenes.OUTPUT_DIR) / "data"
     content = json.loads((folder / "annotations/instances_val.json").read_text())
-    for entry in (*content["images"], *content["annotations"]):
-        key = "image_id" if "image_id" in entry else "id"
-        entry[key] = f"scene {entry[key]}"
-    (tmp_path / "named.json").write_text(json.dumps(content))
-    register_coco_instances("named", {}, str(tmp_path / "named.json"), str(folder / "val"))
-    if "faster-coco-eval" in INSTALLED:
-        with pytest.raises(InputError, match="'named': faster-coco-eval needs integers as image"):
-            AnyCOCOEvaluator("named", implementation="faster-coco-eval")
-    found = evaluate(perfect("named"), AnyCOCOEvaluator("named"))
-    assert found["bbox"]["AP"] == pytest.approx(100.0)
+    AS_GIVEN[kind](content)
+    file = tmp_path / "given.json"
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
+    monkeypatch.setattr(MetadataCatalog, "data", dict(MetadataCatalog.data))
+    register_coco_instances("given", {}, str(file), str(folder / "val"))
+    cfg = scenes.clone()
+    cfg.TEST.COCO_EVALUATOR = implementation
+    cfg.DATASETS.CLASSES = list(CLASS_NAMES[:5])
+    words = REFUSED.get((kind, None)) or REFUSED.get((kind, implementation))
+    with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
+        inputs = [sample for (sample,) in KDTrainer.build_test_loader(cfg, "given")]
+        evaluator = KDTrainer.build_evaluator(cfg, "given")
+    if words:
+        if kind == "image ids as texts":
+            cfg.TEST.COCO_EVALUATOR = "auto"
+            assert KDTrainer.build_evaluator(cfg, "given")._implementation == "pycocotools"
+        return
+    outputs = {entry["file_name"]: output for ((entry,), output) in perfect()}
+    pairs = [([x], outputs[x["file_name"]]) for x in inputs]
+    found = evaluate(pairs, evaluator)
+    for task in ("bbox", "segm"):
+        assert [found[task][name] for name in METRICS] == pytest.approx([100.0] * 6), task
 
 
 def test_another_kind_of_data_set_is_refused(config):

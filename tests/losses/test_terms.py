@@ -1,8 +1,18 @@
 """KD.LOSSES: the warm-up of a weight, and how fields are checked against the loss's signature."""
 
-import pytest
+import inspect
+from dataclasses import replace
 
-from msad_kd.losses import DISTILL_LOSS_REGISTRY, LossTerm, read_losses
+import pytest
+import torch
+
+from msad_kd.losses import (
+    DISTILL_LOSS_REGISTRY,
+    ROI_LOSS_REGISTRY,
+    LossTerm,
+    RoIPredictions,
+    read_losses,
+)
 from msad_kd.utils.errors import InputError
 
 
@@ -23,17 +33,68 @@ def test_numbers_that_yaml_reads_as_text():
     [
         ({"name": "sssim"}, "no loss 'sssim'; known: .*; did you mean ssim"),
         ({"weigth": 2}, "'ssim' has no field 'weigth'; known: .*; did you mean weight"),
-        ({"weight": True}, "weight of 'ssim' should be a number, not True"),
-        ({"rescale": 3}, "rescale of 'ssim' should be a text, not 3"),
-        ({"window_size": 7.5}, "window_size of 'ssim' should be a whole number, not 7.5"),
-        ({"exponents": [1, 1]}, r"exponents of 'ssim' should be a list of 3 numbers, not \[1, 1\]"),
-        ({"levels": [2]}, r"levels of 'ssim' should be a list of texts, not \[2\]"),
+        ({"exponents": [1, 1]}, r"exponents of 'ssim' should be a list of 3 numbers.* \[1, 1\]"),
+        ({"levels": [2]}, r"levels of 'ssim' should be a list of different texts, not \[2\]"),
+        ({"levels": ["p2", "p2"]}, "levels of 'ssim' should be a list of different texts"),
         ({"adapter": 1}, "adapter of 'ssim' should be auto, true or false, not 1"),
     ],
 )
 def test_fields_that_a_loss_refuses(fields, words):
     with pytest.raises(InputError, match=f"KD.LOSSES: .*{words}"):
         read_losses([{"name": "ssim", "weight": 1.0, **fields}])
+
+
+NAN, INFINITE = float("nan"), float("inf")
+NO_WEIGHTS = [-1, -1e-9, NAN, INFINITE, -INFINITE, True, "x", None, [1.0], 10**400]
+NOT_POSITIVE = [0, -1.5, NAN, INFINITE, True, 1e-300, 1e300, "1e999"]
+# A loss's fields with values that it cannot have.
+OUT_OF_RANGE = {
+    ("l1", "weight"): NO_WEIGHTS,
+    ("roi_box", "weight"): NO_WEIGHTS,
+    ("l1", "warmup_iters"): [-1, 2.5, True, NAN],
+    ("ssim", "rescale"): ["pixel", 3, None],
+    ("ssim", "exponents"): [[1, 1], [1, 1, -1], [1, 1, NAN], [True, 1, 1], 1, []],
+    ("ssim", "window_size"): [0, -11, 10, 7.5, True, NAN, "11", None],
+    ("ssim", "sigma"): NOT_POSITIVE,
+    ("ssim", "data_range"): NOT_POSITIVE,
+    ("ssim", "padding"): ["circular", 0],
+    ("pkd", "eps"): [0, -1e-6, NAN, 1e-300, 2, True],
+    ("cwd", "tau"): NOT_POSITIVE,
+    ("mgd", "mask_ratio"): [1.5, 1, -0.1, NAN, True, "much"],
+    ("roi_class", "temperature"): NOT_POSITIVE,
+}
+
+
+@pytest.mark.parametrize(("name", "field"), OUT_OF_RANGE)
+def test_values_out_of_a_fields_range(name, field):
+    for value in OUT_OF_RANGE[name, field]:
+        with pytest.raises(InputError, match=f"KD.LOSSES: {field} of '{name}' should be"):
+            read_losses([{"name": name, "weight": 1.0, field: value}])
+
+
+def test_every_number_of_a_loss_has_a_range():
+    for name, loss in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY):
+        fields = inspect.signature(loss).parameters.values()
+        for field in (x for x in fields if x.default is not x.empty):
+            assert (name, field.name) in OUT_OF_RANGE
+            assert read_losses([{"name": name, "weight": 0, field.name: field.default}])
+
+
+@pytest.mark.parametrize("extreme", [1e-6, 1e6])
+def test_losses_are_finite_at_both_ends_of_their_ranges(extreme):
+    maps = torch.randn(2, 1, 3, 8, 9, generator=torch.manual_seed(0)) * 10
+    predictions = [RoIPredictions(x[0, :, 0], None, None) for x in maps]
+    fields = {"ssim": ("sigma", "data_range"), "cwd": ("tau",), "roi_class": ("temperature",)}
+    eps = 1e-12 if extreme < 1 else 1.0
+    cases = [(name, {field: extreme}) for name in fields for field in fields[name]]
+    for name, arguments in [*cases, ("pkd", {"eps": eps})]:
+        function = read_losses([{"name": name, "weight": 1, **arguments}])[0].function
+        inputs = predictions if name == "roi_class" else maps
+        leaf = (inputs[0].classes if name == "roi_class" else maps[0]).clone().requires_grad_()
+        student = replace(predictions[0], classes=leaf) if name == "roi_class" else leaf
+        loss = function(student, inputs[1], **arguments)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert loss.isfinite() and gradient.isfinite().all(), (name, arguments)
 
 
 def test_a_users_loss_without_annotations():

@@ -78,16 +78,17 @@ def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
     assert not torch.equal(state[name], model.state_dict()[name])
     assert not torch.equal(state[name], state[f"{name}_lr"])
     assert all(torch.equal(state[key], value) for key, value in model.named_parameters())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["precise.pth", "shared.pth"]
+    names = ["precise.pth", "precise.pth.sha256", "shared.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize(
     ("role", "keys", "words"),
     [
-        ("teacher", None, "the file '.*source.pth' does not exist"),
-        ("lr", [], "lr.yaml' is not a multi-resolution teacher"),
-        ("teacher", [], "does not fit the config .*keys of the model are absent"),
-        ("shared", [], "share their statistics; add MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS"),
+        ("teacher", None, "source.pth' for its statistics does not exist"),
+        ("lr", ["x"], "lr.yaml' is not a multi-resolution teacher"),
+        ("teacher", ["x"], "does not fit the config .*keys of the model are absent"),
+        ("shared", ["x"], "share their statistics; add MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS"),
     ],
 )
 def test_what_the_tool_cannot_do(role, keys, words, config_files, tmp_path):

@@ -1,10 +1,7 @@
 """A model needs all classes of the data, and may have more."""
 
-import json
-from pathlib import Path
-
 import pytest
-from helpers import coco_format, train
+from helpers import train
 
 from msad_kd import KDTrainer
 from msad_kd.modeling.classes import class_key, has_masks, number_of_classes
@@ -26,18 +23,6 @@ def test_too_few_classes_in_training_and_evaluation(config, options):
         KDTrainer(cfg)
     with refused(options[-2], 7, "tiny_val"):
         KDTrainer.build_test_loader(cfg, "tiny_val")
-
-
-def test_too_few_classes_for_the_test_data_are_told_before_training(config, data, tmp_path):
-    few, test_set = coco_format(data, tmp_path.name)  # names of this test alone
-    content = json.loads((data / "annotations/instances_train.json").read_text())
-    content["categories"] = content["categories"][:4]
-    content["annotations"] = [x for x in content["annotations"] if x["category_id"] <= 4]
-    few["json"] = str(tmp_path / "few.json")
-    Path(few["json"]).write_text(json.dumps(content))
-    options = ["DATASETS.COCO_FORMAT", [few, test_set], "DATASETS.TRAIN", (few["name"],)]
-    with refused(HEADS, 4, test_set["name"]):
-        KDTrainer(config("lr", *options, "DATASETS.TEST", (test_set["name"],), HEADS, 4))
 
 
 def test_more_classes_than_the_data_are_trained_and_evaluated(config):

@@ -19,7 +19,7 @@ from collections import Counter
 import cv2
 import numpy as np
 import torch
-from arguments import positive
+from arguments import TrustFiles, positive
 from detectron2.data import get_detection_dataset_dicts
 from fvcore.nn import parameter_count
 from tabulate import tabulate
@@ -171,6 +171,7 @@ def main(arguments=None):
     noise = "size of the noise image in pixels, before it is resized (default: 480 640)"
     add("--image-size", type=positive, nargs=2, default=(480, 640), metavar=("H", "W"), help=noise)
     add("--json", help="also write the numbers to this file")
+    add("--trust-files", action=TrustFiles)
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     args = parser.parse_args(arguments)
     try:

@@ -2,6 +2,10 @@
 
 import argparse
 
+from msad_kd.utils.unpickle import TrustFiles
+
+__all__ = ["TrustFiles", "positive"]
+
 
 def positive(text):
     """Convert a command-line argument to an integer above 0."""

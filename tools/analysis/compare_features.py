@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from adaptation_cost import ROWS_AT_ONCE, adaptation_cost, training_images
-from arguments import positive
+from arguments import TrustFiles, positive
 from feature_files import Measurement
 from ladder_pool import STUDENT, build_student
 from tabulate import tabulate
@@ -200,6 +200,7 @@ def build_parser():
     )
     add("--seed", type=int, default=0, help="decides images and cells (default: 0)")
     add("--json", type=Path, help="also write the numbers to this file")
+    add("--trust-files", action=TrustFiles)
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     return parser
 

@@ -22,14 +22,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from arguments import positive
-from detectron2.checkpoint import DetectionCheckpointer
+from arguments import TrustFiles, positive
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, attach_teacher, build_config
-from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.checkpoint import SafeCheckpointer, load_strictly
 from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.distill.student import DistilledMixin
@@ -114,9 +113,7 @@ def measure(args):
     if args.weights:
         load_strictly(model, args.weights, f"the config '{args.config_file}'")
     else:
-        if cfg.MODEL.WEIGHTS:
-            check_exists(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         if cfg.KD.TEACHER.INIT_STUDENT:
             init_from_teacher(model, teacher.model, backbone=cfg.KD.TEACHER.INIT_BACKBONE)
     batches = KDTrainer.build_train_loader(cfg)
@@ -175,6 +172,7 @@ if __name__ == "__main__":
     add("--weights", default="", help="its checkpoint; default: its start")
     add("--batches", type=positive, default=8, help="training batches (default: 8)")
     add("--json", type=Path, help="also write the numbers to this file")
+    add("--trust-files", action=TrustFiles)
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     try:
         main(parser.parse_args())

@@ -4,13 +4,12 @@ import math
 import re
 from dataclasses import dataclass
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 
 from msad_kd import InputError, KDTrainer
-from msad_kd.checkpoint.checkpoint import check_exists
+from msad_kd.checkpoint.checkpoint import SafeCheckpointer, check_exists
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.modeling.classes import is_a, number_of_classes
@@ -97,9 +96,7 @@ def build_student(cfg: CfgNode, config_file: str, weights: str) -> Teacher:
     """
     model = KDTrainer.load_model(cfg, weights or None, f"the student's config '{config_file}'")
     if not weights:
-        if cfg.MODEL.WEIGHTS:
-            check_exists(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return Teacher(model, branch="lr", scale=cfg.KD.SCALE)
 
 

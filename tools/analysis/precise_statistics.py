@@ -12,11 +12,9 @@ does not read them in training, so its weights fit both.
 """
 
 import argparse
-import os
-import tempfile
 
 import torch
-from arguments import positive
+from arguments import TrustFiles, positive
 from fvcore.nn.precise_bn import update_bn_stats
 from tqdm import tqdm
 
@@ -28,7 +26,8 @@ from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
 def main(args):
     """Average over training batches, first at high and then at low resolution."""
-    state = read_model(args.source)
+    contents = read_model(args.source, "its statistics")
+    state, classes = contents["model"], contents.get("classes")
     cfg = build_config(args.config_file, args.opts)
     model = KDTrainer.build_model(cfg)
     if not isinstance(model, MultiResolutionMixin):
@@ -42,10 +41,7 @@ def main(args):
         # If the shared key is missing as well, load_strictly reports it.
         if key.endswith(LOW_SUFFIX) and (shared := key.removesuffix(LOW_SUFFIX)) in state:
             state.setdefault(key, state[shared])
-    with tempfile.TemporaryDirectory() as folder:
-        completed = os.path.join(folder, os.path.basename(args.source))
-        torch.save({"model": state}, completed)
-        load_strictly(model, completed, f"the config '{args.config_file}'")
+    load_strictly(model, args.source, f"the config '{args.config_file}'", contents)
 
     # Only the backbone's normalisation is in train mode; frozen layers keep their statistics.
     model.eval().backbone.train()
@@ -56,7 +52,7 @@ def main(args):
         low = (model.low_resolution_batch(x, model.preprocess_image(x).tensor) for x in batches)
         with low_resolution_statistics(model.backbone):
             update_bn_stats(model.backbone, tqdm(low, total=args.batches), args.batches)
-    save_model(model.state_dict(), args.target)
+    save_model(model.state_dict(), args.target, classes)
 
 
 if __name__ == "__main__":
@@ -65,6 +61,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--batches", type=positive, default=200, help="training batches to average over"
     )
+    parser.add_argument("--trust-files", action=TrustFiles)
     parser.add_argument("source", help="a teacher's checkpoint")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")

@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-from arguments import positive
+from arguments import TrustFiles, positive
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
@@ -28,6 +28,7 @@ from sweep_report import markdown, write_files
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
+from msad_kd.data.classes import with_classes_of
 from msad_kd.data.loader import CheckedMapper, explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.cost import (
@@ -148,7 +149,7 @@ def average_precision(candidate, bar):
         candidate: the model and its config.
         bar: a progress bar, advanced by one per image.
     """
-    cfg = candidate.cfg
+    cfg = with_classes_of(candidate.cfg, candidate.model)
     (name,) = cfg.DATASETS.TEST
     loader = KDTrainer.build_test_loader(cfg, name)
     evaluator = KDTrainer.build_evaluator(cfg, name)
@@ -198,6 +199,7 @@ def main(arguments=None):
     detections = "detections per image when costs are measured (default: 10)"
     add("--detections", type=positive, default=10, help=detections)
     add("--output", default="output/sweep", help="the folder to write to")
+    add("--trust-files", action=TrustFiles)
     args = parser.parse_args(arguments)
     try:
         rows, note = sweep(args)

@@ -11,6 +11,8 @@ from msad_kd.losses.ssim.moments import Window, chunks, compute_dtype, similarit
 
 # The least variance, as a share of the data range squared: a root has no gradient at 0.
 VARIANCE_FLOOR = 1e-10
+# Over which cells ``rescale`` takes minimum and maximum.
+SCOPES = ("channel", "image", "none")
 # The least component under a fractional power, which a negative number does not have.
 COMPONENT_FLOOR = 1e-6
 
@@ -58,7 +60,7 @@ def ssim(
     Raises:
         ValueError: if the shapes differ or have no cell, or if an argument is out of range.
     """
-    _check(x, y, window_size, padding, reduction, exponents)
+    _check(x, y, window_size, sigma, data_range, padding, reduction, exponents)
     window = Window.of(x, window_size, sigma, data_range, k1, k2, padding)
     if tuple(exponents) == (1, 1, 1):
         return (_Mean if reduction == "mean" else _Map).apply(x, y, window)
@@ -72,7 +74,7 @@ def ssim_loss(x: torch.Tensor, y: torch.Tensor, **kwargs) -> torch.Tensor:
     return (1 - ssim(x, y, **kwargs)) / 2
 
 
-def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
+def _check(x, y, window_size, sigma, data_range, padding, reduction="mean", exponents=(1, 1, 1)):
     shapes = f"not {tuple(x.shape)} and {tuple(y.shape)}"
     odd, exponents_fit = window_size % 2 == 1, len(exponents) == 3 and min(exponents) >= 0
     for message, holds in {
@@ -80,6 +82,8 @@ def _check(x, y, window_size, padding, reduction="mean", exponents=(1, 1, 1)):
         f"ssim needs two maps of one shape, {shapes}": x.shape == y.shape,
         f"ssim needs maps that have a cell, {shapes}": x.numel() > 0,
         f"window_size is {window_size}; it must be odd and above 0": odd and window_size > 0,
+        f"sigma is {sigma}; it must be above 0": sigma > 0,
+        f"data_range is {data_range}; it must be above 0": data_range > 0,
         f"padding is '{padding}'; it must be one of {', '.join(PADDINGS)}": padding in PADDINGS,
         f"reduction is '{reduction}'; it must be one of mean, none": reduction in ("mean", "none"),
         f"exponents are {exponents}; give three, of l, c and s, none negative": exponents_fit,
@@ -167,8 +171,8 @@ def rescale(x: torch.Tensor, scope: str = "channel", eps: float = 1e-6) -> torch
     or "none", which returns x. fp16 and bf16 become fp32. ``eps``, added to the range, makes
     constant maps 0. The gradient also flows through minimum and maximum.
     """
-    if scope not in ("channel", "image", "none"):
-        raise ValueError(f"scope is '{scope}'; it must be one of channel, image, none")
+    if scope not in SCOPES:
+        raise ValueError(f"scope is '{scope}'; it must be one of {', '.join(SCOPES)}")
     if scope == "none":
         return x
     x = x if x.dtype == torch.float64 else x.float()
@@ -186,7 +190,7 @@ def blind_share(
     There s_x + s_y < threshold * C2: C2 dominates the variances, so contrast and structure are near
     1 whatever the maps hold, and their gradient is small. The other arguments are ``ssim``'s.
     """
-    _check(x, y, window_size, padding)
+    _check(x, y, window_size, sigma, data_range, padding)
     window = Window.of(x, window_size, sigma, data_range, 0.0, k2, padding)
     with torch.autocast(x.device.type, enabled=False):
         parts = chunks(x.flatten(0, 1), y.flatten(0, 1), window)

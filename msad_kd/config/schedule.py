@@ -1,0 +1,96 @@
+"""Check the numbers of a config that decide how long and with which batches it trains."""
+
+import logging
+from typing import Annotated
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler
+
+from msad_kd.losses.terms import LossTerm
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.schema import Count, NotNegative, Share, WholeNumber, check_value
+
+
+def _rise_from_one(steps) -> bool:
+    return all(a < b for a, b in zip((0, *steps), steps))
+
+
+_NUMBERS = {
+    "SOLVER.MAX_ITER": Count,
+    "SOLVER.IMS_PER_BATCH": Count,
+    "SOLVER.CHECKPOINT_PERIOD": Count,
+    "SOLVER.STEPS": Annotated[tuple[int, ...], _rise_from_one, "whole numbers that rise from 1"],
+    "SOLVER.BASE_LR": NotNegative,
+    "SOLVER.GAMMA": NotNegative,
+    "SOLVER.MOMENTUM": Share,
+    "SOLVER.WEIGHT_DECAY": NotNegative,
+    "SOLVER.WARMUP_ITERS": WholeNumber,
+    "SOLVER.WARMUP_FACTOR": Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"],
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Annotated[float, lambda x: x > 0, "a number above 0"],
+    "SOLVER.REFERENCE_WORLD_SIZE": WholeNumber,
+    "DATALOADER.NUM_WORKERS": WholeNumber,
+    "DATALOADER.RANDOM_SUBSET_RATIO": Annotated[float, lambda x: 0 < x <= 1, "above 0, up to 1"],
+    "DATALOADER.REPEAT_THRESHOLD": NotNegative,
+    "INPUT.MIN_SIZE_TRAIN": Annotated[tuple[WholeNumber, ...], len, "whole numbers of 0 or more"],
+    "INPUT.MIN_SIZE_TEST": WholeNumber,
+    "INPUT.MAX_SIZE_TRAIN": Count,
+    "INPUT.MAX_SIZE_TEST": Count,
+    "INPUT.JITTER.SIZE": WholeNumber,
+    "MODEL.MULTI_RESOLUTION.FUSED_WEIGHT": NotNegative,
+    "MODEL.MULTI_RESOLUTION.REDUCTION": Count,
+    "KD.DIAGNOSTICS_PERIOD": WholeNumber,
+    "KD.GRADIENT_RATIO_PERIOD": WholeNumber,
+    "TEST.EVAL_PERIOD": WholeNumber,
+}
+
+
+def check_numbers(cfg: CfgNode) -> None:
+    """Check that a config's numbers are in their ranges, and that its learning rate has a schedule.
+
+    Raises:
+        InputError: if not; the message names the key.
+    """
+    for key, annotation in _NUMBERS.items():
+        section, name = key.rsplit(".", 1)
+        node = cfg
+        for part in section.split("."):
+            node = node[part]
+        check_value(node[name], annotation, key)
+    _check_schedule(cfg)
+
+
+def _check_schedule(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    cfg = cfg.clone()
+    cfg.defrost()
+    # Detectron2 leaves out later steps, with a warning.
+    cfg.SOLVER.STEPS = tuple(step for step in solver.STEPS if step <= solver.MAX_ITER)
+    if cfg.SOLVER.STEPS and cfg.SOLVER.STEPS[-1] == solver.MAX_ITER:
+        raise InputError(
+            f"SOLVER.STEPS is {tuple(solver.STEPS)}, but a step is as late as the end of training "
+            f"(SOLVER.MAX_ITER {solver.MAX_ITER}); leave it out"
+        )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        build_lr_scheduler(cfg, optimizer)
+    except (ValueError, ArithmeticError, AssertionError) as error:
+        keys = ("LR_SCHEDULER_NAME", "WARMUP_METHOD", "STEPS", "MAX_ITER")
+        values = ", ".join(f"{key} {solver[key]}" for key in keys)
+        raise InputError(f"SOLVER: there is no such schedule: {error} ({values})") from error
+
+
+def warn_of_long_warmups(cfg: CfgNode, terms: list[LossTerm]) -> None:
+    """Warn if the learning rate or the weight of a loss rises for longer than the training."""
+    iterations, warmup = cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS
+    slow = [term for term in terms if term.warmup_iters > iterations]
+    warnings = []
+    if slow:
+        names = ", ".join(f"{term.name} (warmup_iters {term.warmup_iters})" for term in slow)
+        warnings.append(f"KD.LOSSES: {names} will not reach their weight")
+    if warmup > iterations:
+        warnings.append(f"The learning rate will not reach BASE_LR (WARMUP_ITERS {warmup})")
+    for words in warnings:
+        logging.getLogger(__name__).warning(
+            f"{words}, because the run ends after {iterations} iterations (SOLVER.MAX_ITER)"
+        )

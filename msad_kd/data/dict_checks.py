@@ -1,0 +1,131 @@
+"""Checks of Detectron2's dicts of a data set before training starts."""
+
+import logging
+import os
+from collections.abc import Callable
+
+from detectron2.utils.file_io import PathManager
+
+from msad_kd.utils.errors import InputError
+
+_logger = logging.getLogger(__name__)
+
+
+def check_files(files: list[str], json_file: str, name: str) -> None:
+    """Check that images are regular files: to open a pipe would wait for ever.
+
+    A folder is listed once, which takes a fraction of the time of asking for each file.
+
+    Args:
+        files: the images' files.
+        json_file: the annotation file that names them, for the message.
+        name: the data set's name.
+
+    Raises:
+        InputError: if one is missing or no regular file.
+    """
+    folders: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, base = os.path.split(file)
+        if folder not in folders:
+            folders[folder] = _regular_files(folder)
+        # Asked for alone, what no list has: on a server, or in other letters.
+        if base not in folders[folder] and not _is_regular(file):
+            missing.append(file)
+    if missing:
+        raise InputError(
+            f"data set '{name}': {len(missing)} of the {len(files)} images in '{json_file}' are "
+            f"missing or no regular files, e.g. {_short(missing[0])}"
+        )
+
+
+def _short(file: str) -> str:
+    return repr(file if len(file) < 300 else f"{file[:300]}...")
+
+
+def _regular_files(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (OSError, ValueError):
+        return set()
+
+
+def _is_regular(file: str) -> bool:
+    try:
+        return PathManager.isfile(file)
+    except (OSError, ValueError):  # a name of 1,000 letters, or with "\0"
+        return False
+
+
+def _objects(entry: dict) -> list[tuple[int, dict]]:
+    """Return place and annotation of the objects of an image, without crowds, as a mapper does."""
+    annotations = enumerate(entry.get("annotations", ()))
+    return [(place, x) for place, x in annotations if not x.get("iscrowd", 0)]
+
+
+def check_masks(dicts: list[dict], name: str) -> None:
+    """Check that every object has a mask, as training with MODEL.MASK_ON needs.
+
+    Args:
+        dicts: Detectron2's dicts.
+        name: the data sets' names, for the message.
+
+    Raises:
+        InputError: if an object has none.
+    """
+    objects = [(entry, *item) for entry in dicts for item in _objects(entry)]
+    bare = [item for item in objects if "segmentation" not in item[2]]
+    if bare:
+        entry, place, _ = bare[0]
+        raise InputError(
+            f"data set '{name}': {len(bare)} of {len(objects)} annotations have no segmentation, "
+            f"e.g. number {place + 1} of image '{entry['file_name']}'; set "
+            "MODEL.MASK_ON False, or add the masks"
+        )
+
+
+def accept_rles(mapper: Callable, dicts: list[dict], name: str) -> None:
+    """Set a mapper's mask format to "bitmask" if an object's mask is an RLE.
+
+    Bitmasks hold polygons and RLEs, polygons only themselves. Polygons alone stay polygons.
+    """
+    if getattr(mapper, "instance_mask_format", None) != "polygon" or not mapper.use_instance_mask:
+        return
+    objects = (x for entry in dicts for _, x in _objects(entry))
+    if any(isinstance(x.get("segmentation"), dict) for x in objects):
+        _logger.info("Data set '%s' has masks in RLE: INPUT.MASK_FORMAT is bitmask for it", name)
+        mapper.instance_mask_format = "bitmask"
+
+
+def check_shapes(dicts: list[dict], name: str, longest: float, invalid: str) -> list[dict]:
+    """Find images so narrow that resizing would leave less than a pixel of the shorter side.
+
+    Args:
+        dicts: Detectron2's dicts.
+        name: the data sets' names, for messages.
+        longest: the longer side that an image is resized to at the most, in pixels.
+        invalid: DATASETS.INVALID_ANNOTATIONS.
+
+    Returns:
+        The other images.
+
+    Raises:
+        InputError: if there are such images, and they are not to be dropped.
+    """
+    sides = ((d, *sorted((d["height"], d["width"]))) for d in dicts)
+    narrow = [d for d, short, long in sides if int(short * longest / long + 0.5) < 1]
+    if not narrow:
+        return dicts
+    first = narrow[0]
+    words = (
+        f"data set '{name}': {len(narrow)} of {len(dicts)} images are so narrow that nothing is "
+        f"left of their shorter side when they are resized, e.g. '{first['file_name']}', "
+        f"{first['width']} x {first['height']} px"
+    )
+    if invalid != "drop" or len(narrow) == len(dicts):
+        raise InputError(f"{words}; remove them, or set DATASETS.INVALID_ANNOTATIONS drop")
+    _logger.warning("%s; they are left out", words)
+    dropped = set(map(id, narrow))
+    return [d for d in dicts if id(d) not in dropped]

@@ -1,0 +1,87 @@
+"""Read images as Detectron2 does, and those of 16 bits too; name the file of any that cannot be.
+
+Detectron2 converts by Pillow alone, which makes 255 of almost all 16-bit values, and 0 of the
+floating-point numbers from 0 to 1.
+"""
+
+import logging
+import mmap
+import os
+
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from msad_kd.utils.errors import InputError
+
+_REMEDY = "restore it or remove it from the annotation file"
+# Pillow's modes whose range of values is not known.
+_UNKNOWN_RANGE = {"F": "floating-point numbers", "I": "whole numbers of 32 bits"}
+# Whether the scaling of 16 bits was logged; forked workers share this byte with their parent.
+_logged = mmap.mmap(-1, 1)
+
+
+class ImageError(InputError):
+    """An image cannot be used; the message names its file."""
+
+
+def read_image(file_name: str, format: str | None = None, *, labels: bool = False) -> np.ndarray:
+    """Return an image, (H, W, C), turned as its EXIF says.
+
+    Images of 8 bits become bit for bit what Detectron2's ``read_image`` returns; of an animation it
+    is the first frame. Of 16-bit grey the high byte is taken, which is what Pillow and OpenCV do
+    with 16-bit RGB: a picture has the same pixels whether it is stored as grey or as RGB. A warning
+    says so once.
+
+    Args:
+        file_name: a regular file, or an address that Detectron2's ``PathManager`` knows.
+        format: a mode of Pillow's, "BGR" or "YUV-BT.601"; None keeps the file's.
+        labels: the pixels are labels (a segmentation map), not light; 16 bits are not scaled.
+
+    Raises:
+        ImageError: if the file is missing, no regular file, broken, larger than Pillow's limit, or
+            has floating-point or 32-bit pixels.
+    """
+    try:
+        path = PathManager.get_local_path(file_name)
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block for ever
+            raise ImageError(f"image '{file_name}' is not a regular file; {_REMEDY}")
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            of_16_bits = image.mode.startswith("I;16") or (
+                image.mode == "I" and image.format in ("PNG", "PPM")  # they have no 32 bits
+            )
+            if image.mode in _UNKNOWN_RANGE and not of_16_bits:
+                raise ImageError(
+                    f"image '{file_name}' has pixels that are {_UNKNOWN_RANGE[image.mode]}, whose "
+                    "range is not known; save it with 8 or 16 bits a channel"
+                )
+            image = detection_utils._apply_exif_orientation(image)
+            if of_16_bits and not labels:
+                _log_once(file_name)
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return detection_utils.convert_PIL_to_numpy(image, format)
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's plugins raise any kind for a broken file
+        raise unreadable(file_name, error) from error
+
+
+def unreadable(file_name: str, error: Exception) -> ImageError:
+    """Return the error for an image that cannot be read for another error's reason."""
+    reason = str(error)
+    if isinstance(error, FileNotFoundError):
+        reason = "it does not exist"
+    elif isinstance(error, Image.UnidentifiedImageError):
+        reason = "it is no image"
+    return ImageError(f"image '{file_name}' cannot be read ({reason}); {_REMEDY}")
+
+
+def _log_once(file_name: str) -> None:
+    if not _logged[0]:
+        _logged[0] = 1
+        logging.getLogger(__name__).warning(
+            f"'{file_name}' has 16 bits a pixel: of such images, the higher 8 are taken. One that "
+            "uses only some of the 16 bits (12, for example) becomes dark; scale it to 16 bits"
+        )

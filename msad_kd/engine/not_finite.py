@@ -1,0 +1,64 @@
+"""Explains losses that are NaN or infinite."""
+
+from itertools import chain
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch.utils.hooks import RemovableHandle
+
+from msad_kd.utils.errors import NotFiniteError
+
+MOST = 16  # image files in one message
+
+
+class WatchLosses(HookBase):
+    """Remember the images and losses of a step, to name them if a loss is not finite."""
+
+    def __init__(self):
+        self._watch: RemovableHandle | None = None
+        self._error: NotFiniteError | None = None
+
+    def before_train(self):
+        """Watch the model."""
+        self._watch = self.trainer.model.register_forward_hook(self._remember)
+
+    def after_train(self):
+        """Leave the model as it was, and keep a broken one from the last evaluation."""
+        if self._watch is not None:
+            self._watch.remove()
+        if self._error is not None and self.trainer.iter + 1 >= self.trainer.max_iter:
+            raise self._error
+
+    def _remember(self, model, arguments, losses):
+        if model.training:
+            losses = losses if isinstance(losses, dict) else {"total_loss": losses}
+            self._files = [str(sample.get("file_name")) for sample in arguments[0]]
+            self._losses = {name: loss.detach() for name, loss in losses.items()}
+
+    def explain(self, message: str) -> NotFiniteError:
+        """Return the error for the last step. All processes have to call it.
+
+        Args:
+            message: the error in this process, which is used if no loss of the step is bad.
+        """
+        trainer = self.trainer
+        checkpointer, model = trainer.checkpointer, trainer.checkpointer.model
+        bad = [name for name, loss in self._losses.items() if not torch.isfinite(loss).all()]
+        levels = model.not_finite() if hasattr(model, "not_finite") else []
+        if levels:  # the distillation losses, by level
+            bad = [name for name in bad if not name.startswith("loss_kd_")] + levels
+        names, files, messages = zip(*comm.all_gather((bad, self._files if bad else [], message)))
+        names = list(dict.fromkeys(chain(*names))) or list(filter(None, messages))
+        files = [f"'{file}'" for file in chain(*files)]
+        files[MOST:] = [f"{len(files) - MOST} more"] if len(files) > MOST else []
+        images = f"the images of its batch are {', '.join(files)}; " if files else ""
+        checkpoint = "there is no checkpoint yet"
+        if checkpointer.has_checkpoint():
+            checkpoint = f"the last checkpoint is '{checkpointer.get_checkpoint_file()}'"
+        self._error = NotFiniteError(
+            f"the training stops, because a loss is not finite; {images}{checkpoint}; check the "
+            "images and their annotations, or lower SOLVER.BASE_LR. Not finite at iteration "
+            f"{trainer.iter}: {', '.join(names)}"
+        )
+        return self._error

@@ -1,0 +1,211 @@
+"""Resuming a run: what of its config may change, and how the change is applied."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.solver import LRMultiplier
+
+from msad_kd.config.changes import (
+    START,
+    Changes,
+    describe_changes,
+    find_changes,
+    with_former_values,
+)
+from msad_kd.utils.compat import load_trainer_state
+from msad_kd.utils.errors import InputError
+
+_logger = logging.getLogger(__name__)
+
+# What a state of another layout raises while it is restored.
+_UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def _explained(trainer: DefaultTrainer) -> Iterator[None]:
+    """Turn what a damaged state raises into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _UNFIT as error:
+        raise InputError(
+            f"the checkpoint in '{trainer.cfg.OUTPUT_DIR}' cannot be resumed: the state of its "
+            f"training is damaged ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+def check_state(trainer: DefaultTrainer, state: dict) -> str:
+    """Check that a checkpoint's state can be resumed with the present config, and log what differs.
+
+    Args:
+        trainer: the trainer, with nothing loaded yet.
+        state: its state in the checkpoint.
+
+    Returns:
+        The changed keys that might be why the weights do not fit, for an error message.
+
+    Raises:
+        InputError: if batch, optimizer, AMP or trained parameters differ, or if the run has
+            already gone beyond SOLVER.MAX_ITER.
+    """
+    with _explained(trainer):
+        return _check_state(trainer, state)
+
+
+def _check_state(trainer: DefaultTrainer, state: dict) -> str:
+    cfg, solver = trainer.cfg, trainer.cfg.SOLVER
+    before, now = state.get("images_per_batch"), solver.IMS_PER_BATCH
+    if before not in (None, now):
+        raise InputError(
+            f"the run in '{cfg.OUTPUT_DIR}' had {before} images a batch and is resumed "
+            f"with {now}, which is another schedule; resume it on as many processes, with the "
+            "same SOLVER.IMS_PER_BATCH"
+        )
+    done = state["iteration"] + 1
+    if done > solver.MAX_ITER:
+        raise InputError(
+            f"SOLVER.MAX_ITER is {solver.MAX_ITER}, but the run in '{cfg.OUTPUT_DIR}' has done "
+            f"{done} iterations; set it to more to go on, or evaluate the run by --eval-only"
+        )
+    if "config" not in state:
+        _logger.warning(
+            "The checkpoint is of an earlier version, which did not keep the config: what has "
+            "changed in it is not known, and the run's learning rate and weight decay stay"
+        )
+    changes = _changes(state, cfg)
+    said = f"; the config differs from the run's: {describe_changes(changes)}" if changes else ""
+    if "_trainer" in state:
+        _check_optimizer(trainer, state["_trainer"], said)
+    if done == solver.MAX_ITER:
+        _logger.warning(
+            f"The run in '{cfg.OUTPUT_DIR}' is complete: nothing is left to train, because "
+            f"SOLVER.MAX_ITER is {done}; set it to more to go on"
+        )
+    _log_changes(changes)
+    return said
+
+
+def _changes(state: dict, cfg: CfgNode) -> Changes:
+    return find_changes(state["config"], cfg) if isinstance(state.get("config"), str) else {}
+
+
+def _log_changes(changes: Changes) -> None:
+    begun = {key: values for key, values in changes.items() if key in START}
+    applied = {key: values for key, values in changes.items() if key not in START}
+    if applied:
+        _logger.warning(
+            "The run is resumed with another config, and the new one wins: %s",
+            describe_changes(applied),
+        )
+    if begun:
+        _logger.warning(
+            "What a run starts from has no effect on a resumed one: %s", describe_changes(begun)
+        )
+
+
+def _check_optimizer(trainer: DefaultTrainer, state: dict, said: str) -> None:
+    """Check that the saved state is that of an optimizer of the same kind and parameters."""
+    present = trainer.optimizer.param_groups
+    groups = state["optimizer"]["param_groups"]
+    kinds = [{"momentum", "betas"} & x[0].keys() for x in (groups, present)]
+    counts = [sum(len(group["params"]) for group in x) for x in (groups, present)]
+    problems = {
+        f"its optimizer is not SOLVER.OPTIMIZER {trainer.cfg.SOLVER.OPTIMIZER}": kinds,
+        "SOLVER.AMP.ENABLED differs": ["grad_scaler" in state, trainer.cfg.SOLVER.AMP.ENABLED],
+        "it trained {} weights, and the present config trains {}".format(*counts): counts,
+    }
+    for problem, (before, now) in problems.items():
+        if before != now:
+            raise InputError(
+                f"the run in '{trainer.cfg.OUTPUT_DIR}' cannot be resumed: {problem}{said}; use "
+                "the run's config, or start without --resume, which sets the old run aside"
+            )
+
+
+def restore_state(trainer: DefaultTrainer, state: dict) -> None:
+    """Restore a checkpoint's state; what the config says of the optimizer and schedule wins.
+
+    Raises:
+        InputError: if the state is damaged.
+    """
+    changes = _changes(state, trainer.cfg)
+    solver = {key: values for key, values in changes.items() if key.startswith("SOLVER.")}
+    built = [dict(group) for group in trainer.optimizer.param_groups]
+    with _explained(trainer):
+        if solver and "_trainer" in state:
+            optimizer = _in_present_groups(trainer, state["_trainer"]["optimizer"], solver)
+            state = {**state, "_trainer": {**state["_trainer"], "optimizer": optimizer}}
+        if not load_trainer_state(trainer, state):
+            _logger.warning(
+                "The checkpoint has no optimizer state: it was written by Detectron2 0.6 itself"
+            )
+        if solver and isinstance(trainer.scheduler, LRMultiplier):
+            groups = trainer.optimizer.param_groups
+            trainer.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, rate in zip(groups, trainer.scheduler.get_lr()):
+                group["lr"] = rate
+        _check_restored(trainer, built)
+
+
+def _in_present_groups(trainer: DefaultTrainer, saved: dict, changes: Changes) -> dict:
+    """Return an optimizer's saved state with the groups and hyperparameters of the present one.
+
+    Other hyperparameters group the parameters in another way: which saved state is whose is known
+    to an optimizer built as the run's was.
+    """
+    former_cfg = with_former_values(trainer.cfg, changes)
+    former = trainer.build_optimizer(former_cfg, trainer.checkpointer.model)
+    former.load_state_dict(saved)
+    trainer.optimizer.state.update(former.state)
+    return trainer.optimizer.state_dict()
+
+
+def _check_restored(trainer: DefaultTrainer, built: list[dict]) -> None:
+    """Check that the optimizer and the scheduler have what a step needs.
+
+    Args:
+        trainer: the trainer, with the state restored.
+        built: the optimizer's groups as it was built, for the kinds of their values.
+
+    Raises:
+        ValueError: if a value is missing, or of another kind.
+    """
+    groups, states = trainer.optimizer.param_groups, trainer.optimizer.state
+    for group, expected in zip(groups, built):
+        for name, value in expected.items():
+            # An older version of torch may not have known it.
+            if name != "params" and not _alike(group.setdefault(name, value), value):
+                raise ValueError(f"{name} is {group[name]!r}")
+    example = next((state for state in states.values() if state), {})
+    for parameter, state in states.items():
+        if state and state.keys() != example.keys():
+            raise ValueError(f"a weight has {list(state)}, another {list(example)}")
+        for name, value in state.items():
+            kinds = (type(value), type(example[name]))
+            if kinds[0] is not kinds[1] and type(None) not in kinds:
+                raise ValueError(f"{name} is {value!r}")
+            # A number, such as that of the steps, has no dimension.
+            if getattr(value, "ndim", 0) and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)} for {tuple(parameter.shape)}")
+    if isinstance(trainer.scheduler, LRMultiplier):
+        rates, last = trainer.scheduler.base_lrs, trainer.scheduler.last_epoch
+        if not _alike(rates, [0.0] * len(groups)) or not isinstance(last, int):
+            raise ValueError(f"the scheduler has base_lrs {rates!r} and last_epoch {last!r}")
+
+
+def _alike(value: Any, expected: Any) -> bool:
+    """Return whether a hyperparameter is of the kind that the optimizer was built with."""
+    if isinstance(expected, (list, tuple)):
+        same = isinstance(value, (list, tuple)) and len(value) == len(expected)
+        return same and all(map(_alike, value, expected))
+    kind = (bool, type(None)) if expected is None or isinstance(expected, bool) else (int, float)
+    return isinstance(value, kind)

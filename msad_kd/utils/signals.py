@@ -1,0 +1,103 @@
+"""What a process does when it is asked to end: by a scheduler, torchrun, Ctrl-C or a hang-up."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+EXIT_CODES = tuple(128 + number for number in SIGNALS)  # as a shell counts them
+
+
+# Seconds in which a signal that comes again is the same one. Schedulers signal all processes of a
+# run, and then its launcher passes the signal on.
+_deaf = 0.0
+
+
+def expect_repeated_signals() -> None:
+    """Take signals within five seconds as one, because this process is one of several of a run."""
+    global _deaf
+    _deaf = 5.0
+
+
+class Stopped(SystemExit):
+    """Ends a process that was asked to by a signal, with exit code 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.number = number
+
+
+def stop(number: int) -> None:
+    """Raise ``Stopped``."""
+    raise Stopped(number)
+
+
+def _die(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+@contextmanager
+def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
+    """Call ``act(number)`` at the first of SIGNALS, and ``again(number)`` at those that follow.
+
+    It does nothing outside the main thread, and for signals that are ignored, as under nohup. The
+    handlers that were there before are restored in the end.
+
+    Args:
+        act: what to do at the first signal.
+        again: what to do at the next ones; by default the process ends at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pid, handlers = os.getpid(), {number: signal.getsignal(number) for number in SIGNALS}
+    caught = [n for n in SIGNALS if handlers[n] not in (signal.SIG_IGN, None)]
+    first = None
+
+    def handle(number, frame):
+        nonlocal first
+        if os.getpid() != pid:  # a fork: a data loader's worker ends with its parent
+            return
+        if first is not None:
+            if time.monotonic() - first >= _deaf:
+                again(number)
+            return
+        first = time.monotonic()
+        if again is _die and not _deaf:  # even where no Python code is run any more
+            for other in caught:
+                signal.signal(other, signal.SIG_DFL)
+        # The signal may have ended the workers of a data loader too, for which torch would raise.
+        handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+        act(number)
+
+    try:
+        for number in caught:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def heed_parent_alone() -> None:
+    """Let a data loader's worker ignore SIGINT, and SIGTERM unless its parent sends it.
+
+    Schedulers, torchrun and terminals signal all processes of a run at once. Without its workers, a
+    run could not finish its step.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

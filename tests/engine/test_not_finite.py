@@ -1,0 +1,66 @@
+"""Losses that are NaN or infinite: what the error names."""
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from helpers import NO_TEST, train
+
+from msad_kd import KDTrainer
+from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
+from msad_kd.utils.errors import InputError, NotFiniteError, input_error_of
+
+STEPS = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1, *NO_TEST]
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(bad): from the third batch on the RPN's loss of an image becomes ``bad``."""
+    from detectron2.modeling.proposal_generator import RPN
+
+    def call(bad):
+        losses, calls = RPN.losses, []
+
+        def spoiled(self, *args):
+            calls.append(1)
+            found = losses(self, *args)
+            return found if len(calls) <= 2 else {**found, "loss_rpn_loc": torch.tensor(bad)}
+
+        monkeypatch.setattr(RPN, "losses", spoiled)
+
+    return call
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_of_the_detector(config, spoil, bad):
+    spoil(bad)
+    cfg = config("lr", *STEPS)
+    with pytest.raises(NotFiniteError, match="iteration 2: loss_rpn_loc$") as error:
+        train(cfg)
+    text = str(error.value)
+    assert f"the last checkpoint is '{cfg.OUTPUT_DIR}/model_0000001.pth'" in text
+    named = [x["file_name"] for x in DatasetCatalog.get("tiny_train") if x["file_name"] in text]
+    assert len(named) == 2 and isinstance(error.value, InputError)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_loss_of_the_distillation_in_the_first_step(student_config, monkeypatch, last):
+    @DISTILL_LOSS_REGISTRY.register()
+    def bad(student, teacher):
+        return (student - teacher).mean() * (float("nan") if student.shape[-1] == 4 else 1.0)
+
+    try:
+        options = ["KD.LOSSES", [{"name": "bad", "weight": 1.0}], "TEST.EVAL_PERIOD", 1]
+        cfg = student_config(*options, "SOLVER.MAX_ITER", 1 if last else 3)
+        monkeypatch.setattr(KDTrainer, "test", lambda *_: pytest.fail("it was evaluated"))
+        with pytest.raises(FloatingPointError, match="Not finite at iteration 0: bad_p4$") as error:
+            train(cfg)
+        assert "there is no checkpoint yet" in str(error.value)
+    finally:
+        DISTILL_LOSS_REGISTRY._obj_map.pop("bad")
+
+
+def test_the_sentence_is_found_in_the_traceback_of_a_process():
+    text = "Traceback\nmsad_kd.utils.errors.NotFiniteError: a loss is not finite: loss_cls\n"
+    assert input_error_of(RuntimeError(text)) == "a loss is not finite: loss_cls"
+    text = "FloatingPointError: x\n\nDuring ...\n\nmsad_kd.utils.errors.NotFiniteError: bad y"
+    assert input_error_of(RuntimeError(text)) == "bad y"
