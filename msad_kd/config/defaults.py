@@ -66,7 +66,10 @@ def add_msad_kd_config(cfg: CN) -> None:
     #   levels: the student's levels to compare; default: all that have a partner in the teacher.
     #   adapter: whether the student's map passes a 1x1 convolution first: true, false or "auto"
     #     (the default), which means where the channels differ.
-    # Any other field is an argument of the loss. Only losses between maps have levels and adapter.
+    #   focus, background: where the loss looks: "none" (default), "boxes" or "scores", and the
+    #     weight of all cells together against that; default 0.5. See distill/focus.py.
+    # Any other field is an argument of the loss. Only losses between maps have levels, adapter and
+    # focus.
     cfg.KD.LOSSES = [{"name": "l1", "weight": 0.6, "warmup_iters": 500}]
     # Log every loss without its weight, by level, and its own diagnostics as kd/*, every so many
     # iterations; 0: never. Detectron2 writes its log every 20.

@@ -32,10 +32,10 @@ class Distiller(nn.Module):
         return self.diagnostics_period > 0 and (iteration + 1) % self.diagnostics_period == 0
 
     @staticmethod
-    def evaluate(term: LossTerm, *inputs, where: str = "") -> torch.Tensor:
+    def evaluate(term: LossTerm, *inputs, where: str = "", **more) -> torch.Tensor:
         """Return a loss without its weight; ``where`` names the place in an error message."""
         try:
-            return term.function(*inputs, **term.arguments)
+            return term.function(*inputs, **more, **term.arguments)
         except ValueError as error:  # of an argument's value, or of maps too small for the loss
             raise InputError(f"KD.LOSSES: '{term.name}'{where}: {error}") from error
 

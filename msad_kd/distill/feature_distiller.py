@@ -11,6 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from msad_kd.distill.distiller import Distiller, Losses
+from msad_kd.distill.focus import box_focus, cell_weights
 from msad_kd.losses.terms import LossTerm
 from msad_kd.modeling.pyramid import Pyramid, pair_levels
 from msad_kd.utils.errors import InputError
@@ -98,8 +99,37 @@ class FeatureDistiller(Distiller):
                     self.parts[term.name][level] = build(teacher_width)
         return adapted
 
-    def forward(self, student: Pyramid, teacher: Pyramid, iteration: int) -> Losses:
+    def levels_with(self, focus: str) -> set[str]:
+        """Return the teacher's levels on which a loss looks at "boxes" or "scores"."""
+        terms = [term for term in self.terms if term.focus == focus]
+        return {self.pairs[level] for term in terms for level in term.levels or self.pairs}
+
+    def _weights(self, term: LossTerm, level: str, like: torch.Tensor, boxes, scores) -> dict:
+        if term.focus == "none":
+            return {}
+        if term.focus == "boxes":
+            focus = box_focus(boxes, self.student[level].stride, like)
+        else:
+            focus = scores[self.pairs[level]]
+        return {"weights": cell_weights(focus, term.background)}
+
+    def forward(
+        self,
+        student: Pyramid,
+        teacher: Pyramid,
+        iteration: int,
+        boxes: list[torch.Tensor] | None = None,
+        scores: Pyramid | None = None,
+    ) -> Losses:
         """Compare two pyramids, level name to (N, C, H, W), at an iteration of the trainer.
+
+        Args:
+            student: the student's pyramid.
+            teacher: the teacher's pyramid.
+            iteration: the trainer's, counted from 0.
+            boxes: of each image, (n, 4) in pixels of the high-resolution image; for losses that
+                look at boxes.
+            scores: ``focus.score_focus`` of the teacher; for losses that look at scores.
 
         Returns:
             ``loss_kd_<name>`` for each loss, weighted and summed over its levels.
@@ -121,7 +151,8 @@ class FeatureDistiller(Distiller):
                     )
                 if term.name in self.parts:
                     maps += (self.parts[term.name][level],)
-                value = self.evaluate(term, *maps, where=f" on level {level}")
+                weights = self._weights(term, level, maps[0], boxes, scores)
+                value = self.evaluate(term, *maps, where=f" on level {level}", **weights)
                 by_name[f"{term.name}_{level}"] = value
                 measures = getattr(term.function, "measures", {}) if self.logs_at(iteration) else {}
                 for name, measure in measures.items():

@@ -5,14 +5,14 @@ N: images, A: anchors of a cell, K: classes, H, W: height and width of a level. 
 """
 
 import torch
-from detectron2.structures import Boxes
 
 from msad_kd.distill.dense_distiller import Head
 from msad_kd.modeling.pyramid import Pyramid
+from msad_kd.utils.errors import InputError
 
 
 def box_focus(boxes: list[torch.Tensor], stride: float, like: torch.Tensor) -> torch.Tensor:
-    """Weight each cell by 1 / area of the smallest box that holds its centre (FGD, CVPR 2022, eq. 3).
+    """Weight each cell by 1 / area of the smallest box around its centre (FGD, CVPR 2022, eq. 3).
 
     A box that holds no centre, since it is smaller than a cell, takes the cell of its own centre.
 
@@ -26,9 +26,7 @@ def box_focus(boxes: list[torch.Tensor], stride: float, like: torch.Tensor) -> t
     """
     height, width = like.shape[-2:]
     weights = like.new_zeros(len(boxes), 1, height, width, dtype=torch.float32)
-    rows, columns = (
-        torch.arange(side, device=like.device)[None] + 0.5 for side in (height, width)
-    )
+    rows, columns = (torch.arange(side, device=like.device)[None] + 0.5 for side in (height, width))
     for image, corners in zip(weights, boxes):
         if len(corners) == 0:
             continue
@@ -42,6 +40,25 @@ def box_focus(boxes: list[torch.Tensor], stride: float, like: torch.Tensor) -> t
         areas = masks.sum(dim=(1, 2)).clamp(min=1)
         image[0] = (masks / areas[:, None, None]).amax(dim=0)
     return weights
+
+
+def check_scores(head: Head | None, levels: set[str]) -> set[str]:
+    """Check that a teacher has scores on its ``levels``, and return the levels that they need.
+
+    Raises:
+        InputError: if it has none.
+    """
+    if head is None:
+        raise InputError(
+            "KD.LOSSES: 'focus: scores' needs a teacher with an RPN, or the head of RetinaNet or "
+            "FCOS; use 'focus: boxes'"
+        )
+    if missing := levels - set(head.levels):
+        raise InputError(
+            f"KD.LOSSES: 'focus: scores' needs scores on level {min(missing)} of the teacher, "
+            f"whose head reads {', '.join(head.levels)}; name other 'levels'"
+        )
+    return set(head.levels)
 
 
 @torch.no_grad()
@@ -73,8 +90,8 @@ def cell_weights(focus: torch.Tensor, background: float) -> torch.Tensor:
 
 
 def boxes_of(batched_inputs: list[dict]) -> list[torch.Tensor]:
-    """Return the ground-truth boxes of each image, (n, 4)."""
-    empty = Boxes(torch.zeros(0, 4))
+    """Return the ground-truth boxes of each image, (n, 4); images without labels have none."""
     return [
-        (x["instances"].gt_boxes if "instances" in x else empty).tensor for x in batched_inputs
+        x["instances"].gt_boxes.tensor if "instances" in x else torch.zeros(0, 4)
+        for x in batched_inputs
     ]

@@ -8,8 +8,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from msad_kd.distill.dense_distiller import DenseDistiller
+from msad_kd.distill.dense_distiller import DenseDistiller, Head
 from msad_kd.distill.feature_distiller import FeatureDistiller
+from msad_kd.distill.focus import boxes_of, check_scores, score_focus
 from msad_kd.distill.gradient_ratio import gradient_ratio
 from msad_kd.distill.roi_distiller import RoIDistiller, predict_regions, recording_regions
 from msad_kd.distill.teacher import Teacher, TeacherSpec
@@ -92,6 +93,8 @@ class DistilledMixin:
         """
         teacher.needed = self.distiller.connect(teacher.levels())
         self.distiller.to(next(self.parameters()).device)
+        if levels := self.distiller.levels_with("scores"):
+            teacher.needed |= check_scores(Head.of(teacher.model), levels)
         teacher.needed |= self.roi_distiller.connect(self, teacher.model)
         teacher.needed |= self.dense_distiller.connect(self, teacher)
         self._teacher = (teacher,)
@@ -117,7 +120,12 @@ class DistilledMixin:
             losses = super().forward(batched_inputs)
         teacher, storage = self.teacher, get_event_storage()
         pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
-        distillation = self.distiller(call.output, pyramid, storage.iter)
+        looks = {}
+        if self.distiller.levels_with("boxes"):
+            looks["boxes"] = [teacher.scale * boxes for boxes in boxes_of(batched_inputs)]
+        if self.distiller.levels_with("scores"):
+            looks["scores"] = score_focus(Head.of(teacher.model), pyramid)
+        distillation = self.distiller(call.output, pyramid, storage.iter, **looks)
         if rois:
             theirs = predict_regions(teacher.model.roi_heads, pyramid, seen, teacher.image_scale)
             distillation |= rois(seen, theirs, storage.iter)

@@ -157,7 +157,7 @@ class TeacherSpec:
         _warn_of_other_sizes(cfg, teacher_cfg)
         teacher_cfg.freeze()
         needs = [
-            f"the loss {x.name} of KD.LOSSES" for x in read_losses(cfg.KD.LOSSES) if x.of_regions
+            f"the loss {x.name} of KD.LOSSES" for x in read_losses(cfg.KD.LOSSES) if x.by_class
         ]
         # Predictors of another size are not copied.
         if keys.INIT_STUDENT and number_of_classes(cfg) == number_of_classes(teacher_cfg):

@@ -1,7 +1,8 @@
 """Losses between two feature maps, and the registry that names them.
 
 N: images, C: channels, H, W: height and width of a level. Every loss takes the student's and the
-teacher's map, (N, C, H, W), and returns a scalar whose gradient flows to the student's map.
+teacher's map, (N, C, H, W), and returns a scalar whose gradient flows to the student's map. One
+with a parameter ``weights``, (N, 1, H, W), can look at some cells more than at others.
 """
 
 from collections.abc import Callable
@@ -47,16 +48,25 @@ def _add_attributes(loss: Callable, **attributes) -> Callable:
     return loss
 
 
+Weights = torch.Tensor | None  # (N, 1, H, W); None: all 1
+
+
+def _mean(loss: Callable, student: torch.Tensor, teacher: torch.Tensor, weights: Weights):
+    if weights is None:
+        return loss(student, teacher)
+    return (weights * loss(student, teacher, reduction="none")).mean()
+
+
 @DISTILL_LOSS_REGISTRY.register()
-def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def l1(student: torch.Tensor, teacher: torch.Tensor, weights: Weights = None) -> torch.Tensor:
     """Return the mean of |S - T|, MSAD's loss (arXiv 2109.06875, sec. 3.3)."""
-    return F.l1_loss(student, teacher)
+    return _mean(F.l1_loss, student, teacher, weights)
 
 
 @DISTILL_LOSS_REGISTRY.register()
-def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def mse(student: torch.Tensor, teacher: torch.Tensor, weights: Weights = None) -> torch.Tensor:
     """Return the mean of (S - T)^2."""
-    return F.mse_loss(student, teacher)
+    return _mean(F.mse_loss, student, teacher, weights)
 
 
 def _blind_share(student, teacher, rescale="channel", exponents=None, **arguments):
@@ -75,6 +85,7 @@ def ssim(
     sigma: Positive = 1.5,
     data_range: Positive = 1.0,
     padding: Literal[PADDINGS] = "reflect",
+    weights: Weights = None,
 ) -> torch.Tensor:
     """Return the mean of (1 - SSIM) / 2 of the rescaled maps (Structural KD, arXiv 2211.13133).
 
@@ -84,7 +95,14 @@ def ssim(
     """
     maps = (functional.rescale(x, rescale) for x in (student, teacher))
     window = {"window_size": window_size, "sigma": sigma, "padding": padding}
-    return functional.ssim_loss(*maps, exponents=exponents, data_range=data_range, **window)
+    options = {"exponents": exponents, "data_range": data_range, **window}
+    if weights is None:
+        return functional.ssim_loss(*maps, **options)
+    losses = functional.ssim_loss(*maps, reduction="none", **options)
+    # Without padding the map has only the windows that lie inside.
+    rows, columns = ((a - b) // 2 for a, b in zip(weights.shape[-2:], losses.shape[-2:]))
+    height, width = losses.shape[-2:]
+    return (weights[..., rows : rows + height, columns : columns + width] * losses).mean()
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -92,6 +110,7 @@ def pkd(
     student: torch.Tensor,
     teacher: torch.Tensor,
     eps: Annotated[float, lambda x: 1e-12 <= x <= 1, "a number from 1e-12 to 1"] = 1e-6,
+    weights: Weights = None,
 ) -> torch.Tensor:
     """Return 1 - Pearson correlation per channel over (N, H, W), averaged (PKD, NeurIPS 2022).
 
@@ -102,11 +121,13 @@ def pkd(
     maps = (x.float() for x in (student, teacher))
     # std, not the root of the variance: its gradient would be NaN where a channel is constant.
     s, t = ((x - x.mean(**axes)) / (x.std(**axes, correction=0) + eps) for x in maps)
-    return F.mse_loss(s, t) / 2
+    return _mean(F.mse_loss, s, t, weights) / 2
 
 
 @DISTILL_LOSS_REGISTRY.register()
-def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: Positive = 1.0) -> torch.Tensor:
+def cwd(
+    student: torch.Tensor, teacher: torch.Tensor, tau: Positive = 1.0, weights: Weights = None
+) -> torch.Tensor:
     """Return tau^2 KL(T || S) of each channel's softmax over cells, averaged (CWD, ICCV 2021).
 
     It compares where a channel is strong, whatever its offset. ``tau``, above 0, divides the maps.
@@ -114,7 +135,10 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor, tau: Positive = 1.0) -> to
     if not tau > 0:
         raise ValueError(f"tau is {tau}; it has to be above 0")
     log_s, log_t = ((x.float().flatten(2) / tau).log_softmax(-1) for x in (student, teacher))
-    return tau**2 * F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1).mean()
+    losses = F.kl_div(log_s, log_t, log_target=True, reduction="none")
+    if weights is not None:
+        losses = weights.flatten(2) * losses
+    return tau**2 * losses.sum(-1).mean()
 
 
 def generator(channels: int) -> nn.Module:
@@ -126,7 +150,11 @@ def generator(channels: int) -> nn.Module:
 @DISTILL_LOSS_REGISTRY.register()
 @with_parts(generator)
 def mgd(
-    student: torch.Tensor, teacher: torch.Tensor, parts: nn.Module, mask_ratio: Share = 0.65
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    parts: nn.Module,
+    mask_ratio: Share = 0.65,
+    weights: Weights = None,
 ) -> torch.Tensor:
     """Return the sum of (T - G(masked S))^2 over N: masked generative distillation (ECCV 2022).
 
@@ -138,4 +166,6 @@ def mgd(
         raise ValueError(f"mask_ratio is {mask_ratio}; it has to be from 0 to below 1")
     kept = torch.rand_like(student[:, :1]) >= mask_ratio
     generated = parts(student * kept).float()
-    return F.mse_loss(generated, teacher.float(), reduction="sum") / len(student)
+    if weights is None:
+        return F.mse_loss(generated, teacher.float(), reduction="sum") / len(student)
+    return (weights * F.mse_loss(generated, teacher.float(), reduction="none")).sum() / len(student)

@@ -34,6 +34,9 @@ class LossTerm:
     warmup_iters: WholeNumber = 0
     # Whether a 1x1 convolution adapts the student's map; "auto": where the channels differ.
     adapter: Literal["auto", True, False] = "auto"
+    # Where a loss looks that takes weights of cells; see distill/focus.py.
+    focus: Literal["none", "boxes", "scores"] = "none"
+    background: NotNegative = 0.5  # of all cells together against the focus
     arguments: dict = field(default_factory=dict)  # of the loss function
 
     def warmup_weight(self, iteration: int) -> float:
@@ -55,6 +58,11 @@ class LossTerm:
     def part(self) -> str:
         """Tell which predictions for anchors the loss compares; see ``dense.of_head``."""
         return getattr(self.function, "part", "own")
+
+    @property
+    def by_class(self) -> bool:
+        """Tell whether the loss compares classes, which both models have to order alike."""
+        return self.compares != "features" and self.part != "rpn"
 
     @property
     def function(self) -> Callable:
@@ -85,10 +93,13 @@ def _read_term(entry: Any) -> LossTerm:
         raise InputError(f"KD.LOSSES: '{name}' is in two registries of losses; rename one of them")
     annotations = get_type_hints(LossTerm, include_extras=True)
     del annotations["arguments"]
+    parameters = dict(inspect.signature(LossTerm(name, 0).function).parameters)
     if name not in DISTILL_LOSS_REGISTRY:
         del annotations["levels"], annotations["adapter"]
+    if name not in DISTILL_LOSS_REGISTRY or parameters.pop("weights", None) is None:
+        del annotations["focus"], annotations["background"]
     settings = set(annotations)
-    for parameter in inspect.signature(LossTerm(name, 0).function).parameters.values():
+    for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             annotations = dict.fromkeys(entry, Any) | annotations
         elif parameter.default is not parameter.empty:

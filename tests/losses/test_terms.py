@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from msad_kd.losses import (
+    DENSE_LOSS_REGISTRY,
     DISTILL_LOSS_REGISTRY,
     ROI_LOSS_REGISTRY,
     LossTerm,
@@ -62,6 +63,11 @@ OUT_OF_RANGE = {
     ("cwd", "tau"): NOT_POSITIVE,
     ("mgd", "mask_ratio"): [1.5, 1, -0.1, NAN, True, "much"],
     ("roi_class", "temperature"): NOT_POSITIVE,
+    ("cross_head", "convs"): [-1, 2.5, True],
+    ("cross_head", "box_weight"): NO_WEIGHTS,
+    ("cross_head", "centerness_weight"): NO_WEIGHTS,
+    ("l1", "background"): NO_WEIGHTS,
+    ("ssim", "focus"): ["box", None, 1],
 }
 
 
@@ -73,9 +79,9 @@ def test_values_out_of_a_fields_range(name, field):
 
 
 def test_every_number_of_a_loss_has_a_range():
-    for name, loss in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY):
+    for name, loss in (*DISTILL_LOSS_REGISTRY, *ROI_LOSS_REGISTRY, *DENSE_LOSS_REGISTRY):
         fields = inspect.signature(loss).parameters.values()
-        for field in (x for x in fields if x.default is not x.empty):
+        for field in (x for x in fields if x.default is not x.empty and x.name != "weights"):
             assert (name, field.name) in OUT_OF_RANGE
             assert read_losses([{"name": name, "weight": 0, field.name: field.default}])
 
