@@ -60,7 +60,8 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
 
     def handle(number, frame):
         nonlocal first
-        if os.getpid() != pid:  # a fork: a data loader's worker ends with its parent
+        if os.getpid() != pid:  # a fork, such as a pool's worker, which its parent ends by SIGTERM
+            _die(number)
             return
         if first is not None:
             if time.monotonic() - first >= _deaf:
