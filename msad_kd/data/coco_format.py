@@ -11,8 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from msad_kd.data.annotation_checks import compressed
-from msad_kd.data.annotations import POLICIES, read_annotations, read_kept
+from msad_kd.data.annotations import POLICIES, compressed, read_annotations, read_kept
 from msad_kd.data.dict_checks import check_files
 from msad_kd.utils.errors import InputError
 

@@ -11,10 +11,10 @@ from detectron2.data import DatasetMapper
 from pycocotools import mask as mask_util
 
 from msad_kd.data.annotations import read_annotations
+from msad_kd.data.annotations.segmentations import mask_areas, run_lengths
 from msad_kd.data.coco_format import load_checked
 from msad_kd.data.dict_checks import accept_rles, check_masks, check_shapes
 from msad_kd.data.mapper import longest_side
-from msad_kd.data.segmentations import mask_areas, run_lengths
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.errors import InputError
 

@@ -3,8 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from msad_kd.data.columns import whole_number, whole_numbers
-from msad_kd.data.findings import PLURALS, REFUSED, Findings
+from msad_kd.data.annotations.columns import whole_number, whole_numbers
+from msad_kd.data.annotations.findings import PLURALS, REFUSED, Findings
 
 
 def check_structure(findings: Findings) -> bool:

@@ -8,9 +8,9 @@ from itertools import chain
 import numpy as np
 from pycocotools import mask as mask_util
 
-from msad_kd.data.columns import flatten, positions, reduce_rows
-from msad_kd.data.findings import DOUBTFUL, EMPTY, INVALID, MENDED, PLURALS, Findings
-from msad_kd.data.segmentations import mask_areas, polygon_bounds
+from msad_kd.data.annotations.columns import flatten, positions, reduce_rows
+from msad_kd.data.annotations.findings import DOUBTFUL, EMPTY, INVALID, MENDED, PLURALS, Findings
+from msad_kd.data.annotations.segmentations import mask_areas, polygon_bounds
 
 TINY = 1e-5  # pixels; a box with a shorter side has no width or no height
 

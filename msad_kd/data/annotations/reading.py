@@ -1,4 +1,4 @@
-"""Annotation files in COCO format: read, checked in one pass, and normalised."""
+"""Reads an annotation file: parse, check, and leave out what cannot be used."""
 
 import gc
 import json
@@ -11,9 +11,17 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from msad_kd.data.annotation_checks import AnnotationChecks
-from msad_kd.data.findings import DOUBTFUL, INVALID, MENDED, PLURALS, REFUSED, Findings, summarise
-from msad_kd.data.image_checks import check_categories, check_images, check_structure
+from msad_kd.data.annotations.annotation_checks import AnnotationChecks
+from msad_kd.data.annotations.findings import (
+    DOUBTFUL,
+    INVALID,
+    MENDED,
+    PLURALS,
+    REFUSED,
+    Findings,
+    summarise,
+)
+from msad_kd.data.annotations.image_checks import check_categories, check_images, check_structure
 from msad_kd.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
