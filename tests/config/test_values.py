@@ -45,6 +45,13 @@ NUMBERS = {
 }
 
 
+def test_steps_that_the_schedule_does_not_read():
+    options = ["SOLVER.MAX_ITER", 30000, "SOLVER.STEPS", (30000,), "SOLVER.LR_SCHEDULER_NAME"]
+    build_config("", [*options, "WarmupCosineLR"])
+    with pytest.raises(InputError, match="as late as the end"):
+        build_config("", [*options, "WarmupMultiStepLR"])
+
+
 def test_every_number_is_tried():
     assert set(NUMBERS) == set(schedule._NUMBERS)
 

@@ -14,6 +14,7 @@ from msad_kd.utils.errors import InputError
 NAN, INF = float("nan"), float("inf")
 MISSING = object()
 NESTED = [[[[[[[[10, 5, 20, 20]]]]]]]]
+pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def put(content, path, value):
@@ -253,8 +254,9 @@ def test_copies_are_named_and_dropped_if_asked(files, caplog):
     content["annotations"].append({**content["annotations"][2], "id": 20, "area": 199})
     other = {**content["annotations"][0], "id": 21, "segmentation": [[10, 5, 30, 5, 30, 25]]}
     content["annotations"].append(other)  # another mask in the same box is no copy
+    content["annotations"].append({**other, "id": 22, "bbox": [10, 5, 20, 20]})  # a copy of 21
     json_file, _ = files(content)
-    assert len(read_annotations(json_file, "mine")["annotations"]) == 6
+    assert len(read_annotations(json_file, "mine")["annotations"]) == 7
     assert "annotation 20 (image 9): it repeats another annotation" in caplog.text
     assert [x["id"] for x in read_annotations(json_file, "mine", "drop")["annotations"]] == [
         *(11, 12, 13, 14, 21)
@@ -276,6 +278,16 @@ def test_problems_are_counted_and_named(files):
         read_annotations(files(content)[0], "mine", "drop")
     with pytest.raises(InputError, match="INVALID_ANNOTATIONS is 'skip'"):
         read_annotations(files(content)[0], "mine", "skip")
+
+
+def test_an_image_that_is_no_dict_does_not_spoil_ids_that_are_texts(files):
+    content = valid_content()
+    content["images"] = [{**x, "id": str(x["id"])} for x in content["images"]] + [None]
+    content["images"][0]["id"] = "one"
+    for row in (0, 1):
+        content["annotations"][row]["image_id"] = "one"
+    kept = read_annotations(files(content)[0], "mine", "drop")
+    assert [x["id"] for x in kept["images"]] == ["one", "9"] and len(kept["annotations"]) == 4
 
 
 KEYPOINTS = [[1, 2, 2], [1, 2, 2, 3, 4], "text", [1, 2, 2, NAN, 4, 2], [1, 2, 2, 3, 4, 5]]

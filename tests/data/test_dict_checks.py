@@ -20,6 +20,8 @@ from msad_kd.data.mapper import build_mapper
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("catalogs")
+
 
 def test_a_pipe_is_no_image_and_no_annotation_file(files, tmp_path):
     source = files(valid_content())

@@ -1,5 +1,7 @@
 """Checks of an annotation file's structure, categories and images."""
 
+from types import NoneType
+
 import numpy as np
 from PIL import Image
 
@@ -52,7 +54,7 @@ def check_images(findings: Findings) -> None:
     """Check ids, file names and sizes; ids become integers unless all are texts."""
     records = findings.content["images"]
     ids = findings.column("image", "id")
-    if set(map(type, ids)) != {str}:
+    if set(map(type, ids)) - {NoneType} != {str}:  # None: missing, or no image at all
         ids = [whole_number(value) for value in ids]
     wrong = np.array([value in (None, "") for value in ids], dtype=bool)
     findings.add("image", wrong, "id should be a whole number, or all ids texts", key="id")
