@@ -108,7 +108,7 @@ def test_a_list_may_be_yaml_or_python(key):
     ("text", "words"),
     [
         ("[{name: l1", "KD.LOSSES: .* is not a list in YAML"),
-        ("[" * 9000, "KD.LOSSES: .* is not a list in YAML"),
+        ("[" * 1500, "KD.LOSSES: .* is not a list in YAML"),
         ("{name: l1, weight: 1}", "cannot be read: .* KD.LOSSES$"),
         ("l1", "cannot be read: .* KD.LOSSES$"),
         ("[l1]", "KD.LOSSES: 'l1' should be a dict"),
