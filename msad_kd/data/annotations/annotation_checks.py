@@ -76,28 +76,26 @@ class AnnotationChecks:
         flags = self._column("iscrowd")
         if set(map(type, flags)) != {int} or not {0, 1}.issuperset(flags):
             known = {None: 0, False: 0, True: 1}  # 0, 1, 0.0 and 1.0 are equal to the last two
-            flags = [
-                known.get(x) if isinstance(x, (int, float)) or x is None else None for x in flags
-            ]
-            wrong = np.array([flag is None for flag in flags], dtype=bool)
-            self._add(wrong, "iscrowd should be 0 or 1", key="iscrowd")
+            flags = [None if isinstance(x, (list, dict)) else known.get(x) for x in flags]
+            self._add([flag is None for flag in flags], "iscrowd should be 0 or 1", key="iscrowd")
             rows = np.flatnonzero(self.usable)
             self._set("iscrowd", rows, [flags[row] for row in rows])
         self.crowd = np.array([flag or 0 for flag in flags])
-        ignored = np.array([bool(value) for value in self._column("ignore")])
+        ignored = list(map(bool, self._column("ignore")))
         self._add(ignored, "ignore is set, which Detectron2 does not support")
 
     def _check_segmentations(self) -> None:
         values = self._column("segmentation")
         self.spans = np.full((len(values), 4), np.nan)  # x, y, x, y of what polygons span
         self.mask_areas = np.full(len(values), np.nan)
-        lists = [row for row, value in enumerate(values) if type(value) is list and value]
-        dicts = [row for row, value in enumerate(values) if type(value) is dict]
-        others = np.array([value is not None and value != [] for value in values])
-        others[lists + dicts] = False
-        for record, value in zip(self.records, values):
-            if value in (None, []) and isinstance(record, dict):
-                record.pop("segmentation", None)
+        lists, dicts, others = [], [], []
+        kinds = {list: lists, dict: dicts}
+        for row, value in enumerate(values):
+            if value is None or value == []:
+                if isinstance(self.records[row], dict):
+                    self.records[row].pop("segmentation", None)
+            else:
+                kinds.get(type(value), others).append(row)
         self._add(others, "segmentation should be a list of polygons or an RLE", key="segmentation")
         self._check_polygons(np.array(lists, dtype=np.int64), values)
         self._check_rles(np.array(dicts, dtype=np.int64), values)
