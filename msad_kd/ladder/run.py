@@ -122,6 +122,7 @@ def _check_stages(stages: list[Stage], configs: list[CfgNode]) -> list[TeacherSp
         try:
             specs.append(TeacherSpec.from_config(cfg))
             check_losses(cfg, specs[-1])
+            specs[-1].check_classes()
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         earlier_students.append(Path(cfg.OUTPUT_DIR) / STUDENT)

@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from helpers import differing
 
 from msad_kd.config.build import build_config
+from msad_kd.config.changes import neutral_config
 from msad_kd.config.stages import read_stages, stage_config
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.engine.trainer import KDTrainer
@@ -277,6 +278,17 @@ def test_what_a_stage_lacks_is_told_before_the_first_one(
     assert (RANDOM in caplog.text) == of_a_stage and "In stage 'second'" not in caplog.text
 
 
+def test_the_classes_of_all_teachers_are_checked_before_the_first_stage(
+    ladder_config, stages, teacher_weights, tmp_path
+):
+    contents = {**torch.load(teacher_weights), "classes": ["ant", "bee"]}
+    torch.save(contents, tmp_path / "teacher.pth")
+    stages[2] |= {"weights": str(tmp_path / "teacher.pth"), "start": "teacher"}
+    with pytest.raises(InputError, match="stage 'third': the teacher .* trained on other classes"):
+        run_ladder(ladder_config(), resume=False)
+    assert not (tmp_path / "ladder").exists()  # nothing was trained
+
+
 def test_a_stage_may_start_from_any_student_before_it(ladder_config, stages, tmp_path, caplog):
     first = f"{tmp_path}/ladder/stage_01_first/student.pth"
     stages[2]["start"] = first
@@ -293,6 +305,13 @@ def hash_of(cfg, index):
 
 def test_the_hash_does_not_depend_on_the_folder(ladder_config):
     assert len({hash_of(ladder_config(folder), 1) for folder in "ab"}) == 1
+
+
+def test_the_hash_depends_on_newer_keys_only_if_they_are_set(ladder_config):
+    older = neutral_config(ladder_config()).DATASETS  # as before there were the two keys
+    assert not {"CLASSES", "INVALID_ANNOTATIONS"} & older.keys()
+    keys = ([], ["DATASETS.INVALID_ANNOTATIONS", "drop"], ["DATASETS.CLASSES", ["ant"]])
+    assert len({hash_of(ladder_config("x", *options), 1) for options in keys}) == 3
 
 
 def test_the_hash_leaves_out_what_changes_no_result(ladder_config, stages):
