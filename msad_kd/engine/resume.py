@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import LRMultiplier
@@ -17,12 +18,12 @@ from msad_kd.config.changes import (
     with_former_values,
 )
 from msad_kd.utils.compat import load_trainer_state
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.errors import InputError, first_line
 
 _logger = logging.getLogger(__name__)
 
 # What a state of another layout raises while it is restored.
-_UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_UNFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError, yaml.YAMLError)
 
 
 @contextmanager
@@ -35,12 +36,8 @@ def _explained(trainer: DefaultTrainer) -> Iterator[None]:
     except _UNFIT as error:
         raise InputError(
             f"the checkpoint in '{trainer.cfg.OUTPUT_DIR}' cannot be resumed: the state of its "
-            f"training is damaged ({_first_line(error)})"
+            f"training is damaged ({first_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def check_state(trainer: DefaultTrainer, state: dict) -> str:

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from helpers import ROOT, differing
 from torch import nn
 
-from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.checkpoint import load_strictly
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.utils.errors import InputError
@@ -122,19 +122,6 @@ def test_a_stripped_checkpoint_is_the_model_alone(tmp_path, half):
         assert torch.equal(getattr(other.norm, name), getattr(net.norm, name))
 
 
-def test_files_that_are_not_checkpoints(tmp_path):
-    torch.save([1, 2], tmp_path / "list.pth")
-    (tmp_path / "short.pth").write_bytes(b"PK\x03\x04 cut short")
-    for name, words in {
-        "list.pth": "is not a Detectron2 checkpoint",
-        "nowhere.pth": "does not exist",
-        "short.pth": "cannot be read",
-    }.items():
-        with pytest.raises(InputError, match=f"{name}' for stripping {words}"):
-            strip_checkpoint(str(tmp_path / name), str(tmp_path / "model.pth"))
-    assert not (tmp_path / "model.pth").exists()
-
-
 def test_the_tool(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["strip_checkpoint.py", *map(str, arguments)])
@@ -149,11 +136,3 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("nowhere.pth", target)
     assert "'nowhere.pth' for stripping does not exist" in capsys.readouterr().err
-
-
-def test_a_checkpoint_without_a_name_or_a_file():
-    errors = {"": "is named for the model; give", "no.pth": "'no.pth' for the model does not exist"}
-    for path, words in errors.items():
-        with pytest.raises(InputError, match=words):
-            check_exists(path, "the model")
-    check_exists("detectron2://fetched/later.pkl", "the model")
