@@ -71,7 +71,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         types = {
             key: (value.dtype, own[name].dtype)
             for key, value in checkpoint["model"].items()
-            if (name := key.removeprefix("module.")) in own
+            if (name := key.removeprefix("module.")) in own and _is_weight(name)
         }
         wrong = [f"'{key}' ({a}, {b})" for key, (a, b) in types.items() if _kind(a) != _kind(b)]
         if wrong:

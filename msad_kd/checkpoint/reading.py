@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -99,7 +98,7 @@ def read_local(file: str, path: str, purpose: str) -> dict:
     if fault := _impostor(file):
         raise InputError(f"{subject} {fault}")
     try:
-        contents = _reader(file)(file)
+        contents = _READERS.get(os.path.splitext(file)[1], _read_pth)(file)
     except UntrustedError as error:
         words = f"asks for {error} when it is read, which could run code"
         raise InputError(f"{subject} {words}{_ADVICE}") from error
@@ -122,11 +121,6 @@ def _impostor(file: str) -> str | None:
     if file.endswith(".safetensors"):  # which begins with a length
         return None
     return next((x for mark, x in _IMPOSTORS.items() if head.lstrip().startswith(mark)), None)
-
-
-def _reader(file: str) -> Callable[[str], Any]:
-    readers = {".pkl": _read_pickle, ".pyth": _read_pycls, ".safetensors": _read_safetensors}
-    return readers.get(os.path.splitext(file)[1], _read_pth)
 
 
 def _read_pth(file: str) -> Any:
@@ -158,6 +152,9 @@ def _read_pycls(file: str) -> dict:
     weights = load_torch(file)["model_state"]
     weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+
+
+_READERS = {".pkl": _read_pickle, ".pyth": _read_pycls, ".safetensors": _read_safetensors}
 
 
 def _fault(contents: Any) -> str | None:

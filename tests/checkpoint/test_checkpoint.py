@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from checkpoints import Net
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
@@ -18,18 +19,8 @@ from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.utils.errors import InputError
 
 
-class Net(nn.Module):
-    def __init__(self, outputs=2, extra=False, more=False):
-        super().__init__()
-        self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, outputs)
-        if extra:
-            self.distiller = nn.Linear(3, 3)
-        if more:
-            self.more = nn.Linear(3, 3)
-
-
 def test_weights_and_buffers_are_copied():
-    teacher, student = Net(), Net(extra=True)
+    teacher, student = Net(), Net(more=["distiller"])
     teacher.norm.running_mean.fill_(7.0)
     assert init_from_teacher(student, teacher) == []
     copied = {k: v for k, v in student.state_dict().items() if not k.startswith("distiller")}
@@ -39,7 +30,7 @@ def test_weights_and_buffers_are_copied():
 
 
 def test_what_is_not_copied_is_named_once(caplog):
-    student = Net(outputs=5)
+    student = Net(classes=5)
     before = student.head.weight.clone()
     with caplog.at_level(logging.WARNING):
         assert init_from_teacher(student, Net()) == ["head.weight", "head.bias"]
@@ -78,7 +69,7 @@ def save(net, path, **more):
 
 
 def test_strict_loading_ignores_a_distiller_and_what_old_checkpoints_hold(tmp_path):
-    saved, loaded = Net(extra=True), Net()
+    saved, loaded = Net(more=["distiller"]), Net()
     for name in ("pixel_mean", "pixel_std"):
         saved.register_buffer(name, torch.ones(3, 1, 1))
     load_strictly(loaded, save(saved, tmp_path / "a.pth", iteration=3), "x")
@@ -89,9 +80,13 @@ def test_strict_loading_ignores_a_distiller_and_what_old_checkpoints_hold(tmp_pa
 @pytest.mark.parametrize(
     ("saved", "built", "words"),
     [
-        ({"outputs": 4}, {}, r"2 of its keys have another shape.*head.weight \(4, 3\) -> \(2, 3\)"),
-        ({}, {"extra": True}, "2 keys of the model are absent from it, e.g. distiller.weight"),
-        ({"more": True}, {}, "2 of its keys are not in the model, e.g. more.weight"),
+        ({"classes": 4}, {}, r"2 of its keys have another shape.*head.weight \(4, 3\) -> \(2, 3\)"),
+        (
+            {},
+            {"more": ["distiller"]},
+            "2 keys of the model are absent from it, e.g. distiller.weight",
+        ),
+        ({"more": ["more"]}, {}, "2 of its keys are not in the model, e.g. more.weight"),
     ],
 )
 def test_strict_loading_counts_and_names_keys_that_do_not_fit(tmp_path, saved, built, words):
@@ -102,7 +97,7 @@ def test_strict_loading_counts_and_names_keys_that_do_not_fit(tmp_path, saved, b
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_stripped_checkpoint_is_the_model_alone(tmp_path, half):
-    net = Net(extra=True)
+    net = Net(more=["distiller"])
     net.norm.running_var.fill_(1e6)  # beyond the range of fp16
     source = save(net, tmp_path / "train.pth", optimizer={"state": [1]}, iteration=9)
     target = tmp_path / "model.pth"
@@ -128,7 +123,10 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "path", [*sys.path])
         runpy.run_path(str(ROOT / "tools" / "strip_checkpoint.py"), run_name="__main__")
 
-    source, target = save(Net(extra=True), tmp_path / "train.pth"), tmp_path / "new" / "model.pth"
+    source, target = (
+        save(Net(more=["distiller"]), tmp_path / "train.pth"),
+        tmp_path / "new" / "model.pth",
+    )
     run(source, target, "--half")
     state = torch.load(target, weights_only=True)["model"]
     assert state.keys() == Net().state_dict().keys() and state["head.weight"].dtype == torch.half

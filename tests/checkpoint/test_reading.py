@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from checkpoints import Net, torch_bytes
 from helpers import differing
 from safetensors.torch import save_file
 from torch import nn
@@ -17,21 +18,8 @@ from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.hashes import hash_file, split_hash
 
-
-class Net(nn.Module):
-    def __init__(self, classes=2):
-        super().__init__()
-        self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, classes)
-
-
 STATE = {key: value.clone() for key, value in Net().state_dict().items()}
 ARRAYS = {key: value.numpy() for key, value in STATE.items()}
-
-
-def torch_bytes(content, **options):
-    stream = io.BytesIO()
-    torch.save(content, stream, **options)
-    return stream.getvalue()
 
 
 def safetensors_bytes(tmp_path, metadata=None):
