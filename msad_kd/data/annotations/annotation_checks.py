@@ -201,10 +201,10 @@ class AnnotationChecks:
             return
         given, values_given = np.array(given), [values[row] for row in given]
         lengths = Counter(len(value) for value in values_given if isinstance(value, list))
-        common = max(lengths, key=lengths.get, default=3)
+        common = max((n for n in lengths if n % 3 == 0), key=lengths.get, default=3)
         fits, points = as_table(values_given, common)
         words = "keypoints should be x, y, visibility of each, as many in every annotation"
-        self._add(given[~fits | (common % 3 > 0)], words, key="keypoints")
+        self._add(given[~fits], words, key="keypoints")
         visibility = points[:, 2::3]
         wrong = ~np.isfinite(points).all(axis=1) | ~np.isin(visibility, (0, 1, 2)).all(axis=1)
         words = "keypoints should be finite, and the visibility 0, 1 or 2"
