@@ -187,8 +187,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         """Return ``find_checkpoint`` of the main process; every process has to call this."""
 
         def find():
-            found = _find(self.save_dir)
-            path, self._contents = found or (None, None)
+            path, self._contents = _find(self.save_dir) or (None, None)
             return path
 
         return in_main_process(find)

@@ -77,13 +77,10 @@ def take_folder(cfg: CfgNode, *, resume: bool) -> str | None:
         InputError: in all processes, if another run is at work in the folder, if it cannot be
             written to, or if the config reads a file of the old run.
     """
-    folder = cfg.OUTPUT_DIR
-    lock_folder(folder)
-
-    def take():
-        return None if resume and has_checkpoint(folder) else move_aside(cfg)
-
-    return in_main_process(take)
+    lock_folder(cfg.OUTPUT_DIR)
+    return in_main_process(
+        lambda: None if resume and has_checkpoint(cfg.OUTPUT_DIR) else move_aside(cfg)
+    )
 
 
 def lock_folder(folder: str) -> None:
@@ -98,8 +95,7 @@ def lock_folder(folder: str) -> None:
 
 def release_folder(folder: str) -> None:
     """Unlock OUTPUT_DIR if this process has locked it."""
-    file = _locks.pop(os.path.realpath(folder), None)
-    if file is not None:
+    if file := _locks.pop(os.path.realpath(folder), None):
         file.close()
 
 
@@ -133,11 +129,11 @@ def _lock(folder: str) -> None:
 def move_aside(cfg: CfgNode) -> str | None:
     """Move an old run in OUTPUT_DIR aside, as ``take_folder`` does; for the main process alone."""
     folder = Path(cfg.OUTPUT_DIR)
-    old = [path for pattern in _MARKS for path in folder.glob(pattern)]
+    old = {path for pattern in _MARKS for path in folder.glob(pattern)}
     # Every trainer makes metrics.json, and fills it in the first steps.
     if not any(path.name != METRICS or path.stat().st_size for path in old):
         return None
-    old += [path for pattern in _REST for path in folder.glob(pattern)]
+    old |= {path for pattern in _REST for path in folder.glob(pattern)}
     keys = {
         os.path.realpath(text.partition("#sha256=")[0]): key
         for key, value in flatten_config(cfg).items()
