@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +41,11 @@ def _die(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def _is_interactive() -> bool:
+    """Return whether this is a notebook or a prompt, whose process has to outlive a Ctrl-C."""
+    return hasattr(sys, "ps1")
+
+
 @contextmanager
 def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
     """Call ``act(number)`` at the first of SIGNALS, and ``again(number)`` at those that follow.
@@ -49,7 +55,8 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
 
     Args:
         act: what to do at the first signal.
-        again: what to do at the next ones; by default the process ends at once.
+        again: what to do at the next ones; by default the process ends at once, or in a notebook
+            what runs in it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -60,9 +67,8 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
 
     def handle(number, frame):
         nonlocal first
-        if os.getpid() != pid:  # a fork, such as a pool's worker, which its parent ends by SIGTERM
-            _die(number)
-            return
+        if os.getpid() != pid:  # a fork: it ends when its parent asks it to, or with its parent
+            return _die(number) if number == signal.SIGTERM else None
         if first is not None:
             if time.monotonic() - first >= _deaf:
                 again(number)
@@ -70,7 +76,7 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
         first = time.monotonic()
         if again is _die and not _deaf:  # even where no Python code is run any more
             for other in caught:
-                signal.signal(other, signal.SIG_DFL)
+                signal.signal(other, handlers[other] if _is_interactive() else signal.SIG_DFL)
         # The signal may have ended the workers of a data loader too, for which torch would raise.
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         act(number)
