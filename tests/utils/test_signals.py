@@ -118,13 +118,3 @@ def test_the_workers_of_a_loader_outlive_the_signals_of_others():
     batches._workers[0].terminate()  # as multiprocessing does when this process ends
     batches._workers[0].join(5)
     assert batches._workers[0].exitcode == 0 and worker
-
-
-def test_a_forked_process_still_ends_at_a_signal():
-    """Pools end their workers so: Cityscapes' loader hung, and evaluations could."""
-    with on_signal(stop):
-        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        process.start()
-        process.terminate()
-        process.join(10)
-    assert process.exitcode == -SIGTERM
