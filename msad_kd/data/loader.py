@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import cv2
@@ -124,13 +125,13 @@ class ResumableLoader:
             batch_sampler=([(i, derive_seed(seed, rank, d)) for i, d in x] for x in batches),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=partial(_prepare_worker, parent=os.getpid()),
             generator=torch.Generator(),
         )
 
 
-def _prepare_worker(worker: int) -> None:
-    heed_parent_alone()
+def _prepare_worker(worker: int, parent: int) -> None:
+    heed_parent_alone(parent)
     cv2.setNumThreads(0)  # the workers already run in parallel; OpenCV's threads would compete
 
 

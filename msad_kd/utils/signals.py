@@ -91,20 +91,26 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
                 signal.signal(number, handler)
 
 
-def heed_parent_alone() -> None:
+def heed_parent_alone(parent: int) -> None:
     """Let a data loader's worker ignore SIGINT, and SIGTERM unless its parent sends it.
 
     Schedulers, torchrun and terminals signal all processes of a run at once. Without its workers, a
-    run could not finish its step.
+    run could not finish its step. The worker ends with its parent, also with one that was killed
+    before torch's own watchdog had begun to look.
+
+    Args:
+        parent: the parent's process id.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    if not hasattr(signal, "sigtimedwait"):  # macOS
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received and received.si_pid == parent:
+            break
     os._exit(0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
@@ -105,7 +106,7 @@ def test_the_workers_of_a_loader_outlive_the_signals_of_others():
         Pids(),
         batch_size=None,
         num_workers=1,
-        worker_init_fn=lambda _: heed_parent_alone(),
+        worker_init_fn=partial(lambda parent, _: heed_parent_alone(parent), os.getpid()),
         generator=torch.Generator(),
     )
     batches = iter(loader)
@@ -118,3 +119,16 @@ def test_the_workers_of_a_loader_outlive_the_signals_of_others():
     batches._workers[0].terminate()  # as multiprocessing does when this process ends
     batches._workers[0].join(5)
     assert batches._workers[0].exitcode == 0 and worker
+
+
+def test_a_worker_ends_whose_parent_has_gone_already():
+    context = multiprocessing.get_context("fork")
+
+    def work():
+        heed_parent_alone(parent=1 << 22)  # a process that is not its parent
+        time.sleep(60)
+
+    process = context.Process(target=work)
+    process.start()
+    process.join(10)
+    assert process.exitcode == 0
