@@ -24,7 +24,7 @@ def split_hash(path: str) -> tuple[str, str | None]:
     Raises:
         InputError: if the hash is not 64 hexadecimal digits.
     """
-    file, mark, digest = path.partition("#sha256=")
+    file, mark, digest = os.fspath(path).partition("#sha256=")
     if mark and not re.fullmatch("[0-9a-fA-F]{64}", digest):
         raise InputError(
             f"'{path}' has no SHA-256 after '{mark}': write its 64 hexadecimal digits, as the "
