@@ -1,12 +1,18 @@
 """Fixtures: a tiny data set, tiny configs of every role, a tiny teacher that was trained."""
 
+import copy
 import functools
 
 import pytest
 import torch
 from detectors import write_configs
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
 from helpers import NO_TEST, SCENE_SIZE, TEST_SCENES, TRAIN_SCENES, train
 
 from msad_kd import TwoResolutionMapper
@@ -24,6 +30,14 @@ def data(tmp_path_factory):
     counts = {"train": TRAIN_SCENES, "val": TEST_SCENES}
     generate(folder, size=SCENE_SIZE, max_shapes=6, progress=False, **counts)
     return folder
+
+
+@pytest.fixture
+def catalogs(monkeypatch):
+    """Give the test copies of Detectron2's catalogs, so that what it registers is forgotten."""
+    monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
+    metadata = {name: copy.copy(values) for name, values in MetadataCatalog.data.items()}
+    monkeypatch.setattr(MetadataCatalog, "data", metadata)
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from msad_kd.checkpoint.files import replacing_with_checksum
-from msad_kd.checkpoint.reading import (
-    check_exists,
-    fetch,
-    read_checkpoint,
-    read_local,
-    split_hash,
-)
+from msad_kd.checkpoint.reading import check_exists, fetch, read_checkpoint, read_local
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.hashes import split_hash
 
 # Prefix of the parameters that distillation adds to a student; a stripped checkpoint has none.
 TRAINING_PREFIX = "distiller."
@@ -49,13 +44,13 @@ class SafeCheckpointer(DetectionCheckpointer):
             InputError: as ``read_checkpoint``, if a weight has another kind of numbers than the
                 model's, or if nothing fits.
         """
-        file, mark, digest = (path or "").partition("#")
+        file, digest = split_hash(path or "")
         self._heuristics = file.endswith(_HEURISTICS)
         file = file.removesuffix(_HEURISTICS)
-        self._path = file + mark + digest
-        if file:
-            check_exists(self._path, self.purpose)
-            file = fetch(split_hash(self._path)[0], self.purpose)
+        self._path = f"{file}#sha256={digest}" if digest else file
+        if self._path:
+            check_exists(file, self.purpose)
+            file = fetch(file, self.purpose)
         try:
             return super().load(file, *args, **keywords)
         finally:
@@ -76,7 +71,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         types = {
             key: (value.dtype, own[name].dtype)
             for key, value in checkpoint["model"].items()
-            if (name := key.removeprefix("module.")) in own
+            if (name := key.removeprefix("module.")) in own and _is_weight(name)
         }
         wrong = [f"'{key}' ({a}, {b})" for key, (a, b) in types.items() if _kind(a) != _kind(b)]
         if wrong:
@@ -113,6 +108,24 @@ class SafeCheckpointer(DetectionCheckpointer):
         logging.getLogger(__name__).log(level, "; ".join(said))
 
 
+def mismatches(incompatible, ignored: tuple[str, ...] = ()) -> str:
+    """Count and name the keys that do not fit; "" if all do.
+
+    Args:
+        incompatible: what fvcore's checkpointer found.
+        ignored: prefixes of the file's keys that the model need not have.
+    """
+    shapes = {key: f"{key} {a} -> {b}" for key, a, b in incompatible.incorrect_shapes}
+    missing = [key for key in incompatible.missing_keys if key not in shapes]
+    unexpected = [key for key in incompatible.unexpected_keys if not key.startswith(ignored)]
+    problems = {
+        "keys of the model are absent from it": missing,
+        "of its keys are not in the model": unexpected,
+        "of its keys have another shape than the model's": list(shapes.values()),
+    }
+    return "; ".join(f"{len(v)} {what}, e.g. {v[0]}" for what, v in problems.items() if v)
+
+
 def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
     return dtype.is_floating_point, dtype == torch.bool
 
@@ -136,20 +149,10 @@ class _StrictCheckpointer(SafeCheckpointer):
         self._path, self.purpose = file, config
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        unexpected = [k for k in incompatible.unexpected_keys if not k.startswith(_IGNORED)]
-        shapes = {key: f"{key} {a} -> {b}" for key, a, b in incompatible.incorrect_shapes}
-        # The checkpointer counts keys of another shape among the missing ones.
-        missing = [key for key in incompatible.missing_keys if key not in shapes]
-        mismatches = {
-            "keys of the model are absent from it": missing,
-            "of its keys are not in the model": unexpected,
-            "of its keys have another shape than the model's": list(shapes.values()),
-        }
-        problems = [f"{len(v)} {what}, e.g. {v[0]}" for what, v in mismatches.items() if v]
-        if problems:
+        if said := mismatches(incompatible, _IGNORED):
             raise InputError(
-                f"'{self._path}' does not fit {self.purpose}: {'; '.join(problems)}; was it "
-                "trained with another config?"
+                f"'{self._path}' does not fit {self.purpose}: {said}; was it trained with another "
+                "config?"
             )
 
 

@@ -11,15 +11,11 @@ from typing import Any
 
 import torch
 
-from msad_kd.checkpoint.checkpoint import SafeCheckpointer
-from msad_kd.checkpoint.files import (
-    CHECKSUM,
-    PART,
-    replacing,
-    replacing_with_checksum,
-)
+from msad_kd.checkpoint.checkpoint import SafeCheckpointer, mismatches
+from msad_kd.checkpoint.files import PART, replacing, replacing_with_checksum
 from msad_kd.checkpoint.reading import read_checkpoint
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.hashes import CHECKSUM
 from msad_kd.utils.processes import in_main_process
 
 LAST = "last_checkpoint"  # Detectron2's file with the name of the checkpoint to resume from
@@ -53,8 +49,7 @@ def find_checkpoint(folder: str, *, training: bool = True) -> Path | None:
         The checkpoint; None if the folder has none.
 
     Raises:
-        InputError: if the folder has checkpoints and none can be used, or if ``last_checkpoint``
-            names one that holds weights alone.
+        InputError: if the folder has checkpoints and none can be used.
     """
     found = _find(folder, training=training)
     return found[0] if found else None
@@ -64,26 +59,8 @@ def _find(folder: str, *, training: bool = True) -> tuple[Path, dict[str, Any]] 
     """Return what ``find_checkpoint`` returns, and the checkpoint's contents."""
     if not has_checkpoint(folder):
         return None
-    last, others, faults = Path(folder, LAST), checkpoints_in(folder), []
-    named = None
-    if last.is_file():
-        name = last.read_text(errors="replace").strip()
-        if name == Path(name).name and name.endswith(".pth") and Path(folder, name).is_file():
-            named = Path(folder, name)
-        else:
-            faults.append(f"'{last}' names '{name[:80]}', which is no checkpoint in this folder")
-    if named is not None:
-        try:
-            contents = _read(named)
-        except InputError as error:
-            faults.append(str(error))
-            newest = _iteration(named)
-            others = [path for path in others if path != named and _iteration(path) <= newest]
-        else:
-            if training:
-                _check_training(named, contents)
-            return named, contents
-    for path in sorted(others, key=_iteration, reverse=True):
+    faults: list[str] = []
+    for path in _candidates(folder, faults):
         try:
             contents = _read(path)
             if training:
@@ -91,13 +68,32 @@ def _find(folder: str, *, training: bool = True) -> tuple[Path, dict[str, Any]] 
         except InputError as error:
             faults.append(str(error))
             continue
-        _logger.warning("%s; '%s' is used", "; ".join(faults or [f"'{last}' is missing"]), path)
+        if faults:
+            _logger.warning("%s; '%s' is used", "; ".join(faults), path)
         return path, contents
     more = f"; {len(faults) - 2} more cannot either" if len(faults) > 2 else ""
     raise InputError(
         f"no checkpoint in '{folder}' can be used: {'; '.join(faults[:2])}{more}; start without "
         "--resume, which sets the old run aside"
     )
+
+
+def _candidates(folder: str, faults: list[str]) -> Iterator[Path]:
+    """Yield what ``last_checkpoint`` names and the checkpoints before it, the newest first."""
+    last, named = Path(folder, LAST), None
+    if last.is_file():
+        name = last.read_text(errors="replace").strip()
+        if name == Path(name).name and name.endswith(".pth") and Path(folder, name).is_file():
+            named = Path(folder, name)
+            yield named
+        else:
+            faults.append(f"'{last}' names '{name[:80]}', which is no checkpoint in this folder")
+    else:
+        faults.append(f"'{last}' is missing")
+    iterations = {path: _iteration(path) for path in checkpoints_in(folder)}
+    newest = iterations.pop(named, float("inf"))
+    others = [path for path, iteration in iterations.items() if iteration <= newest]
+    yield from sorted(others, key=iterations.get, reverse=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -191,8 +187,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         """Return ``find_checkpoint`` of the main process; every process has to call this."""
 
         def find():
-            found = _find(self.save_dir)
-            path, self._contents = found or (None, None)
+            path, self._contents = _find(self.save_dir) or (None, None)
             return path
 
         return in_main_process(find)
@@ -210,7 +205,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         """Load the training checkpoint that ``find`` found; every key has to fit.
 
         Raises:
-            InputError: if the file does not fit the model or the trainer; nothing is loaded then.
+            InputError: if the file does not fit the model or the trainer.
         """
         self._resumed = str(path)
         try:
@@ -237,18 +232,10 @@ class TrainingCheckpointer(SafeCheckpointer):
         if self._resumed is None:
             super()._log_incompatible_keys(incompatible)
             return
-        shapes = [f"{key} {a} -> {b}" for key, a, b in incompatible.incorrect_shapes]
-        wrong = {key for key, *_ in incompatible.incorrect_shapes}
-        problems = {
-            "keys of the model are absent from it": set(incompatible.missing_keys) - wrong,
-            "of its keys are not in the model": incompatible.unexpected_keys,
-            "of its keys have another shape than the model's": shapes,
-        }
-        if any(problems.values()):
-            said = [f"{len(v)} {what}, e.g. {min(v)}" for what, v in problems.items() if v]
+        if said := mismatches(incompatible):
             raise InputError(
-                f"'{self._resumed}' cannot be resumed: {'; '.join(said)}{self._changes}; use the "
-                "run's config, or start without --resume, which sets the old run aside"
+                f"'{self._resumed}' cannot be resumed: {said}{self._changes}; use the run's "
+                "config, or start without --resume, which sets the old run aside"
             )
 
     def _other_classes(self, contents: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Files that are complete or absent even if the process that writes them is killed."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -8,9 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.hashes import CHECKSUM, hash_file
 
-PART, CHECKSUM = ".part", ".sha256"  # suffixes of an unfinished file, and of a checksum
+PART = ".part"  # suffix of an unfinished file
 
 
 @contextmanager
@@ -56,33 +55,7 @@ def replacing_with_checksum(path: str | os.PathLike) -> Iterator[Path]:
         part.write_text(f"{digest}  {os.path.basename(path)}\n")  # what "sha256sum -c" reads
 
 
-def check_checksum(path: str | os.PathLike) -> None:
-    """Check a file against the ``<path>.sha256`` beside it, if there is one.
-
-    Raises:
-        InputError: if they disagree.
-    """
-    checksum = f"{os.fspath(path)}{CHECKSUM}"
-    if os.path.isfile(checksum):
-        with open(checksum, errors="replace") as file:
-            if file.read().split(maxsplit=1)[:1] == [hash_file(path)]:
-                return
-        raise InputError(
-            f"'{path}' has changed since it was written: its SHA-256 is not the one in "
-            f"'{checksum}'; take another copy, or delete '{checksum}' to trust it as it is"
-        )
-
-
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = 2) -> None:
     """Write a JSON file; numbers of NumPy and PyTorch become floats."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=indent, default=float) + "\n")
-
-
-def hash_file(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

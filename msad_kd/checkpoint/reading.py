@@ -2,10 +2,6 @@
 
 import json
 import os
-import re
-import tarfile
-import zipfile
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +9,11 @@ import torch
 from detectron2.utils.file_io import PathManager
 from safetensors import safe_open
 
-from msad_kd.checkpoint.files import check_checksum, hash_file
-from msad_kd.utils.errors import InputError
-from msad_kd.utils.unpickle import UntrustedError, load_pickle, trust_files, trusted
+from msad_kd.utils.errors import InputError, first_line
+from msad_kd.utils.hashes import check_hash, split_hash
+from msad_kd.utils.unpickle import UntrustedError, load_pickle, load_torch, trust_files
 
-__all__ = ["check_exists", "read_checkpoint", "read_local", "split_hash", "trust_files"]
+__all__ = ["check_exists", "read_checkpoint", "read_local", "trust_files"]
 
 # What a file begins with that is often found in place of a checkpoint.
 _IMPOSTORS = {
@@ -26,24 +22,8 @@ _IMPOSTORS = {
     b"{": "is a JSON file; name a checkpoint",
     b"[": "is a JSON file; name a checkpoint",
 }
-_ARCHIVE = b"PK\x03\x04"  # the first bytes of torch's format
-_LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # a number at the beginning of the one before torch 1.6
+_MOST_REPEATED = 1 << 24  # bytes of a tensor that repeats the numbers in the file
 _ADVICE = "; if you know who made it, --trust-files reads it, and runs the code in it"
-
-
-def split_hash(path: str) -> tuple[str, str | None]:
-    """Split ``path#sha256=<hash>`` into the path and the hash, None without one.
-
-    Raises:
-        InputError: if the hash is not 64 hexadecimal digits.
-    """
-    file, mark, digest = path.partition("#sha256=")
-    if mark and not re.fullmatch("[0-9a-fA-F]{64}", digest):
-        raise InputError(
-            f"'{path}' has no SHA-256 after '{mark}': write its 64 hexadecimal digits, as the "
-            "command sha256sum prints them"
-        )
-    return file, digest.lower() or None
 
 
 def check_exists(path: str, purpose: str) -> None:
@@ -69,8 +49,8 @@ def read_checkpoint(path: str, purpose: str) -> dict:
 
     Args:
         path: a .pth, .pyth, .pkl or .safetensors file, or an address that Detectron2 downloads;
-            ``#sha256=<64 hexadecimal digits>`` may follow it. A file ``<path>.sha256`` beside it,
-            in the format of sha256sum, is checked too.
+            ``#sha256=<64 hexadecimal digits>`` may follow it. Without, a file ``<path>.sha256``
+            beside it, in the format of sha256sum, is checked.
         purpose: what needs the file, for error messages: a config key, or "the teacher of ...".
 
     Returns:
@@ -99,7 +79,7 @@ def fetch(address: str, purpose: str) -> str:
         return local
     except Exception as error:  # whatever the handlers of addresses raise
         raise InputError(
-            f"the checkpoint '{address}' for {purpose} cannot be fetched ({_first_line(error)})"
+            f"the checkpoint '{address}' for {purpose} cannot be fetched ({first_line(error)})"
         ) from error
 
 
@@ -111,35 +91,25 @@ def read_local(file: str, path: str, purpose: str) -> dict:
         path: what the user calls it, with its hash if it has one.
         purpose: what needs it.
     """
-    address, expected = split_hash(path)
+    address, _ = split_hash(path)
     subject = f"the checkpoint '{address}' for {purpose}"
     copy = "" if file == address else f" (downloaded to '{file}')"
-    if expected and (digest := hash_file(file)) != expected:
-        raise InputError(
-            f"{subject} has the SHA-256 {digest} instead of the one after '#'{copy}; it is another "
-            "file or damaged: take the right one, or correct the hash"
-        )
-    check_checksum(file)
+    check_hash(file, path)
     if fault := _impostor(file):
         raise InputError(f"{subject} {fault}")
     try:
-        contents = _reader(file)(file)
+        contents = _READERS.get(os.path.splitext(file)[1], _read_pth)(file)
     except UntrustedError as error:
         words = f"asks for {error} when it is read, which could run code"
         raise InputError(f"{subject} {words}{_ADVICE}") from error
     except Exception as error:  # whatever torch, zipfile and safetensors raise for damaged files
         raise InputError(
-            f"{subject} cannot be read ({_first_line(error)}){copy}: it is damaged or no "
+            f"{subject} cannot be read ({first_line(error)}){copy}: it is damaged or no "
             "checkpoint; take another copy"
         ) from error
     if fault := _fault(contents):
         raise InputError(f"{subject} {fault}")
     return contents
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _impostor(file: str) -> str | None:
@@ -153,62 +123,19 @@ def _impostor(file: str) -> str | None:
     return next((x for mark, x in _IMPOSTORS.items() if head.lstrip().startswith(mark)), None)
 
 
-def _reader(file: str) -> Callable[[str], Any]:
-    readers = {".pkl": _read_pickle, ".pyth": _read_pycls, ".safetensors": _read_safetensors}
-    return readers.get(os.path.splitext(file)[1], _read_pth)
-
-
 def _read_pth(file: str) -> Any:
-    contents = _load_torch(file)
+    contents = load_torch(file)
     bare = isinstance(contents, dict) and "model" not in contents
     return {"model": contents} if bare else contents
-
-
-def _load_torch(file: str) -> Any:
-    """Read torch's formats as weights and plain containers, unless files are trusted."""
-    if trusted():
-        return torch.load(file, map_location="cpu", weights_only=False)
-    _check_format(file)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # with advice of many lines, which names torch's own options
-        if name := re.search(r"(?:GLOBAL|unrecognized function|class) <?([\w.]+)", str(error)):
-            raise UntrustedError(name[1]) from error
-        if reason := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
-            raise ValueError(reason[1]) from error
-        raise
-
-
-def _check_format(file: str) -> None:
-    """Refuse the formats in which torch runs code, and archives with a damaged record.
-
-    torch itself does not compare the checksums in its archives.
-    """
-    with open(file, "rb") as stream:
-        head = stream.read(32)
-    if not (head.startswith(_ARCHIVE) or _LEGACY in head) or tarfile.is_tarfile(file):
-        raise ValueError("it has none of torch's formats")
-    if not head.startswith(_ARCHIVE):
-        return
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        if any(os.path.basename(record.filename) == "constants.pkl" for record in records):
-            raise UntrustedError("TorchScript")
-        # torch returns what was in the memory before for a record that is marked as a folder.
-        if any(record.is_dir() or record.external_attr & 0x10 for record in records):
-            raise ValueError("a record of it is marked as a folder")
-        # All are 0 if torch was told to compute none (torch.serialization.set_crc32_options).
-        if any(record.CRC for record in records) and (name := archive.testzip()):
-            raise ValueError(f"its record '{name}' has changed")
 
 
 def _read_safetensors(file: str) -> dict:
     with safe_open(file, "pt") as stream:
         contents = {"model": {key: stream.get_tensor(key) for key in stream.keys()}}
         metadata = stream.metadata() or {}
-    return contents | (
-        {"classes": json.loads(metadata["classes"])} if "classes" in metadata else {}
-    )
+    if "classes" in metadata:
+        contents["classes"] = json.loads(metadata["classes"])
+    return contents
 
 
 def _read_pickle(file: str) -> dict:
@@ -222,15 +149,24 @@ def _read_pickle(file: str) -> dict:
 
 
 def _read_pycls(file: str) -> dict:
-    weights = _load_torch(file)["model_state"]
+    weights = load_torch(file)["model_state"]
     weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
 
 
+_READERS = {".pkl": _read_pickle, ".pyth": _read_pycls, ".safetensors": _read_safetensors}
+
+
 def _fault(contents: Any) -> str | None:
-    """Say why contents are no checkpoint; turn arrays into tensors, in place."""
+    """Say why contents are no checkpoint; in place, turn arrays into tensors.
+
+    What other projects store as "classes", such as a number, is left out.
+    """
     if not isinstance(contents, dict):
         return f"is not a Detectron2 checkpoint: it holds a {type(contents).__name__}"
+    names = contents.get("classes")
+    if not (isinstance(names, (list, tuple)) and all(isinstance(x, str) for x in names)):
+        contents.pop("classes", None)
     weights = contents["model"]
     if not isinstance(weights, dict):
         words = f"its 'model' is a {type(weights).__name__} instead of a dict of weights"
@@ -259,6 +195,8 @@ def _weight_fault(key: Any, value: Any) -> str | None:
         return f"is {kind} tensor instead of a dense one"
     if value.is_complex():
         return "has complex numbers"
+    if value.nbytes > max(value.untyped_storage().nbytes(), _MOST_REPEATED):
+        return f"is said to have the shape {tuple(value.shape)}, which the file is too small for"
     # torch cannot check its 8-bit floats directly.
     value = value.float() if value.is_floating_point() and value.element_size() < 2 else value
     return None if bool(torch.isfinite(value).all()) else "has numbers that are not finite"

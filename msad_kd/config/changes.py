@@ -20,6 +20,8 @@ NEUTRAL = {
     "VIS_PERIOD": 0,
     "TEST.COCO_EVALUATOR": "auto",
 }
+# Keys that former versions did not have, and the value with which a run is what it was then.
+_ADDED = {"CLASSES": [], "INVALID_ANNOTATIONS": "error"}  # of DATASETS
 # Keys that say what a run starts from: a resumed run has started already.
 START = ("MODEL.WEIGHTS", "KD.TEACHER.INIT_STUDENT", "KD.TEACHER.INIT_BACKBONE")
 START += ("MODEL.TIMM.PRETRAINED", "MODEL.TIMM.CHECKPOINT")
@@ -30,12 +32,18 @@ Changes = dict[str, tuple[Any, Any]]  # key -> value in the run's config, value 
 
 
 def neutral_config(cfg: CfgNode) -> CfgNode:
-    """Return a copy of a config in which the keys that change no result have one value."""
+    """Return a copy of a config in which the keys that change no result have one value.
+
+    Newer keys are left out if they change nothing, so that the copy is the same in all versions.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list([x for pair in NEUTRAL.items() for x in pair])
     if not cfg.TEST.PRECISE_BN.ENABLED:  # it takes other images after each evaluation
         cfg.TEST.EVAL_PERIOD = 0
+    for key, value in _ADDED.items():
+        if cfg.DATASETS[key] == value:
+            del cfg.DATASETS[key]
     return cfg
 
 

@@ -1,6 +1,7 @@
 """Check the numbers of a config that decide how long and with which batches it trains."""
 
 import logging
+from operator import attrgetter
 from typing import Annotated
 
 import torch
@@ -52,11 +53,7 @@ def check_numbers(cfg: CfgNode) -> None:
         InputError: if not; the message names the key.
     """
     for key, annotation in _NUMBERS.items():
-        section, name = key.rsplit(".", 1)
-        node = cfg
-        for part in section.split("."):
-            node = node[part]
-        check_value(node[name], annotation, key)
+        check_value(attrgetter(key)(cfg), annotation, key)
     _check_schedule(cfg)
 
 
@@ -66,7 +63,8 @@ def _check_schedule(cfg: CfgNode) -> None:
     cfg.defrost()
     # Detectron2 leaves out later steps, with a warning.
     cfg.SOLVER.STEPS = tuple(step for step in solver.STEPS if step <= solver.MAX_ITER)
-    if cfg.SOLVER.STEPS and cfg.SOLVER.STEPS[-1] == solver.MAX_ITER:
+    multi_step = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"  # others do not read STEPS
+    if multi_step and solver.MAX_ITER in cfg.SOLVER.STEPS:
         raise InputError(
             f"SOLVER.STEPS is {tuple(solver.STEPS)}, but a step is as late as the end of training "
             f"(SOLVER.MAX_ITER {solver.MAX_ITER}); leave it out"

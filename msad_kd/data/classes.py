@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from msad_kd.data.annotations import whole_number
 from msad_kd.data.coco_format import load_checked
 from msad_kd.modeling.classes import class_key, number_of_classes
 from msad_kd.utils.errors import InputError
@@ -52,7 +53,7 @@ def _names_in(file: str, _modified: int) -> tuple[str, ...]:
             categories = json.JSONDecoder().raw_decode(text)[0]
         else:  # other parts of the file may use this word
             categories = json.loads(content)["categories"]
-        return tuple(x["name"] for x in sorted(categories, key=lambda x: x["id"]))
+        return tuple(x["name"] for x in sorted(categories, key=lambda x: whole_number(x["id"])))
     except (KeyError, TypeError, ValueError, RecursionError):
         return ()  # not in COCO format, which is an error then, too
 

@@ -11,10 +11,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from msad_kd.data.annotation_checks import compressed
-from msad_kd.data.annotations import POLICIES, read_annotations, read_kept
+from msad_kd.data.annotations import POLICIES, compressed, read_annotations, read_kept
 from msad_kd.data.dict_checks import check_files
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.schema import read_fields
 
 _logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ def register_coco_format(cfg: CfgNode) -> None:
         raise InputError(f"DATASETS.INVALID_ANNOTATIONS is {invalid!r}; use error or drop")
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
-    for entry in cfg.DATASETS.COCO_FORMAT:
-        if not isinstance(entry, dict) or set(entry) != {"name", "json", "images"}:
-            raise InputError(f"DATASETS.COCO_FORMAT: {entry} needs fields name, json and images")
+    fields = dict.fromkeys(("name", "json", "images"), str)
+    for number, entry in enumerate(cfg.DATASETS.COCO_FORMAT, start=1):
+        read_fields(entry, "DATASETS.COCO_FORMAT", f"data set {number}", fields, required=fields)
         name, json_file, images = entry["name"], _locate(entry["json"]), _locate(entry["images"])
         if name in DatasetCatalog.list():
             registered = MetadataCatalog.get(name)

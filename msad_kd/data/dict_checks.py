@@ -1,6 +1,7 @@
 """Checks of Detectron2's dicts of a data set before training starts."""
 
 import logging
+import math
 import os
 from collections.abc import Callable
 
@@ -99,14 +100,16 @@ def accept_rles(mapper: Callable, dicts: list[dict], name: str) -> None:
         mapper.instance_mask_format = "bitmask"
 
 
-def check_shapes(dicts: list[dict], name: str, longest: float, invalid: str) -> list[dict]:
+def check_shapes(
+    dicts: list[dict], name: str, mapper: Callable, drop: bool | None = None
+) -> list[dict]:
     """Find images so narrow that resizing would leave less than a pixel of the shorter side.
 
     Args:
         dicts: Detectron2's dicts.
         name: the data sets' names, for messages.
-        longest: the longer side that an image is resized to at the most, in pixels.
-        invalid: DATASETS.INVALID_ANNOTATIONS.
+        mapper: resizes the images, to its ``longest_side`` at the most; others are not checked.
+        drop: whether to leave such images out; None if that is not possible.
 
     Returns:
         The other images.
@@ -114,7 +117,11 @@ def check_shapes(dicts: list[dict], name: str, longest: float, invalid: str) -> 
     Raises:
         InputError: if there are such images, and they are not to be dropped.
     """
-    sides = ((d, *sorted((d["height"], d["width"]))) for d in dicts)
+    longest = getattr(mapper, "longest_side", math.inf)
+    if longest == math.inf:
+        return dicts
+    sized = (d for d in dicts if "height" in d and "width" in d)  # Detectron2 needs neither
+    sides = ((d, *sorted((d["height"], d["width"]))) for d in sized)
     narrow = [d for d, short, long in sides if int(short * longest / long + 0.5) < 1]
     if not narrow:
         return dicts
@@ -124,8 +131,9 @@ def check_shapes(dicts: list[dict], name: str, longest: float, invalid: str) -> 
         f"left of their shorter side when they are resized, e.g. '{first['file_name']}', "
         f"{first['width']} x {first['height']} px"
     )
-    if invalid != "drop" or len(narrow) == len(dicts):
-        raise InputError(f"{words}; remove them, or set DATASETS.INVALID_ANNOTATIONS drop")
+    if not drop or len(narrow) == len(dicts):
+        remedy = ", or set DATASETS.INVALID_ANNOTATIONS drop" if drop is False else ""
+        raise InputError(f"{words}; remove them{remedy}")
     _logger.warning("%s; they are left out", words)
     dropped = set(map(id, narrow))
     return [d for d in dicts if id(d) not in dropped]

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import cv2
@@ -25,7 +26,6 @@ from detectron2.utils import comm
 
 from msad_kd.data.classes import align_classes, annotation_file
 from msad_kd.data.dict_checks import accept_rles, check_files, check_masks, check_shapes
-from msad_kd.data.mapper import longest_side
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
@@ -125,13 +125,13 @@ class ResumableLoader:
             batch_sampler=([(i, derive_seed(seed, rank, d)) for i, d in x] for x in batches),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=partial(_prepare_worker, parent=os.getpid()),
             generator=torch.Generator(),
         )
 
 
-def _prepare_worker(worker: int) -> None:
-    heed_parent_alone()
+def _prepare_worker(worker: int, parent: int) -> None:
+    heed_parent_alone(parent)
     cv2.setNumThreads(0)  # the workers already run in parallel; OpenCV's threads would compete
 
 
@@ -179,7 +179,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     names = ", ".join(cfg.DATASETS.TRAIN)
-    dicts = check_shapes(dicts, names, longest_side(cfg), cfg.DATASETS.INVALID_ANNOTATIONS)
+    drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
+    dicts = check_shapes(dicts, names, mapper, drop)
     if cfg.MODEL.MASK_ON:
         check_masks(dicts, names)
         accept_rles(mapper, dicts, names)
@@ -218,5 +219,6 @@ def build_test_loader(cfg: CfgNode, name: str, mapper: Callable[[dict], dict]):
     if isinstance(dicts, list):
         source = annotation_file(name) or MetadataCatalog.get(name).get("image_dir", name)
         check_files([x["file_name"] for x in dicts if "file_name" in x], source, name)
+        check_shapes(dicts, name, mapper)  # all count in its AP, so none can be left out
     workers = cfg.DATALOADER.NUM_WORKERS
     return build_detection_test_loader(dicts, mapper=CheckedMapper(mapper), num_workers=workers)

@@ -4,6 +4,7 @@ H, W: height and width of the low-resolution image; k: high-resolution side / lo
 """
 
 import logging
+import math
 from functools import partial
 
 import numpy as np
@@ -42,6 +43,15 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
         "augmentations": [resize, T.FixedSizeCrop((jitter.SIZE, jitter.SIZE)), *flips],
         "recompute_boxes": cfg.MODEL.MASK_ON,  # the box of what the crop leaves of a mask
     }
+
+
+def _longest_side(inputs: CfgNode, is_train: bool) -> float:
+    """Return to how many pixels, at the most, the longer side of an image is resized."""
+    if is_train and inputs.JITTER.SIZE:
+        return inputs.JITTER.SIZE * inputs.JITTER.SCALES[0]
+    if not (any(inputs.MIN_SIZE_TRAIN) if is_train else inputs.MIN_SIZE_TEST):
+        return math.inf  # 0 turns the resize off
+    return inputs.MAX_SIZE_TRAIN if is_train else inputs.MAX_SIZE_TEST
 
 
 class _NoPixels(ValueError):
@@ -84,25 +94,37 @@ class CheckedDatasetMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(self, is_train: bool, *, skip_unusable: bool = False, **kwargs):
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        longest_side: float = math.inf,
+        skip_unusable: bool = False,
+        **kwargs,
+    ):
         """Build the mapper.
 
         Args:
             is_train: as in ``DatasetMapper``.
+            longest_side: to how many pixels, at the most, the longer side of an image is resized
+                (of the smaller image, if there are two resolutions).
             skip_unusable: return None for images that cannot be used.
             **kwargs: the other arguments of ``DatasetMapper``.
         """
         super().__init__(is_train, **kwargs)
         self.augmentations = _CheckedAugmentations(self.augmentations)
-        self.skip_unusable = skip_unusable
+        self.longest_side, self.skip_unusable = longest_side, skip_unusable
         self.skipped: set[str] = set()  # files, in this process
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
         """Return the constructor's arguments for a config."""
-        drop = is_train and cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
-        arguments = {**super().from_config(cfg, is_train), **jitter_arguments(cfg, is_train)}
-        return {**arguments, "skip_unusable": drop}
+        return {
+            **super().from_config(cfg, is_train),
+            **jitter_arguments(cfg, is_train),
+            "longest_side": _longest_side(cfg.INPUT, is_train),
+            "skip_unusable": is_train and cfg.DATASETS.INVALID_ANNOTATIONS == "drop",
+        }
 
     def __call__(self, dataset_dict: dict) -> dict | None:
         """Map a dict, or return None if its image cannot be used and such images are skipped."""
@@ -231,13 +253,3 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     if frame is None or (frame == "lr" and not is_train):
         return CheckedDatasetMapper(cfg, is_train)
     return TwoResolutionMapper(cfg, is_train, frame=frame)
-
-
-def longest_side(cfg: CfgNode) -> float:
-    """Return to how many pixels, at the most, the longer side of a training image is resized.
-
-    It is that of the smallest image that the mapper may make: of the low-resolution one.
-    """
-    jitter, frame = cfg.INPUT.JITTER, META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    longest = jitter.SIZE * jitter.SCALES[0] if jitter.SIZE else cfg.INPUT.MAX_SIZE_TRAIN
-    return longest / cfg.KD.SCALE if getattr(frame, "frame", None) == "hr" else longest

@@ -5,6 +5,7 @@ k: high-resolution side / low-resolution side.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from msad_kd.checkpoint.checkpoint import load_strictly
+from msad_kd.checkpoint.checkpoint import load_strictly, read_model
 from msad_kd.config.build import check_parts, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.data.classes import model_classes
@@ -183,7 +184,13 @@ class TeacherSpec:
         )
         return Teacher(model, branch=self.branch, scale=self.cfg.KD.SCALE)
 
-    def _check_classes(self, theirs: list[str]) -> None:
+    def check_classes(self) -> None:
+        """Check the classes as ``build`` does, for which it reads the checkpoint alone."""
+        if self.needs_classes_for:
+            source = f"KD.TEACHER.CONFIG_FILE '{self.config_file}'"
+            self._check_classes(read_model(self.cfg.MODEL.WEIGHTS, source).get("classes") or ())
+
+    def _check_classes(self, theirs: Sequence[str]) -> None:
         ours, source = model_classes(self.cfg)
         if self.needs_classes_for and any(a != b for a, b in zip(theirs, ours)):
             raise InputError(

@@ -16,39 +16,58 @@ class WatchLosses(HookBase):
     """Remember the images and losses of a step, to name them if a loss is not finite."""
 
     def __init__(self):
-        self._watch: RemovableHandle | None = None
+        self._watches: list[RemovableHandle] = []
+        self._losses: dict[str, torch.Tensor] | None = None  # None: not known yet
         self._error: NotFiniteError | None = None
 
     def before_train(self):
         """Watch the model."""
-        self._watch = self.trainer.model.register_forward_hook(self._remember)
+        model = self.trainer.model
+        self._watches = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._remember),
+        ]
 
     def after_train(self):
         """Leave the model as it was, and keep a broken one from the last evaluation."""
-        if self._watch is not None:
-            self._watch.remove()
+        for watch in self._watches:
+            watch.remove()
         if self._error is not None and self.trainer.iter + 1 >= self.trainer.max_iter:
             raise self._error
+
+    def _begin(self, model, arguments):
+        if model.training:
+            self._files = [str(sample.get("file_name")) for sample in arguments[0]]
+            self._losses = None
 
     def _remember(self, model, arguments, losses):
         if model.training:
             losses = losses if isinstance(losses, dict) else {"total_loss": losses}
-            self._files = [str(sample.get("file_name")) for sample in arguments[0]]
             self._losses = {name: loss.detach() for name, loss in losses.items()}
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether the model has not returned its losses: other processes wait for gradients."""
+        return self._losses is None
+
     def explain(self, message: str) -> NotFiniteError:
-        """Return the error for the last step. All processes have to call it.
+        """Return the error for the last step.
+
+        All processes have to call it, unless the model itself has raised the error: the others
+        do not know of it, and the launcher ends them.
 
         Args:
             message: the error in this process, which is used if no loss of the step is bad.
         """
         trainer = self.trainer
         checkpointer, model = trainer.checkpointer, trainer.checkpointer.model
-        bad = [name for name, loss in self._losses.items() if not torch.isfinite(loss).all()]
-        levels = model.not_finite() if hasattr(model, "not_finite") else []
+        losses = self._losses or {}
+        bad = [name for name, loss in losses.items() if not torch.isfinite(loss).all()]
+        levels = model.not_finite() if losses and hasattr(model, "not_finite") else []
         if levels:  # the distillation losses, by level
             bad = [name for name in bad if not name.startswith("loss_kd_")] + levels
-        names, files, messages = zip(*comm.all_gather((bad, self._files if bad else [], message)))
+        found = bad, self._files if bad or self.in_forward else [], message
+        names, files, messages = zip(*([found] if self.in_forward else comm.all_gather(found)))
         names = list(dict.fromkeys(chain(*names))) or list(filter(None, messages))
         files = [f"'{file}'" for file in chain(*files)]
         files[MOST:] = [f"{len(files) - MOST} more"] if len(files) > MOST else []

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import LRMultiplier
@@ -17,12 +18,12 @@ from msad_kd.config.changes import (
     with_former_values,
 )
 from msad_kd.utils.compat import load_trainer_state
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.errors import InputError, first_line
 
 _logger = logging.getLogger(__name__)
 
 # What a state of another layout raises while it is restored.
-_UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_UNFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError, yaml.YAMLError)
 
 
 @contextmanager
@@ -30,17 +31,13 @@ def _explained(trainer: DefaultTrainer) -> Iterator[None]:
     """Turn what a damaged state raises into one sentence."""
     try:
         yield
-    except InputError:
-        raise
     except _UNFIT as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"the checkpoint in '{trainer.cfg.OUTPUT_DIR}' cannot be resumed: the state of its "
-            f"training is damaged ({_first_line(error)})"
+            f"training is damaged ({first_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def check_state(trainer: DefaultTrainer, state: dict) -> str:
@@ -58,40 +55,38 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
             already gone beyond SOLVER.MAX_ITER.
     """
     with _explained(trainer):
-        return _check_state(trainer, state)
-
-
-def _check_state(trainer: DefaultTrainer, state: dict) -> str:
-    cfg, solver = trainer.cfg, trainer.cfg.SOLVER
-    before, now = state.get("images_per_batch"), solver.IMS_PER_BATCH
-    if before not in (None, now):
-        raise InputError(
-            f"the run in '{cfg.OUTPUT_DIR}' had {before} images a batch and is resumed "
-            f"with {now}, which is another schedule; resume it on as many processes, with the "
-            "same SOLVER.IMS_PER_BATCH"
+        cfg, solver = trainer.cfg, trainer.cfg.SOLVER
+        before, now = state.get("images_per_batch"), solver.IMS_PER_BATCH
+        if before not in (None, now):
+            raise InputError(
+                f"the run in '{cfg.OUTPUT_DIR}' had {before} images a batch and is resumed "
+                f"with {now}, which is another schedule; resume it on as many processes, with the "
+                "same SOLVER.IMS_PER_BATCH"
+            )
+        done = state["iteration"] + 1
+        if done > solver.MAX_ITER:
+            raise InputError(
+                f"SOLVER.MAX_ITER is {solver.MAX_ITER}, but the run in '{cfg.OUTPUT_DIR}' has done "
+                f"{done} iterations; set it to more to go on, or evaluate the run by --eval-only"
+            )
+        if "config" not in state:
+            _logger.warning(
+                "The checkpoint is of an earlier version, which did not keep the config: what has "
+                "changed in it is not known, and the run's learning rate and weight decay stay"
+            )
+        changes = _changes(state, cfg)
+        said = (
+            f"; the config differs from the run's: {describe_changes(changes)}" if changes else ""
         )
-    done = state["iteration"] + 1
-    if done > solver.MAX_ITER:
-        raise InputError(
-            f"SOLVER.MAX_ITER is {solver.MAX_ITER}, but the run in '{cfg.OUTPUT_DIR}' has done "
-            f"{done} iterations; set it to more to go on, or evaluate the run by --eval-only"
-        )
-    if "config" not in state:
-        _logger.warning(
-            "The checkpoint is of an earlier version, which did not keep the config: what has "
-            "changed in it is not known, and the run's learning rate and weight decay stay"
-        )
-    changes = _changes(state, cfg)
-    said = f"; the config differs from the run's: {describe_changes(changes)}" if changes else ""
-    if "_trainer" in state:
-        _check_optimizer(trainer, state["_trainer"], said)
-    if done == solver.MAX_ITER:
-        _logger.warning(
-            f"The run in '{cfg.OUTPUT_DIR}' is complete: nothing is left to train, because "
-            f"SOLVER.MAX_ITER is {done}; set it to more to go on"
-        )
-    _log_changes(changes)
-    return said
+        if "_trainer" in state:
+            _check_optimizer(trainer, state["_trainer"], said)
+        if done == solver.MAX_ITER:
+            _logger.warning(
+                f"The run in '{cfg.OUTPUT_DIR}' is complete: nothing is left to train, because "
+                f"SOLVER.MAX_ITER is {done}; set it to more to go on"
+            )
+        _log_changes(changes)
+        return said
 
 
 def _changes(state: dict, cfg: CfgNode) -> Changes:
@@ -101,15 +96,12 @@ def _changes(state: dict, cfg: CfgNode) -> Changes:
 def _log_changes(changes: Changes) -> None:
     begun = {key: values for key, values in changes.items() if key in START}
     applied = {key: values for key, values in changes.items() if key not in START}
-    if applied:
-        _logger.warning(
-            "The run is resumed with another config, and the new one wins: %s",
-            describe_changes(applied),
-        )
-    if begun:
-        _logger.warning(
-            "What a run starts from has no effect on a resumed one: %s", describe_changes(begun)
-        )
+    for words, some in {
+        "The run is resumed with another config, and the new one wins": applied,
+        "What a run starts from has no effect on a resumed one": begun,
+    }.items():
+        if some:
+            _logger.warning("%s: %s", words, describe_changes(some))
 
 
 def _check_optimizer(trainer: DefaultTrainer, state: dict, said: str) -> None:

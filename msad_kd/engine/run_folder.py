@@ -22,7 +22,8 @@ from msad_kd.utils.processes import in_main_process
 LOCK, METRICS, ASIDE = ".run.lock", "metrics.json", "previous_run_{}"
 # The marks of a run, which a new one would write over or go on from, and what belongs to it.
 _MARKS = (LAST, "model_[0-9]*.pth", "model_final.pth", METRICS, "DONE")  # DONE: a ladder's stage
-_REST = ("model_*.pth.*", "model_best.pth", "events.out.tfevents.*", "student.pth")
+_REST = ("model_[0-9]*.pth.*", "model_final.pth.*", "model_best.pth*", "student.pth*")
+_REST += ("events.out.tfevents.*",)
 _LEAST_BYTES = 1 << 20  # logs and configs take some 100 kB
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -40,17 +41,23 @@ def make_folder(folder: str) -> None:
         raise InputError("OUTPUT_DIR is empty; name the folder that the run writes to")
 
     def make():
-        try:
+        with _explained(folder):
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(_LEAST_BYTES))
-        except OSError as error:
-            raise InputError(
-                f"OUTPUT_DIR '{folder}' cannot be written to ({error.strerror}); name another "
-                "folder, or make room and give leave to write"
-            ) from error
 
     in_main_process(make)
+
+
+@contextmanager
+def _explained(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"OUTPUT_DIR '{folder}' cannot be written to ({error.strerror}); name another "
+            "folder, or make room and give leave to write"
+        ) from error
 
 
 def take_folder(cfg: CfgNode, *, resume: bool) -> str | None:
@@ -70,13 +77,10 @@ def take_folder(cfg: CfgNode, *, resume: bool) -> str | None:
         InputError: in all processes, if another run is at work in the folder, if it cannot be
             written to, or if the config reads a file of the old run.
     """
-    folder = cfg.OUTPUT_DIR
-    lock_folder(folder)
-
-    def take():
-        return None if resume and has_checkpoint(folder) else move_aside(cfg)
-
-    return in_main_process(take)
+    lock_folder(cfg.OUTPUT_DIR)
+    return in_main_process(
+        lambda: None if resume and has_checkpoint(cfg.OUTPUT_DIR) else move_aside(cfg)
+    )
 
 
 def lock_folder(folder: str) -> None:
@@ -91,8 +95,7 @@ def lock_folder(folder: str) -> None:
 
 def release_folder(folder: str) -> None:
     """Unlock OUTPUT_DIR if this process has locked it."""
-    file = _locks.pop(os.path.realpath(folder), None)
-    if file is not None:
+    if file := _locks.pop(os.path.realpath(folder), None):
         file.close()
 
 
@@ -100,7 +103,8 @@ def _lock(folder: str) -> None:
     key = os.path.realpath(folder)
     if key in _locks:
         return
-    file = open(os.path.join(folder, LOCK), "a+")
+    with _explained(folder):
+        file = open(os.path.join(folder, LOCK), "a+")
     try:
         # This kind of lock belongs to the process alone. One of flock would outlive it in the
         # loader's workers, and block a run that is resumed right after a kill.
@@ -125,17 +129,22 @@ def _lock(folder: str) -> None:
 def move_aside(cfg: CfgNode) -> str | None:
     """Move an old run in OUTPUT_DIR aside, as ``take_folder`` does; for the main process alone."""
     folder = Path(cfg.OUTPUT_DIR)
-    old = [path for pattern in _MARKS for path in folder.glob(pattern)]
+    old = {path for pattern in _MARKS for path in folder.glob(pattern)}
     # Every trainer makes metrics.json, and fills it in the first steps.
     if not any(path.name != METRICS or path.stat().st_size for path in old):
         return None
-    old += [path for pattern in _REST for path in folder.glob(pattern)]
-    read = {os.path.realpath(text): text for text in _texts(flatten_config(cfg))}
+    old |= {path for pattern in _REST for path in folder.glob(pattern)}
+    keys = {
+        os.path.realpath(text.partition("#sha256=")[0]): key
+        for key, value in flatten_config(cfg).items()
+        for text in _texts(value)
+    }
     for path in old:
-        if os.path.realpath(path) in read:
+        if key := keys.get(os.path.realpath(path)):
             raise InputError(
-                f"the config reads '{path}', which an old run in OUTPUT_DIR '{folder}' left and a "
-                "new run would move aside; name another OUTPUT_DIR, or go on by --resume"
+                f"{key} reads '{path}', which belongs to the old run in OUTPUT_DIR '{folder}', and "
+                "a new run would move it aside; name another OUTPUT_DIR for the new run, or go on "
+                "with the old one by --resume"
             )
     number = 1
     while (aside := folder / ASIDE.format(number)).exists():
@@ -151,12 +160,10 @@ def move_aside(cfg: CfgNode) -> str | None:
 
 def _texts(value: Any) -> Iterator[str]:
     """Yield the texts in a value of a config."""
-    if isinstance(value, dict):
-        value = value.values()
     if isinstance(value, str):
         yield value
-    elif not isinstance(value, (int, float, type(None))):
-        for part in value:
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _texts(part)
 
 

@@ -19,7 +19,8 @@ class StopOnSignal(HookBase):
     """Save and stop all processes after the same step if one of them has got a signal.
 
     An evaluation is not finished. Its process stops at once, and the launcher tells the others. If
-    the step before it has no checkpoint yet, the main process saves it now.
+    the step before it has no checkpoint yet, the main process saves it now; so it does if the
+    evaluation fails, as it does in the processes whose partner has stopped.
 
     It has to stand after the hook that writes checkpoints and before those that evaluate.
 
@@ -48,12 +49,11 @@ class StopOnSignal(HookBase):
         with on_signal(self._receive):
             try:
                 yield
-            except Stopped:
+            except (Stopped, RuntimeError) as error:
                 if self._unsaved is not None:
-                    self._restore_buffers()
+                    for buffers, before in self._unsaved:
+                        buffers.update(before)
                     self._save()
-                raise
-            except RuntimeError as error:
                 # Others have stopped in an evaluation, and this process talked to them in vain.
                 if self.received and comm.get_world_size() > 1:
                     raise Stopped(self.received) from error
@@ -112,14 +112,11 @@ class StopOnSignal(HookBase):
         if self.received:
             raise Stopped(self.received)
 
-    def _restore_buffers(self) -> None:
-        for buffers, before in self._unsaved:
-            buffers.update(before)
-
     def _save(self) -> None:
         trainer = self.trainer
         if comm.is_main_process():
             name = f"model_{trainer.iter:07d}"
             trainer.checkpointer.save(name, iteration=trainer.iter)
-            number = signal.Signals(self.agreed or self.received).name
-            _logger.warning(f"{number}: saved {name}; --resume goes on after it")
+            number = self.agreed or self.received
+            cause = signal.Signals(number).name if number else "The evaluation failed"
+            _logger.warning(f"{cause}: saved {name}; --resume goes on after it")

@@ -123,9 +123,9 @@ class KDTrainer(DefaultTrainer):
         error = ""
         try:
             super().run_step()
-        except FloatingPointError as e:  # Detectron2's, in the main process alone
+        except FloatingPointError as e:  # of the losses: in the main process alone
             error = str(e)
-        if self._stop.agree(bool(error)):
+        if (error and self._losses.in_forward) or self._stop.agree(bool(error)):
             raise self._losses.explain(error)
 
     def resume_or_load(self, resume: bool = True) -> None:

@@ -26,6 +26,7 @@ from msad_kd.engine.run_folder import lock_folder, move_aside, release_folder
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.modeling.classes import is_a
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.hashes import split_hash
 from msad_kd.utils.processes import in_main_process
 from msad_kd.utils.seed import derive_seed, seed_all
 
@@ -67,7 +68,7 @@ def _run_stages(
 ) -> dict:
     logger = logging.getLogger(__name__)
     state_file = Path(cfg.OUTPUT_DIR) / STATE
-    state = json.loads(state_file.read_text()) if resume and state_file.is_file() else {}
+    state = _read_state(state_file) if resume else {}
     results: dict = {}
     for index, (stage, stage_cfg, spec) in enumerate(zip(stages, configs, specs)):
         folder = Path(stage_cfg.OUTPUT_DIR)
@@ -91,6 +92,16 @@ def _run_stages(
             (folder / DONE).touch()
         comm.synchronize()
     return results
+
+
+def _read_state(file: Path) -> dict:
+    """Return what is recorded of the stages; nothing if the file is missing or damaged."""
+    try:
+        state = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        state = None
+    entries = state.items() if isinstance(state, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, dict)}
 
 
 def _begin_stage(cfg: CfgNode, stale: list[CfgNode]) -> None:
@@ -122,6 +133,7 @@ def _check_stages(stages: list[Stage], configs: list[CfgNode]) -> list[TeacherSp
         try:
             specs.append(TeacherSpec.from_config(cfg))
             check_losses(cfg, specs[-1])
+            specs[-1].check_classes()
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         earlier_students.append(Path(cfg.OUTPUT_DIR) / STUDENT)
@@ -153,10 +165,11 @@ def _check_finished(cfg: CfgNode, spec: TeacherSpec, recorded: dict | None) -> N
 def _hash_sources(cfg: CfgNode, spec: TeacherSpec) -> dict[str, str | None]:
     """Hash what a stage's result depends on; a file that has to be downloaded has no hash."""
     weights = {"teacher_sha256": cfg.KD.TEACHER.WEIGHTS, "start_sha256": cfg.MODEL.WEIGHTS}
+    files = {key: split_hash(path)[0] for key, path in weights.items()}
     configs = _neutral(cfg) + _neutral(spec.cfg)
     return {
         "config_sha256": hashlib.sha256(configs.encode()).hexdigest(),
-        **{key: hash_file(x) if os.path.isfile(x) else None for key, x in weights.items()},
+        **{key: hash_file(x) if os.path.isfile(x) else None for key, x in files.items()},
     }
 
 

@@ -4,6 +4,7 @@ N: images, C: channels of a feature map, H, W: height and width of the images.
 """
 
 import logging
+import os
 
 import timm
 import torch
@@ -19,7 +20,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from msad_kd.modeling.fpn import AlignedFPN, build_aligned_fpn, build_five_level_fpn
 from msad_kd.utils.errors import InputError, nearest
-from msad_kd.utils.unpickle import trusted
+from msad_kd.utils.hashes import check_hash, split_hash
+from msad_kd.utils.unpickle import check_torch_format, trusted
 
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 _NORMS = {"BN": lambda x: x, "SyncBN": convert_sync_batchnorm, "FrozenBN": freeze_batch_norm_2d}
@@ -59,7 +61,8 @@ class TimmBackbone(Backbone):
             out_features: the feature maps to return, of "res2".."res5".
             in_channels: channels of the images.
             pretrained: whether to start from timm's weights on its hub.
-            checkpoint: a file with the classifier's weights to start from instead; "" for none.
+            checkpoint: a file with the classifier's weights to start from instead, as
+                ``path#sha256=...`` if its hash is to be checked; "" for none.
             bgr: whether images are BGR, for which the first convolution's weights are reversed.
 
         Raises:
@@ -204,9 +207,18 @@ def _create(name: str, arguments: dict | list, in_channels: int, pretrained: boo
 
 def _load(body: nn.Module, name: str, path: str) -> None:
     """Load a classifier's file; its head may differ, and so may all names if the shapes agree."""
+    file, _ = split_hash(path)
     try:
-        state = load_state_dict(path, weights_only=not trusted())
+        if os.path.isfile(file):
+            check_hash(file, path)
+            if not file.endswith(".safetensors"):
+                check_torch_format(file)
+        state = load_state_dict(file, weights_only=not trusted())
         shapes = {key: value.shape for key, value in state.items()}
+        if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
+            raise ValueError(f"'{bad[0]}' has numbers that are not finite")
+    except InputError as error:
+        raise InputError(f"MODEL.TIMM.CHECKPOINT: {error}") from error
     except Exception as error:  # whatever timm, torch and safetensors raise
         raise InputError(
             f"MODEL.TIMM.CHECKPOINT: '{path}' cannot be read as a model's weights ({error!r})"

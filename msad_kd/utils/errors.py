@@ -33,3 +33,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean x?" for the known name nearest to ``name``, or "" if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line that it says."""
+    lines = str(error).split("\n")
+    said = next((line.strip()[:200] for line in lines if line.strip()), "")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +41,11 @@ def _die(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def _is_interactive() -> bool:
+    """Return whether this is a notebook or a prompt, whose process has to outlive a Ctrl-C."""
+    return hasattr(sys, "ps1")
+
+
 @contextmanager
 def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
     """Call ``act(number)`` at the first of SIGNALS, and ``again(number)`` at those that follow.
@@ -49,7 +55,8 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
 
     Args:
         act: what to do at the first signal.
-        again: what to do at the next ones; by default the process ends at once.
+        again: what to do at the next ones; by default the process ends at once, or in a notebook
+            what runs in it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -60,8 +67,8 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
 
     def handle(number, frame):
         nonlocal first
-        if os.getpid() != pid:  # a fork: a data loader's worker ends with its parent
-            return
+        if os.getpid() != pid:  # a fork: it ends when its parent asks it to, or with its parent
+            return _die(number) if number == signal.SIGTERM else None
         if first is not None:
             if time.monotonic() - first >= _deaf:
                 again(number)
@@ -69,7 +76,7 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
         first = time.monotonic()
         if again is _die and not _deaf:  # even where no Python code is run any more
             for other in caught:
-                signal.signal(other, signal.SIG_DFL)
+                signal.signal(other, handlers[other] if _is_interactive() else signal.SIG_DFL)
         # The signal may have ended the workers of a data loader too, for which torch would raise.
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         act(number)
@@ -84,20 +91,26 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
                 signal.signal(number, handler)
 
 
-def heed_parent_alone() -> None:
+def heed_parent_alone(parent: int) -> None:
     """Let a data loader's worker ignore SIGINT, and SIGTERM unless its parent sends it.
 
     Schedulers, torchrun and terminals signal all processes of a run at once. Without its workers, a
-    run could not finish its step.
+    run could not finish its step. The worker ends with its parent, also with one that was killed
+    before torch's own watchdog had begun to look.
+
+    Args:
+        parent: the parent's process id.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
+    if not hasattr(signal, "sigtimedwait"):  # macOS
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received and received.si_pid == parent:
+            break
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Reading pickles without running the code that a file may hold.
+"""Reading pickles and torch's files without running the code that a file may hold.
 
 A pickle names functions and calls them while it is read. The model zoo's weights and proposals are
 pickles of NumPy arrays in plain containers, which need a few functions. These have stand-ins here,
@@ -6,14 +6,21 @@ so that no pickle calls NumPy's own functions with arguments of its choice.
 """
 
 import argparse
-import codecs
+import math
+import os
 import pickle
 import re
+import tarfile
+import zipfile
 from collections import OrderedDict
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from detectron2.structures import BoxMode
+
+_ARCHIVE = b"PK\x03\x04"  # the first bytes of torch's format
+_LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # a number at the beginning of the one before torch 1.6
 
 _trusted = False
 
@@ -46,38 +53,19 @@ class UntrustedError(pickle.UnpicklingError):
     """A pickle asks for more than arrays and plain containers; the message names the function."""
 
 
-class _DType:
-    """Stands for ``numpy.dtype``: numbers alone, of the machine's own or a named byte order."""
-
-    def __init__(self, code: str, *_):
-        if not re.fullmatch(r"[biufc]\d\d?", code):
-            raise UntrustedError(f"an array of numpy.dtype('{code}')")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, order, *structure = state[:5]
-        if structure != [None, None, None]:
-            raise UntrustedError("a structured numpy.dtype")
-        self.dtype = self.dtype.newbyteorder(order)
-
-
-class _Array(np.ndarray):
-    """Stands for ``numpy.ndarray``, with a checked state."""
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        super().__setstate__((1, shape, dtype.dtype, bool(fortran), _bytes(data)))
-
-
-def _bytes(data: bytes | str) -> bytes:
+def _bytes(data: bytes | bytearray | str) -> bytes:
     """Return an array's data; Python 2 wrote them as a text, which is read as Latin-1."""
-    return data.encode("latin1") if isinstance(data, str) else bytes(data)
+    if isinstance(data, str):
+        return data.encode("latin1")
+    if not isinstance(data, (bytes, bytearray)):  # bytes(10**12) would be as many zeros
+        raise UntrustedError(f"the data of a {type(data).__name__}")
+    return bytes(data)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    if codecs.lookup(encoding).name != "iso8859-1":
+    if encoding != "latin1":
         raise UntrustedError(f"_codecs.encode(..., '{encoding}')")
-    return text.encode("latin1")
+    return _bytes(text)
 
 
 def _empty_bytes() -> bytes:  # bytes themselves would take a length, of any size
@@ -88,16 +76,22 @@ def _ndarray(*_) -> None:  # _reconstruct names it; a call could ask for an arra
     raise UntrustedError("a call of numpy.ndarray")
 
 
-def _reconstruct(*_) -> _Array:
-    return _Array(0, np.int8)
+def _dtype(code: str, *_) -> np.dtype:
+    if not re.fullmatch(r"[biufc]\d\d?", code):
+        raise UntrustedError(f"an array of numpy.dtype('{code}')")
+    return np.dtype(code, copy=True)  # of its own, since its byte order may be set
 
 
-def _scalar(dtype: _DType, data: bytes | str) -> np.generic:
-    return np.frombuffer(_bytes(data), dtype.dtype)[0]
+def _reconstruct(*_) -> np.ndarray:
+    return np.empty(0, np.int8)  # what it holds is set later
 
 
-def _frombuffer(data: bytes, dtype: _DType, shape: tuple, order: str) -> np.ndarray:
-    return np.frombuffer(bytearray(data), dtype.dtype).reshape(shape, order=order)
+def _scalar(dtype: np.dtype, data: bytes | str) -> np.generic:
+    return np.frombuffer(_bytes(data), dtype)[0]
+
+
+def _frombuffer(data: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
+    return np.frombuffer(bytearray(_bytes(data)), dtype).reshape(shape, order=order)
 
 
 _STAND_INS = {
@@ -107,7 +101,7 @@ _STAND_INS = {
     **{f"{module}.bytes": _empty_bytes for module in ("__builtin__", "builtins")},
     **{f"{module}.set": set for module in ("__builtin__", "builtins")},
     "numpy.ndarray": _ndarray,
-    "numpy.dtype": _DType,
+    "numpy.dtype": _dtype,
     "_codecs.encode": _encode,
     "collections.OrderedDict": OrderedDict,
     "detectron2.structures.boxes.BoxMode": BoxMode,
@@ -124,23 +118,29 @@ class _Unpickler(pickle._Unpickler):
             raise UntrustedError(f"{module}.{name}") from None
 
     def load_build(self) -> None:
-        # On another object this would set attributes of any name.
-        if not isinstance(self.stack[-2], (_Array, _DType)):
-            raise UntrustedError(f"the state of a {type(self.stack[-2]).__name__}")
-        super().load_build()
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, np.ndarray):
+            _, shape, dtype, fortran, data = state
+            data = _bytes(data)
+            if math.prod(shape) * dtype.itemsize != len(data):
+                raise ValueError(f"an array of shape {shape} has {len(data)} bytes")
+            target.__setstate__((1, shape, dtype, bool(fortran), data))
+        elif isinstance(target, np.dtype):
+            _, order, *structure = state[:5]
+            if order not in ("<", ">", "=", "|") or structure != [None, None, None]:
+                raise UntrustedError("a structured numpy.dtype")
+            target.__setstate__((3, order, None, None, None, -1, -1, 0))
+        else:  # this would set attributes of any name
+            raise UntrustedError(f"the state of a {type(target).__name__}")
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    def load_bytearray8(self) -> None:  # pickle's fills the length that the file claims with zeros
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
-
-def _plain(value: Any) -> Any:
-    """Return a value with NumPy's own arrays in place of their stand-ins."""
-    if isinstance(value, _Array):
-        return value.view(np.ndarray)
-    if isinstance(value, dict):
-        value.update({key: _plain(part) for key, part in value.items()})
-    elif isinstance(value, list):
-        value[:] = map(_plain, value)
-    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
 def load_pickle(file: BinaryIO, *, encoding: str = "latin1") -> Any:
@@ -151,4 +151,54 @@ def load_pickle(file: BinaryIO, *, encoding: str = "latin1") -> Any:
     """
     if _trusted:
         return pickle.load(file, encoding=encoding)
-    return _plain(_Unpickler(file, encoding=encoding).load())
+    return _Unpickler(file, encoding=encoding).load()
+
+
+def load_torch(file: str) -> Any:
+    """Do what ``torch.load`` does for weights and plain containers, on the CPU.
+
+    Raises:
+        UntrustedError: if the file holds anything else, unless ``trust_files`` was called.
+        Exception: whatever torch raises for a damaged file.
+    """
+    check_torch_format(file)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=not _trusted)
+    except Exception as error:  # with advice of many lines, which names torch's own options
+        if name := re.search(r"(?:GLOBAL|unrecognized function|class) <?([\w.]+)", str(error)):
+            raise UntrustedError(name[1]) from error
+        if reason := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
+            raise ValueError(reason[1]) from error
+        raise
+
+
+def check_torch_format(file: str) -> None:
+    """Refuse the formats in which torch runs code, and archives with a damaged record.
+
+    torch itself does not compare the checksums in its archives.
+
+    Raises:
+        UntrustedError: if the file holds code, unless ``trust_files`` was called.
+        ValueError: if it has another format or is damaged.
+    """
+    if _trusted:
+        return
+    with open(file, "rb") as stream:
+        head = stream.read(32)
+    if not (head.startswith(_ARCHIVE) or _LEGACY in head) or tarfile.is_tarfile(file):
+        raise ValueError("it has none of torch's formats")
+    if not head.startswith(_ARCHIVE):
+        return
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if any(os.path.basename(record.filename) == "constants.pkl" for record in records):
+            raise UntrustedError("TorchScript")
+        # torch compresses nothing; what is compressed can be of any size.
+        if sum(record.file_size for record in records) > os.path.getsize(file):
+            raise ValueError("its records are larger than the file")
+        # torch returns what was in the memory before for a record that is marked as a folder.
+        if any(record.is_dir() or record.external_attr & 0x10 for record in records):
+            raise ValueError("a record of it is marked as a folder")
+        # All are 0 if torch was told to compute none (torch.serialization.set_crc32_options).
+        if any(record.CRC for record in records) and (name := archive.testzip()):
+            raise ValueError(f"its record '{name}' has changed")

@@ -17,7 +17,7 @@ from msad_kd.utils.signals import EXIT_CODES
 # Several threads in each of several processes slow one another down more than tenfold.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 CONSOLE = "console.txt"
-POLL_SECONDS, SECONDS_BETWEEN_LINES, SECONDS_TO_STOP = 0.5, 30, 10
+POLL_SECONDS, SECONDS_BETWEEN_LINES, SECONDS_TO_STOP = 0.5, 30, 60  # the last: to save
 
 
 @dataclass
@@ -95,6 +95,7 @@ def start(job):
             stderr=subprocess.STDOUT,
             env={**os.environ, **ONE_THREAD},
             close_fds=False,  # the process inherits the lock of `locked`
+            start_new_session=True,  # of a Ctrl-C it hears once, by `_stop`: it saves
         )
 
 

@@ -116,11 +116,13 @@ def run(args, screen):
 
 
 def main(arguments=None):
-    """Run the command line; an expected error, SIGTERM or Ctrl-C ends it with one sentence."""
+    """Run the command line; an expected error, a signal or Ctrl-C ends it with one sentence."""
     args = parse_arguments(arguments)
     os.chdir(ROOT)
     stopped = "run.py: stopped; started again, it goes on where it was"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: sys.exit(stopped))
     try:
         run(args, Screen())
     except InputError as error:

@@ -1,11 +1,16 @@
-"""Files with a payload, through everything that takes a file: none runs."""
+"""Files with a payload, through everything that takes a file: none runs without --trust-files."""
 
+import argparse
 import io
 import pickle
-import subprocess
+import runpy
 import sys
+import tracemalloc
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from helpers import NO_TEST, ROOT, train
 from payloads import CONTENTS, FORMATS, LEGACY, MARK, Built, Payload
@@ -20,8 +25,9 @@ from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.config.build import build_config
 from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.ladder.run import run_ladder
+from msad_kd.utils import unpickle
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.unpickle import load_pickle
+from msad_kd.utils.unpickle import TrustFiles, load_pickle
 from projects.study import grid
 
 
@@ -62,7 +68,9 @@ def test_a_timm_backbone_runs_none(bomb, name):
         backbone(checkpoint=bomb(name))
 
 
-OPCODES = {  # what a pickle could do to the functions that are allowed
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R(K\x01"
+BYTE = b"cnumpy\ndtype\nU\x02i1K\0K\x01\x87R"
+OPCODES = {  # what a pickle could do to the functions that are allowed, or by a length of any size
     "a_state_for_a_function": b"ccollections\nOrderedDict\n}}U\x01xNs\x86b.",
     "a_length_for_bytes": b"cbuiltins\nbytes\n(L99999999999L\ntR.",
     "a_shape_for_an_array": b"cnumpy\nndarray\n((L99999999999L\nttR.",
@@ -71,32 +79,35 @@ OPCODES = {  # what a pickle could do to the functions that are allowed
     "an_extension": b"\x82\x01.",
     "a_persistent_id": b"Pos.system\n.",
     "an_instance": b"(ios\nsystem\n.",
+    "a_length_for_an_array's_data": ARRAY + b"L9999999999L\n\x85" + BYTE + b"\x89L9999999999L\ntb.",
+    "a_length_for_a_scalar": b"cnumpy.core.multiarray\nscalar\n" + BYTE + b"L9999999999L\n\x86R.",
+    "a_shape_of_2_to_the_64": ARRAY + b"L4611686018427387904L\nL4L\n\x86" + BYTE + b"\x89U\0tb.",
+    "a_length_for_a_bytearray": b"\x96\0\0\0\0\1\0\0\0.",
+    "a_length_for_a_frame": b"\x80\x04\x95\0\0\0\0\1\0\0\0.",
 }
 
 
 @pytest.mark.parametrize("content", OPCODES.values(), ids=OPCODES)
 def test_allowed_functions_cannot_be_misused(content):
-    with pytest.raises((pickle.UnpicklingError, TypeError, ValueError, AttributeError)):
-        load_pickle(io.BytesIO(b"\x80\x02" + content if content[0] != 0x80 else content))
+    tracemalloc.start()
+    try:
+        with pytest.raises((pickle.UnpicklingError, TypeError, ValueError, LookupError, EOFError)):
+            load_pickle(io.BytesIO(b"\x80\x02" + content))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_pickle_holds_many_times_is_built_once():
+    """(x, x) of (x, x) of ..., 60 deep: to copy it would take forever."""
+    value = load_pickle(io.BytesIO(b"\x80\x02K\x01" + b"2\x86" * 60 + b"."))
+    assert value[0] is value[1]
 
 
 @pytest.mark.parametrize("name", ["5.pkl", "zip.pth"])
 class TestARun:
-    def test_its_start(self, bomb, config, name):
-        with pytest.raises(InputError, match=f"{name}' for MODEL.WEIGHTS"):
-            train(config("lr", "MODEL.WEIGHTS", bomb(name), *NO_TEST))
-
-    def test_its_teacher(self, bomb, config, name):
-        spec = TeacherSpec.from_config(config("student", "KD.TEACHER.WEIGHTS", bomb(name)))
-        with pytest.raises(InputError, match=f"{name}' for KD.TEACHER"):
-            spec.build()
-
-    def test_its_evaluation(self, bomb, config, name):
-        with pytest.raises(InputError, match=f"{name}' for the config"):
-            KDTrainer.load_model(config("lr"), bomb(name), "the config")
-
     def test_its_last_checkpoint(self, bomb, config, name, tmp_path):
-        path = bomb(name)
+        bomb(name)
         cfg = config("lr", *NO_TEST, "OUTPUT_DIR", str(tmp_path))
         (tmp_path / "last_checkpoint").write_text(name)
         (tmp_path / "model_0000001.pth").write_bytes((tmp_path / name).read_bytes())
@@ -105,7 +116,6 @@ class TestARun:
                 find_checkpoint(str(tmp_path), training=training)
         with pytest.raises(InputError, match="no checkpoint in"):
             train(cfg, resume=True)
-        assert path
 
     @pytest.mark.parametrize("part", ["weights", "start"])
     def test_a_stage_of_its_ladder(self, bomb, config, config_files, teacher_weights, name, part):
@@ -148,10 +158,113 @@ def test_no_tag_of_yaml_runs(tmp_path, config_files):
     assert not (tmp_path / MARK).exists()
 
 
-def test_train_net_runs_none_and_says_so_in_one_sentence(bomb, config_files, tmp_path):
-    command = [sys.executable, ROOT / "train_net.py", "--config-file", config_files["lr"]]
-    command += ["OUTPUT_DIR", tmp_path / "out", "MODEL.WEIGHTS", bomb()]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
-    (line,) = [x for x in done.stderr.splitlines() if x.startswith("train_net.py: ")]
-    assert "5.pkl' for MODEL.WEIGHTS asks for " in line and "open" in line
+class TestProposals:
+    """DATASETS.PROPOSAL_FILES_*, which Detectron2 reads itself."""
+
+    @pytest.fixture
+    def load(self, config, tmp_path):
+        def build(content, split="TRAIN"):
+            path = tmp_path / "proposals.pkl"
+            path.write_bytes(content)
+            options = [f"DATASETS.PROPOSAL_FILES_{split}", [str(path)]]
+            cfg = config("lr", "MODEL.LOAD_PROPOSALS", True, *options)
+            if split == "TRAIN":
+                return KDTrainer.build_train_loader(cfg).dataset.dicts
+            return KDTrainer.build_test_loader(cfg, "tiny_val").dataset
+
+        return build
+
+    @pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+    def test_none_runs(self, load, split, tmp_path):
+        proposals = {"ids": [1], "boxes": [Payload(tmp_path)], "objectness_logits": [np.ones(1)]}
+        with pytest.raises(InputError, match="PROPOSAL_FILES: '.*proposals.pkl' asks for .*open"):
+            load(pickle.dumps(proposals), split)
+        assert not (tmp_path / MARK).exists()
+
+    def test_arrays_are_read(self, load):
+        logits = [np.array([0.1, 0.9], "f4")] * 6
+        boxes = [np.array([[0, 0, 1, 1], [0, 0, i, 2]], "f4") for i in range(6)]
+        names = {"ids": [*range(6)], "boxes": boxes, "objectness_logits": logits}
+        for protocol in (2, 5):
+            dicts = load(pickle.dumps(names, protocol))
+            assert [d["proposal_boxes"][0].tolist() for d in dicts] == [
+                [0, 0, d["image_id"], 2] for d in dicts
+            ]
+            assert {type(d["proposal_boxes"]) for d in dicts} == {np.ndarray}
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"<html>", pickle.dumps([1]), pickle.dumps({"ids": [], "boxes": []})]
+    )
+    def test_other_files_are_one_sentence(self, load, content):
+        with pytest.raises(InputError, match="PROPOSAL_FILES: '.*proposals.pkl' cannot be read"):
+            load(content)
+
+
+TOOLS = {  # command: its arguments, with BOMB for the file
+    "train_net": "--config-file {lr} OUTPUT_DIR {out} MODEL.WEIGHTS BOMB",
+    "train_net KD.TEACHER": "--config-file {student} OUTPUT_DIR {out} KD.TEACHER.WEIGHTS BOMB",
+    "train_net --eval-only": "--eval-only --config-file {lr} OUTPUT_DIR {out} MODEL.WEIGHTS BOMB",
+    "analyze_model": "--config-file {lr} --weights BOMB",
+    "resolution_sweep": "--model a {lr} BOMB --sizes 32 --output {out}/sweep",
+    "precise_statistics": "--config-file {teacher} --batches 1 BOMB {out}/new.pth",
+    "compare_gradients": "--config-file {student} KD.TEACHER.WEIGHTS BOMB",
+    "compare_gradients --weights": "--config-file {student} --weights BOMB "
+    "KD.TEACHER.WEIGHTS {good}",
+    "compare_gradients MODEL.WEIGHTS": "--config-file {student} KD.TEACHER.WEIGHTS {good} "
+    "MODEL.WEIGHTS BOMB",
+    "compare_features": "--config-file {student} --split train --model a BOMB "
+    "KD.TEACHER.WEIGHTS {good}",
+    "suggest_ladder": "--student {lr} BOMB --teacher a {teacher} {good} --images 5 "
+    "--output {out}/l",
+    "suggest_ladder --teacher": "--student {lr} --teacher a {teacher} BOMB --images 5 "
+    "--output {out}/l",
+    "strip_checkpoint": "BOMB {out}/target.pth",
+}
+
+
+@pytest.mark.parametrize("case", TOOLS)
+def test_no_tool_runs_it(bomb, tmp_path, config_files, teacher_weights, monkeypatch, capsys, case):
+    name = case.split()[0]
+    values = {**config_files, "out": tmp_path, "good": teacher_weights}
+    arguments = TOOLS[case].replace("BOMB", bomb("2.pkl")).format(**values).split()
+    places = (ROOT, ROOT / "tools", ROOT / "tools" / "analysis")
+    (file,) = (str(folder / f"{name}.py") for folder in places if (folder / f"{name}.py").exists())
+    monkeypatch.setattr(sys, "argv", [file, *arguments])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises((SystemExit, InputError)) as error:
+        runpy.run_path(file, run_name="__main__")
+    said = capsys.readouterr().err + str(error.value)
+    assert "2.pkl' for " in said and "--trust-files" in said
+
+
+class TestTrust:
+    @pytest.fixture(autouse=True)
+    def forget(self):
+        yield
+        unpickle._trusted = False
+
+    def test_a_harmless_file_of_other_objects_is_read(self, tmp_path):
+        state = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}
+        contents = {"model": state, "args": argparse.Namespace(lr=1), "e": SimpleNamespace(x=2)}
+        path = tmp_path / "a.pth"
+        torch.save(contents, path)
+        old = tmp_path / "a.pkl"
+        old.write_bytes(pickle.dumps({**contents, "__author__": "me"}))
+        for file in (path, old):
+            with pytest.raises(InputError, match=f"{file}' for x asks for .*--trust-files"):
+                read_checkpoint(str(file), "x")
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--trust-files", action=TrustFiles)
+        assert not parser.parse_args([]).trust_files and not unpickle.trusted()
+        assert parser.parse_args(["--trust-files"]).trust_files
+        for file in (path, old):
+            assert read_checkpoint(str(file), "x")["args"] == argparse.Namespace(lr=1)
+            load_strictly(nn.Linear(1, 1), str(file), "x")
+
+    def test_faults_are_told_all_the_same(self, tmp_path):
+        unpickle.trust_files()
+        (tmp_path / "a.pth").write_bytes(b"<html>")
+        torch.save({"model": {"a": torch.tensor(float("nan"))}}, tmp_path / "b.pth")
+        for name, words in {"a": "web page", "b": "not finite"}.items():
+            with pytest.raises(InputError, match=words):
+                read_checkpoint(str(tmp_path / f"{name}.pth"), "x")

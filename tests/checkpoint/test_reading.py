@@ -7,31 +7,19 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from checkpoints import Net, torch_bytes
 from helpers import differing
 from safetensors.torch import save_file
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer, load_strictly
-from msad_kd.checkpoint.files import hash_file
-from msad_kd.checkpoint.reading import read_checkpoint, split_hash
+from msad_kd.checkpoint.reading import check_exists, read_checkpoint
 from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.utils.errors import InputError
-
-
-class Net(nn.Module):
-    def __init__(self, classes=2):
-        super().__init__()
-        self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, classes)
-
+from msad_kd.utils.hashes import hash_file, split_hash
 
 STATE = {key: value.clone() for key, value in Net().state_dict().items()}
 ARRAYS = {key: value.numpy() for key, value in STATE.items()}
-
-
-def torch_bytes(content, **options):
-    stream = io.BytesIO()
-    torch.save(content, stream, **options)
-    return stream.getvalue()
 
 
 def safetensors_bytes(tmp_path, metadata=None):
@@ -52,6 +40,7 @@ GOOD = {  # name: (contents, what is there beside the model)
         pickle.dumps({"blobs": {**ARRAYS, "a_momentum": None}, "cfg": "x: 1"}, 2),
         {"__author__": "Caffe2", **META["match"]},
     ),
+    "count.pth": (torch_bytes({"model": STATE, "classes": 80}), {}),  # another project's
     "a.pyth": (
         torch_bytes({"model_state": STATE | {"x.num_batches_tracked": STATE["head.bias"]}}),
         {"__author__": "pycls", **META["match"]},
@@ -106,6 +95,16 @@ def script():
     return stream.getvalue()
 
 
+def compressed():
+    stream = io.BytesIO()
+    content = torch_bytes({"model": {"a": torch.zeros(99999)}})
+    with zipfile.ZipFile(io.BytesIO(content)) as source:
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as target:
+            for name in source.namelist():
+                target.writestr(name, source.read(name))
+    return stream.getvalue()
+
+
 INDICES = torch.zeros(2, 1, dtype=torch.long)
 BAD = {  # name: (contents, words)
     "empty.pth": (b"", "is empty"),
@@ -124,6 +123,8 @@ BAD = {  # name: (contents, words)
     "weights.pth": (flipped("data/0"), "data/0' has changed"),
     "pickle.pth": (flipped("data.pkl"), "data.pkl' has changed"),
     "script.pth": (script(), "TorchScript"),
+    "compressed.pth": (compressed(), "records are larger than the file"),
+    "repeated.pth": (with_weight(torch.ones(1).expand(1 << 40)), "the file is too small for"),
     "list.pth": (torch_bytes([1]), "is not a Detectron2 checkpoint: it holds a list"),
     "none.pth": (torch_bytes(None), "is not a Detectron2 checkpoint: it holds a NoneType"),
     "model.pth": (torch_bytes({"model": None}), "its 'model' is a NoneType"),
@@ -164,6 +165,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, name):
 def test_a_file_that_is_not_there(path):
     with pytest.raises(InputError, match=f"{path}.*for the test"):
         read_checkpoint(path, "the test")
+    check_exists("detectron2://fetched/later.pkl", "the test")
 
 
 class TestHashes:
@@ -177,7 +179,7 @@ class TestHashes:
             SafeCheckpointer(net).load(f"{path}#sha256={right}")
         assert differing(net.state_dict(), STATE) == []
         for wrong, words in {
-            digest[:-1] + ("0" if digest[-1] != "0" else "1"): "a.pth' for x has the SHA-256 .*#",
+            digest[:-1] + ("0" if digest[-1] != "0" else "1"): "a.pth' has the SHA-256 .*#",
             digest[:-1]: "64 hexadecimal digits",
             "": "64 hexadecimal digits",
             "g" * 64: "64 hexadecimal digits",
@@ -203,7 +205,7 @@ class TestHashes:
         path = tmp_path / "a.pth"
         path.write_bytes(WHOLE)
         beside = tmp_path / "a.pth.sha256"
-        beside.write_text(f"{hash_file(path)} *a.pth\n")  # as sha256sum --binary writes it
+        beside.write_text(f"{hash_file(path).upper()} *a.pth\n")  # as others write it
         load_strictly(Net(), str(path), "the test")
         beside.write_text(content)
         with pytest.raises(InputError, match="a.pth.sha256"):

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from checkpoints import Net
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
@@ -15,13 +16,6 @@ from torch import nn
 
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer, load_strictly
 from msad_kd.utils.errors import InputError
-
-
-class Net(nn.Module):
-    def __init__(self, classes=2):
-        super().__init__()
-        self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, classes)
-
 
 STATE = {key: value.clone() for key, value in Net().state_dict().items()}
 
@@ -68,6 +62,10 @@ class TestOneLineSaysWhatFits:
         words = f"none of the {len(state)} weights of '.*a.pth' for MODEL.WEIGHTS fits"
         with pytest.raises(InputError, match=words):
             SafeCheckpointer(Net()).load(str(tmp_path / "a.pth"))
+
+    def test_an_averaged_counter_is_loaded(self, tmp_path, caplog):
+        counter = {"norm.num_batches_tracked": torch.tensor(2.5)}  # of averaged checkpoints
+        assert load(tmp_path, STATE | counter, caplog=caplog)[0] == "INFO"
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
     @pytest.mark.parametrize("prefix", ["", "module."])

@@ -63,7 +63,7 @@ def test_files_and_options_are_merged(config_files):
         (["KD.LOSSES", "[{'name': 'l3', 'weight': 1.0}]"], "KD.LOSSES: there is no loss 'l3'"),
         (["KD.LOSSES", "{'name': 'l1', 'weight': 1.0}"], "cannot be read: .* KD.LOSSES$"),
         (["KD.LADDER.STAGES", "[{'name': 'a'}]"], "STAGES: stage 1 needs 'config_file'"),
-        (["DATASETS.COCO_FORMAT", "['shapes']"], "COCO_FORMAT: shapes needs .*json"),
+        (["DATASETS.COCO_FORMAT", "['shapes']"], "COCO_FORMAT: data set 1 should be a dict"),
         (["DATASETS.TEST", "('coco_2017_vla',)"], "TEST: 'coco_2017_vla' .* mean coco_2017_val"),
         (["MODEL.BACKBONE.NAME", "build_resnet"], "'build_resnet' .* mean build_resnet_backbone"),
         (["MODEL.FPN.TOP_BLOCK", "conv_p5"], "conv_p5, but .*build_resnet.* does not read it"),

@@ -14,6 +14,7 @@ from msad_kd.utils.errors import InputError
 NAN, INF = float("nan"), float("inf")
 MISSING = object()
 NESTED = [[[[[[[[10, 5, 20, 20]]]]]]]]
+pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def put(content, path, value):
@@ -240,24 +241,20 @@ def test_valid_files_stay_as_they_are_and_become_the_dicts_of_detectron2(files, 
     assert [d["annotations"] for d in load_checked(*files(content), "test")] == [[], []]
 
 
-def test_boxes_without_extent_are_left_out_with_a_warning(files, caplog):
+def test_what_is_left_out_with_a_warning_or_if_asked(files, caplog):
     content = valid_content()
-    content["annotations"][0]["bbox"] = [10, 5, 20, 0]
-    kept = read_annotations(files(content)[0], "mine")
-    assert [x["id"] for x in kept["annotations"]] == [12, 13, 14]
-    assert "annotation 11 (image 7): bbox has no width or no height" in caplog.text
-
-
-def test_copies_are_named_and_dropped_if_asked(files, caplog):
-    content = valid_content()
+    content["annotations"][1]["bbox"] = [10, 5, 20, 0]
     content["annotations"].append({**content["annotations"][2], "id": 20, "area": 199})
     other = {**content["annotations"][0], "id": 21, "segmentation": [[10, 5, 30, 5, 30, 25]]}
     content["annotations"].append(other)  # another mask in the same box is no copy
+    content["annotations"].append({**other, "id": 22, "bbox": [10, 5, 20, 20]})  # a copy of 21
     json_file, _ = files(content)
-    assert len(read_annotations(json_file, "mine")["annotations"]) == 6
+    kept = read_annotations(json_file, "mine")["annotations"]
+    assert [x["id"] for x in kept] == [11, 13, 14, 20, 21, 22]
+    assert "annotation 12 (image 7): bbox has no width or no height" in caplog.text
     assert "annotation 20 (image 9): it repeats another annotation" in caplog.text
     assert [x["id"] for x in read_annotations(json_file, "mine", "drop")["annotations"]] == [
-        *(11, 12, 13, 14, 21)
+        *(11, 13, 14, 21)
     ]
 
 
@@ -276,6 +273,16 @@ def test_problems_are_counted_and_named(files):
         read_annotations(files(content)[0], "mine", "drop")
     with pytest.raises(InputError, match="INVALID_ANNOTATIONS is 'skip'"):
         read_annotations(files(content)[0], "mine", "skip")
+
+
+def test_an_image_that_is_no_dict_does_not_spoil_ids_that_are_texts(files):
+    content = valid_content()
+    content["images"] = [{**x, "id": str(x["id"])} for x in content["images"]] + [None]
+    content["images"][0]["id"] = "one"
+    for row in (0, 1):
+        content["annotations"][row]["image_id"] = "one"
+    kept = read_annotations(files(content)[0], "mine", "drop")
+    assert [x["id"] for x in kept["images"]] == ["one", "9"] and len(kept["annotations"]) == 4
 
 
 KEYPOINTS = [[1, 2, 2], [1, 2, 2, 3, 4], "text", [1, 2, 2, NAN, 4, 2], [1, 2, 2, 3, 4, 5]]

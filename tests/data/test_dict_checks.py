@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +13,14 @@ from detectron2.data import DatasetMapper
 from pycocotools import mask as mask_util
 
 from msad_kd.data.annotations import read_annotations
+from msad_kd.data.annotations.segmentations import mask_areas, run_lengths
 from msad_kd.data.coco_format import load_checked
 from msad_kd.data.dict_checks import accept_rles, check_masks, check_shapes
-from msad_kd.data.mapper import longest_side
-from msad_kd.data.segmentations import mask_areas, run_lengths
+from msad_kd.data.mapper import build_mapper
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def test_a_pipe_is_no_image_and_no_annotation_file(files, tmp_path):
@@ -110,23 +114,33 @@ def test_objects_without_masks(files):
 @pytest.mark.parametrize("size", [(4000, 3), (3, 4000), (20000, 10)])
 def test_narrow_images(size, caplog):
     narrow = {"file_name": "narrow.png", "width": size[0], "height": size[1]}
-    fine = {"file_name": "fine.png", "width": 2000, "height": 3}
-    with pytest.raises(
-        InputError, match=f"'mine': 1 of 2 .*'narrow.png', {size[0]} x {size[1]} px"
-    ):
-        check_shapes([fine, narrow], "mine", 400, "error")
-    assert check_shapes([fine, narrow], "mine", 400, "drop") == [fine]
+    fine = [{"file_name": "fine.png", "width": 2000, "height": 3}, {"file_name": "unknown.png"}]
+    mapper, large = SimpleNamespace(longest_side=400), SimpleNamespace(longest_side=4000)
+    words = f"'mine': 1 of 3 .*'narrow.png', {size[0]} x {size[1]} px; remove them"
+    for drop, remedy in ((False, ", or set DATASETS.INVALID_ANNOTATIONS drop$"), (None, "$")):
+        with pytest.raises(InputError, match=words + remedy):
+            check_shapes([*fine, narrow], "mine", mapper, drop)
+    assert check_shapes([*fine, narrow], "mine", mapper, True) == fine
     assert "narrow.png" in caplog.text
-    assert check_shapes([narrow], "mine", 4000, "error") == [narrow]
-    with pytest.raises(InputError):
-        check_shapes([narrow], "mine", 400, "drop")
+    for other in (large, len):  # a mapper of the user's is not asked
+        assert check_shapes([narrow], "mine", other, False) == [narrow]
+    with pytest.raises(InputError, match="remove them$"):
+        check_shapes([narrow], "mine", mapper, True)
 
 
-def test_the_longest_side_is_that_of_the_smallest_image(config):
-    assert longest_side(config("lr", "INPUT.MAX_SIZE_TRAIN", 300)) == 300
-    assert longest_side(config("teacher", "INPUT.MAX_SIZE_TRAIN", 300)) == 150
-    jitter = ("INPUT.JITTER.SIZE", 200, "INPUT.JITTER.SCALES", [0.1, 2.0])
-    assert longest_side(config("student", *jitter)) == 20
+@pytest.mark.parametrize(
+    ("role", "options", "train", "test"),
+    [
+        ("lr", ["INPUT.MAX_SIZE_TRAIN", 300, "INPUT.MAX_SIZE_TEST", 80], 300, 80),
+        ("teacher", ["INPUT.MAX_SIZE_TRAIN", 301, "INPUT.MAX_SIZE_TEST", 80], 151, 40),
+        ("student", ["INPUT.JITTER.SIZE", 200, "INPUT.JITTER.SCALES", [0.1, 2.0]], 20, None),
+        ("lr", ["INPUT.MIN_SIZE_TRAIN", (0,), "INPUT.MIN_SIZE_TEST", 0], math.inf, math.inf),
+    ],
+)
+def test_the_longest_side_is_that_of_the_smallest_image(config, role, options, train, test):
+    cfg = config(role, *options)
+    assert build_mapper(cfg, True).longest_side == train
+    assert build_mapper(cfg, False).longest_side == (test or cfg.INPUT.MAX_SIZE_TEST)
 
 
 def test_training_says_at_the_start_what_it_cannot_learn_from(files, config):
@@ -138,10 +152,13 @@ def test_training_says_at_the_start_what_it_cannot_learn_from(files, config):
     cfg = config("lr", *sets, "DATASETS.TEST", ())
     with pytest.raises(InputError, match="'bare': 1 of 3 annotations have no segmentation"):
         KDTrainer.build_train_loader(cfg)
-    cfg = config(
-        "lr", *sets, "DATASETS.TEST", (), "MODEL.MASK_ON", False, "INPUT.MAX_SIZE_TRAIN", 0
-    )
-    with pytest.raises(InputError, match="'bare': 2 of 2 images are so narrow"):
-        KDTrainer.build_train_loader(cfg)
+    content["images"][0] |= {"width": 4000, "height": 3}
+    content["annotations"] = content["annotations"][2:]
+    files(content)
+    cfg = config("lr", *sets, "DATASETS.TEST", ("bare",), "DATASETS.INVALID_ANNOTATIONS", "drop")
+    cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST = 600
+    assert len(KDTrainer.build_train_loader(cfg).dataset) == 1
+    with pytest.raises(InputError, match="'bare': 1 of 2 images are so narrow.*remove them$"):
+        KDTrainer.build_test_loader(cfg, "bare")
     with pytest.raises(InputError, match="INVALID_ANNOTATIONS is 'skip'"):
         config("lr", "DATASETS.INVALID_ANNOTATIONS", "skip")

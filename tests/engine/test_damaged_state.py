@@ -52,6 +52,7 @@ DAMAGES = {
     "no state": lambda x: x["_trainer"]["optimizer"].pop("state"),
     "text": lambda x: x.update(_trainer="text"),
     "no scheduler": lambda x: x["hooks"].update(LRScheduler=None),
+    "config": lambda x: x.update(config="["),
     "hooks": lambda x: x.update(hooks=[]),
 }
 

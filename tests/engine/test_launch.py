@@ -220,6 +220,8 @@ class UsersHeads(StandardROIHeads):
         if self.training and get_event_storage().iter == 1:
             if comm.get_rank() == int(rank) and number == "NAN":
                 self.mask_head.predictor.bias.data.fill_(float("nan"))
+            elif comm.get_rank() == int(rank) and number == "RAISE":
+                raise FloatingPointError("loss_mask")  # as Detectron2's RPN does
             elif comm.get_rank() == int(rank) and number != "EVALUATION":
                 process = {"itself": os.getpid(), "launcher": os.getppid()}[goal]
                 os.kill(process, getattr(signal, number))
@@ -278,10 +280,12 @@ def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, 
 
 
 @pytest.mark.long
-def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled):
-    process = signalled("1 NAN -")
+@pytest.mark.parametrize("what", ["1 NAN -", "1 RAISE -"])
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled, what):
+    process = signalled(what)
     assert process.returncode == 1
-    assert "Traceback" not in process.stdout + process.stderr
+    # In the second case the other process has lost its partner, and Detectron2 logs how.
+    assert "Traceback" not in process.stderr + (process.stdout if "NAN" in what else "")
     (sentence,) = [x for x in process.stderr.splitlines() if x.startswith("train_net.py:")]
     assert sentence.endswith("Not finite at iteration 1: loss_mask")
     assert sentence.count("/train/") == 2  # of the four images those of its process

@@ -6,6 +6,7 @@ from detectron2.data import DatasetCatalog
 from helpers import NO_TEST, train
 
 from msad_kd import KDTrainer
+from msad_kd.engine.signals import StopOnSignal
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
 from msad_kd.utils.errors import InputError, NotFiniteError, input_error_of
 
@@ -40,6 +41,20 @@ def test_a_loss_of_the_detector(config, spoil, bad):
     assert f"the last checkpoint is '{cfg.OUTPUT_DIR}/model_0000001.pth'" in text
     named = [x["file_name"] for x in DatasetCatalog.get("tiny_train") if x["file_name"] in text]
     assert len(named) == 2 and isinstance(error.value, InputError)
+
+
+def test_a_detector_that_raises_it_itself_before_its_losses_are_known(config, monkeypatch):
+    """Other processes wait for its gradients: it must not wait for them to agree."""
+    from detectron2.modeling.proposal_generator import RPN
+
+    def diverged(*_):
+        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN")
+
+    monkeypatch.setattr(RPN, "predict_proposals", diverged)
+    monkeypatch.setattr(StopOnSignal, "agree", lambda *_: pytest.fail("it waited for the others"))
+    with pytest.raises(NotFiniteError, match="at iteration 0: Predicted boxes") as error:
+        train(config("lr", *STEPS))
+    assert str(error.value).count("/train/") == 2
 
 
 @pytest.mark.parametrize("last", [False, True])

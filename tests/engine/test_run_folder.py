@@ -32,13 +32,17 @@ RUN = {
     "model_0000005.pth.part": "half",
     "metrics.json": "{}",
     "events.out.tfevents.1.host": "",
+    "student.pth": "stripped",
+    "student.pth.sha256": "sum of student.pth",
 }
 KEPT = {"config.yaml": "old", "log.txt": "old", "notes.txt": "mine", "model_start.pth": "mine"}
+KEPT["model_start.pth.sha256"] = "mine"
 
 
 def config(folder, **weights):
     cfg = {"OUTPUT_DIR": str(folder), "MODEL": {"WEIGHTS": weights.get("weights", "")}}
-    cfg["KD"] = {"LADDER": {"STAGES": [{"name": "a", **weights}]}, "SCALE": 2, "NONE": None}
+    stages = [{"name": "a", "start": weights.get("start", "previous")}]
+    cfg["KD"] = {"LADDER": {"STAGES": stages}, "SCALE": 2, "NONE": None}
     return CfgNode(cfg)
 
 
@@ -96,14 +100,18 @@ def test_what_counts_as_an_old_run(folder, files, resume, moved):
     assert files_in(folder) == ({} if moved else files)
 
 
-@pytest.mark.parametrize("key", ["weights", "start"])
-@pytest.mark.parametrize("path", ["{}/model_final.pth", "{}/../run/model_final.pth"])
-def test_a_file_that_the_config_reads_is_not_moved(folder, key, path):
+@pytest.mark.parametrize(
+    ("key", "words"), [("weights", "MODEL.WEIGHTS reads"), ("start", "KD.LADDER.STAGES reads")]
+)
+@pytest.mark.parametrize("name", ["", "/../run"])
+@pytest.mark.parametrize("digest", ["", "#sha256=" + "0" * 64])
+def test_a_file_that_the_config_reads_is_not_moved(folder, key, words, name, digest):
     fill(folder, RUN)
-    with pytest.raises(InputError, match="the config reads '.*model_final.pth'.*--resume"):
-        take_folder(config(folder, **{key: path.format(folder)}), resume=False)
+    cfg = config(folder, **{key: f"{folder}{name}/model_final.pth{digest}"})
+    with pytest.raises(InputError, match=f"{words} '.*model_final.pth'.*--resume"):
+        take_folder(cfg, resume=False)
     assert files_in(folder) == RUN
-    assert take_folder(config(folder, **{key: path.format(folder)}), resume=True) is None
+    assert take_folder(cfg, resume=True) is None
 
 
 # ---- The lock ----
@@ -151,6 +159,12 @@ def test_a_folder_that_is_released_is_free(folder):
         assert other.exitcode == 0
 
 
+def test_a_lock_that_cannot_be_written_is_one_sentence(folder):
+    (folder / run_folder.LOCK).mkdir()
+    with pytest.raises(InputError, match=f"OUTPUT_DIR '{folder}' cannot be written to"):
+        lock_folder(str(folder))
+
+
 def test_a_file_system_without_locks_is_told(folder, monkeypatch, caplog):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -178,7 +192,7 @@ def test_an_output_dir_that_cannot_be(config_files, tmp_path, output, words, fla
     (tmp_path / "file").write_text("")
     arguments = [*flags, "--config-file", str(config_files["lr"]), "OUTPUT_DIR"]
     args = default_argument_parser().parse_args([*arguments, output.format(file=tmp_path / "file")])
-    args.imports, args.trust_files = [], False
+    args.imports = []
     with pytest.raises(InputError, match=words):
         train_net.main(args)
 

@@ -90,6 +90,19 @@ def test_an_evaluation_ends_at_once_and_the_step_before_it_is_saved(config, monk
     check_resumed(cfg, whole)
 
 
+def test_an_evaluation_that_fails_loses_no_step(config, monkeypatch):
+    """So it does in a process whose partner was ended in the evaluation."""
+
+    def fail(cls, cfg, model, evaluators=None):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(KDTrainer, "test", classmethod(fail))
+    cfg = config("lr", *RARE, "TEST.EVAL_PERIOD", 2)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        train(cfg)
+    assert models(cfg) == ["model_0000001.pth"]
+
+
 @pytest.mark.parametrize("saved_already", [True, False])
 def test_a_signal_in_the_last_step_leaves_the_final_model_unevaluated(
     config, monkeypatch, saved_already

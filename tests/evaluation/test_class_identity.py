@@ -29,13 +29,7 @@ MISSED = 1  # the image in which the predictions below lack the object
 RIGHT = {"AP-ant": 100, "AP-bee": float("nan"), "AP-cat": 5100 / 101, "AP-dog": 100}
 RIGHT["AP"] = (100 + 5100 / 101 + 100) / 3
 IDS = dict(zip(NAMES, (1, 2, 3, 4)))
-
-
-@pytest.fixture(autouse=True)
-def forget(monkeypatch):
-    """Give the test catalogs of its own."""
-    monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
-    monkeypatch.setattr(MetadataCatalog, "data", dict(MetadataCatalog.data))
+pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def write(path, ids):
@@ -202,10 +196,13 @@ def test_categories_are_found_wherever_they_stand(lists, tmp_path):
     content = json.loads(file.read_text())
     first = {"categories": content.pop("categories")}
     entry = {"info": {"categories": [{"id": 1, "name": "wrong"}]}}
+    texts = [{"id": str(i), "name": name} for i, name in zip((9, 11, 10, 100), "abdc")]
     for number, other in enumerate(({**first, **content}, {**entry, **content, **first}, [], {})):
         file.write_text(json.dumps(other))
         os.utime(file, ns=(number, number))
         assert class_names(cfg.DATASETS.TEST[0]) == (NAMES if number < 2 else [])
+    file.write_text(json.dumps({"categories": texts}))
+    assert class_names(cfg.DATASETS.TEST[0]) == ["a", "d", "b", "c"]
 
 
 @pytest.fixture
@@ -234,15 +231,15 @@ L1, ROI = [{"name": "l1", "weight": 1.0}], [{"name": "roi_class", "weight": 1.0}
 )
 def test_a_teacher_of_other_classes(student_config, teacher, start, losses, words):
     options = ["KD.LOSSES", losses, "KD.TEACHER.INIT_STUDENT", start]
-    for classes in (SHAPES[::-1], ["ant", *SHAPES[1:]]):
-        cfg = student_config(*teacher(classes), *options)
+    other = {TeacherSpec.check_classes: ["ant", *SHAPES[1:]], TeacherSpec.build: SHAPES[::-1]}
+    for check, classes in other.items():
         with pytest.raises(InputError, match=words) if words else nullcontext():
-            assert TeacherSpec.from_config(cfg).build().model.classes == classes
+            check(TeacherSpec.from_config(student_config(*teacher(classes), *options)))
     for classes in (SHAPES, SHAPES[:3], []):
-        TeacherSpec.from_config(student_config(*teacher(classes), *options)).build()
+        TeacherSpec.from_config(student_config(*teacher(classes), *options)).check_classes()
     # What the sentence proposes.
     options += ["DATASETS.CLASSES", SHAPES[::-1]]
-    TeacherSpec.from_config(student_config(*teacher(SHAPES[::-1]), *options)).build()
+    TeacherSpec.from_config(student_config(*teacher(SHAPES[::-1]), *options)).check_classes()
 
 
 def test_a_teacher_is_evaluated_by_its_own_classes(student_config, teacher, caplog, monkeypatch):

@@ -217,15 +217,14 @@ REFUSED = {  # by all, or by one implementation
 
 @pytest.mark.parametrize("implementation", INSTALLED)
 @pytest.mark.parametrize("kind", AS_GIVEN)
-def test_ground_truth_as_it_comes(scenes, tmp_path, monkeypatch, kind, implementation):
+@pytest.mark.usefixtures("catalogs")
+def test_ground_truth_as_it_comes(scenes, tmp_path, kind, implementation):
     """Perfect predictions have 100 in all metrics, or the file is refused by name."""
     folder = Path(scenes.OUTPUT_DIR) / "data"
     content = json.loads((folder / "annotations/instances_val.json").read_text())
     AS_GIVEN[kind](content)
     file = tmp_path / "given.json"
     file.write_text(json.dumps(content))
-    monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
-    monkeypatch.setattr(MetadataCatalog, "data", dict(MetadataCatalog.data))
     register_coco_instances("given", {}, str(file), str(folder / "val"))
     cfg = scenes.clone()
     cfg.TEST.COCO_EVALUATOR = implementation
@@ -246,8 +245,7 @@ def test_ground_truth_as_it_comes(scenes, tmp_path, monkeypatch, kind, implement
         assert [found[task][name] for name in METRICS] == pytest.approx([100.0] * 6), task
 
 
-def test_another_kind_of_data_set_is_refused(config):
+def test_another_kind_of_data_set_is_refused(config, catalogs):
     MetadataCatalog.get("of_lvis").set(evaluator_type="lvis")
     with pytest.raises(InputError, match="evaluator 'lvis'; only coco and cityscapes"):
         build_evaluator(config("lr"), "of_lvis")
-    MetadataCatalog.remove("of_lvis")

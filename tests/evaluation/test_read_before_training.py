@@ -16,10 +16,8 @@ from projects.Shapes.generate import generate
 
 
 @pytest.fixture(autouse=True)
-def no_model(monkeypatch):
-    """Give the test catalogs of its own, and no model to train."""
-    monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
-    monkeypatch.setattr(MetadataCatalog, "data", dict(MetadataCatalog.data))
+def no_model(monkeypatch, catalogs):
+    """Give the test no model to train."""
     monkeypatch.setattr(KDTrainer, "build_model", lambda *_: pytest.fail("a model is built"))
 
 

@@ -10,6 +10,7 @@ from timm_networks import MOBILE, backbone, options
 
 from msad_kd import KDTrainer
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.hashes import hash_file
 
 
 def test_the_efficientnet_lite0_of_the_package_index():
@@ -52,6 +53,17 @@ def test_a_checkpoint_of_the_classifier(tmp_path, file, changes):
     net = backbone(checkpoint=str(tmp_path / file))
     prefix = changes.get("rename", "")
     assert all(torch.equal(v, state[prefix + k]) for k, v in net.body.state_dict().items())
+
+
+def test_the_hash_of_a_checkpoint_and_its_numbers_are_checked(tmp_path):
+    path = tmp_path / "net.pth"
+    state = classifier(path)
+    backbone(checkpoint=f"{path}#sha256={hash_file(path)}")
+    with pytest.raises(InputError, match="MODEL.TIMM.CHECKPOINT: .*net.pth' has the SHA-256"):
+        backbone(checkpoint=f"{path}#sha256={'0' * 64}")
+    torch.save({**state, next(iter(state)): torch.full((16, 3, 3, 3), torch.nan)}, path)
+    with pytest.raises(InputError, match="MODEL.TIMM.CHECKPOINT: .*not finite"):
+        backbone(checkpoint=str(path))
 
 
 def test_a_bgr_detector_reads_rgb_weights(config, tmp_path):

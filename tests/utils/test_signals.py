@@ -1,10 +1,13 @@
 """Handlers of signals, in small processes."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
@@ -36,6 +39,7 @@ NOTE = "lambda n: print('noted', flush=True)"
         ("", "s.stop", [SIGHUP], 129),
         ("", NOTE, [SIGTERM, SIGTERM], -15),
         ("", NOTE, [SIGINT, SIGTERM], -15),
+        ("sys.ps1 = ''", NOTE, [SIGINT, SIGINT], -2),  # a notebook: KeyboardInterrupt
         ("s.expect_repeated_signals()", NOTE, [SIGTERM, SIGTERM], 0),
         ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", "s.stop", [SIGHUP], 0),
     ],
@@ -53,7 +57,8 @@ def test_the_first_signal_is_handled_and_the_second_ends_the_process(before, act
         assert process.stdout.readline()
         process.send_signal(number)
     assert process.wait(10) == code
-    assert process.stderr.read() == ""
+    errors = process.stderr.read()
+    assert "KeyboardInterrupt" in errors if "ps1" in before else errors == ""
 
 
 def test_handlers_are_restored_and_other_threads_have_none():
@@ -74,6 +79,20 @@ def test_handlers_are_restored_and_other_threads_have_none():
     assert ran and after == before
 
 
+def test_a_forked_process_ends_when_its_parent_asks_it_to():
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    with on_signal(stop):
+        process = context.Process(target=lambda: begun.set() or time.sleep(60))
+        process.start()
+        begun.wait(10)
+        process.terminate()
+        process.join(10)
+        code = process.exitcode
+        process.kill()
+    assert code == -SIGTERM
+
+
 class Pids(torchdata.Dataset):
     def __len__(self):
         return 100
@@ -87,7 +106,7 @@ def test_the_workers_of_a_loader_outlive_the_signals_of_others():
         Pids(),
         batch_size=None,
         num_workers=1,
-        worker_init_fn=lambda _: heed_parent_alone(),
+        worker_init_fn=partial(lambda parent, _: heed_parent_alone(parent), os.getpid()),
         generator=torch.Generator(),
     )
     batches = iter(loader)
@@ -100,3 +119,16 @@ def test_the_workers_of_a_loader_outlive_the_signals_of_others():
     batches._workers[0].terminate()  # as multiprocessing does when this process ends
     batches._workers[0].join(5)
     assert batches._workers[0].exitcode == 0 and worker
+
+
+def test_a_worker_ends_whose_parent_has_gone_already():
+    context = multiprocessing.get_context("fork")
+
+    def work():
+        heed_parent_alone(parent=1 << 22)  # a process that is not its parent
+        time.sleep(60)
+
+    process = context.Process(target=work)
+    process.start()
+    process.join(10)
+    assert process.exitcode == 0

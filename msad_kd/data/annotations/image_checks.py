@@ -1,10 +1,12 @@
 """Checks of an annotation file's structure, categories and images."""
 
+from types import NoneType
+
 import numpy as np
 from PIL import Image
 
-from msad_kd.data.columns import whole_number, whole_numbers
-from msad_kd.data.findings import PLURALS, REFUSED, Findings
+from msad_kd.data.annotations.columns import whole_number, whole_numbers
+from msad_kd.data.annotations.findings import PLURALS, REFUSED, Findings
 
 
 def check_structure(findings: Findings) -> bool:
@@ -17,20 +19,20 @@ def check_structure(findings: Findings) -> bool:
             findings.refuse(f"is not in COCO format: it has no list of {plural}")
             continue
         findings.usable[record] = np.ones(len(records), dtype=bool)
-        wrong = np.array([not isinstance(entry, dict) for entry in records], dtype=bool)
+        wrong = [not isinstance(entry, dict) for entry in records]
         # Without a category, the others cannot be numbered.
         severity = {"severity": REFUSED} if record == "category" else {}
         findings.add(record, wrong, "it should be a dict", **severity)
     return len(findings.usable) == len(PLURALS)
 
 
-def _repeated(values: list) -> np.ndarray:
+def _repeated(values: list) -> list[bool]:
     """Return a mask of the values that stood earlier in the list, too; None never counts."""
     seen, again = {None}, []
     for value in values:
         again.append(value is not None and value in seen)
         seen.add(value)
-    return np.array(again, dtype=bool)
+    return again
 
 
 def check_categories(findings: Findings) -> None:
@@ -38,7 +40,7 @@ def check_categories(findings: Findings) -> None:
     ids, fits = whole_numbers(findings.column("category", "id"))
     findings.add("category", ~fits, "id should be a whole number", REFUSED, "id")
     names = findings.column("category", "name")
-    wrong = np.array([not isinstance(name, str) or not name.strip() for name in names], dtype=bool)
+    wrong = [not isinstance(name, str) or not name.strip() for name in names]
     findings.add("category", wrong, "name should be a text", REFUSED, "name")
     usable = findings.usable["category"].copy()
     for key, values in (("id", ids.tolist()), ("name", names)):
@@ -52,14 +54,13 @@ def check_images(findings: Findings) -> None:
     """Check ids, file names and sizes; ids become integers unless all are texts."""
     records = findings.content["images"]
     ids = findings.column("image", "id")
-    if set(map(type, ids)) != {str}:
+    if set(map(type, ids)) - {NoneType} != {str}:  # None: missing, or no image at all
         ids = [whole_number(value) for value in ids]
-    wrong = np.array([value in (None, "") for value in ids], dtype=bool)
+    wrong = [value in (None, "") for value in ids]
     findings.add("image", wrong, "id should be a whole number, or all ids texts", key="id")
     findings.add("image", _repeated(ids), "another image has the same id", REFUSED)
     files = findings.column("image", "file_name")
     wrong = [not isinstance(file, str) or not file.strip("/. ") for file in files]
-    wrong = np.array(wrong, dtype=bool)
     findings.add("image", wrong, "file_name should be a text", key="file_name")
     sizes = []
     for key in ("height", "width"):

@@ -54,6 +54,13 @@ def flatten(rows: list) -> tuple[np.ndarray, np.ndarray]:
     return flat, lengths
 
 
+def as_table(rows: list, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mask (N,) of the rows that are ``size`` numbers, and their numbers (M, size)."""
+    flat, lengths = flatten(rows)
+    fits = lengths == size
+    return fits, flat[np.repeat(fits, lengths.clip(min=0))].reshape(-1, size)
+
+
 def reduce_rows(operation: np.ufunc, flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Reduce each row of flattened numbers; every length has to be above 0."""
     if not len(lengths):

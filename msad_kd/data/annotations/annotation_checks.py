@@ -3,14 +3,15 @@
 N annotations. Places: a record's place in its list; W, H: width and height of an image.
 """
 
+from collections import Counter
 from itertools import chain
 
 import numpy as np
 from pycocotools import mask as mask_util
 
-from msad_kd.data.columns import flatten, positions, reduce_rows
-from msad_kd.data.findings import DOUBTFUL, EMPTY, INVALID, MENDED, PLURALS, Findings
-from msad_kd.data.segmentations import mask_areas, polygon_bounds
+from msad_kd.data.annotations.columns import as_table, positions, reduce_rows
+from msad_kd.data.annotations.findings import DOUBTFUL, EMPTY, INVALID, MENDED, PLURALS, Findings
+from msad_kd.data.annotations.segmentations import mask_areas, polygon_bounds
 
 TINY = 1e-5  # pixels; a box with a shorter side has no width or no height
 
@@ -75,28 +76,26 @@ class AnnotationChecks:
         flags = self._column("iscrowd")
         if set(map(type, flags)) != {int} or not {0, 1}.issuperset(flags):
             known = {None: 0, False: 0, True: 1}  # 0, 1, 0.0 and 1.0 are equal to the last two
-            flags = [
-                known.get(x) if isinstance(x, (int, float)) or x is None else None for x in flags
-            ]
-            wrong = np.array([flag is None for flag in flags], dtype=bool)
-            self._add(wrong, "iscrowd should be 0 or 1", key="iscrowd")
+            flags = [None if isinstance(x, (list, dict)) else known.get(x) for x in flags]
+            self._add([flag is None for flag in flags], "iscrowd should be 0 or 1", key="iscrowd")
             rows = np.flatnonzero(self.usable)
             self._set("iscrowd", rows, [flags[row] for row in rows])
         self.crowd = np.array([flag or 0 for flag in flags])
-        ignored = np.array([bool(value) for value in self._column("ignore")])
+        ignored = list(map(bool, self._column("ignore")))
         self._add(ignored, "ignore is set, which Detectron2 does not support")
 
     def _check_segmentations(self) -> None:
         values = self._column("segmentation")
         self.spans = np.full((len(values), 4), np.nan)  # x, y, x, y of what polygons span
         self.mask_areas = np.full(len(values), np.nan)
-        lists = [row for row, value in enumerate(values) if type(value) is list and value]
-        dicts = [row for row, value in enumerate(values) if type(value) is dict]
-        others = np.array([value is not None and value != [] for value in values])
-        others[lists + dicts] = False
-        for record, value in zip(self.records, values):
-            if value in (None, []) and isinstance(record, dict):
-                record.pop("segmentation", None)
+        lists, dicts, others = [], [], []
+        kinds = {list: lists, dict: dicts}
+        for row, value in enumerate(values):
+            if value is None or value == []:
+                if isinstance(self.records[row], dict):
+                    self.records[row].pop("segmentation", None)
+            else:
+                kinds.get(type(value), others).append(row)
         self._add(others, "segmentation should be a list of polygons or an RLE", key="segmentation")
         self._check_polygons(np.array(lists, dtype=np.int64), values)
         self._check_rles(np.array(dicts, dtype=np.int64), values)
@@ -154,11 +153,10 @@ class AnnotationChecks:
     def _check_boxes(self) -> None:
         values = self._column("bbox")
         given = np.array([row for row, box in enumerate(values) if box is not None], dtype=np.int64)
-        flat, lengths = flatten([values[row] for row in given])
-        fits = lengths == 4
+        fits, numbers = as_table([values[row] for row in given], 4)
         self._add(given[~fits], "bbox should be 4 numbers", key="bbox")
         boxes = np.full((len(values), 4), np.nan)
-        boxes[given[fits]] = flat[np.repeat(fits, lengths.clip(min=0))].reshape(-1, 4)
+        boxes[given[fits]] = numbers
         missing = np.ones(len(values), dtype=bool)
         missing[given] = False
         missing &= self.usable
@@ -198,48 +196,41 @@ class AnnotationChecks:
 
     def _check_keypoints(self) -> None:
         values = self._column("keypoints")
-        given = np.array(
-            [row for row, value in enumerate(values) if value not in (None, [])], dtype=np.int64
-        )
-        if not len(given):
+        given = [row for row, value in enumerate(values) if value not in (None, [])]
+        if not given:
             return
-        flat, lengths = flatten([values[row] for row in given])
-        common = np.bincount(lengths.clip(min=0)).argmax()
-        fits = (lengths == common) & (common % 3 == 0)
+        given, values_given = np.array(given), [values[row] for row in given]
+        lengths = Counter(len(value) for value in values_given if isinstance(value, list))
+        common = max((n for n in lengths if n % 3 == 0), key=lengths.get, default=3)
+        fits, points = as_table(values_given, common)
         words = "keypoints should be x, y, visibility of each, as many in every annotation"
         self._add(given[~fits], words, key="keypoints")
-        given = given[fits]
-        points = flat[np.repeat(fits, lengths.clip(min=0))].reshape(
-            len(given), max(common // 3, 1), 3
-        )
-        wrong = ~np.isfinite(points).all(axis=(1, 2)) | ~np.isin(points[..., 2], (0, 1, 2)).all(1)
+        visibility = points[:, 2::3]
+        wrong = ~np.isfinite(points).all(axis=1) | ~np.isin(visibility, (0, 1, 2)).all(axis=1)
         words = "keypoints should be finite, and the visibility 0, 1 or 2"
-        self._add(given[wrong], words, key="keypoints")
+        self._add(given[fits][wrong], words, key="keypoints")
         visible = np.zeros(len(values), dtype=np.int64)
-        visible[given] = (points[..., 2] > 0).sum(axis=1)
+        visible[given[fits]] = (visibility > 0).sum(axis=1)
         numbers = self._column("num_keypoints")
         for row in np.flatnonzero(self.usable).tolist():
             if not values[row]:  # Detectron2 and COCO's evaluation need as many everywhere
-                self.records[row]["keypoints"] = [0] * int(common)
+                self.records[row]["keypoints"] = [0] * common
             if type(numbers[row]) is not int or numbers[row] != visible[row]:
                 self.records[row]["num_keypoints"] = int(visible[row])
 
     def _check_copies(self) -> None:
+        rows = np.flatnonzero(self.usable)
         columns = [self.places["image"], self.places["category"], self.crowd, self.boxes]
-        table = np.ascontiguousarray(np.column_stack(columns)).view(np.uint64)
-        factors = np.random.default_rng(0).integers(2**63, size=table.shape[1], dtype=np.uint64)
-        keys = (table * (factors | np.uint64(1))).sum(axis=1)  # a hash, modulo 2**64
-        _, firsts, counts = np.unique(keys, return_index=True, return_counts=True)
-        again = []
-        if (counts > 1).any():
-            first_of = dict(zip(keys[firsts[counts > 1]].tolist(), firsts[counts > 1].tolist()))
-            for row in np.flatnonzero(np.isin(keys, list(first_of))).tolist():
-                first = first_of[int(keys[row])]
-                same = (
-                    self.records[first].get(k) == self.records[row].get(k)
-                    for k in ("bbox", "segmentation")
-                )
-                again += [row] if row != first and self.usable[first] and all(same) else []
+        table = np.column_stack(columns)[rows]
+        # Copies have the same sum, and hardly any others: these are compared one by one.
+        sums = (table * np.random.default_rng(0).random(table.shape[1])).sum(axis=1)
+        _, place, counts = np.unique(sums, return_inverse=True, return_counts=True)
+        seen, again = set(), []
+        for index in np.flatnonzero(counts[place] > 1).tolist():
+            mask = self.records[rows[index]].get("segmentation")
+            key = (*table[index].tolist(), repr(mask))
+            again += [rows[index]] if key in seen else []
+            seen.add(key)
         self._add(again, "it repeats another annotation", DOUBTFUL)
 
     def _check_ids(self) -> None:

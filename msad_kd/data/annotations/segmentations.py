@@ -7,7 +7,7 @@ are a list of numbers, or a text which packs 5 bits into a character.
 
 import numpy as np
 
-from msad_kd.data.columns import flatten, reduce_rows
+from msad_kd.data.annotations.columns import flatten, reduce_rows
 
 _LONGEST = 7  # characters of a number in a compressed RLE: 35 bits
 

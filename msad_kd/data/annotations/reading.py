@@ -1,4 +1,4 @@
-"""Annotation files in COCO format: read, checked in one pass, and normalised."""
+"""Reads an annotation file: parse, check, and leave out what cannot be used."""
 
 import gc
 import json
@@ -11,9 +11,18 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from msad_kd.data.annotation_checks import AnnotationChecks
-from msad_kd.data.findings import DOUBTFUL, INVALID, MENDED, PLURALS, REFUSED, Findings, summarise
-from msad_kd.data.image_checks import check_categories, check_images, check_structure
+from msad_kd.data.annotations.annotation_checks import AnnotationChecks
+from msad_kd.data.annotations.findings import (
+    DOUBTFUL,
+    EMPTY,
+    INVALID,
+    MENDED,
+    PLURALS,
+    REFUSED,
+    Findings,
+    summarise,
+)
+from msad_kd.data.annotations.image_checks import check_categories, check_images, check_structure
 from msad_kd.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -77,31 +86,28 @@ def _read_once(json_file: str, name: str, invalid: str, _version: tuple[int, int
 
 
 def _usable_content(findings: Findings, source: str, drop: bool) -> dict:
-    problems = findings.problems
-    refused = [x for x in problems if x.severity == REFUSED]
-    faulty = refused or [x for x in problems if x.severity == INVALID and not drop]
-    if faulty:
+    problems, content, usable = findings.problems, findings.content, findings.usable
+
+    def of(*severities):
+        return [problem for problem in problems if problem.severity in severities]
+
+    refused = of(REFUSED)
+    if faulty := refused or ([] if drop else of(INVALID)):
         remedy = "" if refused else ", or set DATASETS.INVALID_ANNOTATIONS drop"
         mark = "" if faulty[0].record == "file" else ":"
         raise InputError(f"{source}{mark} {summarise(faulty)}; mend the file{remedy}")
-    content, usable = findings.content, findings.usable
-    for problem in problems:
-        if problem.severity == DOUBTFUL and drop:
-            usable[problem.record][problem.rows] = False
+    for problem in of(DOUBTFUL) if drop else ():
+        usable[problem.record][problem.rows] = False
     if not usable["image"].any():
         raise InputError(f"{source}: no image is usable; {summarise(problems)}")
-    mended = [x for x in problems if x.severity == MENDED]
-    if mended:
+    if mended := of(MENDED):
         _logger.info("%s was normalised: %s", source, summarise(mended))
-    doubtful = [x for x in problems if x.severity == DOUBTFUL and not drop]
-    if doubtful:
+    if not drop and (doubtful := of(DOUBTFUL)):
         _logger.warning("%s: %s; check the file", source, summarise(doubtful))
-    dropped = [x for x in problems if x not in mended + doubtful]
-    if dropped:
-        left = ", ".join(
-            f"{(~usable[key]).sum()} {PLURALS[key]}" for key in ("image", "annotation")
-        )
-        _logger.warning("%s: %s are left out: %s", source, left, summarise(dropped))
+    if dropped := of(INVALID, EMPTY, DOUBTFUL) if drop else of(EMPTY):
+        counts = (f"{(~usable[x]).sum()} {PLURALS[x]}" for x in ("image", "annotation"))
+        words = ", ".join(counts), summarise(dropped)
+        _logger.warning("%s: %s are left out: %s", source, *words)
     kept = {
         plural: [entry for entry, good in zip(content[plural], usable[key]) if good]
         for key, plural in PLURALS.items()
