@@ -95,7 +95,7 @@ def start(job):
             stderr=subprocess.STDOUT,
             env={**os.environ, **ONE_THREAD},
             close_fds=False,  # the process inherits the lock of `locked`
-            start_new_session=True,  # of a Ctrl-C it hears once, by `_stop`: it saves
+            start_new_session=True,  # a Ctrl-C then reaches it once, by `_stop`, and it saves
         )
 
 
