@@ -69,6 +69,9 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
                 f"SOLVER.MAX_ITER is {solver.MAX_ITER}, but the run in '{cfg.OUTPUT_DIR}' has done "
                 f"{done} iterations; set it to more to go on, or evaluate the run by --eval-only"
             )
+        step = state["hooks"]["LRScheduler"]["last_epoch"]
+        if type(step) is not int or step != done:
+            raise LookupError(f"the learning rate is at step {step} after {done} iterations")
         if "config" not in state:
             _logger.warning(
                 "The checkpoint is of an earlier version, which did not keep the config: what has "
