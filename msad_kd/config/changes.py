@@ -1,4 +1,4 @@
-"""What differs between the config of a run and the config that it is resumed with."""
+"""Compare the config of a run with the config that it is resumed with."""
 
 import reprlib
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""What a model with keypoints has to know of its data."""
+"""Check what a model with keypoints has to know of its data."""
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog

@@ -30,7 +30,7 @@ Maps = list[torch.Tensor]  # one of each level
 
 @dataclass(frozen=True)
 class Head:
-    """What predicts at every anchor of a detector: its dense head or its RPN's."""
+    """Holds the head that predicts at every anchor of a detector: its dense head or its RPN's."""
 
     kind: str  # "dense" or "rpn"
     module: nn.Module

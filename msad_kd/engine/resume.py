@@ -51,8 +51,8 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
         The changed keys that might be why the weights do not fit, for an error message.
 
     Raises:
-        InputError: if batch, optimizer, AMP or trained parameters differ, or if the run has
-            already gone beyond SOLVER.MAX_ITER.
+        InputError: if batch, optimizer, AMP or trained parameters differ, if the run has already
+            gone beyond SOLVER.MAX_ITER, or if the state of its learning rate is damaged.
     """
     with _explained(trainer):
         cfg, solver = trainer.cfg, trainer.cfg.SOLVER
@@ -69,6 +69,7 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
                 f"SOLVER.MAX_ITER is {solver.MAX_ITER}, but the run in '{cfg.OUTPUT_DIR}' has done "
                 f"{done} iterations; set it to more to go on, or evaluate the run by --eval-only"
             )
+        # Without its state, or with another step's, the schedule would go on from a wrong place.
         step = state["hooks"]["LRScheduler"]["last_epoch"]
         if type(step) is not int or step != done:
             raise LookupError(f"the learning rate is at step {step} after {done} iterations")

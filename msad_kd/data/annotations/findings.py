@@ -1,4 +1,4 @@
-"""What a check of an annotation file finds: problems, and which records are usable."""
+"""Collect what a check of an annotation file finds: problems, and which records are usable."""
 
 import reprlib
 from dataclasses import dataclass, field

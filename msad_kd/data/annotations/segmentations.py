@@ -1,4 +1,4 @@
-"""What segmentations in COCO format cover, computed for many at once and without decoding them.
+"""Compute what segmentations in COCO format cover, many at once and without decoding them.
 
 N segmentations; a polygon is a list of x, y, x, y, ...; an RLE is a dict of ``size`` (height,
 width) and ``counts``, the lengths of its runs, column by column, the first of background. Counts
