@@ -67,8 +67,8 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
 
     def handle(number, frame):
         nonlocal first
-        if os.getpid() != pid:  # a fork: it ends when its parent asks it to, or with its parent
-            return _die(number) if number == signal.SIGTERM else None
+        if os.getpid() != pid:  # a fork: it ends by SIGTERM, see below, or with its parent
+            return
         if first is not None:
             if time.monotonic() - first >= _deaf:
                 again(number)
@@ -81,14 +81,44 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         act(number)
 
+    global _handled
+    _handled += 1
     try:
         for number in caught:
             signal.signal(number, handle)
         yield
     finally:
+        _handled -= 1
         for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+
+# Python forgets a signal from between a fork and the first instruction in the child, and a pool
+# would wait for ever for a worker that it has ended in that moment. So SIGTERM is held back there.
+_handled = 0  # how many ``on_signal`` are at work
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if _handled else ())
+
+
+def _after_fork_in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
+    if _handled and callable(signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 
 
 def heed_parent_alone(parent: int) -> None:
