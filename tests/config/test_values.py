@@ -93,6 +93,7 @@ YAML_LISTS = {
 }
 
 
+@pytest.mark.usefixtures("catalogs")
 @pytest.mark.parametrize("key", YAML_LISTS)
 def test_a_list_may_be_yaml_or_python(key):
     text, expected = YAML_LISTS[key]
