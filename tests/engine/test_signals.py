@@ -15,6 +15,14 @@ from msad_kd.utils.signals import Stopped
 RARE = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 100]
 
 
+@pytest.fixture(autouse=True)
+def heeded_signals():
+    """Let Ctrl-C through, which a shell ignores for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Signal(HookBase):
     """Sends a signal to this process in the middle of a step."""
 

@@ -45,13 +45,17 @@ NOTE = "lambda n: print('noted', flush=True)"
     ],
 )
 def test_the_first_signal_is_handled_and_the_second_ends_the_process(before, act, sent, code):
+    def heed_signals():  # which nohup and shells that start it in the background ignore
+        signal.signal(SIGINT, signal.default_int_handler)
+        signal.signal(SIGHUP, signal.SIG_DFL)
+
     program = PROGRAM.format(before=before, act=act, seconds=60 if code else 0.5)
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(SIGINT, signal.default_int_handler),
+        preexec_fn=heed_signals,
     )
     for number in sent:
         assert process.stdout.readline()
