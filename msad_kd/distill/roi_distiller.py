@@ -126,10 +126,17 @@ class RoIDistiller(Distiller):
         found = self.predict(seen, features, pyramid, sizes)
         values = []
         for term in self.terms:
-            pairs = [found[source][1:] for source in _SOURCES[term.proposals]]
-            pair = (RoIPredictions.cat(predictions) for predictions in zip(*pairs))
-            values.append((term, {term.name: self.evaluate(term, *pair)}))
+            _, student, teacher = self.predicted_for(term, found)
+            values.append((term, {term.name: self.evaluate(term, student, teacher)}))
         return self.weigh(values, iteration)
+
+    @staticmethod
+    def predicted_for(
+        term: LossTerm, found: dict[str, Predicted]
+    ) -> tuple[list[SimpleNamespace], RoIPredictions, RoIPredictions]:
+        """Return what ``predict`` found for a loss: sets of regions, and both's predictions."""
+        seen, *pair = zip(*(found[source] for source in _SOURCES[term.proposals]))
+        return list(seen), *map(RoIPredictions.cat, pair)
 
 
 def _check_rpn(teacher: nn.Module) -> RPN:
