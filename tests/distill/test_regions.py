@@ -12,7 +12,6 @@ from msad_kd.distill.regions import recording_regions
 from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher import Teacher, TeacherSpec
-from msad_kd.losses.roi import ROI_LOSS_REGISTRY
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
 from msad_kd.utils.errors import InputError
@@ -241,14 +240,3 @@ def test_what_cannot_be_compared(student_config, fields, opts, message):
     cfg = student_config("KD.LOSSES", [entry], "KD.TEACHER.OPTS", opts)
     with pytest.raises(InputError, match=f"KD.LOSSES: {message}"):
         check_losses(cfg, TeacherSpec.from_config(cfg))
-
-
-def test_class_weights_of_the_right_length(student, inputs):
-    weights = [1.0] * 8 + [0.1]
-    weighted, plain = (
-        losses_of(student([{**STUDENT[0], **more}]), inputs)["loss_kd_roi_class"]
-        for more in ({"class_weights": weights}, {})
-    )
-    assert weighted > 0 and weighted != plain
-    seen, ours, theirs = predicted(student(STUDENT), inputs)["student"]
-    assert_close(weighted, ROI_LOSS_REGISTRY.get("roi_class")(ours, theirs, 1.0, weights))
