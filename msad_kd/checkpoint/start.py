@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+from detectron2.modeling.roi_heads import CascadeROIHeads
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import TRAINING_PREFIX
@@ -11,6 +13,8 @@ from msad_kd.utils.errors import InputError
 
 def init_from_teacher(student: nn.Module, teacher: nn.Module, *, backbone=True) -> list[str]:
     """Copy the teacher's weights and buffers to a student where name and shape agree.
+
+    A student with one box head takes that of the first stage of a ``CascadeROIHeads`` teacher.
 
     Args:
         student: the model to change.
@@ -28,6 +32,8 @@ def init_from_teacher(student: nn.Module, teacher: nn.Module, *, backbone=True) 
     # The student runs at low resolution, so it takes the statistics of that resolution.
     for key in [key for key in source if key.endswith(LOW_SUFFIX)]:
         source[key.removesuffix(LOW_SUFFIX)] = source.pop(key)
+    if isinstance(getattr(teacher, "roi_heads", None), CascadeROIHeads):
+        source |= _first_stage(source, target)
     copied = {k: v for k, v in source.items() if k in target and target[k].shape == v.shape}
     prefix = "backbone.bottom_up."
     # Frozen batch normalisation has no counter of batches.
@@ -51,3 +57,23 @@ def init_from_teacher(student: nn.Module, teacher: nn.Module, *, backbone=True) 
     if kept:
         logger.warning("Not in the teacher, so not copied: %s", ", ".join(kept))
     return kept
+
+
+def _first_stage(
+    source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the first box head of a cascade's weights, by the names of a single head's.
+
+    Its regressor, which is class-agnostic, is repeated for each class of the target.
+    """
+    renamed = {}
+    for part in ("roi_heads.box_head.", "roi_heads.box_predictor."):
+        for key in [key for key in source if key.startswith(f"{part}0.")]:
+            name = part + key.removeprefix(f"{part}0.")
+            if name not in target:
+                continue  # a cascade, too
+            tensor = source[key]
+            if name.startswith("roi_heads.box_predictor.bbox_pred."):
+                tensor = torch.cat([tensor] * (len(target[name]) // len(tensor)))
+            renamed[name] = tensor
+    return renamed

@@ -1,91 +1,31 @@
 """Compare what a student's and its teacher's RoI heads predict for the same regions.
 
-N: images, R: regions, M: regions with a mask, K: classes, S: side of a mask.
+The regions are those that the student samples from its proposals, or the teacher's proposals.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import torch
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
-from detectron2.structures import Boxes
 from torch import nn
 
 from msad_kd.distill.distiller import Distiller, Losses
+from msad_kd.distill.regions import evaluating, predict_regions, propose_regions
+from msad_kd.distill.teacher import Teacher
 from msad_kd.losses.roi import RoIPredictions
 from msad_kd.losses.terms import LossTerm
-from msad_kd.modeling.capture import recording
 from msad_kd.modeling.pyramid import Pyramid
 from msad_kd.utils.errors import InputError
 
-
-def _masks_of_classes(masks: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Pick each region's mask by its class: (M, K or 1, S, S) to (M, S, S)."""
-    if masks.shape[1] == 1:
-        return masks[:, 0]
-    return masks[torch.arange(len(masks), device=masks.device), classes]
-
-
-@contextmanager
-def recording_regions(heads: StandardROIHeads, masks: bool = True) -> Iterator[SimpleNamespace]:
-    """Record the regions and predictions of a training step of RoI heads.
-
-    Args:
-        heads: the student's.
-        masks: whether to record masks as well.
-
-    Yields:
-        An object that has, when the block ends, ``regions`` (a list of N ``Boxes``), ``masked``
-        (those with a mask, or None), their ``classes`` (M,) and the ``predictions``, with graph.
-    """
-    seen = SimpleNamespace(masked=None)
-    modules = [heads.box_pooler, heads.box_predictor]
-    if masks and heads.mask_on:
-        modules += [heads.mask_pooler, heads.mask_head, heads.mask_head.predictor]
-    with ExitStack() as stack:
-        pooler, predictor, *mask_calls = [stack.enter_context(recording(x)) for x in modules]
-        yield seen
-    seen.regions, predicted_masks = pooler.inputs[1], None
-    if mask_calls:
-        mask_pooler, mask_head, mask_predictor = mask_calls
-        seen.masked = mask_pooler.inputs[1]
-        seen.classes = torch.cat([instances.gt_classes for instances in mask_head.inputs[1]])
-        predicted_masks = _masks_of_classes(mask_predictor.output, seen.classes)
-    seen.predictions = RoIPredictions(*predictor.output, predicted_masks)
-
-
-@torch.no_grad()
-def predict_regions(
-    heads: StandardROIHeads, pyramid: Pyramid, seen: SimpleNamespace, scale: int
-) -> RoIPredictions:
-    """Predict with other heads for recorded regions.
-
-    Args:
-        heads: the teacher's, in eval mode.
-        pyramid: the levels that the heads read, level name to (N, C, H, W).
-        seen: from ``recording_regions``.
-        scale: the side of the image in the heads' frame over its side in the recorded one.
-
-    Returns:
-        Classes and box deltas of the R regions, and masks of the M regions that have one.
-    """
-
-    def pool(pooler: nn.Module, levels: list[str], boxes: list[Boxes]) -> torch.Tensor:
-        scaled = [Boxes(image_boxes.tensor * scale) for image_boxes in boxes]
-        return pooler([pyramid[level] for level in levels], scaled)
-
-    features = pool(heads.box_pooler, heads.box_in_features, seen.regions)
-    classes, deltas = heads.box_predictor(heads.box_head(features))
-    masks = None
-    if heads.mask_on and seen.masked is not None:
-        features = pool(heads.mask_pooler, heads.mask_in_features, seen.masked)
-        masks = _masks_of_classes(heads.mask_head.layers(features), seen.classes)
-    return RoIPredictions(classes, deltas, masks)
+# The values of ``proposals`` and whose proposals they are.
+_SOURCES = {"student": ["student"], "teacher": ["teacher"], "both": ["student", "teacher"]}
+# Regions, the student's predictions for them, with graph, and the teacher's.
+Predicted = tuple[SimpleNamespace, RoIPredictions, RoIPredictions]
 
 
 class RoIDistiller(Distiller):
-    """Compares predictions for the regions that the student samples from its proposals.
+    """Compares predictions for the same regions.
 
     The teacher needs the same classes and ``StandardROIHeads``; the strides of its levels do not
     matter. Nothing is trained here.
@@ -97,39 +37,120 @@ class RoIDistiller(Distiller):
 
     def __init__(self, terms: list[LossTerm], diagnostics_period: int = 0):
         super().__init__(terms, diagnostics_period)
-        self.reads_masks = any(getattr(term.function, "reads_masks", True) for term in terms)
+        # Whose proposals are needed, and whether a loss reads masks of them.
+        self.masks_of: dict[str, bool] = {}
+        for term in terms:
+            reads_masks = getattr(term.function, "reads_masks", True)
+            for source in _SOURCES[term.proposals]:
+                self.masks_of[source] = self.masks_of.get(source, False) or reads_masks
+        # The student's heads and the teacher; a tuple, so that they are not registered.
+        self.models: tuple[nn.Module, Teacher] | tuple[()] = ()
 
-    def connect(self, student: nn.Module, teacher: nn.Module) -> set[str]:
+    @property
+    def reads_masks(self) -> bool:
+        """Tell whether a loss reads masks of the regions that the student samples."""
+        return self.masks_of.get("student", False)
+
+    def connect(self, student: nn.Module, teacher: Teacher) -> set[str]:
         """Check that both detectors' heads can be compared, and return the levels that are read.
 
         Raises:
             InputError: if one has no ``StandardROIHeads`` or lacks the masks that a loss compares,
-                or if their classes differ or, for ``roi_box``, the units of their boxes.
+                if their classes differ or, for ``roi_box``, the units of their boxes, if
+                ``class_weights`` has not one number for each class and the background, or if the
+                teacher has to propose regions and has no RPN.
         """
         if not self.terms:
             return set()
-        _check_roi_heads(student, teacher, [term.name for term in self.terms])
-        heads = teacher.roi_heads
-        with_masks = heads.mask_on and self.reads_masks
-        return {*heads.box_in_features, *(heads.mask_in_features if with_masks else ())}
+        _check_roi_heads(student, teacher.model, self.terms)
+        heads, levels = teacher.model.roi_heads, set()
+        if "teacher" in self.masks_of:
+            levels.update(_check_rpn(teacher.model).in_features)
+        self.models = student.roi_heads, teacher
+        with_masks = heads.mask_on and any(self.masks_of.values())
+        levels.update(heads.box_in_features, heads.mask_in_features if with_masks else ())
+        return levels
 
-    def forward(self, seen: SimpleNamespace, teacher: RoIPredictions, iteration: int) -> Losses:
+    def predict(
+        self,
+        seen: SimpleNamespace,
+        features: Pyramid,
+        pyramid: Pyramid,
+        sizes: list[tuple[int, int]],
+    ) -> dict[str, Predicted]:
+        """Predict once for all regions that a loss needs.
+
+        Args:
+            seen: the student's regions and predictions, from ``recording_regions``.
+            features: the student's levels, level name to (N, C, H, W).
+            pyramid: the teacher's.
+            sizes: the (height, width) of each image of the student, without padding.
+
+        Returns:
+            "student" or "teacher", whose proposals they are, to what is predicted.
+        """
+        heads, teacher = self.models
+        found = {}
+        if "student" in self.masks_of:
+            with torch.no_grad():
+                theirs = teacher.model.roi_heads, pyramid, seen, teacher.image_scale
+                found["student"] = seen, seen.predictions, predict_regions(*theirs)
+        if "teacher" in self.masks_of:
+            proposed, theirs = propose_regions(
+                teacher, pyramid, sizes, heads, self.masks_of["teacher"]
+            )
+            with evaluating(heads):
+                found["teacher"] = proposed, predict_regions(heads, features, proposed, 1), theirs
+        return found
+
+    def forward(
+        self,
+        seen: SimpleNamespace,
+        features: Pyramid,
+        pyramid: Pyramid,
+        sizes: list[tuple[int, int]],
+        iteration: int,
+    ) -> Losses:
         """Compare the predictions for one batch at an iteration of the trainer.
 
         Args:
             seen: the student's regions and predictions, from ``recording_regions``.
-            teacher: the teacher's predictions, from ``predict_regions``.
+            features: the student's levels, level name to (N, C, H, W).
+            pyramid: the teacher's.
+            sizes: the (height, width) of each image of the student, without padding.
             iteration: counted from 0.
 
         Returns:
             ``loss_kd_<name>``, weighted, for each loss.
         """
-        pair = seen.predictions, teacher
-        values = [(term, {term.name: self.evaluate(term, *pair)}) for term in self.terms]
+        found = self.predict(seen, features, pyramid, sizes)
+        values = []
+        for term in self.terms:
+            _, student, teacher = self.predicted_for(term, found)
+            values.append((term, {term.name: self.evaluate(term, student, teacher)}))
         return self.weigh(values, iteration)
 
+    @staticmethod
+    def predicted_for(
+        term: LossTerm, found: dict[str, Predicted]
+    ) -> tuple[list[SimpleNamespace], RoIPredictions, RoIPredictions]:
+        """Return what ``predict`` found for a loss: sets of regions, and both's predictions."""
+        seen, *pair = zip(*(found[source] for source in _SOURCES[term.proposals]))
+        return list(seen), *map(RoIPredictions.cat, pair)
 
-def _check_roi_heads(student: nn.Module, teacher: nn.Module, names: list[str]) -> None:
+
+def _check_rpn(teacher: nn.Module) -> RPN:
+    rpn = teacher.proposal_generator
+    if not isinstance(rpn, RPN):
+        raise InputError(
+            "KD.LOSSES: 'proposals: teacher' and 'both' need a teacher with an RPN "
+            "(MODEL.PROPOSAL_GENERATOR.NAME); use 'proposals: student'"
+        )
+    return rpn
+
+
+def _check_roi_heads(student: nn.Module, teacher: nn.Module, terms: list[LossTerm]) -> None:
+    names = [term.name for term in terms]
     for role, model in (("student", student), ("teacher", teacher)):
         heads = getattr(model, "roi_heads", None)
         if not isinstance(heads, StandardROIHeads) or isinstance(heads, CascadeROIHeads):
@@ -152,4 +173,11 @@ def _check_roi_heads(student: nn.Module, teacher: nn.Module, names: list[str]) -
             raise InputError(
                 f"KD.LOSSES: losses of RoI heads need the same {key} in both models; it is {mine} "
                 f"in the student and {theirs} in the teacher"
+            )
+    for weights in (x.arguments.get("class_weights") for x in terms if x.name == "roi_class"):
+        if weights is not None and len(weights) != heads[0].num_classes + 1:
+            raise InputError(
+                f"KD.LOSSES: class_weights of 'roi_class' has {len(weights)} numbers; it needs one "
+                f"for each of the K = {heads[0].num_classes} classes (MODEL.ROI_HEADS.NUM_CLASSES) "
+                "and one for the background, last"
             )

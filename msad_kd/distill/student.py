@@ -12,7 +12,8 @@ from msad_kd.distill.dense_distiller import DenseDistiller, Head
 from msad_kd.distill.feature_distiller import FeatureDistiller
 from msad_kd.distill.focus import boxes_of, check_scores, score_focus
 from msad_kd.distill.gradient_ratio import gradient_ratio
-from msad_kd.distill.roi_distiller import RoIDistiller, predict_regions, recording_regions
+from msad_kd.distill.regions import recording_regions
+from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
@@ -95,7 +96,7 @@ class DistilledMixin:
         self.distiller.to(next(self.parameters()).device)
         if levels := self.distiller.levels_with("scores"):
             teacher.needed |= check_scores(Head.of(teacher.model), levels)
-        teacher.needed |= self.roi_distiller.connect(self, teacher.model)
+        teacher.needed |= self.roi_distiller.connect(self, teacher)
         teacher.needed |= self.dense_distiller.connect(self, teacher)
         self._teacher = (teacher,)
 
@@ -127,8 +128,8 @@ class DistilledMixin:
             looks["scores"] = score_focus(Head.of(teacher.model), pyramid)
         distillation = self.distiller(call.output, pyramid, storage.iter, **looks)
         if rois:
-            theirs = predict_regions(teacher.model.roi_heads, pyramid, seen, teacher.image_scale)
-            distillation |= rois(seen, theirs, storage.iter)
+            sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+            distillation |= rois(seen, call.output, pyramid, sizes, storage.iter)
         if dense:
             distillation |= dense(anchors, pyramid, storage.iter)
         period = self.gradient_ratio_period

@@ -9,22 +9,25 @@ from torch import nn
 
 from msad_kd.utils.errors import InputError
 
+_TOTAL = ("full_norm", "full_model")
+
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of SOLVER.OPTIMIZER.
 
-    SOLVER.CLIP_GRADIENTS.CLIP_TYPE may be "full_model", beside Detectron2's "value" and "norm":
-    it clips the norm of all gradients together, where "norm" clips each parameter's.
+    SOLVER.CLIP_GRADIENTS.CLIP_TYPE may be "full_norm", beside Detectron2's "value" and "norm":
+    it clips the norm of all gradients together, where "norm" clips each parameter's. "full_model",
+    its name in projects on Detectron2, means the same.
 
     Raises:
         InputError: if the optimizer or the type of clipping is unknown.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
-    if clip.ENABLED and clip.CLIP_TYPE not in ("value", "norm", "full_model"):
+    if clip.ENABLED and clip.CLIP_TYPE not in ("value", "norm", *_TOTAL):
         raise InputError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is '{clip.CLIP_TYPE}'; use value, norm or full_model"
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is '{clip.CLIP_TYPE}'; use value, norm or full_norm"
         )
-    total = clip.ENABLED and clip.CLIP_TYPE == "full_model"
+    total = clip.ENABLED and clip.CLIP_TYPE in _TOTAL
     if total:  # unknown to Detectron2
         cfg = cfg.clone()
         cfg.defrost()

@@ -5,14 +5,19 @@ Every loss takes the student's and the teacher's predictions and returns a scala
 flows to the student's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from detectron2.utils.registry import Registry
 
-from msad_kd.utils.schema import Positive
+from msad_kd.utils.schema import NotNegative, Positive
+
+Weights = Annotated[
+    list[NotNegative], lambda weights: any(weights), "a list of numbers of 0 or more, not all 0"
+]
 
 # A loss's name in KD.LOSSES is its function's name; KD.LOSSES can set the arguments with a default.
 ROI_LOSS_REGISTRY = Registry("ROI_LOSS")
@@ -26,6 +31,14 @@ class RoIPredictions:
     deltas: torch.Tensor  # from region to box: (R, 4K), or (R, 4) if box regression is agnostic
     masks: torch.Tensor | None  # (M, S, S) logits of each region's class; None: not predicted
 
+    @classmethod
+    def cat(cls, parts: Sequence["RoIPredictions"]) -> "RoIPredictions":
+        """Join predictions for several sets of regions; without masks if one set has none."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*((x.classes, x.deltas, x.masks) for x in parts))
+        return cls(*(None if any(x is None for x in c) else torch.cat(c) for c in columns))
+
 
 def without_masks(loss: Callable) -> Callable:
     """Declare that a loss reads no masks; if none does, the teacher predicts none."""
@@ -36,18 +49,30 @@ def without_masks(loss: Callable) -> Callable:
 @ROI_LOSS_REGISTRY.register()
 @without_masks
 def roi_class(
-    student: RoIPredictions, teacher: RoIPredictions, temperature: Positive = 1.0
+    student: RoIPredictions,
+    teacher: RoIPredictions,
+    temperature: Positive = 1.0,
+    class_weights: Weights | None = None,
 ) -> torch.Tensor:
     """Return tau^2 KL(p_T || p_S) of the class probabilities (Hinton et al., arXiv 1503.02531).
 
     It is the mean over regions, 0 without any. The temperature tau, above 0, divides the logits.
+    ``class_weights`` are K + 1 numbers w, the background's last. With them the divergence is
+    sum_c w_c (p_T log(p_T / p_S) - p_T + p_S) / mean(w): equal predictions stay its minimum, 0,
+    and equal weights change nothing.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it should be above 0")
     if len(student.classes) == 0:
         return student.classes.sum()
     s, t = (F.log_softmax(x.classes.float() / temperature, dim=1) for x in (student, teacher))
-    return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+    if class_weights is None:
+        return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+    if len(class_weights) != s.shape[1]:
+        raise ValueError(f"class_weights has {len(class_weights)} numbers, not {s.shape[1]}")
+    weights = s.new_tensor(class_weights)
+    parts = t.exp() * (t - s) - t.exp() + s.exp()  # (R, K + 1), each at least 0
+    return temperature**2 * (weights / weights.mean() * parts).sum(dim=1).mean()
 
 
 @ROI_LOSS_REGISTRY.register()

@@ -37,6 +37,8 @@ class LossTerm:
     # Where a loss looks that takes weights of cells; see distill/focus.py.
     focus: Literal["none", "boxes", "scores"] = "none"
     background: NotNegative = 0.5  # of all cells together against the focus
+    # Whose proposals are the regions for which RoI heads predict.
+    proposals: Literal["student", "teacher", "both"] = "student"
     arguments: dict = field(default_factory=dict)  # of the loss function
 
     def warmup_weight(self, iteration: int) -> float:
@@ -98,6 +100,8 @@ def _read_term(entry: Any) -> LossTerm:
         del annotations["levels"], annotations["adapter"]
     if name not in DISTILL_LOSS_REGISTRY or parameters.pop("weights", None) is None:
         del annotations["focus"], annotations["background"]
+    if name not in ROI_LOSS_REGISTRY:
+        del annotations["proposals"]
     settings = set(annotations)
     for parameter in parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -44,6 +44,36 @@ def test_a_student_takes_all_of_its_weights_from_an_aligned_teacher(config):
     assert init_from_teacher(student, teacher) == []
 
 
+CASCADE = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
+CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+
+
+@pytest.mark.parametrize("classes", [8, 5])
+def test_a_student_takes_the_first_stage_of_a_cascade(config, classes):
+    teacher = build_model(config("lr", *CASCADE))
+    student = build_model(config("lr", "MODEL.ROI_HEADS.NUM_CLASSES", classes))
+    kept = init_from_teacher(student, teacher)
+    mine, theirs = student.roi_heads, teacher.roi_heads
+    assert differing(mine.box_head.state_dict(), theirs.box_head[0].state_dict()) == []
+    assert not torch.equal(mine.box_head.fc1.weight, theirs.box_head[1].fc1.weight)
+    features = torch.randn(3, 16)
+    (ours, deltas), (scores, agnostic) = (
+        predictor(features) for predictor in (mine.box_predictor, theirs.box_predictor[0])
+    )
+    assert torch.equal(deltas.view(3, classes, 4), agnostic[:, None].expand(-1, classes, -1))
+    if classes == 8:
+        assert kept == [] and torch.equal(ours, scores)
+    else:  # the teacher's scores and masks are of other classes
+        parts = "roi_heads.box_predictor.cls_score", "roi_heads.mask_head.predictor"
+        assert {key.rsplit(".", 1)[0] for key in kept} == set(parts)
+
+
+def test_a_cascade_takes_all_stages_of_a_cascade(config):
+    teacher, student = (build_model(config("lr", *CASCADE)) for _ in range(2))
+    assert init_from_teacher(student, teacher) == []
+    assert differing(student.state_dict(), teacher.state_dict()) == []
+
+
 class Detector(nn.Module):
     def __init__(self, stages=1, frozen=False):
         super().__init__()

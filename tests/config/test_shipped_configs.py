@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from helpers import ROOT, TINY_NET, coco_format, train
 
 from msad_kd.config.build import build_config
+from msad_kd.distill.student import check_losses
+from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.flat_config import flatten_config
 
@@ -170,6 +172,39 @@ def test_the_variants_differ_only_in_schedule_and_sizes():
         else:
             continue
         assert without(cfg, *differing) == without(origin, *differing), path
+
+
+# Batch, learning rate and iterations (thousands) of MSAD's released models.
+RELEASED = {
+    "0.75": {"teacher": (8, 0.01, 180), "student": (32, 0.02, 45)},
+    "0.5": {"teacher": (8, 0.01, 180), "student": (32, 0.01, 45)},
+    "0.25": {"teacher": (16, 0.01, 90), "student": (32, 0.02, 45)},
+}
+
+
+@pytest.mark.parametrize("width", RELEASED)
+def test_narrow_students_have_the_papers_widths_and_schedules(width):
+    def read(name, role):
+        file = ROOT / f"configs/COCO/fcos_R_50_{name}FPN_{role}_1x.yaml"
+        return build_config(str(file), ["SOLVER.REFERENCE_WORLD_SIZE", 0, "MODEL.DEVICE", "cpu"])
+
+    for role in ("teacher", "student", "LR"):
+        cfg, wide = read(f"x{width}_", role), read("", role)
+        schedule = RELEASED[width].get(role, RELEASED[width]["student"])
+        solver = cfg.SOLVER
+        assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER / 1000) == schedule
+        assert solver.STEPS == (solver.MAX_ITER * 2 // 3, solver.MAX_ITER * 8 // 9)
+        differing = ("SOLVER.", "OUTPUT_DIR", "KD.TEACHER", "MODEL.RESNETS", "MODEL.WEIGHTS")
+        assert without(cfg, *differing) == without(wide, *differing)
+        with torch.device("meta"):
+            networks = [META_ARCH_REGISTRY.get(x.MODEL.META_ARCHITECTURE)(x) for x in (cfg, wide)]
+        narrow, whole = (dict(x.backbone.bottom_up.named_parameters()) for x in networks)
+        assert narrow.keys() == whole.keys()
+        for name, weight in narrow.items():
+            sides = [side if side == 3 else float(width) * side for side in whole[name].shape[:2]]
+            assert list(weight.shape[:2]) == sides, name
+        if role == "student":
+            check_losses(cfg, TeacherSpec.from_config(cfg))
 
 
 def test_cityscapes_has_its_own_sizes_and_classes():

@@ -123,8 +123,8 @@ def test_lists_that_cannot_be_read(text, words):
 
 
 def test_gradients_can_be_clipped_by_their_total_norm():
-    keys = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
-    assert build_config("", keys).SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model"
+    keys = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_norm"]
+    assert build_config("", keys).SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_norm"
 
 
 def test_periods_that_round_to_zero_become_one(monkeypatch):

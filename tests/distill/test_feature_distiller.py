@@ -124,7 +124,7 @@ def test_a_name_that_two_losses_have_is_refused(register):
         ({"name": "roi_box", "weight": 1, "levels": ["p2"]}, "'roi_box' has no field 'levels'"),
         (
             {"name": "roi_class", "weight": 1, "adapter": True},
-            "'roi_class' has no field 'adapter'; known: name, weight, warmup_iters, temperature",
+            "'roi_class' has no field 'adapter'; known: name, weight, warmup_iters, proposals",
         ),
     ],
 )

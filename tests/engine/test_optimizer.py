@@ -1,5 +1,7 @@
 """Gradient clipping by the total norm, and its key."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -19,16 +21,45 @@ def clipped(config, limit, **options):
     return torch.cat([p.grad for p in model]).tolist()
 
 
+@pytest.mark.parametrize("name", ["full_norm", "full_model"])
 @pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
-def test_full_model_clips_the_norm_of_all_gradients_together(config, optimizer):
+def test_the_norm_of_all_gradients_together_is_clipped(config, optimizer, name):
     def total(limit):
-        def of(name, *opts):
-            return config(name, "SOLVER.OPTIMIZER", optimizer, *opts)
+        def of(role, *opts):
+            return config(role, "SOLVER.OPTIMIZER", optimizer, *opts)
 
-        return clipped(of, limit, CLIP_TYPE="full_model")
+        return clipped(of, limit, CLIP_TYPE=name)
 
     assert total(6.5) == pytest.approx([1.5, 2.0, 6.0], rel=1e-5)
     assert total(35.0) == [3.0, 4.0, 12.0]  # below the limit
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_a_step_is_that_of_torchs_clipping(config, norm_type, scale):
+    """With AMP, Detectron2's trainer leaves the unscaling to ``GradScaler.step``, as here."""
+    keys = {"ENABLED": True, "CLIP_TYPE": "full_norm", "CLIP_VALUE": 0.1, "NORM_TYPE": norm_type}
+    opts = [item for key, value in keys.items() for item in (f"SOLVER.CLIP_GRADIENTS.{key}", value)]
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    theirs, inputs = copy.deepcopy(ours), torch.randn(2, 5)
+    optimizer = build_optimizer(config("lr", *opts), ours)
+    reference = build_optimizer(config("lr"), theirs)
+    theirs(inputs).square().sum().backward()
+    norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.1, norm_type)
+    assert norm > 1
+    reference.step()
+    loss = ours(inputs).square().sum()
+    if scale is None:
+        loss.backward()
+        optimizer.step()
+    else:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine.grad, other.grad)
+        torch.testing.assert_close(mine, other)
 
 
 def test_norm_clips_each_parameters(config):
@@ -36,7 +67,7 @@ def test_norm_clips_each_parameters(config):
 
 
 def test_unknown_names(config):
-    with pytest.raises(InputError, match="CLIP_TYPE is 'total'; use value, norm or full_model"):
+    with pytest.raises(InputError, match="CLIP_TYPE is 'total'; use value, norm or full_norm"):
         clipped(config, 1.0, CLIP_TYPE="total")
     with pytest.raises(InputError, match="SOLVER.OPTIMIZER is 'LION'; use SGD or ADAMW"):
         build_optimizer(config("lr", "SOLVER.OPTIMIZER", "LION"), nn.Linear(1, 1))

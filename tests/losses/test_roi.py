@@ -42,6 +42,42 @@ def test_class_worked_out():
     assert_close(roi_class(*pair), roi_class(student, teacher) / 2)
 
 
+def test_class_weights_worked_out():
+    student, teacher = predictions([[0.5, 0.5]]), predictions([[0.75, 0.25]])
+    # p log(p / q) - p + q of the object class and of the background, at weights 3 : 1 of mean 1.
+    parts = 0.75 * math.log(1.5) - 0.25, 0.25 * math.log(0.5) + 0.25
+    loss = roi_class(student, teacher, class_weights=[3, 1])
+    assert loss.item() == pytest.approx(1.5 * parts[0] + 0.5 * parts[1], rel=1e-5)
+    assert_close(roi_class(student, teacher, class_weights=[0.3, 0.1]), loss)
+    assert_close(roi_class(student, teacher, 2.0, [7, 7]), roi_class(student, teacher, 2.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_equal_predictions_are_the_minimum_whatever_the_class_weights(temperature):
+    torch.manual_seed(0)
+    teacher, weights = random_predictions(), [0.0, 1.0, 5.0, 0.1]
+    (classes, *others) = parts_of(teacher)
+    value = roi_class(RoIPredictions(classes, *others), teacher, temperature, weights)
+    assert value.item() == 0
+    (gradient,) = torch.autograd.grad(value, classes)
+    assert not gradient.any()
+    assert roi_class(random_predictions(), teacher, temperature, weights) > 0
+
+
+def test_both_sets_of_regions_by_hand():
+    """KL of ((0.5, 0.5), (0.75, 0.25)) in one set of a single region, 0 in the other of two."""
+    one = predictions([[0.5, 0.5]]), predictions([[0.75, 0.25]])
+    other = [predictions([[0.5, 0.5], [0.9, 0.1]], masks=((0.5,), (0.3,)))] * 2
+    joined = [RoIPredictions.cat(parts) for parts in zip(one, other)]
+    assert [len(x.classes) for x in joined] == [3, 3]
+    assert [len(x.masks) for x in joined] == [3, 3]
+    expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 3
+    assert roi_class(*joined).item() == pytest.approx(expected, rel=1e-5)
+    without = RoIPredictions(one[0].classes, one[0].deltas, None)
+    assert RoIPredictions.cat([without, other[0]]).masks is None
+    assert RoIPredictions.cat([without]) is without
+
+
 def test_box_worked_out():
     probabilities = [[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]  # class 1, and background
     deltas = [[9.0] * 4 + [1.0, -2.0, 0.0, 1.0], [1.0] + [0.0] * 7]
@@ -98,5 +134,7 @@ def test_errors():
     both = random_predictions()
     with pytest.raises(ValueError, match="temperature is 0; it should be above 0"):
         roi_class(both, both, temperature=0)
+    with pytest.raises(ValueError, match="class_weights has 3 numbers, not 4"):
+        roi_class(both, both, class_weights=[1.0] * 3)
     with pytest.raises(ValueError, match="needs masks of student and teacher"):
         roi_mask(both, RoIPredictions(both.classes, both.deltas, None))

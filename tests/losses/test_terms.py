@@ -37,6 +37,7 @@ def test_numbers_that_yaml_reads_as_text():
         ({"exponents": [1, 1]}, r"exponents of 'ssim' should be a list of 3 numbers.* \[1, 1\]"),
         ({"levels": [2]}, r"levels of 'ssim' should be a list of different texts, not \[2\]"),
         ({"levels": ["p2", "p2"]}, "levels of 'ssim' should be a list of different texts"),
+        ({"proposals": "teacher"}, "'ssim' has no field 'proposals'; known: "),
         ({"adapter": 1}, "adapter of 'ssim' should be auto, true or false, not 1"),
     ],
 )
@@ -63,6 +64,9 @@ OUT_OF_RANGE = {
     ("cwd", "tau"): NOT_POSITIVE,
     ("mgd", "mask_ratio"): [1.5, 1, -0.1, NAN, True, "much"],
     ("roi_class", "temperature"): NOT_POSITIVE,
+    ("roi_class", "class_weights"): [[1, -1], [1, NAN], [0, 0], [], 1, "x", [[1]], [True, 1]],
+    ("roi_class", "proposals"): ["theirs", None, True, ["student"]],
+    ("roi_mask", "proposals"): ["students"],
     ("cross_head", "convs"): [-1, 2.5, True],
     ("cross_head", "box_weight"): NO_WEIGHTS,
     ("cross_head", "centerness_weight"): NO_WEIGHTS,

@@ -51,7 +51,7 @@ def test_every_stage_can_be_built(path):
             assert loss.items() <= stage_cfg.KD.LOSSES[0].items()
             assert list(term.levels or pairs) == levels.split()
             clip = cfg.SOLVER.CLIP_GRADIENTS
-            assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 35)
+            assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_norm", 35)
 
 
 @pytest.mark.parametrize("name", ZOO)

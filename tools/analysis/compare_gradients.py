@@ -95,8 +95,8 @@ def summary(batches, detection=None):
     }
 
 
-def measure(args):
-    """Return what is written as JSON.
+def load_student(args):
+    """Return a student in training mode, its config and its training batches.
 
     Raises:
         InputError: if the config is not a student's or has no KD.LOSSES; as ``build_config`` and
@@ -105,9 +105,8 @@ def measure(args):
     cfg = build_config(args.config_file, args.opts)
     cfg.SEED = max(cfg.SEED, 0)  # for the same images and new modules in every run
     seed_all(cfg.SEED)
-    terms = read_losses(cfg.KD.LOSSES)
     model = KDTrainer.build_model(cfg)
-    if not isinstance(model, DistilledMixin) or not terms:
+    if not isinstance(model, DistilledMixin) or not read_losses(cfg.KD.LOSSES):
         raise InputError(f"'{args.config_file}' is not the config of a student with KD.LOSSES")
     teacher = attach_teacher(model, cfg)
     if args.weights:
@@ -117,12 +116,23 @@ def measure(args):
         if cfg.KD.TEACHER.INIT_STUDENT:
             init_from_teacher(model, teacher.model, backbone=cfg.KD.TEACHER.INIT_BACKBONE)
     batches = KDTrainer.build_train_loader(cfg)
-    values = defaultdict(lambda: defaultdict(list))
     seed_all(cfg.SEED)
-    model.train()
+    return model.train(), cfg, tqdm(islice(batches, args.batches), total=args.batches)
+
+
+def settings_of(args, cfg):
+    """Return what identifies a measurement, for the JSON file."""
+    settings = {"config": args.config_file, "weights": args.weights, "losses": cfg.KD.LOSSES}
+    return settings | {"batches": args.batches, "images": cfg.SOLVER.IMS_PER_BATCH}
+
+
+def measure(args):
+    """Return what is written as JSON; see ``load_student``."""
+    model, cfg, batches = load_student(args)
+    values = defaultdict(lambda: defaultdict(list))
     # At an iteration at which all weights have warmed up.
-    with EventStorage(max(term.warmup_iters for term in terms)):
-        for batch in tqdm(islice(batches, args.batches), total=args.batches):
+    with EventStorage(max(term.warmup_iters for term in read_losses(cfg.KD.LOSSES))):
+        for batch in batches:
             for level, entries in measure_batch(model, batch).items():
                 for name, squares in entries.items():
                     values[level][name].append(squares)
@@ -134,9 +144,14 @@ def measure(args):
             for name, squares in entries.items()
         }
         levels[level] = {"cells": cells, "losses": losses}
-    settings = {"config": args.config_file, "weights": args.weights, "losses": cfg.KD.LOSSES}
-    settings |= {"batches": args.batches, "images": cfg.SOLVER.IMS_PER_BATCH}
-    return {**settings, "levels": levels}
+    return {**settings_of(args, cfg), "levels": levels}
+
+
+def source_of(result):
+    """Tell on what a result was measured, for the note under a table."""
+    weights = f"'{result['weights']}'" if result["weights"] else "the student's start"
+    images = f"{result['batches']} training batches of {result['images']} images"
+    return f"{images}; weights: {weights}.\n"
 
 
 def markdown(result):
@@ -149,24 +164,19 @@ def markdown(result):
     headings = ["level", "loss", "in boxes", "cells in boxes", "in 10 % of images", "norm"]
     align = ["left", "left", "right", "right", "right", "right"]
     table = tabulate(rows, headings, "pipe", colalign=align, disable_numparse=True)
-    weights = f"'{result['weights']}'" if result["weights"] else "the student's start"
-    return (
-        f"{table}\n\nShares of the squared gradient; its norm / that of the detection losses. "
-        f"{result['batches']} training batches of {result['images']} images; weights: {weights}.\n"
-    )
+    note = "Shares of the squared gradient; its norm / that of the detection losses."
+    return f"{table}\n\n{note} {source_of(result)}"
 
 
-def main(args):
-    """Run the command line."""
-    result = measure(args)
-    print(f"\n{markdown(result)}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, result)
+def run(description, measure, markdown):
+    """Run the command line of a measurement on a student's training batches.
 
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    Args:
+        description: the script's docstring.
+        measure: arguments to what is written as JSON.
+        markdown: that to the text that is printed.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
     add("--config-file", required=True, help="the student's config")
     add("--weights", default="", help="its checkpoint; default: its start")
@@ -174,7 +184,16 @@ if __name__ == "__main__":
     add("--json", type=Path, help="also write the numbers to this file")
     add("--trust-files", action=TrustFiles)
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
+    args = parser.parse_args()
     try:
-        main(parser.parse_args())
+        result = measure(args)
     except InputError as error:
         parser.error(str(error))
+    print(f"\n{markdown(result)}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    run(__doc__, measure, markdown)
