@@ -99,6 +99,22 @@ def start(job):
         )
 
 
+@contextlib.contextmanager
+def _signals_held():
+    """Handle signals only afterwards, so that no process is started and then forgotten."""
+    held, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {n: signal.getsignal(n) for n in numbers if callable(signal.getsignal(n))}
+    for number in handlers:
+        signal.signal(number, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in held:
+            handlers[number](number, frame)
+
+
 def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
     """Run jobs in their order, at most `slots` at a time, each after those it waits for.
 
@@ -115,7 +131,8 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                 elif len(running) < slots and finished.issuperset(job.after):
                     waiting.remove(job)
                     screen.say(f"{job.name}: started")
-                    running[job.name] = (job, start(job), time.monotonic())
+                    with _signals_held():
+                        running[job.name] = (job, start(job), time.monotonic())
             for name, (job, process, began) in list(running.items()):
                 if process.poll() is None:
                     continue

@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT
 
 from msad_kd.utils.errors import InputError
+from projects.study import jobs
 from projects.study.jobs import CONSOLE, Job, Screen, last_error, locked, run_jobs
 from projects.study.progress import gradient_ratio, iterations_done, training_seconds
 
@@ -66,7 +67,7 @@ write("end")
 
 def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
     threads = "import os; print(os.environ['OMP_NUM_THREADS'])"
-    jobs = [
+    failing = [
         Job("bad", python("raise KeyError('x')"), tmp_path / "bad"),
         Job("killed", python("import os; os.kill(os.getpid(), 9)"), tmp_path / "killed"),
         Job("after bad", python(""), tmp_path / "after", after=("bad",)),
@@ -79,7 +80,7 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
         "killed was ended by signal 9, perhaps because memory ran out"
     )
     with pytest.raises(InputError, match=expected):
-        run_jobs(jobs, 1, Screen())
+        run_jobs(failing, 1, Screen())
     assert (tmp_path / "good" / CONSOLE).read_text().strip() == "1"  # thread
     assert not (tmp_path / "that").exists()
 
@@ -112,6 +113,25 @@ run.main(["--grid", "x"])
     assert process.returncode == 1
     assert output.endswith("run.py: stopped; started again, it goes on where it was\n")
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_signal_while_a_job_starts_ends_it_too(tmp_path, monkeypatch):
+    start, started = jobs.start, []
+
+    def interrupted(job):
+        started.append(start(job))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[-1]
+
+    monkeypatch.setattr(jobs, "start", interrupted)
+    sleeper = Job("sleeper", python("import time; time.sleep(60)"), tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs([sleeper], 1, Screen())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_what_outlives_a_killed_run_keeps_others_out(tmp_path):
