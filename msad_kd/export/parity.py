@@ -1,0 +1,184 @@
+"""Comparing an exported detector with the one that it was exported from, and their latency.
+
+R: detections of an image. A detector is a function of an image (3, H, W), values 0..255, that
+returns arrays: boxes (R, 4), scores (R,), classes (R,) and, if it has masks, masks (R, M, M).
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.transforms import ResizeShortestEdge
+from tabulate import tabulate
+
+from msad_kd.data.images import read_image
+from msad_kd.data.loader import explain_missing_data
+from msad_kd.utils.errors import InputError
+
+Detector = Callable[[np.ndarray], list[np.ndarray]]
+
+# The largest differences that count as equal; boxes in pixels.
+LIMITS = {"boxes": 0.05, "scores": 1e-3, "masks": 1e-3}
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def read_images(cfg: CfgNode, folder: str | None, count: int) -> list[np.ndarray]:
+    """Return images (H, W, 3) in INPUT.FORMAT: the first of a folder, or of DATASETS.TEST.
+
+    Raises:
+        InputError: if there is none, or one cannot be read.
+    """
+    if folder:
+        files = sorted(x for x in Path(folder).glob("*") if x.suffix.lower() in _SUFFIXES)
+        if not files:
+            raise InputError(f"--images: '{folder}' has no images; name a folder of them")
+    elif cfg.DATASETS.TEST:
+        names = cfg.DATASETS.TEST[:1]
+        with explain_missing_data(names):
+            dicts = get_detection_dataset_dicts(names, filter_empty=False)
+        files = [entry["file_name"] for entry in dicts]
+    else:
+        raise InputError("there are no images to compare on; set DATASETS.TEST or give --images")
+    return [read_image(str(file), cfg.INPUT.FORMAT) for file in files[:count]]
+
+
+def at_three_sizes(image: np.ndarray, min_size: int, max_size: int) -> list[np.ndarray]:
+    """Return an image (H, W, 3) at its test size, square, and as a portrait of odd sides: (3, ...).
+
+    Args:
+        image: the image.
+        min_size: INPUT.MIN_SIZE_TEST.
+        max_size: INPUT.MAX_SIZE_TEST.
+    """
+    transform = ResizeShortestEdge(min_size, max_size).get_transform(image)
+    portrait = (min_size * 3 // 4) | 1, (min_size * 5 // 4) | 1  # width, height
+    sizes = (min_size, min_size), portrait
+    images = [transform.apply_image(image), *(cv2.resize(image, size) for size in sizes)]
+    return [np.ascontiguousarray(image.transpose(2, 0, 1)) for image in images]
+
+
+def differences(
+    expected: list[np.ndarray], found: list[np.ndarray], threshold: float, most: int
+) -> dict[str, float]:
+    """Return the largest differences between the detections of two detectors in an image.
+
+    Detections of a class are paired from the most to the least alike, so their order, which may
+    differ where scores are equal, does not matter. One without a partner counts as a difference of
+    its score from the lowest that is kept; it may be left out by one detector for being there.
+
+    Args:
+        expected: the outputs of the one.
+        found: those of the other.
+        threshold: the lowest score of a detection.
+        most: the most detections of an image.
+
+    Returns:
+        The keys of LIMITS, without masks if there are none.
+    """
+    names = list(LIMITS) if len(expected) > 3 else list(LIMITS)[:2]
+    largest = dict.fromkeys(names, 0.0)
+    boxes = np.abs(expected[0][:, None] - found[0]).max(axis=2, initial=0.0)
+    scores = np.abs(expected[1][:, None] - found[1])
+    cost = np.maximum(boxes / LIMITS["boxes"], scores / LIMITS["scores"])
+    cost[expected[2][:, None] != found[2]] = np.inf
+    full = [outputs[1].min() for outputs in (expected, found) if len(outputs[1]) >= most]
+    cut = max([threshold, *full]) + LIMITS["scores"]
+    rows, columns = set(range(len(expected[1]))), set(range(len(found[1])))
+
+    def pair(limit: float) -> None:
+        for row, column in zip(*np.unravel_index(np.argsort(cost, axis=None), cost.shape)):
+            if cost[row, column] > limit or not np.isfinite(cost[row, column]):
+                return
+            if row in rows and column in columns:
+                rows.remove(row)
+                columns.remove(column)
+                values = [boxes[row, column], scores[row, column]]
+                if "masks" in largest:
+                    values.append(np.abs(expected[3][row] - found[3][column]).max())
+                for name, value in zip(names, values):
+                    largest[name] = max(largest[name], float(value))
+
+    pair(1.0)
+    # What is at the cut may be in one of them only.
+    rows = {row for row in rows if expected[1][row] > cut}
+    columns = {column for column in columns if found[1][column] > cut}
+    pair(np.inf)
+    left = [expected[1][row] for row in rows] + [found[1][column] for column in columns]
+    largest["scores"] = max([largest["scores"], *(float(x - cut) for x in left)])
+    return largest
+
+
+def latency(detector: Detector, image: np.ndarray, runs: int) -> float:
+    """Return the median milliseconds of a detector on an image, after one run to warm up."""
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        detector(image)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def compare(
+    original: Detector,
+    exported: Detector,
+    images: Iterable[np.ndarray],
+    metadata: dict,
+    most: int,
+    runs: int,
+) -> dict:
+    """Return the parity report of an exported detector, ready for JSON.
+
+    Args:
+        original: the detector in PyTorch.
+        exported: the exported one.
+        images: images (H, W, 3); each is compared at three sizes.
+        metadata: what ``describe_model`` returns.
+        most: the most detections of an image.
+        runs: of how many runs a latency is the median.
+
+    Returns:
+        "sizes", a row for each of the three; "largest", the largest differences in all images;
+        "limits"; "detections", how many were compared; "passed".
+
+    Raises:
+        InputError: if nothing was detected in any image, so that nothing was compared.
+    """
+    rows: list[dict] = [{} for _ in range(3)]
+    detections = 0
+    for image in images:
+        sized = at_three_sizes(image, metadata["min_size"], metadata["max_size"])
+        for row, pixels in zip(rows, sized):
+            expected, found = original(pixels), exported(pixels)
+            detections += len(expected[1])
+            new = differences(expected, found, metadata["score_threshold"], most)
+            row |= {name: max(row.get(name, 0.0), value) for name, value in new.items()}
+            if "size" not in row:
+                row["size"] = list(pixels.shape[1:])
+                row["pytorch_ms"] = latency(original, pixels, runs)
+                row[f"{metadata['format']}_ms"] = latency(exported, pixels, runs)
+    if not detections:
+        raise InputError(
+            f"nothing scores above {metadata['score_threshold']} in any image, so nothing was "
+            "compared; give --images with objects, or lower the config's SCORE_THRESH_TEST"
+        )
+    largest = {name: max(row[name] for row in rows) for name in LIMITS if name in rows[0]}
+    passed = all(value <= LIMITS[name] for name, value in largest.items())
+    report = {"passed": passed, "largest": largest, "limits": LIMITS, "detections": detections}
+    return {**report, "runs": runs, "sizes": rows}
+
+
+def table(report: dict) -> str:
+    """Return the sizes of a parity report as a table in Markdown."""
+    units = {"boxes": "boxes (px)", "pytorch_ms": "PyTorch (ms)", "onnx_ms": "onnxruntime (ms)"}
+    first, names = report["sizes"][0], [name for name in report["sizes"][0] if name != "size"]
+    rows = [
+        [" x ".join(map(str, row["size"])), *(row[x] for x in names)] for row in report["sizes"]
+    ]
+    formats = ["", *(".1f" if name.endswith("_ms") else ".1e" for name in names)]
+    headings = ["H x W", *(units.get(name, name.replace("_ms", " (ms)")) for name in names)]
+    return tabulate(rows, headings, "pipe", floatfmt=formats) if first else ""
