@@ -60,7 +60,7 @@ def export_traced(cfg, model, args):
     detector = ExportableDetector(model, resize_to).eval()
     metadata = describe_model(cfg, model, args.format, resize=args.resize)
     images = read_images(cfg, args.images, args.count)
-    pixels = at_three_sizes(images[0], metadata["min_size"], metadata["max_size"])[0]
+    pixels = at_three_sizes(images[0], metadata)[0]
     path = os.path.join(args.output, FILES[args.format])
     export = {"onnx": export_onnx, "torchscript": export_torchscript}[args.format]
     export(detector, torch.as_tensor(pixels).float(), path, metadata)

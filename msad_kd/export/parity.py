@@ -47,18 +47,23 @@ def read_images(cfg: CfgNode, folder: str | None, count: int) -> list[np.ndarray
     return [read_image(str(file), cfg.INPUT.FORMAT) for file in files[:count]]
 
 
-def at_three_sizes(image: np.ndarray, min_size: int, max_size: int) -> list[np.ndarray]:
+def at_three_sizes(image: np.ndarray, metadata: dict) -> list[np.ndarray]:
     """Return an image (H, W, 3) at its test size, square, and as a portrait of odd sides: (3, ...).
+
+    For a model that resizes images itself, it comes as it is, and the others are larger.
 
     Args:
         image: the image.
-        min_size: INPUT.MIN_SIZE_TEST.
-        max_size: INPUT.MAX_SIZE_TEST.
+        metadata: what ``describe_model`` returns.
     """
-    transform = ResizeShortestEdge(min_size, max_size).get_transform(image)
-    portrait = (min_size * 3 // 4) | 1, (min_size * 5 // 4) | 1  # width, height
-    sizes = (min_size, min_size), portrait
-    images = [transform.apply_image(image), *(cv2.resize(image, size) for size in sizes)]
+    side, natural = metadata["min_size"], image
+    if metadata["resizes"]:
+        side = side * 3 // 2
+    else:
+        resize = ResizeShortestEdge(side, metadata["max_size"]).get_transform(image)
+        natural = resize.apply_image(image)
+    sizes = (side, side), ((side * 3 // 4) | 1, (side * 5 // 4) | 1)  # width, height
+    images = [natural, *(cv2.resize(image, size) for size in sizes)]
     return [np.ascontiguousarray(image.transpose(2, 0, 1)) for image in images]
 
 
@@ -151,8 +156,7 @@ def compare(
     rows: list[dict] = [{} for _ in range(3)]
     detections = 0
     for image in images:
-        sized = at_three_sizes(image, metadata["min_size"], metadata["max_size"])
-        for row, pixels in zip(rows, sized):
+        for row, pixels in zip(rows, at_three_sizes(image, metadata)):
             expected, found = original(pixels), exported(pixels)
             detections += len(expected[1])
             new = differences(expected, found, metadata["score_threshold"], most)

@@ -1,7 +1,6 @@
 """Configs that stock Detectron2 reads: YAML, or Python where it has no YAML (FCOS)."""
 
 import copy
-from pprint import pformat
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
@@ -111,26 +110,31 @@ def group_norm(channels):
     return nn.GroupNorm({groups} if channels % {groups} == 0 else 1, channels)
 
 
-resnet = {resnet}
-
+resnet = dict(
+{resnet}
+)
 model = L(FCOS)(
     backbone=L(FPN)(
         bottom_up=L(build_resnet_backbone)(
-            cfg=resnet, input_shape=L(ShapeSpec)(channels={channels})
+            cfg=dict(MODEL=dict(BACKBONE=dict(FREEZE_AT={freeze_at}), RESNETS=resnet)),
+            input_shape=L(ShapeSpec)(channels={channels}),
         ),
         top_block={top_block},
-        **{fpn},
+{fpn}
     ),
     head=L(FCOSHead)(
         input_shape=[L(ShapeSpec)(channels=c, stride=s) for c, s in {shapes}],
+{head}
         norm={norm},
-        **{head},
     ),
-    **{options},
+{options}
 )
-
 train = dict(init_checkpoint={weights!r}, device={device!r})
 '''
+
+
+def _keywords(values: dict, indent: int) -> str:
+    return "\n".join(f"{' ' * indent}{key}={value!r}," for key, value in values.items())
 
 
 def lazy_config(cfg: CfgNode, model: nn.Module, weights: str) -> str:
@@ -148,36 +152,31 @@ def lazy_config(cfg: CfgNode, model: nn.Module, weights: str) -> str:
     stock, shapes = _stock_keys(cfg).MODEL, model.backbone.output_shape()
     top_block = "L(LastLevelMaxPool)()"
     if source:
-        of_p5 = source == "p5"
-        inputs = (
-            fpn.OUT_CHANNELS if of_p5 else model.backbone.bottom_up.output_shape()["res5"].channels
-        )
-        top_block = f"L(LastLevelP6P7)({inputs}, {fpn.OUT_CHANNELS}, in_feature={source!r})"
+        channels = {"p5": fpn.OUT_CHANNELS, **_channels(model.backbone.bottom_up)}[source]
+        top_block = f"L(LastLevelP6P7)({channels}, {fpn.OUT_CHANNELS}, in_feature={source!r})"
+    pyramid = ("in_features", "out_channels", "norm", "fuse_type")
+    towers = [fpn.OUT_CHANNELS] * keys.NUM_CONVS
     groups = [m.num_groups for m in model.head.modules() if isinstance(m, nn.GroupNorm)]
     options = FCOS.from_config(cfg)
-    texts = {
-        "resnet": {"MODEL": {name: dict(stock[name]) for name in ("BACKBONE", "RESNETS")}},
-        "fpn": {
-            "in_features": fpn.IN_FEATURES,
-            "out_channels": fpn.OUT_CHANNELS,
-            "norm": fpn.NORM,
-            "fuse_type": fpn.FUSE_TYPE,
-        },
-        "shapes": [(shapes[name].channels, shapes[name].stride) for name in keys.IN_FEATURES],
-        "head": {
-            "num_classes": keys.NUM_CLASSES,
-            "conv_dims": [fpn.OUT_CHANNELS] * keys.NUM_CONVS,
-            "prior_prob": keys.PRIOR_PROB,
-        },
-        "options": {key: options[key] for key in options if key not in ("backbone", "head")},
-    }
+    del options["backbone"], options["head"]
     return _LAZY.format(
         format=cfg.INPUT.FORMAT,
         groups=groups[0] if groups else 1,
-        norm="group_norm" if keys.NORM == "GN" else repr(keys.NORM),
+        resnet=_keywords(stock.RESNETS, 4),
+        freeze_at=stock.BACKBONE.FREEZE_AT,
         channels=len(cfg.MODEL.PIXEL_MEAN),
         top_block=top_block,
+        fpn=_keywords({name: fpn[name.upper()] for name in pyramid}, 8),
+        shapes=[(shapes[name].channels, shapes[name].stride) for name in keys.IN_FEATURES],
+        head=_keywords(
+            {"num_classes": keys.NUM_CLASSES, "conv_dims": towers, "prior_prob": keys.PRIOR_PROB}, 8
+        ),
+        norm="group_norm" if keys.NORM == "GN" else repr(keys.NORM),
+        options=_keywords(options, 4),
         weights=weights,
         device=cfg.MODEL.DEVICE,
-        **{name: pformat(value, width=96) for name, value in texts.items()},
     )
+
+
+def _channels(bottom_up: nn.Module) -> dict[str, int]:
+    return {name: shape.channels for name, shape in bottom_up.output_shape().items()}
