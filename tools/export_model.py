@@ -56,17 +56,17 @@ def export_detectron2(cfg, model, folder):
 
 def export_traced(cfg, model, args):
     """Write the traced model, compare it, and return its metadata and the parity report."""
-    resize_to = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) if args.resize else None
-    detector = ExportableDetector(model, resize_to).eval()
-    metadata = describe_model(cfg, model, args.format, resize=args.resize)
+    sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    resize = args.resize and sizes[0] > 0  # 0: images keep their size
+    detector = ExportableDetector(model, sizes if resize else None).eval()
+    metadata = describe_model(cfg, model, args.format, resize=resize)
     images = read_images(cfg, args.images, args.count)
     pixels = at_three_sizes(images[0], metadata)[0]
     path = os.path.join(args.output, FILES[args.format])
     export = {"onnx": export_onnx, "torchscript": export_torchscript}[args.format]
     export(detector, torch.as_tensor(pixels).float(), path, metadata)
     loaded = OnnxDetector(path, 1) if args.format == "onnx" else as_arrays(torch.jit.load(path))
-    most = cfg.TEST.DETECTIONS_PER_IMAGE
-    return metadata, compare(as_arrays(detector), loaded, images, metadata, most, args.runs)
+    return metadata, compare(as_arrays(detector), loaded, images, metadata, args.runs)
 
 
 def export_model(args):

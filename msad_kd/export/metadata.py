@@ -6,19 +6,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling import RetinaNet
 from torch import nn
 
-from msad_kd.data.classes import model_classes
+from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.export.tracing import OUTPUTS
 from msad_kd.modeling.classes import has_masks, is_a
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 from msad_kd.utils.errors import InputError
-
-
-def score_threshold(cfg: CfgNode) -> float:
-    """Return the lowest score of a detection."""
-    kinds = {RetinaNet: cfg.MODEL.RETINANET, FCOS: cfg.MODEL.FCOS}
-    keys = next((keys for kind, keys in kinds.items() if is_a(cfg, kind)), cfg.MODEL.ROI_HEADS)
-    return keys.SCORE_THRESH_TEST
 
 
 def check_not_teacher(cfg: CfgNode) -> None:
@@ -44,6 +37,8 @@ def describe_model(cfg: CfgNode, model: nn.Module, format: str, *, resize: bool 
         resize: whether the exported model resizes images itself.
     """
     masks = has_masks(cfg)
+    kinds = {RetinaNet: cfg.MODEL.RETINANET, FCOS: cfg.MODEL.FCOS}
+    keys = next((keys for kind, keys in kinds.items() if is_a(cfg, kind)), cfg.MODEL.ROI_HEADS)
     outputs = ["instances"] if format == "detectron2" else list(OUTPUTS if masks else OUTPUTS[:3])
     try:
         version = importlib.metadata.version("msad_kd")
@@ -53,7 +48,7 @@ def describe_model(cfg: CfgNode, model: nn.Module, format: str, *, resize: bool 
         "msad_kd_version": version,
         "format": format,
         "meta_architecture": cfg.MODEL.META_ARCHITECTURE,
-        "classes": list(getattr(model, "classes", ()) or model_classes(cfg)[0]),
+        "classes": model_classes(with_classes_of(cfg, model))[0],
         "masks": masks,
         "inputs": ["image"],
         "outputs": outputs,
@@ -65,5 +60,6 @@ def describe_model(cfg: CfgNode, model: nn.Module, format: str, *, resize: bool 
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "resizes": resize,
         "size_divisibility": model.backbone.size_divisibility,
-        "score_threshold": score_threshold(cfg),
+        "score_threshold": keys.SCORE_THRESH_TEST,
+        "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
     }

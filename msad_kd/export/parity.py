@@ -4,9 +4,7 @@ R: detections of an image. A detector is a function of an image (3, H, W), value
 returns arrays: boxes (R, 4), scores (R,), classes (R,) and, if it has masks, masks (R, M, M).
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -18,6 +16,7 @@ from tabulate import tabulate
 
 from msad_kd.data.images import read_image
 from msad_kd.data.loader import explain_missing_data
+from msad_kd.evaluation.cost import time_models
 from msad_kd.utils.errors import InputError
 
 Detector = Callable[[np.ndarray], list[np.ndarray]]
@@ -56,10 +55,10 @@ def at_three_sizes(image: np.ndarray, metadata: dict) -> list[np.ndarray]:
         image: the image.
         metadata: what ``describe_model`` returns.
     """
-    side, natural = metadata["min_size"], image
+    side, natural = metadata["min_size"] or min(image.shape[:2]), image
     if metadata["resizes"]:
         side = side * 3 // 2
-    else:
+    elif metadata["min_size"]:
         resize = ResizeShortestEdge(side, metadata["max_size"]).get_transform(image)
         natural = resize.apply_image(image)
     sizes = (side, side), ((side * 3 // 4) | 1, (side * 5 // 4) | 1)  # width, height
@@ -118,32 +117,16 @@ def differences(
     return largest
 
 
-def latency(detector: Detector, image: np.ndarray, runs: int) -> float:
-    """Return the median milliseconds of a detector on an image, after one run to warm up."""
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        detector(image)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
-
-
 def compare(
-    original: Detector,
-    exported: Detector,
-    images: Iterable[np.ndarray],
-    metadata: dict,
-    most: int,
-    runs: int,
+    original: Detector, exported: Detector, images: list[np.ndarray], metadata: dict, runs: int
 ) -> dict:
     """Return the parity report of an exported detector, ready for JSON.
 
     Args:
         original: the detector in PyTorch.
         exported: the exported one.
-        images: images (H, W, 3); each is compared at three sizes.
+        images: images (H, W, 3); each is compared at three sizes, the first is timed.
         metadata: what ``describe_model`` returns.
-        most: the most detections of an image.
         runs: of how many runs a latency is the median.
 
     Returns:
@@ -153,22 +136,24 @@ def compare(
     Raises:
         InputError: if nothing was detected in any image, so that nothing was compared.
     """
-    rows: list[dict] = [{} for _ in range(3)]
-    detections = 0
-    for image in images:
-        for row, pixels in zip(rows, at_three_sizes(image, metadata)):
-            expected, found = original(pixels), exported(pixels)
+    threshold, most = metadata["score_threshold"], metadata["detections_per_image"]
+    detectors = {"pytorch": original, metadata["format"]: exported}
+    rows, detections = [], 0
+    for sized in zip(*(at_three_sizes(image, metadata) for image in images)):
+        row: dict = {}
+        for image in sized:
+            expected, found = original(image), exported(image)
             detections += len(expected[1])
-            new = differences(expected, found, metadata["score_threshold"], most)
-            row |= {name: max(row.get(name, 0.0), value) for name, value in new.items()}
-            if "size" not in row:
-                row["size"] = list(pixels.shape[1:])
-                row["pytorch_ms"] = latency(original, pixels, runs)
-                row[f"{metadata['format']}_ms"] = latency(exported, pixels, runs)
+            for name, value in differences(expected, found, threshold, most).items():
+                row[name] = max(row.get(name, 0.0), value)
+        models = {name: lambda batch, run=run: run(batch[0]) for name, run in detectors.items()}
+        times = time_models(models, dict.fromkeys(models, [sized[0]] * runs))
+        row |= {f"{name}_ms": quartiles["median"] for name, quartiles in times.items()}
+        rows.append({"size": list(sized[0].shape[1:]), **row})
     if not detections:
         raise InputError(
-            f"nothing scores above {metadata['score_threshold']} in any image, so nothing was "
-            "compared; give --images with objects, or lower the config's SCORE_THRESH_TEST"
+            f"nothing scores above {threshold} in any image, so nothing was compared; give "
+            "--images with objects, or lower the config's SCORE_THRESH_TEST"
         )
     largest = {name: max(row[name] for row in rows) for name in LIMITS if name in rows[0]}
     passed = all(value <= LIMITS[name] for name, value in largest.items())
@@ -178,11 +163,13 @@ def compare(
 
 def table(report: dict) -> str:
     """Return the sizes of a parity report as a table in Markdown."""
-    units = {"boxes": "boxes (px)", "pytorch_ms": "PyTorch (ms)", "onnx_ms": "onnxruntime (ms)"}
-    first, names = report["sizes"][0], [name for name in report["sizes"][0] if name != "size"]
-    rows = [
-        [" x ".join(map(str, row["size"])), *(row[x] for x in names)] for row in report["sizes"]
-    ]
-    formats = ["", *(".1f" if name.endswith("_ms") else ".1e" for name in names)]
-    headings = ["H x W", *(units.get(name, name.replace("_ms", " (ms)")) for name in names)]
-    return tabulate(rows, headings, "pipe", floatfmt=formats) if first else ""
+    titles = {
+        "size": "H x W",
+        "boxes": "boxes (px)",
+        "pytorch_ms": "PyTorch (ms)",
+        "onnx_ms": "onnxruntime (ms)",
+        "torchscript_ms": "TorchScript (ms)",
+    }
+    rows = [{**row, "size": "{} x {}".format(*row["size"])} for row in report["sizes"]]
+    formats = [".1f" if name.endswith("_ms") else ".1e" for name in rows[0]]
+    return tabulate(rows, titles | {n: n for n in rows[0] if n not in titles}, "pipe", formats)

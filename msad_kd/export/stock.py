@@ -152,7 +152,8 @@ def lazy_config(cfg: CfgNode, model: nn.Module, weights: str) -> str:
     stock, shapes = _stock_keys(cfg).MODEL, model.backbone.output_shape()
     top_block = "L(LastLevelMaxPool)()"
     if source:
-        channels = {"p5": fpn.OUT_CHANNELS, **_channels(model.backbone.bottom_up)}[source]
+        below = model.backbone.bottom_up.output_shape()
+        channels = below[source].channels if source in below else fpn.OUT_CHANNELS
         top_block = f"L(LastLevelP6P7)({channels}, {fpn.OUT_CHANNELS}, in_feature={source!r})"
     pyramid = ("in_features", "out_channels", "norm", "fuse_type")
     towers = [fpn.OUT_CHANNELS] * keys.NUM_CONVS
@@ -176,7 +177,3 @@ def lazy_config(cfg: CfgNode, model: nn.Module, weights: str) -> str:
         weights=weights,
         device=cfg.MODEL.DEVICE,
     )
-
-
-def _channels(bottom_up: nn.Module) -> dict[str, int]:
-    return {name: shape.channels for name, shape in bottom_up.output_shape().items()}
