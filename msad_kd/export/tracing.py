@@ -61,7 +61,7 @@ class ExportableDetector(nn.Module):
         Args:
             image: (3, H, W), values 0..255.
         """
-        height, width = image.shape[-2:]
+        height, width = image.size(-2), image.size(-1)  # from the end also in a trace
         image = image.float().reshape(3, height, width)
         if self.resize_to:
             image = resize(image, *self.resize_to)
