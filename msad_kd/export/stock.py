@@ -154,7 +154,8 @@ def lazy_config(cfg: CfgNode, model: nn.Module, weights: str) -> str:
     if source:
         below = model.backbone.bottom_up.output_shape()
         channels = below[source].channels if source in below else fpn.OUT_CHANNELS
-        top_block = f"L(LastLevelP6P7)({channels}, {fpn.OUT_CHANNELS}, in_feature={source!r})"
+        sizes = f"in_channels={channels}, out_channels={fpn.OUT_CHANNELS}"
+        top_block = f"L(LastLevelP6P7)({sizes}, in_feature={source!r})"
     pyramid = ("in_features", "out_channels", "norm", "fuse_type")
     towers = [fpn.OUT_CHANNELS] * keys.NUM_CONVS
     groups = [m.num_groups for m in model.head.modules() if isinstance(m, nn.GroupNorm)]

@@ -12,6 +12,8 @@ from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx
 from msad_kd.export.tracing import ExportableDetector, export_torchscript
 
+MANY = ["TEST.DETECTIONS_PER_IMAGE", 1000]
+
 
 @pytest.fixture(scope="session")
 def build(files_of):
@@ -20,8 +22,6 @@ def build(files_of):
     def make(detector, *opts):
         name, _, network = detector.partition(" on ")
         opts = [*(options(network) if network else ()), *opts]
-        if name in DENSE:  # fewer than the large images have, and more than the small one has
-            opts += [f"MODEL.{name.upper()}.TOPK_CANDIDATES_TEST", 75 if name == "retinanet" else 10]
         cfg = build_config(str(files_of(name)["student"]), opts)
         torch.manual_seed(0)
         model = KDTrainer.load_model(cfg, None, "the config")
@@ -39,6 +39,10 @@ def exported(build, tmp_path_factory):
     @functools.cache
     def make(detector, *opts, resize_to=None):
         folder = tmp_path_factory.mktemp("exported")
+        if (name := detector.split()[0]) in DENSE:
+            # Fewer than the coarsest level of large images has, and more than that of this has.
+            key = f"MODEL.{name.upper()}.TOPK_CANDIDATES_TEST"
+            opts = [key, 75 if name == "retinanet" else 10, *MANY, *opts]
         cfg, model = build(detector, *opts)
         image = torch.rand(3, 32, 48) * 255
         detector = ExportableDetector(model, resize_to).eval()

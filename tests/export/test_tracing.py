@@ -5,7 +5,6 @@ import pytest
 import torch
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import paste_masks_in_image
-from detectron2.modeling import SemanticSegmentor
 from timm_networks import MOBILE
 from torchvision.ops import batched_nms
 
@@ -27,7 +26,7 @@ def check(model, run, image, size=None, atol=5e-3):
         found = model([{"image": image, "height": height, "width": width}])[0]["instances"]
     boxes, scores, classes, *masks = run(image)
     assert torch.allclose(boxes, found.pred_boxes.tensor, rtol=0, atol=atol)
-    assert torch.allclose(scores, found.scores, rtol=0, atol=1e-5)
+    assert torch.allclose(scores, found.scores, rtol=0, atol=1e-4)
     assert torch.equal(classes, found.pred_classes)
     assert len(masks) == found.has("pred_masks")
     if masks:
@@ -57,10 +56,8 @@ def test_parity_at_more_sizes(exported, detector, height, width):
     check(model, traced, image, atol=0)
 
 
-@pytest.mark.parametrize("detector", ["mask_rcnn", "fcos"])
-def test_nothing_found(exported, detector):
-    section = "ROI_HEADS" if detector == "mask_rcnn" else detector.upper()
-    model, onnx, traced = exported(detector, f"MODEL.{section}.SCORE_THRESH_TEST", 0.999)
+def test_nothing_found(exported):
+    model, onnx, traced = exported("mask_rcnn", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.999)
     for run in (onnx, traced):
         assert check(model, run, torch.as_tensor(noise(40, 40))) == 0
 
@@ -79,10 +76,11 @@ def test_resizing_inside(exported):
     image = noise(61, 90)
     transform = ResizeShortestEdge(32, 40).get_transform(image.transpose(1, 2, 0))
     pixels = image.astype(np.uint8)
-    small = transform.apply_image(pixels.transpose(1, 2, 0)).transpose(2, 0, 1)
+    small = transform.apply_image(pixels.transpose(1, 2, 0)).transpose(2, 0, 1).copy()
     for run in (onnx, traced):
         outputs = run(torch.as_tensor(pixels).float())
-        check(model, lambda _, outputs=outputs: outputs, torch.as_tensor(small.copy()), (61, 90))
+        small = torch.as_tensor(small)
+        assert check(model, lambda _, found=outputs: found, small, (61, 90), atol=0.05) > 2
 
 
 @pytest.mark.parametrize("size", [(61, 90), (90, 61), (20, 31), (32, 32), (32, 300), (7, 95)])
