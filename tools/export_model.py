@@ -78,7 +78,8 @@ def export_model(args):
     if args.format == "onnx":
         import_onnx()  # before anything is loaded
     torch.set_num_threads(1)
-    cfg = build_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+    on_cpu = ["MODEL.DEVICE", "cpu"] if args.format in FILES else []  # where models are traced
+    cfg = build_config(args.config_file, [*args.opts, *on_cpu])
     check_not_teacher(cfg)
     model = KDTrainer.load_model(cfg, args.weights, f"the config '{args.config_file}'")
     os.makedirs(args.output, exist_ok=True)

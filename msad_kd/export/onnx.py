@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import torch
+from detectron2.export import TracingAdapter
 from torch._C import TensorType
 from torch.onnx import symbolic_helper
 
 from msad_kd.checkpoint.files import replacing
-from msad_kd.export.tracing import METADATA_KEY, ExportableDetector, adapter_of, traceable
+from msad_kd.export.tracing import METADATA_KEY, ExportableDetector, traceable
 from msad_kd.utils.errors import InputError
 
 OPSET = 17
@@ -73,7 +74,7 @@ def export_onnx(
     try:
         with traceable():
             torch.onnx.export(
-                adapter_of(detector, image),
+                TracingAdapter(detector, image).eval(),
                 (image,),
                 buffer,
                 dynamo=False,  # the newer exporter takes no Mask R-CNN

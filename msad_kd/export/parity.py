@@ -73,13 +73,13 @@ def differences(
 
     Detections of a class are paired from the most to the least alike, so their order, which may
     differ where scores are equal, does not matter. One without a partner counts as a difference of
-    its score from the lowest that is kept; it may be left out by one detector for being there.
+    its score from the lowest that is kept; near that, one of the two may well leave it out.
 
     Args:
         expected: the outputs of the one.
         found: those of the other.
         threshold: the lowest score of a detection.
-        most: the most detections of an image.
+        most: the most detections of an image; below 0: any number.
 
     Returns:
         The keys of LIMITS, without masks if there are none.
@@ -87,10 +87,11 @@ def differences(
     names = list(LIMITS) if len(expected) > 3 else list(LIMITS)[:2]
     largest = dict.fromkeys(names, 0.0)
     boxes = np.abs(expected[0][:, None] - found[0]).max(axis=2, initial=0.0)
-    scores = np.abs(expected[1][:, None] - found[1])
+    scores = np.abs(np.subtract.outer(expected[1], found[1]))
     cost = np.maximum(boxes / LIMITS["boxes"], scores / LIMITS["scores"])
     cost[expected[2][:, None] != found[2]] = np.inf
-    full = [outputs[1].min() for outputs in (expected, found) if len(outputs[1]) >= most]
+    both = expected[1], found[1]
+    full = [values.min() for values in both if 0 < most <= len(values)]  # below 0: no limit
     cut = max([threshold, *full]) + LIMITS["scores"]
     rows, columns = set(range(len(expected[1]))), set(range(len(found[1])))
 
@@ -104,7 +105,7 @@ def differences(
                 values = [boxes[row, column], scores[row, column]]
                 if "masks" in largest:
                     values.append(np.abs(expected[3][row] - found[3][column]).max())
-                for name, value in zip(names, values):
+                for name, value in zip(names, np.nan_to_num(values, nan=np.inf)):
                     largest[name] = max(largest[name], float(value))
 
     pair(1.0)
@@ -163,13 +164,7 @@ def compare(
 
 def table(report: dict) -> str:
     """Return the sizes of a parity report as a table in Markdown."""
-    titles = {
-        "size": "H x W",
-        "boxes": "boxes (px)",
-        "pytorch_ms": "PyTorch (ms)",
-        "onnx_ms": "onnxruntime (ms)",
-        "torchscript_ms": "TorchScript (ms)",
-    }
+    names = {"size": "H x W", "boxes": "boxes (px)", "onnx_ms": "onnxruntime_ms"}
     rows = [{**row, "size": "{} x {}".format(*row["size"])} for row in report["sizes"]]
     formats = [".1f" if name.endswith("_ms") else ".1e" for name in rows[0]]
-    return tabulate(rows, titles | {n: n for n in rows[0] if n not in titles}, "pipe", formats)
+    return tabulate(rows, {name: names.get(name, name) for name in rows[0]}, "pipe", formats)

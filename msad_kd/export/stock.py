@@ -30,7 +30,7 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
     ]
     if is_a(cfg, FCOS) or not names:
         raise InputError(
-            f"MODEL.META_ARCHITECTURE: stock Detectron2 cannot build a "
+            "MODEL.META_ARCHITECTURE: stock Detectron2 cannot build a "
             f"{cfg.MODEL.META_ARCHITECTURE} from a YAML config; {_ELSE}"
         )
     backbone, block = cfg.MODEL.BACKBONE.NAME, _top_block(cfg)

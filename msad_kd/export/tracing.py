@@ -143,11 +143,6 @@ def traceable() -> Iterator[None]:
         yield
 
 
-def adapter_of(detector: ExportableDetector, image: Tensor) -> TracingAdapter:
-    """Return a detector in the form that is traced, on an image such as it will get."""
-    return TracingAdapter(detector, image).eval()
-
-
 def export_torchscript(
     detector: ExportableDetector, image: Tensor, path: str | os.PathLike, metadata: dict
 ) -> None:
@@ -160,6 +155,6 @@ def export_torchscript(
         metadata: what ``describe_model`` returns.
     """
     with traceable():
-        module = torch.jit.trace(adapter_of(detector, image), (image,), check_trace=False)
+        module = torch.jit.trace(TracingAdapter(detector, image), (image,), check_trace=False)
     with replacing(path) as part:
         module.save(str(part), _extra_files={METADATA_KEY: json.dumps(metadata)})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from msad_kd import InputError
-from msad_kd.export.parity import at_three_sizes, compare, differences, table
+from msad_kd.export.parity import compare, differences, table
 
 BOXES = [[0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 30]]
 METADATA = {
@@ -38,6 +38,7 @@ MOVED = [[0, 0, 10, 10], [20, 0, 30.5, 10], [0, 20, 10, 30]]
         (detections(boxes=MOVED), (0.5, 0, 0)),
         (detections((0.9, 0.5, 0.4)), (0, 0.1, 0)),
         (detections(mask=0.75), (0, 0, 0.25)),
+        (detections(mask=np.nan), (0, 0, np.inf)),
         (detections((0.9, 0.5)), (0, 0.5 - 0.051, 0)),  # one is missing
         (detections((0.9, 0.5, 0.5), (0, 2, 2)), (0, 0.9 - 0.051, 0)),  # of another class
         (detections(()), (0, 0.9 - 0.051, 0)),
@@ -45,7 +46,7 @@ MOVED = [[0, 0, 10, 10], [20, 0, 30.5, 10], [0, 20, 10, 30]]
 )
 def test_differences(found, expected):
     for pair in ((detections(), found), (found, detections())):
-        largest = differences(*pair, threshold=0.05, most=100)
+        largest = differences(*pair, 0.05, most=100)
         assert [*largest] == ["boxes", "scores", "masks"]
         assert [*largest.values()] == pytest.approx(expected, abs=1e-6)
 
@@ -56,7 +57,8 @@ def test_what_is_at_the_cut_may_be_in_one_only():
     # Of three detections with the same score, two are kept.
     one, other = detections((0.9, 0.5)), reordered((0, 2), detections())
     assert max(differences(one, other, 0.05, 2).values()) == 0
-    assert differences(one, other, 0.05, 100)["boxes"] == 20
+    for most in (100, -1):
+        assert differences(one, other, 0.05, most)["boxes"] == 20
 
 
 def test_a_report():
