@@ -155,6 +155,9 @@ def export_torchscript(
         metadata: what ``describe_model`` returns.
     """
     with traceable():
-        module = torch.jit.trace(TracingAdapter(detector, image), (image,), check_trace=False)
+        adapter = TracingAdapter(detector, image).eval()
+        module = torch.jit.trace(adapter, (image,), check_trace=False)
+    # Weights become constants, for which no one computes gradients.
+    module = torch.jit.freeze(module, optimize_numerics=False)
     with replacing(path) as part:
         module.save(str(part), _extra_files={METADATA_KEY: json.dumps(metadata)})

@@ -9,6 +9,7 @@ from timm_networks import MOBILE
 from torchvision.ops import batched_nms
 
 from msad_kd import InputError
+from msad_kd.export.parity import differences
 from msad_kd.export.tracing import ExportableDetector, resize, traceable
 
 DETECTORS = ["mask_rcnn", "faster_rcnn", "retinanet", "fcos", f"faster_rcnn on {MOBILE}"]
@@ -25,9 +26,10 @@ def check(model, run, image, size=None, atol=5e-3):
     with torch.no_grad():
         found = model([{"image": image, "height": height, "width": width}])[0]["instances"]
     boxes, scores, classes, *masks = run(image)
-    assert torch.allclose(boxes, found.pred_boxes.tensor, rtol=0, atol=atol)
-    assert torch.allclose(scores, found.scores, rtol=0, atol=1e-4)
-    assert torch.equal(classes, found.pred_classes)
+    expected = found.pred_boxes.tensor, found.scores, found.pred_classes
+    pair = [[x.numpy() for x in outputs] for outputs in (expected, (boxes, scores, classes))]
+    largest = differences(*pair, threshold=-1, most=-1)  # in any order, where scores are equal
+    assert largest["boxes"] <= atol and largest["scores"] <= atol / 50
     assert len(masks) == found.has("pred_masks")
     if masks:
         assert masks[0].shape == (len(scores), 28, 28)
