@@ -38,8 +38,11 @@ def read_images(cfg: CfgNode, folder: str | None, count: int) -> list[np.ndarray
             raise InputError(f"--images: '{folder}' has no images; name a folder of them")
     elif cfg.DATASETS.TEST:
         names = cfg.DATASETS.TEST[:1]
-        with explain_missing_data(names):
-            dicts = get_detection_dataset_dicts(names, filter_empty=False)
+        try:
+            with explain_missing_data(names):
+                dicts = get_detection_dataset_dicts(names, filter_empty=False)
+        except InputError as error:
+            raise InputError(f"{error}; or give other images by --images") from error
         files = [entry["file_name"] for entry in dicts]
     else:
         raise InputError("there are no images to compare on; set DATASETS.TEST or give --images")
