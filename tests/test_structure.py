@@ -38,6 +38,7 @@ FLOORS = {
     "evaluation": 4,
     "config": 5,
     "distill": 6,
+    "export": 6,
     "engine": 7,
     "ladder": 8,
 }

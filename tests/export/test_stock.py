@@ -1,0 +1,146 @@
+"""Configs that stock Detectron2 reads, and what it predicts with them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from helpers import ROOT, load_tool
+from timm_networks import options
+
+from msad_kd import InputError, build_config
+from msad_kd.export.stock import lazy_config, stock_config
+
+tool = load_tool("export_model")
+
+# A program in which this project cannot be imported; it reads what was exported to each folder.
+STOCK_PROGRAM = """
+import sys
+from pathlib import Path
+
+sys.modules["msad_kd"] = None
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.engine import DefaultPredictor
+
+torch.set_num_threads(1)
+image = torch.load("image.pth")
+for folder in map(Path, sys.argv[1:]):
+    if (folder / "config.py").exists():
+        cfg = LazyConfig.load(str(folder / "config.py"))
+        model = instantiate(cfg.model).eval()
+        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+    else:
+        cfg = get_cfg()
+        cfg.merge_from_file(str(folder / "config.yaml"))
+        model = DefaultPredictor(cfg).model
+    with torch.no_grad():
+        fields = model([{"image": image}])[0]["instances"].get_fields()
+    torch.save({**fields, "pred_boxes": fields["pred_boxes"].tensor}, folder / "found.pth")
+"""
+
+
+def shapes(cfg):
+    with torch.device("meta"):
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("role", ["student", "LR", "HR"])
+@pytest.mark.parametrize("detector", ["mask_rcnn", "faster_rcnn", "retinanet"])
+def test_coco_configs_become_stock(detector, role, tmp_path):
+    cfg = build_config(str(ROOT / f"configs/COCO/{detector}_R_50_FPN_{role}_1x.yaml"), [])
+    (tmp_path / "config.yaml").write_text(stock_config(cfg, "model.pth").dump())
+    stock = get_cfg()
+    stock.merge_from_file(str(tmp_path / "config.yaml"))
+    name = "RetinaNet" if detector == "retinanet" else "GeneralizedRCNN"
+    assert stock.MODEL.META_ARCHITECTURE == name and stock.MODEL.WEIGHTS == "model.pth"
+    assert not stock.MODEL.BACKBONE.NAME.startswith("build_five")
+    assert stock.INPUT == {key: cfg.INPUT[key] for key in stock.INPUT}
+    assert shapes(stock) == shapes(cfg)
+
+
+@pytest.fixture(scope="module")
+def weights(build, tmp_path_factory):
+    """weights(detector, ...): a checkpoint of random weights with the names of the classes."""
+
+    def make(detector, *opts):
+        path = tmp_path_factory.mktemp("weights") / "model.pth"
+        model = build(detector, *opts)[1]
+        extra = {"distiller.x": torch.zeros(1)}
+        torch.save({"model": {**model.state_dict(), **extra}, "classes": [*"abcdefgh"]}, path)
+        return path
+
+    return make
+
+
+def test_stock_detectron2_gives_identical_predictions(build, weights, files_of, tmp_path):
+    conv = "conv_p5", "MODEL.BACKBONE.NAME", "build_five_level_resnet_fpn_backbone"
+    three = ["res3", "res4", "res5"]
+    coarse = ["p3", "p4", "p5", "p6", "p7"]
+    variants = {
+        "mask_rcnn": [],
+        "faster_rcnn": [],
+        "retinanet": [],
+        "fcos": [],
+        "fcos conv": [
+            *("MODEL.FPN.TOP_BLOCK", *conv, "MODEL.FPN.IN_FEATURES", three),
+            *("MODEL.RESNETS.OUT_FEATURES", three, "MODEL.FCOS.IN_FEATURES", coarse),
+            *("MODEL.FCOS.NORM", "", "KD.LOSSES", []),
+        ],
+    }
+    image = torch.rand(3, 70, 50, generator=torch.manual_seed(0)) * 255
+    torch.save(image, tmp_path / "image.pth")
+    folders, expected = [], []
+    for name, opts in variants.items():
+        detector = name.split()[0]
+        folders.append(tmp_path / name.replace(" ", "_"))
+        arguments = ["--config-file", files_of(detector)["student"], "--format", "detectron2"]
+        arguments += ["--weights", weights(detector, *opts), "--output", folders[-1]]
+        tool.main([*map(str, arguments), *map(str, opts)])
+        with torch.no_grad():
+            expected.append(build(detector, *opts)[1]([{"image": image}])[0]["instances"])
+        assert json.loads((folders[-1] / "metadata.json").read_text())["classes"] == [*"abcdefgh"]
+        state = torch.load(folders[-1] / "model.pth")["model"]
+        assert not [key for key in state if key.startswith("distiller")]
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK_PROGRAM, *map(str, folders)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for folder, instances in zip(folders, expected, strict=True):
+        fields = torch.load(folder / "found.pth")
+        assert len(instances) > 2 and fields.keys() == instances.get_fields().keys()
+        assert torch.equal(fields.pop("pred_boxes"), instances.pred_boxes.tensor)
+        assert all(torch.equal(fields[name], instances.get(name)) for name in fields)
+
+
+NORMED = ["MODEL.BACKBONE.NAME", "build_five_level_resnet_fpn_backbone", "MODEL.FPN.NORM", "BN"]
+
+
+@pytest.mark.parametrize(
+    ("detector", "opts", "words"),
+    [
+        ("mask_rcnn", options(), "build_timm_fpn_backbone .* --format onnx or torchscript"),
+        ("fcos", options(), "build_timm_fpn_backbone .* --format onnx or torchscript"),
+        ("mask_rcnn", [*NORMED, "MODEL.FPN.TOP_BLOCK", "conv_p5"], "top block conv_p5"),
+    ],
+)
+def test_what_stock_detectron2_cannot_build(build, detector, opts, words):
+    cfg, model = build(detector, *opts)
+    with pytest.raises(InputError, match=words):
+        lazy_config(cfg, model, "x") if detector == "fcos" else stock_config(cfg, "x")
+
+
+def test_an_fcos_has_no_yaml(build):
+    with pytest.raises(InputError, match="cannot build a DistilledFCOS from a YAML config"):
+        stock_config(build("fcos")[0], "model.pth")
