@@ -104,7 +104,11 @@ class Report:
             for size in self.sizes if len(data_set.objects.sides) else ():
                 sides = size.sides(data_set.objects)
                 below = {f"below_{n}_px": x for n, x in zip(LIMITS, count_below(sides))}
-                row = {"data_set": data_set.name, "short_side": round(size.short, 1), "size": size.label}
+                row = {
+                    "data_set": data_set.name,
+                    "short_side": round(size.short, 1),
+                    "size": size.label,
+                }
                 median = round(float(np.median(sides)), 1)
                 rows.append({**row, "objects": len(sides), **below, "median_side": median})
         return rows
