@@ -82,7 +82,8 @@ def fault_of(entry, quick):
 def _without_pixels(file):
     """Return an array of the size that an image's header names, turned as its EXIF says."""
     with Image.open(file) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        exif = Image.Image.getexif(image)  # that of PNG images decodes them first
+        turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
         return np.broadcast_to(np.uint8(0), image.size if turned else image.size[::-1])
 
 

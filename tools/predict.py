@@ -74,16 +74,16 @@ class Run:
 
     def image(self, path: str, file_name: str, target: str, found: CocoFile) -> None:
         """Do one image; a warning names it if it cannot be used."""
+        self.bar.update()
         try:
             with self.timing("reading"):
                 image = read_image(path, self.predictor.input_format)
-            picture = self.find(image, file_name, found)
         except ImageError as error:
             return self.warn(str(error).removesuffix(f"; {REMEDY}"))
-        except ValueError as error:  # nothing would be left of it
-            return self.warn(f"image '{path}' cannot be used: {error}")
-        finally:
-            self.bar.update()
+        try:
+            picture = self.find(image, file_name, found)
+        except ImageError as error:
+            return self.warn(f"image '{path}' cannot be used ({error})")
         with self.timing("writing"):
             write_picture(target, picture)
 

@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 
 from msad_kd import InputError, KDTrainer
 from msad_kd.data.classes import model_classes, with_classes_of
+from msad_kd.data.images import ImageError
 from msad_kd.data.mapper import TwoResolutionMapper, build_mapper
 
 
@@ -56,12 +57,15 @@ class ConfigPredictor:
         """Return the detections in an image (H, W, C) of ``input_format``, on the CPU.
 
         Raises:
-            ValueError: if resizing would leave no pixel of it.
+            ImageError: if resizing would leave no pixel of it.
         """
         height, width = image.shape[:2]
         resized = T.AugInput(image)
         augmentations = self.mapper.augmentations
-        augmentations(resized)
+        try:
+            augmentations(resized)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
         sample = {"image": _as_tensor(resized.image), "height": height, "width": width}
         if isinstance(self.mapper, TwoResolutionMapper):  # a teacher, in the frame of HR
             sample["image_lr"] = _as_tensor(augmentations.other_image)
@@ -89,19 +93,23 @@ class OnnxPredictor:
         try:
             import onnxruntime
         except ImportError as error:
-            words = "an ONNX file needs onnxruntime: pip install onnxruntime"
-            raise InputError(words) from error
+            words = (
+                "an .onnx file needs onnxruntime, which is not installed: pip install onnxruntime"
+            )
+            raise InputError(f"--weights: {words}") from error
         if not os.path.isfile(path):
             raise InputError(f"--weights: '{path}' does not exist")
-        providers = onnxruntime.get_available_providers()
-        kind = "CPU" if device == "cpu" else "CUDA"
-        chosen = [name for name in (f"{kind}ExecutionProvider",) if name in providers]
+        wanted = ["CUDAExecutionProvider"] * (device != "cpu") + ["CPUExecutionProvider"]
+        providers = [x for x in wanted if x in onnxruntime.get_available_providers()]
+        if device not in (None, "cpu") and len(providers) < 2:
+            words = "onnxruntime has no GPU here; install onnxruntime-gpu, or leave --device out"
+            raise InputError(f"--device {device}: {words}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns of shapes that branches of the model leave open
         try:
-            self.session = onnxruntime.InferenceSession(
-                path, providers=[*chosen, "CPUExecutionProvider"][:2] if kind == "CUDA" else chosen
-            )
+            self.session = onnxruntime.InferenceSession(path, options, providers)
         except Exception as error:  # onnxruntime's errors have no common class
-            raise InputError(f"--weights: '{path}' cannot be opened ({error})") from error
+            raise InputError(f"--weights: '{path}' cannot be read as ONNX ({error})") from error
         stored = self.session.get_modelmeta().custom_metadata_map.get("msad_kd")
         self.settings = json.loads(stored) if stored else read_metadata(path)
         if "input_format" not in self.settings:
@@ -110,13 +118,17 @@ class OnnxPredictor:
         self.classes = list(self.settings.get("classes") or ())
 
     def __call__(self, image: np.ndarray) -> Instances:
-        """Return the detections in an image (H, W, C) of ``input_format``."""
+        """Return the detections in an image (H, W, C) of ``input_format``.
+
+        Raises:
+            ImageError: if resizing would leave no pixel of it.
+        """
         height, width = image.shape[:2]
-        if self.settings.get("min_size"):
+        if self.settings.get("min_size") and not self.settings.get("resizes"):
             sizes = self.settings["min_size"], self.settings["max_size"]
             resize = T.ResizeShortestEdge([sizes[0], sizes[0]], sizes[1]).get_transform(image)
             if min(resize.new_h, resize.new_w) < 1:
-                raise ValueError(f"its {width} x {height} px would become less than a pixel")
+                raise ImageError(f"resized, its {width} x {height} px would be less than a pixel")
             image = resize.apply_image(image)
         (source,) = self.session.get_inputs()
         dtype = np.uint8 if "uint8" in source.type else np.float32
