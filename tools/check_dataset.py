@@ -60,7 +60,7 @@ def read_coco(report, name, json_file, images, drop):
 
 def read_registered(report, name):
     """Return the dicts and classes of a registered data set without a file in COCO format."""
-    words = "only what Detectron2 reads of its annotations is checked: they are not in COCO format"
+    words = "it is not in COCO format, so what Detectron2 reads of it is checked, not its files"
     report.add("note", f"data set '{name}': {words}")
     with explain_missing_data((name,)):
         dicts = DatasetCatalog.get(name)
@@ -120,42 +120,37 @@ def check_against_config(report, cfg):
 
 
 def compare(report):
-    """Note classes without objects, those that differ between data sets, and shared images."""
+    """Note classes without objects, and what differs between training and test data."""
     train = [data_set for data_set in report.data_sets if data_set.role != "TEST"]
-    taught = {name for x in train for name, (objects, _) in x.counts.items() if objects}
+    taught = {name for x in train for name, count in x.counts.items() if count}
     files = {os.path.realpath(entry["file_name"]) for x in train for entry in x.dicts}
     for x in report.data_sets:
-        listed = {name for name, (objects, _) in x.counts.items() if objects}
-        differences = {"": []}
-        if x in train:
-            if not listed and x.dicts:
-                report.add("error", f"data set '{x.name}': no image has an object to train on")
-            differences = {"has no object of": [name for name in x.classes if name not in listed]}
-        else:
+        present = {name for name, count in x.counts.items() if count}
+        if x.role == "TEST":
+            own = {os.path.realpath(entry["file_name"]) for entry in x.dicts}
             differences = {
-                "has no category, so no AP, for": sorted(taught - set(x.classes)),
-                "has objects of classes of which the training data have none:": sorted(
-                    listed - taught
-                ),
+                "has no category, so no AP, for": taught - set(x.classes),
+                "has objects of classes that no training image has:": present - taught,
+                "has images that are training images, too:": own & files,
             }
-            shared = [e for e in x.dicts if os.path.realpath(e["file_name"]) in files]
-            if shared:
-                words = f"{len(shared)} images are also in training data, e.g."
-                report.add("warning", f"data set '{x.name}': {words} '{shared[0]['file_name']}'")
+        else:
+            differences = {"has no object of": set(x.classes) - present}
+            if x.dicts and not present:
+                report.add("error", f"data set '{x.name}': no image has an object to train on")
         for words, names in differences.items():
             if names and taught:
-                names = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-                report.add("warning", f"data set '{x.name}' {words} {names}")
+                listed = ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")
+                report.add("warning", f"data set '{x.name}' {words} {listed}", sorted(names))
 
 
-def choose_sizes(cfg, dicts):
+def choose_sizes(cfg, data_sets):
     """Return the sizes of the tables: FACTORS of the high resolution, or of the images' own.
 
     A student's or teacher's config knows both resolutions; another config has one of them.
     """
-    sides = [min(entry["height"], entry["width"]) for entry in dicts if "height" in entry]
     if cfg is None or not cfg.INPUT.MIN_SIZE_TEST:
-        own = np.median(sides) if sides else 0
+        sides = [side for x in data_sets for side in x.image_sizes.min(axis=1)]
+        own = float(np.median(sides)) if sides else 0
         labels = {0.5: "half of their own size", 1: "images as they are"}
         return [Size(labels.get(f, ""), f * own, factor=f) for f in FACTORS]
     frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
@@ -168,27 +163,23 @@ def choose_sizes(cfg, dicts):
 
 
 def judge_sizes(report):
-    """Warn of images that are enlarged, and of objects that are small at low resolution."""
-    for x in report.data_sets:
-        rows = [row for row in report.size_rows() if row["data_set"] == x.name and row["size"]]
-        for row in rows:
-            share = row["below_8_px"] / row["objects"]
-            if row["size"] in ("LR", "config", "images as they are") and share > MANY:
-                report.add(
-                    "warning",
-                    f"data set '{x.name}': {share:.0%} of the objects are narrower than 8 px at a "
-                    f"short side of {row['short_side']:.0f} px ({row['size']}), which is hard for "
-                    "any model; choose a larger size if you need them",
-                )
-        sides = np.array([min(e["height"], e["width"]) for e in x.dicts if "height" in e])
-        largest = report.sizes[-1]
-        share = np.mean(sides < largest.short) if largest.factor is None and len(sides) else 0
-        if share > MANY:
+    """Warn of objects that are small at low resolution, and of images that are enlarged."""
+    for row in report.size_rows():
+        share = row["below_8_px"] / row["objects"]
+        if row["size"] in ("LR", "config", "images as they are") and share > MANY:
             report.add(
                 "warning",
-                f"data set '{x.name}': {share:.0%} of the images are smaller than the "
-                f"{largest.short:g} px that they are resized to; enlarging adds no detail",
+                f"data set '{row['data_set']}': {share:.0%} of the objects are narrower than 8 px "
+                f"at a short side of {row['short_side']:.0f} px ({row['size']}), which is hard for "
+                "any model; choose a larger size if you need them",
             )
+    largest = report.sizes[-1]
+    for x in report.data_sets if largest.factor is None else ():
+        share = np.mean(x.image_sizes.min(axis=1) < largest.short) if len(x.image_sizes) else 0
+        if share > MANY:
+            words = f"{share:.0%} of the images are smaller than the {largest.short:g} px that they"
+            words += " are resized to; enlarging adds no detail"
+            report.add("warning", f"data set '{x.name}': {words}")
 
 
 def check(args):
@@ -215,7 +206,7 @@ def check(args):
             report.data_sets.append(data_set)
             level = "warning" if drop and role == "TRAIN" else "error"
             check_images(report, data_set, level, args)
-    report.sizes = choose_sizes(cfg, [entry for x in report.data_sets for entry in x.dicts])
+    report.sizes = choose_sizes(cfg, report.data_sets)
     if cfg:
         check_against_config(report, cfg)
     compare(report)

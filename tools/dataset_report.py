@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,13 +15,13 @@ from msad_kd.data.statistics import (
     LIMITS,
     Objects,
     collect_objects,
-    count_below,
     count_classes,
     resize_scales,
 )
 
 HEADINGS = {
-    "error": "Errors (a training stops at the first of them)",
+    "error": "Errors, which stop a training (mend them, or leave records out by "
+    "DATASETS.INVALID_ANNOTATIONS drop)",
     "warning": "Warnings",
     "note": "Notes (nothing has to be done)",
 }
@@ -51,12 +52,12 @@ class DataSet:
     role: str  # "TRAIN", "TEST" or ""
     dicts: list[dict]
     classes: list[str]
-    objects: Objects = None
-    counts: dict[str, tuple[int, int]] = None  # class to objects and images
 
     def __post_init__(self):
         self.objects = collect_objects(self.dicts)
-        self.counts = count_classes(self.objects, self.classes)
+        self.counts = count_classes(self.objects, self.classes)  # class to number of objects
+        sizes = [(x["width"], x["height"]) for x in self.dicts if "height" in x and "width" in x]
+        self.image_sizes = np.array(sizes).reshape(-1, 2)
 
     def describe(self) -> str:
         """Return the counts of images and annotations as a paragraph."""
@@ -67,11 +68,10 @@ class DataSet:
         lines = [f"{self.name}{f' ({self.role})' if self.role else ''}: {self.source}"]
         lines += [f"  {len(self.dicts):,} usable images, {empty:,} of them without annotations"]
         lines += [f"  {len(annotations):,} usable annotations: {masks:,} masks, {crowds:,} crowds"]
-        sizes = [(x["width"], x["height"]) for x in self.dicts if "height" in x and "width" in x]
-        if sizes:
-            (w, h), (largest_w, largest_h) = np.min(sizes, axis=0), np.max(sizes, axis=0)
-            median = np.median(np.min(sizes, axis=1))
+        if len(sizes := self.image_sizes):
+            (w, h), (largest_w, largest_h) = sizes.min(axis=0), sizes.max(axis=0)
             span = f"{w} to {largest_w} px wide, {h} to {largest_h} px high"
+            median = np.median(sizes.min(axis=1))
             lines += [f"  images are {span}; the median shorter side is {median:g} px"]
         return "\n".join(lines)
 
@@ -103,46 +103,46 @@ class Report:
         for data_set in self.data_sets:
             for size in self.sizes if len(data_set.objects.sides) else ():
                 sides = size.sides(data_set.objects)
-                below = {f"below_{n}_px": x for n, x in zip(LIMITS, count_below(sides))}
-                row = {
-                    "data_set": data_set.name,
-                    "short_side": round(size.short, 1),
-                    "size": size.label,
-                }
-                median = round(float(np.median(sides)), 1)
-                rows.append({**row, "objects": len(sides), **below, "median_side": median})
+                row = {"data_set": data_set.name, "short_side": round(size.short, 1)}
+                row |= {"size": size.label, "objects": len(sides)}
+                row |= {f"below_{limit}_px": int((sides < limit).sum()) for limit in LIMITS}
+                rows.append({**row, "median_side": round(float(np.median(sides)), 1)})
         return rows
 
     def text(self) -> str:
         """Return the whole report."""
         parts = [data_set.describe() for data_set in self.data_sets]
-        counts = {n: 0 for x in self.data_sets for n in x.classes}
-        for x in self.data_sets:
-            counts |= {name: counts[name] + objects for name, (objects, _) in x.counts.items()}
-        names = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])
-        header = [
-            "class",
-            *(f"{x.name}: {y}" for x in self.data_sets for y in ("objects", "images")),
+        totals = Counter()
+        for data_set in self.data_sets:
+            totals.update(data_set.counts)
+        cells = [
+            [name, *(x.counts.get(name, "no category") for x in self.data_sets)]
+            for name, total in totals.most_common()
+            if total
         ]
-        cells = [[n, *(y for x in self.data_sets for y in x.counts.get(n, "--"))] for n in names]
-        parts += [tabulate(cells, header, intfmt=",", disable_numparse=[0])] if cells else []
-        if rows := self.size_rows():
-            header = ["data set", "short side (px)", "size", "objects"]
-            header += [f"below {limit} px" for limit in LIMITS] + ["median (px)"]
-            cells = []
-            for row in rows:
-                name, short, label, count, *below, median = row.values()
-                shares = [f"{number:,} ({number / count:.0%})" for number in below]
-                cells.append([name, f"{short:.0f}", label, f"{count:,}", *shares, f"{median:.1f}"])
-            align = ["left", "right", "left", *["right"] * 4]
-            table = tabulate(cells, header, colalign=align, disable_numparse=True)
-            words = "The shorter side of objects' boxes when images are resized to a short side:"
-            parts.append(f"{words}\n\n{table}")
+        if cells:
+            header = ["class", *(f"objects of {x.name}" for x in self.data_sets)]
+            parts += [tabulate(cells, header, disable_numparse=[0])]
+            parts += [
+                "The shorter sides of objects' boxes when images are resized to a short side:"
+            ]
+            parts += [self._size_table()]
         for level, heading in HEADINGS.items():
             if words := [x["words"] for x in self.remarks if x["level"] == level]:
                 parts.append("\n".join([f"{heading}:", *(f"  - {sentence}" for sentence in words)]))
-        totals = [sum(x["level"] == level for x in self.remarks) for level in ("error", "warning")]
-        return "\n\n".join([*parts, "{} errors, {} warnings".format(*totals)]) + "\n"
+        counts = Counter(remark["level"] for remark in self.remarks)
+        return "\n\n".join([*parts, f"{counts['error']} errors, {counts['warning']} warnings\n"])
+
+    def _size_table(self) -> str:
+        cells = []
+        for row in self.size_rows():
+            name, short, label, count, *below, median = row.values()
+            shares = [f"{number:,} ({number / count:.0%})" for number in below]
+            cells.append([name, f"{short:.0f}", label, f"{count:,}", *shares, f"{median:.1f}"])
+        header = ["data set", "short side (px)", "size", "objects"]
+        header += [f"below {limit} px" for limit in LIMITS] + ["median (px)"]
+        align = ["left", "right", "left", *["right"] * (len(header) - 3)]
+        return tabulate(cells, header, colalign=align, disable_numparse=True)
 
     def draw(self, path: str) -> None:
         """Draw the sizes and classes of the objects."""
@@ -158,26 +158,27 @@ class Report:
         axes["below"].set(title=f"Small objects of {first.name}", ylim=(0, None))
         axes["below"].set(xlabel="short side of the resized image (px)", ylabel="objects (%)")
         axes["below"].legend()
-        names = sorted(first.classes, key=lambda name: -first.counts[name][0])[:20]
-        width = 0.8 / len(data_sets)
-        for place, data_set in enumerate(data_sets):
-            numbers = [data_set.counts.get(name, (0, 0))[0] for name in names]
-            middle = np.arange(len(names)) + (place - (len(data_sets) - 1) / 2) * width
-            axes["classes"].bar(middle, numbers, width, label=data_set.name)
-        axes["classes"].set_xticks(range(len(names)), [name[:18] for name in names])
-        if len(names) > 8:
-            axes["classes"].tick_params("x", rotation=30)
-            for text in axes["classes"].get_xticklabels():
-                text.set_horizontalalignment("right")
-        more = f" (the 20 most frequent of {len(first.classes)})" if len(first.classes) > 20 else ""
-        axes["classes"].set_title(f"Objects of each class{more}", loc="left")
-        axes["classes"].set(ylabel="objects", yscale="symlog")
-        axes["classes"].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes["classes"].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+        self._draw_classes(axes["classes"], data_sets)
         for axis in axes.values():
             axis.grid(color="#dddddd", lw=0.6, axis="y")
             axis.set_axisbelow(True)
         figure.savefig(path, dpi=110, format="png")
+
+    def _draw_classes(self, axis, data_sets: list[DataSet]) -> None:
+        counts = data_sets[0].counts
+        names = sorted(counts, key=lambda name: -counts[name])[:20]
+        width = 0.8 / len(data_sets)
+        for place, data_set in enumerate(data_sets):
+            middle = np.arange(len(names)) + (place - (len(data_sets) - 1) / 2) * width
+            numbers = [data_set.counts.get(name, 0) for name in names]
+            axis.bar(middle, numbers, width, label=data_set.name)
+        slant = {"rotation": 30, "ha": "right"} if len(names) > 8 else {}
+        axis.set_xticks(range(len(names)), [name[:18] for name in names], **slant)
+        axis.set(ylabel="objects", yscale="symlog")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        more = f" (the 20 most frequent of {len(counts)})" if len(counts) > 20 else ""
+        axis.set_title(f"Objects of each class{more}", loc="left")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
     def _draw_sizes(self, axis, data_set: DataSet) -> None:
         named = [size for size in self.sizes if size.label]
@@ -199,7 +200,7 @@ class Report:
     def write(self, folder: str) -> None:
         """Write report.txt, report.json and, if there are objects, sizes.png."""
         os.makedirs(folder, exist_ok=True)
-        classes = {x.name: {n: list(y) for n, y in x.counts.items()} for x in self.data_sets}
+        classes = {data_set.name: data_set.counts for data_set in self.data_sets}
         content = {"remarks": self.remarks, "classes": classes, "sizes": self.size_rows()}
         with open(os.path.join(folder, "report.json"), "w") as file:
             json.dump(content, file, indent=1)

@@ -122,7 +122,9 @@ def build_predictor(args):
         InputError: if config or weights cannot be used.
     """
     if args.weights.endswith(".onnx"):
-        return OnnxPredictor(args.weights, args.device)
+        if args.device not in (None, "cpu"):
+            raise InputError(f"--device {args.device}: an .onnx file runs on the CPU")
+        return OnnxPredictor(args.weights)
     if not args.config_file:
         raise InputError("--config-file is missing; only an exported .onnx file needs none")
     device = ["MODEL.DEVICE", args.device] if args.device else []

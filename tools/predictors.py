@@ -78,44 +78,19 @@ def _as_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 class OnnxPredictor:
-    """Runs a file that tools/export_model.py wrote, by onnxruntime."""
+    """Runs a file that tools/export_model.py wrote, on the CPU."""
 
-    def __init__(self, path: str, device: str | None = None):
+    def __init__(self, path: str):
         """Open the file.
 
-        Args:
-            path: the .onnx file.
-            device: "cuda" and the like, or "cpu"; None takes what is there.
-
         Raises:
-            InputError: if it cannot be opened, or was exported by another program.
+            InputError: if it cannot be read, or was exported by another program.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            words = (
-                "an .onnx file needs onnxruntime, which is not installed: pip install onnxruntime"
-            )
-            raise InputError(f"--weights: {words}") from error
-        if not os.path.isfile(path):
-            raise InputError(f"--weights: '{path}' does not exist")
-        wanted = ["CUDAExecutionProvider"] * (device != "cpu") + ["CPUExecutionProvider"]
-        providers = [x for x in wanted if x in onnxruntime.get_available_providers()]
-        if device not in (None, "cpu") and len(providers) < 2:
-            words = "onnxruntime has no GPU here; install onnxruntime-gpu, or leave --device out"
-            raise InputError(f"--device {device}: {words}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns of shapes that branches of the model leave open
-        try:
-            self.session = onnxruntime.InferenceSession(path, options, providers)
-        except Exception as error:  # onnxruntime's errors have no common class
-            raise InputError(f"--weights: '{path}' cannot be read as ONNX ({error})") from error
-        stored = self.session.get_modelmeta().custom_metadata_map.get("msad_kd")
-        self.settings = json.loads(stored) if stored else read_metadata(path)
-        if "input_format" not in self.settings:
-            raise InputError(f"--weights: '{path}' was not written by tools/export_model.py")
-        self.input_format = self.settings["input_format"]
-        self.classes = list(self.settings.get("classes") or ())
+        from msad_kd.export.onnx import OnnxDetector  # needs packages that nothing else needs
+
+        self.detector = OnnxDetector(path)
+        self.metadata = self.detector.metadata
+        self.input_format, self.classes = self.metadata["input_format"], self.metadata["classes"]
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Return the detections in an image (H, W, C) of ``input_format``.
@@ -124,18 +99,15 @@ class OnnxPredictor:
             ImageError: if resizing would leave no pixel of it.
         """
         height, width = image.shape[:2]
-        if self.settings.get("min_size") and not self.settings.get("resizes"):
-            sizes = self.settings["min_size"], self.settings["max_size"]
-            resize = T.ResizeShortestEdge([sizes[0], sizes[0]], sizes[1]).get_transform(image)
+        short, longest = self.metadata["min_size"], self.metadata["max_size"]
+        if short and not self.metadata["resizes"]:
+            resize = T.ResizeShortestEdge([short, short], longest).get_transform(image)
             if min(resize.new_h, resize.new_w) < 1:
                 raise ImageError(f"resized, its {width} x {height} px would be less than a pixel")
             image = resize.apply_image(image)
-        (source,) = self.session.get_inputs()
-        dtype = np.uint8 if "uint8" in source.type else np.float32
-        fed = {source.name: np.ascontiguousarray(image.transpose(2, 0, 1)).astype(dtype)}
-        names = [output.name for output in self.session.get_outputs()]
-        outputs = dict(zip(names, map(torch.from_numpy, self.session.run(None, fed))))
-        return to_instances(outputs, image.shape[:2], (height, width))
+        outputs = self.detector(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        named = dict(zip(self.metadata["outputs"], map(torch.from_numpy, outputs)))
+        return to_instances(named, image.shape[:2], (height, width))
 
 
 def to_instances(

@@ -4,7 +4,6 @@ N objects. The side of an object is the shorter side of its box: an object that 
 cell of the pyramid's finest level (p2: 4 px) leaves little trace in it, however long it is.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,23 +19,21 @@ class Objects:
     sides: np.ndarray  # (N,), in pixels of the image
     image_sides: np.ndarray  # (N, 2): shorter and longer side of each object's image, in pixels
     classes: np.ndarray  # (N,)
-    images: np.ndarray  # (N,): the place of each object's image
 
 
 def collect_objects(dicts: list[dict]) -> Objects:
     """Return the objects in Detectron2's dicts; images without height and width are left out."""
     rows = []
-    for place, entry in enumerate(dicts):
+    for entry in dicts:
         if "height" not in entry or "width" not in entry:  # Detectron2 needs neither
             continue
         image_sides = sorted((entry["height"], entry["width"]))
         for x in entry.get("annotations", ()):
             if not x.get("iscrowd", 0):
                 box = BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYWH_ABS)
-                rows.append((min(box[2:4]), *image_sides, x["category_id"], place))
-    table = np.array(rows, dtype=float).reshape(-1, 5)
-    classes, images = table[:, 3:].astype(int).T
-    return Objects(table[:, 0], table[:, 1:3], classes, images)
+                rows.append((min(box[2:4]), *image_sides, x["category_id"]))
+    table = np.array(rows, dtype=float).reshape(-1, 4)
+    return Objects(table[:, 0], table[:, 1:3], table[:, 3].astype(int))
 
 
 def resize_scales(image_sides: np.ndarray, short: float, longest: float) -> np.ndarray:
@@ -50,14 +47,6 @@ def resize_scales(image_sides: np.ndarray, short: float, longest: float) -> np.n
     return np.minimum(short / image_sides[:, 0], longest / image_sides[:, 1])
 
 
-def count_below(sides: np.ndarray) -> list[int]:
-    """Return how many sides are below each of LIMITS."""
-    return [int((sides < limit).sum()) for limit in LIMITS]
-
-
-def count_classes(objects: Objects, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Return, for the name of each class, how many objects and how many images have it."""
-    counts = Counter(objects.classes.tolist())
-    pairs = set(zip(objects.classes.tolist(), objects.images.tolist()))
-    images = Counter(index for index, _ in pairs)
-    return {name: (counts[index], images[index]) for index, name in enumerate(names)}
+def count_classes(objects: Objects, names: list[str]) -> dict[str, int]:
+    """Return how many objects each class has, by the names of the classes."""
+    return dict(zip(names, np.bincount(objects.classes, minlength=len(names)).tolist()))
