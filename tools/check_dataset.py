@@ -230,9 +230,9 @@ def main(arguments=None):
         parser.error("give either --config-file, or --json and --images")
     try:
         report = check(args)
-    except InputError as error:
+        report.write(args.output)
+    except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"{parser.prog}: {error}")
-    report.write(args.output)
     print(report.text(), end="")
     print(f"Written to {args.output}")
     if any(remark["level"] == "error" for remark in report.remarks):

@@ -59,21 +59,22 @@ class DataSet:
         sizes = [(x["width"], x["height"]) for x in self.dicts if "height" in x and "width" in x]
         self.image_sizes = np.array(sizes).reshape(-1, 2)
 
-    def describe(self) -> str:
-        """Return the counts of images and annotations as a paragraph."""
+    def describe(self) -> dict:
+        """Return counts of what is usable, by the headings of their table."""
         annotations = [x for entry in self.dicts for x in entry.get("annotations", ())]
-        crowds = sum(bool(x.get("iscrowd", 0)) for x in annotations)
-        masks = sum("segmentation" in x for x in annotations)
-        empty = sum(not entry.get("annotations") for entry in self.dicts)
-        lines = [f"{self.name}{f' ({self.role})' if self.role else ''}: {self.source}"]
-        lines += [f"  {len(self.dicts):,} usable images, {empty:,} of them without annotations"]
-        lines += [f"  {len(annotations):,} usable annotations: {masks:,} masks, {crowds:,} crowds"]
-        if len(sizes := self.image_sizes):
-            (w, h), (largest_w, largest_h) = sizes.min(axis=0), sizes.max(axis=0)
-            span = f"{w} to {largest_w} px wide, {h} to {largest_h} px high"
-            median = np.median(sizes.min(axis=1))
-            lines += [f"  images are {span}; the median shorter side is {median:g} px"]
-        return "\n".join(lines)
+        lowest, middle, highest = (
+            f(self.image_sizes.min(axis=1)) if len(self.image_sizes) else 0
+            for f in (np.min, np.median, np.max)
+        )
+        return {
+            "data set": f"{self.name}{f' ({self.role})' if self.role else ''}",
+            "images": len(self.dicts),
+            "without objects": sum(not entry.get("annotations") for entry in self.dicts),
+            "annotations": len(annotations),
+            "masks": sum("segmentation" in x for x in annotations),
+            "crowds": sum(bool(x.get("iscrowd", 0)) for x in annotations),
+            "shorter sides (px)": f"{lowest} to {highest}, median {middle:g}",
+        }
 
 
 @dataclass
@@ -111,7 +112,9 @@ class Report:
 
     def text(self) -> str:
         """Return the whole report."""
-        parts = [data_set.describe() for data_set in self.data_sets]
+        files = [f"{data_set.name}: {data_set.source}" for data_set in self.data_sets]
+        counts = [data_set.describe() for data_set in self.data_sets]
+        parts = ["\n".join(files), tabulate(counts, headers="keys", intfmt=",")] if counts else []
         totals = Counter()
         for data_set in self.data_sets:
             totals.update(data_set.counts)
@@ -130,8 +133,8 @@ class Report:
         for level, heading in HEADINGS.items():
             if words := [x["words"] for x in self.remarks if x["level"] == level]:
                 parts.append("\n".join([f"{heading}:", *(f"  - {sentence}" for sentence in words)]))
-        counts = Counter(remark["level"] for remark in self.remarks)
-        return "\n\n".join([*parts, f"{counts['error']} errors, {counts['warning']} warnings\n"])
+        found = Counter(remark["level"] for remark in self.remarks)
+        return "\n\n".join([*parts, f"{found['error']} errors, {found['warning']} warnings\n"])
 
     def _size_table(self) -> str:
         cells = []

@@ -183,7 +183,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         run = predict(args)
-    except InputError as error:
+    except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"{parser.prog}: {error}")
     print(f"{run.summary()}\nWritten to {args.output}")
 

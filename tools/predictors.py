@@ -3,7 +3,6 @@
 H, W: height and width of the image as it is; R detections; M: side of a mask, 28 px.
 """
 
-import json
 import os
 
 import numpy as np
@@ -14,25 +13,10 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 
 from msad_kd import InputError, KDTrainer
+from msad_kd.data.annotations import parse_json
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.images import ImageError
 from msad_kd.data.mapper import TwoResolutionMapper, build_mapper
-
-
-def read_metadata(weights: str) -> dict:
-    """Return what metadata.json beside a file of weights says; {} if there is none.
-
-    Raises:
-        InputError: if it is no JSON.
-    """
-    path = os.path.join(os.path.dirname(weights), "metadata.json")
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path) as file:
-            return dict(json.load(file))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"'{path}' is not a JSON of the export ({error}); export again") from error
 
 
 class ConfigPredictor:
@@ -50,8 +34,11 @@ class ConfigPredictor:
         self.mapper = build_mapper(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
         with_names = with_classes_of(cfg, self.model)
-        named = with_names.DATASETS.CLASSES or read_metadata(weights).get("classes")
-        self.classes = list(named or model_classes(with_names)[0])
+        self.classes = list(with_names.DATASETS.CLASSES)
+        beside = os.path.join(os.path.dirname(weights), "metadata.json")  # written by an export
+        if not self.classes and os.path.isfile(beside):
+            self.classes = parse_json(beside, f"'{beside}'")["classes"]
+        self.classes = self.classes or model_classes(with_names)[0]
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Return the detections in an image (H, W, C) of ``input_format``, on the CPU.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
-from helpers import ROOT, TEST_SCENES, build, load_tool, run_script, same_instances
+from helpers import ROOT, TEST_SCENES, build, load_tool, same_instances
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -18,7 +18,6 @@ from msad_kd import KDTrainer
 from msad_kd.checkpoint.checkpoint import save_model
 from msad_kd.config.build import build_config
 from msad_kd.data.coco_format import load_checked
-from msad_kd.data.images import read_image
 
 tool, files = load_tool("predict"), load_tool("prediction_files")
 predictors = load_tool("predictors")
@@ -273,10 +272,3 @@ def test_an_exported_student_finds_the_same(predict, config_files, weights_of, d
     (tmp_path / "broken.onnx").write_text("text")
     message = predict(data / "val", "--weights", tmp_path / "broken.onnx", config=False)[0]
     assert "broken.onnx' cannot be read as an ONNX model" in message
-
-
-def test_the_tool_as_a_process(config_files, weights_of, photos, tmp_path):
-    words = ["--config-file", config_files["lr"], "--weights", weights_of("lr"), "--score", "0"]
-    done = run_script("tools/predict.py", photos / "*", *words, "--output", tmp_path / "new")
-    assert "3 images" in done.stdout and "notes.txt" in done.stderr
-    assert read_image(str(tmp_path / "new" / "rgba.png"), "RGB").std() > 10
