@@ -15,8 +15,6 @@ _logger = logging.getLogger(__name__)
 def check_files(files: list[str], json_file: str, name: str) -> None:
     """Check that images are regular files: to open a pipe would wait for ever.
 
-    A folder is listed once, which takes a fraction of the time of asking for each file.
-
     Args:
         files: the images' files.
         json_file: the annotation file that names them, for the message.
@@ -24,6 +22,18 @@ def check_files(files: list[str], json_file: str, name: str) -> None:
 
     Raises:
         InputError: if one is missing or no regular file.
+    """
+    if missing := missing_files(files):
+        raise InputError(
+            f"data set '{name}': {len(missing)} of the {len(files)} images in '{json_file}' are "
+            f"missing or no regular files, e.g. {_short(missing[0])}"
+        )
+
+
+def missing_files(files: list[str]) -> list[str]:
+    """Return those of some files that are missing or no regular files.
+
+    A folder is listed once, which takes a fraction of the time of asking for each file.
     """
     folders: dict[str, set[str]] = {}
     missing = []
@@ -34,11 +44,7 @@ def check_files(files: list[str], json_file: str, name: str) -> None:
         # Asked for alone, what no list has: on a server, or in other letters.
         if base not in folders[folder] and not _is_regular(file):
             missing.append(file)
-    if missing:
-        raise InputError(
-            f"data set '{name}': {len(missing)} of the {len(files)} images in '{json_file}' are "
-            f"missing or no regular files, e.g. {_short(missing[0])}"
-        )
+    return missing
 
 
 def _short(file: str) -> str:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from msad_kd.utils.errors import InputError
 
-_REMEDY = "restore it or remove it from the annotation file"
+# What the message of an ``ImageError`` asks for, after a semicolon.
+REMEDY = "restore it or remove it from the annotation file"
 # Pillow's modes whose range of values is not known.
 _UNKNOWN_RANGE = {"F": "floating-point numbers", "I": "whole numbers of 32 bits"}
 # Whether the scaling of 16 bits was logged; forked workers share this byte with their parent.
@@ -46,7 +47,7 @@ def read_image(file_name: str, format: str | None = None, *, labels: bool = Fals
     try:
         path = PathManager.get_local_path(file_name)
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block for ever
-            raise ImageError(f"image '{file_name}' is not a regular file; {_REMEDY}")
+            raise ImageError(f"image '{file_name}' is not a regular file; {REMEDY}")
         with open(path, "rb") as file:
             image = Image.open(file)
             of_16_bits = image.mode.startswith("I;16") or (
@@ -75,7 +76,7 @@ def unreadable(file_name: str, error: Exception) -> ImageError:
         reason = "it does not exist"
     elif isinstance(error, Image.UnidentifiedImageError):
         reason = "it is no image"
-    return ImageError(f"image '{file_name}' cannot be read ({reason}); {_REMEDY}")
+    return ImageError(f"image '{file_name}' cannot be read ({reason}); {REMEDY}")
 
 
 def _log_once(file_name: str) -> None:

@@ -8,6 +8,7 @@ from msad_kd.data.annotations.reading import (
     parse_json,
     read_annotations,
     read_kept,
+    usable_content,
 )
 
 __all__ = [name for name in globals() if not name.startswith("_")]

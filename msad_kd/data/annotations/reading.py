@@ -86,7 +86,7 @@ def _read_once(json_file: str, name: str, invalid: str, _version: tuple[int, int
 
 
 def _usable_content(findings: Findings, source: str, drop: bool) -> dict:
-    problems, content, usable = findings.problems, findings.content, findings.usable
+    problems, usable = findings.problems, findings.usable
 
     def of(*severities):
         return [problem for problem in problems if problem.severity in severities]
@@ -108,6 +108,12 @@ def _usable_content(findings: Findings, source: str, drop: bool) -> dict:
         counts = (f"{(~usable[x]).sum()} {PLURALS[x]}" for x in ("image", "annotation"))
         words = ", ".join(counts), summarise(dropped)
         _logger.warning("%s: %s are left out: %s", source, *words)
+    return usable_content(findings)
+
+
+def usable_content(findings: Findings) -> dict:
+    """Return what ``check_content`` has checked and normalised, without what is not usable."""
+    content, usable = findings.content, findings.usable
     kept = {
         plural: [entry for entry, good in zip(content[plural], usable[key]) if good]
         for key, plural in PLURALS.items()

@@ -1,0 +1,52 @@
+"""How many objects of which class a data set has, and how large they are in resized images.
+
+N objects. The side of an object is the shorter side of its box: an object that is narrower than a
+cell of the pyramid's finest level (p2: 4 px) leaves little trace in it, however long it is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+LIMITS = (4, 8)  # px: a cell of p2, and two of them
+
+
+@dataclass
+class Objects:
+    """The objects of a data set, without crowds."""
+
+    sides: np.ndarray  # (N,), in pixels of the image
+    image_sides: np.ndarray  # (N, 2): shorter and longer side of each object's image, in pixels
+    classes: np.ndarray  # (N,)
+
+
+def collect_objects(dicts: list[dict]) -> Objects:
+    """Return the objects in Detectron2's dicts; images without height and width are left out."""
+    rows = []
+    for entry in dicts:
+        if "height" not in entry or "width" not in entry:  # Detectron2 needs neither
+            continue
+        image_sides = sorted((entry["height"], entry["width"]))
+        for x in entry.get("annotations", ()):
+            if not x.get("iscrowd", 0):
+                box = BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYWH_ABS)
+                rows.append((min(box[2:4]), *image_sides, x["category_id"]))
+    table = np.array(rows, dtype=float).reshape(-1, 4)
+    return Objects(table[:, 0], table[:, 1:3], table[:, 3].astype(int))
+
+
+def resize_scales(image_sides: np.ndarray, short: float, longest: float) -> np.ndarray:
+    """Return the factors (N,) by which Detectron2 resizes images.
+
+    Args:
+        image_sides: shorter and longer sides (N, 2), in pixels.
+        short: what the shorter side becomes (INPUT.MIN_SIZE_TEST) ...
+        longest: ... unless the longer side would exceed this (INPUT.MAX_SIZE_TEST).
+    """
+    return np.minimum(short / image_sides[:, 0], longest / image_sides[:, 1])
+
+
+def count_classes(objects: Objects, names: list[str]) -> dict[str, int]:
+    """Return how many objects each class has, by the names of the classes."""
+    return dict(zip(names, np.bincount(objects.classes, minlength=len(names)).tolist()))

@@ -1,0 +1,274 @@
+"""tools/predict.py by its main(): images of all kinds, videos, COCO-format JSON, and ONNX."""
+
+import json
+import re
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+from helpers import ROOT, TEST_SCENES, build, load_tool, same_instances
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from msad_kd import KDTrainer
+from msad_kd.checkpoint.checkpoint import save_model
+from msad_kd.config.build import build_config
+from msad_kd.data.coco_format import load_checked
+
+tool, files = load_tool("predict"), load_tool("prediction_files")
+predictors = load_tool("predictors")
+CLASSES = [f"shape {i}" for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def weights_of(config_files, tmp_path_factory):
+    """weights_of(role): a checkpoint of a model that was not trained, with class names."""
+
+    def save(role):
+        path = tmp_path_factory.mktemp("weights") / f"{role}.pth"
+        save_model(build(build_config(str(config_files[role]), [])).state_dict(), path, CLASSES)
+        return path
+
+    return {role: save(role) for role in ("lr", "teacher")}.__getitem__
+
+
+@pytest.fixture
+def predict(config_files, weights_of, tmp_path, capsys):
+    """predict(input, ..., role=...): the exit code or message, stdout and stderr."""
+
+    def run(*arguments, role="lr", config=True):
+        model = ["--config-file", config_files[role]] if config else []
+        model += ["--weights", weights_of(role)] if "--weights" not in arguments else []
+        output = [] if "--output" in arguments else ["--output", tmp_path / "out"]
+        code = 0
+        try:
+            tool.main([*map(str, [*arguments, *output, *model])])
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def photos(data, tmp_path):
+    """A folder of a grey image, an RGBA one, one that EXIF turns, and a broken one."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    first, second, third = sorted((data / "val").iterdir())[:TEST_SCENES]
+    Image.open(first).convert("L").save(folder / "grey.bmp")
+    Image.open(second).convert("RGBA").save(folder / "rgba.png")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.open(third).save(folder / "turned.jpg", exif=exif)
+    (folder / "broken.png").write_bytes(first.read_bytes()[:200])
+    Image.new("RGB", (900, 1)).save(folder / "narrow.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_three_results_and_named_warnings(predict, photos, tmp_path):
+    code, out, errors = predict(photos, "--json", "--score", "0")
+    assert code == 0 and "3 images, " in out and "of the model alone" in out
+    broken, narrow = [line for line in errors.splitlines() if "warning" in line]
+    assert "broken.png' cannot be read" in broken and "annotation file" not in broken
+    assert "narrow.png' cannot be used (its 900 x 1 px would become" in narrow
+    assert "5/5" in errors
+    shapes = {path.name: cv2.imread(str(path)).shape for path in (tmp_path / "out").glob("*.*g")}
+    # Scenes have 64 x 96 px; the pictures are enlarged.
+    sizes = {"grey.bmp.png": (384, 576, 3), "rgba.png": (384, 576, 3), "turned.jpg": (576, 384, 3)}
+    assert shapes == sizes
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    names = ["grey.bmp", "rgba.png", "turned.jpg"]
+    assert [image["file_name"] for image in found["images"]] == names
+    assert (found["images"][2]["height"], found["images"][2]["width"]) == (96, 64)
+    assert [category["name"] for category in found["categories"]] == CLASSES
+
+
+@pytest.mark.parametrize("role", ["lr", "student", "teacher"])
+def test_the_json_has_the_evaluators_detections(predict, data, weights_of, config, role, tmp_path):
+    weights = weights_of("teacher" if role == "teacher" else "lr")
+    opts = ("TEST.DETECTIONS_PER_IMAGE", 9, "TEST.COCO_EVALUATOR", "pycocotools")
+    cfg = config(role, *opts)
+    model = KDTrainer.load_model(cfg, str(weights), "the test")
+    del model.classes  # those of the data are others; the numbers of the classes are compared
+    KDTrainer.test(cfg, model)
+    path = f"{cfg.OUTPUT_DIR}/inference/coco_instances_results.json"
+    expected = json.load(open(path))
+    options = ["--json", "--score", "0", "--weights", weights, "--opts", *map(str, opts)]
+    assert predict(data / "val", *options, role=role)[0] == 0
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    truth = json.loads((data / "annotations" / "instances_val.json").read_text())
+    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    own = {image["id"]: image["file_name"] for image in found["images"]}
+    ids = sorted(category["id"] for category in truth["categories"])
+
+    def plain(rows, files, classes):
+        keys = ("bbox", "score", "segmentation")
+        return [
+            [files[row["image_id"]], classes[row["category_id"]], *(row.get(key) for key in keys)]
+            for row in sorted(rows, key=lambda row: (files[row["image_id"]], -row["score"]))
+        ]
+
+    index = dict(zip(ids, range(8)))
+    expected = plain(expected, files, index)
+    for row in expected:  # COCO format has no mask of nothing
+        row[4] = row[4] if mask_util.area(row[4]) else None
+    assert len(expected) >= 9
+    assert plain(found["annotations"], own, {i + 1: i for i in range(8)}) == expected
+
+
+def test_the_json_is_a_data_set(predict, data, tmp_path, catalogs, capsys):
+    predict(data / "val", "--json", "--score", "0")
+    path = tmp_path / "out" / "predictions.json"
+    dicts = load_checked(str(path), str(data / "val"), "predicted")
+    assert len(dicts) == TEST_SCENES and all(entry["annotations"] for entry in dicts)
+    main = load_tool("check_dataset").main
+    main(["--json", str(path), "--images", str(data / "val"), "--output", str(tmp_path / "check")])
+    assert "0 errors" in capsys.readouterr().out
+
+
+def test_only_good_detections_are_kept(predict, data, tmp_path):
+    path = tmp_path / "out" / "predictions.json"
+    predict(data / "val", "--json", "--score", "0")
+    scores = [x["score"] for x in json.loads(path.read_text())["annotations"]]
+    limit = float(np.median(scores))
+    predict(data / "val", "--json", "--score", repr(limit))
+    kept = [x["score"] for x in json.loads(path.read_text())["annotations"]]
+    assert kept == [score for score in scores if score >= limit] and len(kept) < len(scores)
+
+
+@pytest.mark.parametrize("suffix", files.VIDEOS)
+def test_videos(predict, data, suffix, tmp_path):
+    clip = tmp_path / f"clip{suffix}"
+    code = cv2.VideoWriter_fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(clip), code, 10, (96, 64))
+    for path in sorted((data / "val").iterdir()):
+        writer.write(cv2.imread(str(path)))
+    writer.release()
+    (tmp_path / "broken.mp4").write_text("text")
+    code, out, errors = predict(clip, tmp_path / "broken.mp4", "--json", "--score", "0")
+    assert code == 0 and f"{TEST_SCENES} images" in out and f"{TEST_SCENES}/{TEST_SCENES}" in errors
+    assert "broken.mp4' cannot be read" in errors
+    drawn = cv2.VideoCapture(str(tmp_path / "out" / clip.name))
+    frames = [frame.shape for there, frame in (drawn.read() for _ in range(9)) if there]
+    assert frames == [(384, 576, 3)] * TEST_SCENES
+    assert drawn.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    found = json.loads((tmp_path / "out" / f"{clip.name}.json").read_text())
+    assert [x["file_name"] for x in found["images"]] == [f"{clip.name}#{i}" for i in range(3)]
+    assert {x["image_id"] for x in found["annotations"]} == {1, 2, 3}
+    assert not (tmp_path / "out" / "predictions.json").exists()
+
+
+def test_files_folders_and_patterns(photos, tmp_path):
+    (photos / "more").mkdir()
+    shutil.copy(photos / "rgba.png", photos / "more" / "rgba.png")
+    words = [str(photos / "*.png"), str(photos), str(photos / "**" / "*.png"), "nowhere.png"]
+    found, unmatched = files.find_inputs(words)
+    names = ["broken.png", "narrow.png", "rgba.png", "grey.bmp", "turned.jpg", "more/rgba.png"]
+    assert [path.removeprefix(f"{photos}/") for path in found] == names
+    assert unmatched == ["nowhere.png"]
+    targets, folder = files.targets_of(found, "out")
+    assert folder == str(photos)
+    assert set(targets.values()) == {
+        *("out/broken.png", "out/narrow.png", "out/rgba.png", "out/grey.bmp.png", "out/turned.jpg"),
+        "out/more/rgba.png",
+    }
+
+
+def test_a_class_has_one_colour_and_its_name():
+    image = np.full((500, 500, 3), 128, dtype=np.uint8)
+    masks = torch.zeros(3, 500, 500, dtype=torch.bool)
+    corners = torch.tensor([[50.0, 50, 150, 150], [300, 50, 400, 150], [50, 300, 150, 400]])
+    for mask, (x, y, right, bottom) in zip(masks, corners.int().tolist()):
+        mask[y:bottom, x:right] = True
+    found = Instances((500, 500), pred_boxes=Boxes(corners), pred_masks=masks)
+    found.scores, found.pred_classes = torch.ones(3), torch.tensor([1, 1, 2])
+    picture = files.draw(image, found, "class {}".format)
+    one, same, other = (picture[y, x].tolist() for x, y in ((100, 100), (350, 100), (100, 350)))
+    assert one == same != other and picture[450, 450].tolist() == [128] * 3
+
+
+MISTAKES = {
+    r"no image or video matches 'nowhere/\*.jpg'": ["nowhere/*.jpg"],
+    "none of the 1 inputs could be read": [ROOT / "README.md"],
+    "would be overwritten": ["PHOTOS", "--output", "PHOTOS"],
+    "'nowhere.pth' .*does not exist": ["PHOTOS", "--weights", "nowhere.pth"],
+    "an .onnx file runs on the CPU": ["PHOTOS", "--weights", "FILE.onnx", "--device", "cuda"],
+    "images alone have no proposals": [
+        "PHOTOS",
+        "--opts",
+        "MODEL.LOAD_PROPOSALS",
+        "True",
+    ],
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_end_in_one_sentence(predict, photos, tmp_path, words):
+    message = predict(*(photos if word == "PHOTOS" else word for word in MISTAKES[words]))[0]
+    assert isinstance(message, str) and "\n" not in message
+    assert re.search(words, message)
+
+
+def test_weights_without_a_config(predict, photos):
+    assert "--config-file is missing" in predict(photos, config=False)[0]
+
+
+def test_names_of_classes(config_files, tmp_path):
+    cfg = build_config(str(config_files["lr"]), ["DATASETS.TRAIN", "()"])
+    path = tmp_path / "model.pth"
+    save_model(build(cfg).state_dict(), path)
+    predictor = predictors.ConfigPredictor(cfg, str(path))
+    run = tool.Run(predictor, 0.5, None)
+    assert run.name(3) == "class 3"
+    (tmp_path / "metadata.json").write_text(json.dumps({"classes": CLASSES}))
+    assert predictors.ConfigPredictor(cfg, str(path)).classes == CLASSES
+    named = cfg.clone()
+    named.DATASETS.CLASSES = ["cat", "dog"]
+    run.predictor = predictors.ConfigPredictor(named, str(path))
+    assert [run.name(i) for i in (1, 2)] == ["dog", "class 2"]
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_raw_outputs_are_mapped_back_as_detectron2_does(config, batch, squeeze):
+    cfg = config("lr")
+    model = build(cfg).eval()
+    (sample,) = batch(cfg, count=1, is_train=False)
+    with torch.no_grad():
+        (expected,) = model([sample])
+        (raw,) = model.inference([sample], do_postprocess=False)
+    masks = raw.pred_masks[:, 0] if squeeze else raw.pred_masks
+    outputs = {"boxes": raw.pred_boxes.tensor.clone(), "scores": raw.scores, "masks": masks}
+    outputs["classes"] = raw.pred_classes
+    size = sample["height"], sample["width"]
+    found = predictors.to_instances(outputs, tuple(sample["image"].shape[1:]), size)
+    assert len(found) and found.image_size == size
+    assert same_instances(found, expected["instances"])
+    assert same_instances(found, detector_postprocess(raw, *size))
+
+
+@pytest.mark.skipif(not (ROOT / "tools/export_model.py").exists(), reason="no export")
+def test_an_exported_student_finds_the_same(predict, config_files, weights_of, data, tmp_path):
+    words = ["--config-file", config_files["lr"], "--weights", weights_of("lr"), "--format", "onnx"]
+    words += ["--output", tmp_path / "exported"]
+    load_tool("export_model").main(list(map(str, words)))
+    (exported,) = (tmp_path / "exported").glob("*.onnx")
+    contents = []
+    for weights, config in ((weights_of("lr"), True), (exported, False)):
+        arguments = (data / "val", "--json", "--score", "0", "--weights", weights)
+        assert predict(*arguments, config=config)[0] == 0
+        contents.append(json.loads((tmp_path / "out" / "predictions.json").read_text()))
+    expected, found = contents
+    assert found["categories"] == expected["categories"] and found["images"] == expected["images"]
+    rows = [[[*x["bbox"], x["score"]] for x in content["annotations"]] for content in contents]
+    assert len(rows[0]) > 9 and np.allclose(*rows, rtol=0, atol=[*[0.05] * 4, 1e-3])
+    masks = [[x.get("segmentation") for x in content["annotations"]] for content in contents]
+    assert np.mean([one == other for one, other in zip(*masks)]) > 0.9
+    (tmp_path / "broken.onnx").write_text("text")
+    message = predict(data / "val", "--weights", tmp_path / "broken.onnx", config=False)[0]
+    assert "broken.onnx' cannot be read as an ONNX model" in message

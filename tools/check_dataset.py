@@ -1,0 +1,243 @@
+#!/usr/bin/env python
+"""Check data sets before a training: annotations, images, classes, and the sizes of the objects.
+
+    python tools/check_dataset.py --config-file my/lr.yaml
+    python tools/check_dataset.py --json train.json --images train
+
+The first command checks the data sets of DATASETS.TRAIN and TEST, also against the config. The
+checks are those of a training, which stops at the first fault; here all are listed. Prints the
+report and writes report.txt, report.json (with all faulty records) and sizes.png to --output. The
+exit code is 1 if there are errors, and 0 if there are warnings alone.
+"""
+
+import argparse
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from dataset_report import DataSet, Report, Size
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import check_image_size
+from detectron2.modeling import META_ARCH_REGISTRY
+from PIL import ExifTags, Image
+from tqdm import tqdm
+
+from msad_kd import InputError, build_config
+from msad_kd.data.annotations import check_content, parse_json, usable_content
+from msad_kd.data.annotations.findings import INVALID, MENDED, PLURALS, REFUSED, name_record
+from msad_kd.data.classes import align_classes, annotation_file
+from msad_kd.data.coco_format import class_order, make_dicts
+from msad_kd.data.dict_checks import check_files, check_masks, check_shapes, missing_files
+from msad_kd.data.images import read_image, unreadable
+from msad_kd.data.loader import explain_missing_data
+from msad_kd.data.mapper import build_mapper
+from msad_kd.modeling.classes import has_masks
+
+FACTORS = (0.25, 0.375, 0.5, 0.75, 1)
+SHOWN = 10  # faulty images of a data set that are reported one by one
+MANY = 0.25  # the share of images or objects from which on there is a warning
+
+
+def read_coco(report, name, json_file, images, drop):
+    """Check an annotation file, note its faults, and return the dicts and classes of the rest."""
+    source = f"data set '{name}': '{json_file}'"
+    findings = check_content(parse_json(json_file, source))
+    levels = {REFUSED: "error", INVALID: "warning" if drop else "error", MENDED: "note"}
+    for problem in findings.problems:
+        records = findings.content.get(PLURALS.get(problem.record), ())
+        names = [name_record(problem.record, records[row], row) for row in problem.rows]
+        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        words = f"{source}: {problem.example}{others}"
+        report.add(levels.get(problem.severity, "warning"), words, names)
+    if any(problem.severity == REFUSED for problem in findings.problems):
+        return [], []
+    content = usable_content(findings)
+    classes, index_of = class_order(content["categories"], name)
+    return make_dicts(content, images, index_of), classes
+
+
+def read_registered(report, name):
+    """Return the dicts and classes of a registered data set without a file in COCO format."""
+    words = "it is not in COCO format, so what Detectron2 reads of it is checked, not its files"
+    report.add("note", f"data set '{name}': {words}")
+    with explain_missing_data((name,)):
+        dicts = DatasetCatalog.get(name)
+    return dicts, list(MetadataCatalog.get(name).get("thing_classes") or ())
+
+
+def fault_of(entry, quick):
+    """Return what is wrong with a dict's image, or None; ``quick`` reads the image's header."""
+    file = entry["file_name"]
+    try:
+        image = _without_pixels(file) if quick else read_image(file)
+        check_image_size({key: entry[key] for key in entry if key != "annotations"}, image)
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # of another size; or what Pillow's plugins raise
+        return str(unreadable(file, error))
+
+
+def _without_pixels(file):
+    """Return an array of the size that an image's header names, turned as its EXIF says."""
+    with Image.open(file) as image:
+        exif = Image.Image.getexif(image)  # that of PNG images decodes them first
+        turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
+        return np.broadcast_to(np.uint8(0), image.size if turned else image.size[::-1])
+
+
+def check_images(report, data_set, level, args):
+    """Note images that are missing, cannot be read, or have another size than is said."""
+    name, files = data_set.name, [entry["file_name"] for entry in data_set.dicts]
+    with report.catching():
+        check_files(files, data_set.source, name)
+    missing = set(missing_files(files))
+    there = [entry for entry in data_set.dicts if entry["file_name"] not in missing]
+    with ThreadPoolExecutor(args.workers) as pool:
+        faults = pool.map(partial(fault_of, quick=args.quick), there)
+        bar = tqdm(faults, f"images of {name}", len(there), unit="image", disable=not there)
+        faults = [fault for fault in bar if fault]
+    for fault in faults[:SHOWN]:
+        report.add(level, f"data set '{name}': {fault}")
+    if len(faults) > SHOWN:
+        words = f"{len(faults) - SHOWN} more images cannot be used; report.json lists them"
+        report.add(level, f"data set '{name}': {words}", faults[SHOWN:])
+
+
+def check_against_config(report, cfg):
+    """Note what of the data does not fit the config, as a training would."""
+    drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
+    for data_set in report.data_sets:
+        name, train = data_set.name, data_set.role == "TRAIN"
+        with report.catching():
+            align_classes(cfg, (name,))
+        with report.catching("warning" if drop and train else "error"):
+            check_shapes(data_set.dicts, name, build_mapper(cfg, train))
+        if train and has_masks(cfg):
+            with report.catching():
+                check_masks(data_set.dicts, name)
+
+
+def compare(report):
+    """Note classes without objects, and what differs between training and test data."""
+    train = [data_set for data_set in report.data_sets if data_set.role != "TEST"]
+    taught = {name for x in train for name, count in x.counts.items() if count}
+    files = {os.path.realpath(entry["file_name"]) for x in train for entry in x.dicts}
+    for x in report.data_sets:
+        present = {name for name, count in x.counts.items() if count}
+        if x.role == "TEST":
+            own = {os.path.realpath(entry["file_name"]) for entry in x.dicts}
+            differences = {
+                "has no category, so no AP, for": taught - set(x.classes),
+                "has objects of classes that no training image has:": present - taught,
+                "has images that are training images, too:": own & files,
+            }
+        else:
+            differences = {"has no object of": set(x.classes) - present}
+            if x.dicts and not present:
+                report.add("error", f"data set '{x.name}': no image has an object to train on")
+        for words, names in differences.items():
+            if names and taught:
+                listed = ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")
+                report.add("warning", f"data set '{x.name}' {words} {listed}", sorted(names))
+
+
+def choose_sizes(cfg, data_sets):
+    """Return the sizes of the tables: FACTORS of the high resolution, or of the images' own.
+
+    A student's or teacher's config knows both resolutions; another config has one of them.
+    """
+    if cfg is None or not cfg.INPUT.MIN_SIZE_TEST:
+        sides = [side for x in data_sets for side in x.image_sizes.min(axis=1)]
+        own = float(np.median(sides)) if sides else 0
+        labels = {0.5: "half of their own size", 1: "images as they are"}
+        return [Size(labels.get(f, ""), f * own, factor=f) for f in FACTORS]
+    frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
+    scale, short, longest = cfg.KD.SCALE, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    if frame == "lr":
+        short, longest = scale * short, scale * longest
+    labels = {1: "HR", 1 / scale: "LR"} if frame else {1: "config", 1 / scale: "LR of an HR config"}
+    factors = sorted({*FACTORS, 1 / scale})
+    return [Size(labels.get(f, ""), f * short, f * longest) for f in factors]
+
+
+def judge_sizes(report):
+    """Warn of objects that are small at low resolution, and of images that are enlarged."""
+    for row in report.size_rows():
+        share = row["below_8_px"] / row["objects"]
+        if row["size"] in ("LR", "config", "images as they are") and share > MANY:
+            report.add(
+                "warning",
+                f"data set '{row['data_set']}': {share:.0%} of the objects are narrower than 8 px "
+                f"at a short side of {row['short_side']:.0f} px ({row['size']}), which is hard for "
+                "any model; choose a larger size if you need them",
+            )
+    largest = report.sizes[-1]
+    for x in report.data_sets if largest.factor is None else ():
+        share = np.mean(x.image_sizes.min(axis=1) < largest.short) if len(x.image_sizes) else 0
+        if share > MANY:
+            words = f"{share:.0%} of the images are smaller than the {largest.short:g} px that they"
+            words += " are resized to; enlarging adds no detail"
+            report.add("warning", f"data set '{x.name}': {words}")
+
+
+def check(args):
+    """Check what the command line names, and return the report.
+
+    Raises:
+        InputError: if the config cannot be read.
+    """
+    report, cfg = Report(), None
+    if args.json:
+        wanted = [(os.path.splitext(os.path.basename(args.json))[0], "")]
+    else:
+        cfg = build_config(args.config_file, args.opts)
+        wanted = [(name, "TRAIN") for name in cfg.DATASETS.TRAIN]
+        wanted += [(name, "TEST") for name in cfg.DATASETS.TEST if name not in cfg.DATASETS.TRAIN]
+    drop = cfg is not None and cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
+    for name, role in wanted:
+        file = annotation_file(name) if cfg else args.json
+        with report.catching():
+            images = MetadataCatalog.get(name).image_root if cfg and file else args.images
+            found = read_coco(report, name, file, images, drop) if file else ()
+            dicts, classes = found or read_registered(report, name)
+            data_set = DataSet(name, file or "registered in Python", role, dicts, classes)
+            report.data_sets.append(data_set)
+            level = "warning" if drop and role == "TRAIN" else "error"
+            check_images(report, data_set, level, args)
+    report.sizes = choose_sizes(cfg, report.data_sets)
+    if cfg:
+        check_against_config(report, cfg)
+    compare(report)
+    judge_sizes(report)
+    return report
+
+
+def main(arguments=None):
+    """Run the command line; the exit code is 1 if there are errors."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--config-file", help="the config whose DATASETS.TRAIN and TEST are checked")
+    add("--json", help="an annotation file in COCO format, instead of a config")
+    add("--images", help="the folder of its images")
+    add("--quick", action="store_true", help="read only the headers of the images")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
+    add("--output", default="output/check_dataset", help="the folder to write to")
+    add("opts", nargs="*", metavar="KEY VALUE", help="pairs on top of the config file")
+    args = parser.parse_args(arguments)
+    if bool(args.config_file) == bool(args.json) or bool(args.json) != bool(args.images):
+        parser.error("give either --config-file, or --json and --images")
+    try:
+        report = check(args)
+        report.write(args.output)
+    except (InputError, OSError) as error:  # the second: --output cannot be written
+        sys.exit(f"{parser.prog}: {error}")
+    print(report.text(), end="")
+    print(f"Written to {args.output}")
+    if any(remark["level"] == "error" for remark in report.remarks):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What finds the objects of an image: a model of a config, or an exported ONNX file.
+
+H, W: height and width of the image as it is; R detections; M: side of a mask, 28 px.
+"""
+
+import os
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+
+from msad_kd import InputError, KDTrainer
+from msad_kd.data.annotations import parse_json
+from msad_kd.data.classes import model_classes, with_classes_of
+from msad_kd.data.images import ImageError
+from msad_kd.data.mapper import TwoResolutionMapper, build_mapper
+
+
+class ConfigPredictor:
+    """Runs the model of a config; a student without its teacher, a teacher by its TEST_BRANCH."""
+
+    def __init__(self, cfg: CfgNode, weights: str):
+        """Build the model and load its weights.
+
+        Raises:
+            InputError: if they do not fit, or if the model needs more than an image.
+        """
+        if cfg.MODEL.LOAD_PROPOSALS:
+            raise InputError("MODEL.LOAD_PROPOSALS is True, but images alone have no proposals")
+        self.model = KDTrainer.load_model(cfg, weights, "the config")
+        self.mapper = build_mapper(cfg, is_train=False)
+        self.input_format = cfg.INPUT.FORMAT
+        with_names = with_classes_of(cfg, self.model)
+        self.classes = list(with_names.DATASETS.CLASSES)
+        beside = os.path.join(os.path.dirname(weights), "metadata.json")  # written by an export
+        if not self.classes and os.path.isfile(beside):
+            self.classes = parse_json(beside, f"'{beside}'")["classes"]
+        self.classes = self.classes or model_classes(with_names)[0]
+
+    def __call__(self, image: np.ndarray) -> Instances:
+        """Return the detections in an image (H, W, C) of ``input_format``, on the CPU.
+
+        Raises:
+            ImageError: if resizing would leave no pixel of it.
+        """
+        height, width = image.shape[:2]
+        resized = T.AugInput(image)
+        augmentations = self.mapper.augmentations
+        try:
+            augmentations(resized)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
+        sample = {"image": _as_tensor(resized.image), "height": height, "width": width}
+        if isinstance(self.mapper, TwoResolutionMapper):  # a teacher, in the frame of HR
+            sample["image_lr"] = _as_tensor(augmentations.other_image)
+        with torch.no_grad():
+            return self.model([sample])[0]["instances"].to("cpu")
+
+
+def _as_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+class OnnxPredictor:
+    """Runs a file that tools/export_model.py wrote, on the CPU."""
+
+    def __init__(self, path: str):
+        """Open the file.
+
+        Raises:
+            InputError: if it cannot be read, or was exported by another program.
+        """
+        from msad_kd.export.onnx import OnnxDetector  # needs packages that nothing else needs
+
+        self.detector = OnnxDetector(path)
+        self.metadata = self.detector.metadata
+        self.input_format, self.classes = self.metadata["input_format"], self.metadata["classes"]
+
+    def __call__(self, image: np.ndarray) -> Instances:
+        """Return the detections in an image (H, W, C) of ``input_format``.
+
+        Raises:
+            ImageError: if resizing would leave no pixel of it.
+        """
+        height, width = image.shape[:2]
+        short, longest = self.metadata["min_size"], self.metadata["max_size"]
+        if short and not self.metadata["resizes"]:
+            resize = T.ResizeShortestEdge([short, short], longest).get_transform(image)
+            if min(resize.new_h, resize.new_w) < 1:
+                raise ImageError(f"resized, its {width} x {height} px would be less than a pixel")
+            image = resize.apply_image(image)
+        outputs = self.detector(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        named = dict(zip(self.metadata["outputs"], map(torch.from_numpy, outputs)))
+        return to_instances(named, image.shape[:2], (height, width))
+
+
+def to_instances(
+    outputs: dict[str, torch.Tensor], seen: tuple[int, int], size: tuple[int, int]
+) -> Instances:
+    """Return raw outputs as ``Instances`` of the original image.
+
+    Args:
+        outputs: "boxes" (R, 4) in pixels of the resized image, "scores" (R,), "classes" (R,) and
+            perhaps "masks" (R, 1, M, M) or (R, M, M), probabilities within the boxes.
+        seen: height and width of the resized image.
+        size: height and width of the original image.
+    """
+    raw = Instances(seen, pred_boxes=Boxes(outputs["boxes"].float()), scores=outputs["scores"])
+    raw.pred_classes = outputs["classes"].long()
+    if "masks" in outputs:
+        masks = outputs["masks"].float()
+        raw.pred_masks = masks[:, None] if masks.dim() == 3 else masks
+    return detector_postprocess(raw, *size)
