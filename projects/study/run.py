@@ -47,6 +47,7 @@ def parse_arguments(arguments=None):
     add("--rows", nargs="+", metavar="ROW", help="only these rows")
     add("--seeds", nargs="+", type=natural, metavar="SEED", help="only these seeds")
     add("--slots", type=natural, default=count_cores(), help="runs at a time (default: the cores)")
+    add("--num-gpus", type=int, default=0, help="GPUs of each training (then one runs at a time)")
     add("--reuse", metavar="FILE", help="results.json of another study, to take done cells from")
     add("--report", action="store_true", help="run nothing, only tabulate what is there")
     add("--overwrite", action="store_true", help="replace data sets made with other arguments")
@@ -98,7 +99,7 @@ def run(args, screen):
     cells = make_cells(grid, folder, args.settings)
     keys = choose(cells, grid, args)
     with contextlib.nullcontext() if args.report else locked(folder):
-        study = Study(grid, cells, folder, screen)
+        study = Study(grid, cells, folder, screen, args.num_gpus)
         if args.reuse:
             study.take(args.reuse)
         if args.report:
@@ -107,8 +108,9 @@ def run(args, screen):
             make_data(grid, cells, keys, args.overwrite, screen)
             jobs = study.plan(keys)
             done = sum(key in study.results["cells"] for key in keys)
-            screen.say(f"{len(keys)} cells, {done} of them done; {args.slots} runs at a time")
-            run_jobs(jobs, args.slots, screen, study.overall)
+            slots = 1 if args.num_gpus else args.slots
+            screen.say(f"{len(keys)} cells, {done} of them done; {slots} runs at a time")
+            run_jobs(jobs, slots, screen, study.overall)
             study.write()
             if grid.comparison:
                 print(f"\n{study.compare() or 'The comparison waits for other rows.'}\n")

@@ -24,9 +24,10 @@ class Study:
     "other" [key, result] of cells that the grid no longer means but may mean again.
     """
 
-    def __init__(self, grid, cells, folder, screen):
+    def __init__(self, grid, cells, folder, screen, num_gpus=0):
         """Read the results that are there."""
         self.grid, self.cells, self.folder, self.screen = grid, cells, Path(folder), screen
+        self.num_gpus = num_gpus  # of each training
         self.path = self.folder / "results.json"
         self.results = {"cells": {}, "other": []}
         self.resumed_at = {}  # key of each cell to train: the iterations before this run
@@ -98,6 +99,7 @@ class Study:
 
     def _training(self, cell, after):
         command = [sys.executable, "train_net.py", "--resume", "--config-file", cell.row.config]
+        command += ["--num-gpus", str(self.num_gpus)] * bool(self.num_gpus)
         command += ["SOLVER.CHECKPOINT_PERIOD", str(CHECKPOINT_PERIOD), *cell.options]
         command += ["KD.TEACHER.EVAL_BEFORE_TRAIN", "False", "DATASETS.TEST", "()"]
         command += ["OUTPUT_DIR", str(cell.folder)]

@@ -1,0 +1,160 @@
+"""Derive the configs of an aligned teacher, its student and the control from a detector's config.
+
+The detector reads images at high resolution, the student images whose sides are 1/k of theirs.
+"""
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from msad_kd.modeling.pyramid import level_shift
+from msad_kd.utils.errors import InputError
+
+# A detector and what it is as a student and as a multi-resolution teacher.
+KINDS = {
+    "GeneralizedRCNN": ("DistilledRCNN", "MultiResolutionRCNN"),
+    "RetinaNet": ("DistilledRetinaNet", "MultiResolutionRetinaNet"),
+    "FCOS": ("DistilledFCOS", "MultiResolutionFCOS"),
+}
+# FPNs by what is below them: at low resolution, and a multi-resolution teacher's.
+FPNS = {
+    "build_resnet_fpn_backbone": "resnet",
+    "build_retinanet_resnet_fpn_backbone": "resnet",
+    "build_five_level_resnet_fpn_backbone": "resnet",
+    "build_timm_fpn_backbone": "timm",
+}
+STAGES = ["res2", "res3", "res4", "res5"]
+WARMUP_SHARE = 0.1  # of a schedule, at the most
+
+
+def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
+    """Derive the configs of teacher, student and control.
+
+    The teacher has the detector's images, anchors and schedule; its heads read levels of k times
+    the stride that the student's read. The student has all sizes divided by k. The control is the
+    student without distillation, started from the same weights.
+
+    Args:
+        cfg: the complete config of a Mask R-CNN, Faster R-CNN, RetinaNet or FCOS with an FPN.
+        scale: k, a power of two from 2.
+
+    Returns:
+        "teacher", "student" and "control", without the weights they start from.
+
+    Raises:
+        InputError: if the detector has no levels to align, or sizes that k does not divide.
+    """
+    shift = level_shift(scale)
+    _check(cfg, scale)
+    student, teacher = KINDS[cfg.MODEL.META_ARCHITECTURE]
+    kind = FPNS[cfg.MODEL.BACKBONE.NAME]
+    base = cfg.clone()
+    base.defrost()
+    base.KD.SCALE = scale
+    if kind == "resnet":
+        base.MODEL.RESNETS.OUT_FEATURES = STAGES
+    base.MODEL.FPN.IN_FEATURES = STAGES
+    if not base.MODEL.FPN.NORM:  # levels of such convolutions would outweigh others in a loss
+        base.MODEL.FPN.TOP_BLOCK = "maxpool"
+    fit_warmup(base)
+    configs = {"teacher": base.clone(), "control": base.clone()}
+
+    cfg = configs["teacher"]
+    cfg.MODEL.META_ARCHITECTURE = teacher
+    cfg.MODEL.BACKBONE.NAME = f"build_aligned_{kind}_fpn_backbone"
+    _set_levels(cfg, first=2 + shift)
+    norms = {cfg.MODEL.FPN.NORM, cfg.MODEL.TIMM.NORM if kind == "timm" else cfg.MODEL.RESNETS.NORM}
+    # Running statistics of both resolutions together fit neither.
+    cfg.MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS = bool(norms & {"BN", "SyncBN"})
+
+    cfg = configs["control"]
+    cfg.MODEL.BACKBONE.NAME = _low_resolution_backbone(cfg, kind)
+    _set_levels(cfg, first=2)
+    _divide_sizes(cfg, scale)
+
+    cfg = configs["student"] = configs["control"].clone()
+    cfg.MODEL.META_ARCHITECTURE = student
+    cfg.KD.LOSSES = default_losses(cfg)
+    return configs
+
+
+def default_losses(cfg: CfgNode) -> list[dict]:
+    """Return the losses to begin with for a student's config; projects/*/FINDINGS.md says why."""
+    warmup = {"warmup_iters": min(500, int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER))}
+    if cfg.MODEL.META_ARCHITECTURE != "DistilledRCNN":
+        return [{"name": "ssim", "weight": 10.0, **warmup}]
+    if cfg.MODEL.ROI_HEADS.NAME != "StandardROIHeads":
+        return [{"name": "l1", "weight": 0.6, **warmup}]
+    names = ["roi_class", "roi_box", *(["roi_mask"] if cfg.MODEL.MASK_ON else [])]
+    return [{"name": name, "weight": 1.0, **warmup} for name in names]
+
+
+def fit_warmup(cfg: CfgNode) -> None:
+    """Shorten the warm-up of a config to a tenth of its schedule, in place, if it is longer."""
+    most = max(1, int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER))
+    cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, most)
+
+
+def _check(cfg: CfgNode, scale: int) -> None:
+    model = cfg.MODEL
+    name = model.META_ARCHITECTURE
+    if name not in KINDS:
+        known = ", ".join(KINDS)
+        frame = getattr(META_ARCH_REGISTRY.get(name), "frame", None)
+        words = "it is derived, not given" if frame else "its levels cannot be aligned"
+        raise InputError(f"MODEL.META_ARCHITECTURE is {name}: {words}; give one of {known}")
+    if model.BACKBONE.NAME not in FPNS:
+        raise InputError(
+            f"MODEL.BACKBONE.NAME is {model.BACKBONE.NAME}, which has no pyramid whose levels can "
+            f"be shifted (a C4 or DC5 model has one level); use one of {', '.join(FPNS)}"
+        )
+    if scale < 2:
+        raise InputError("the scale is 1: there is no second resolution; use 2 or 4")
+    if model.LOAD_PROPOSALS:
+        raise InputError("MODEL.LOAD_PROPOSALS is True: proposals of a file are of one resolution")
+    inputs = cfg.INPUT
+    if not inputs.JITTER.SIZE and not (all(inputs.MIN_SIZE_TRAIN) and inputs.MIN_SIZE_TEST):
+        raise InputError(
+            "INPUT.MIN_SIZE_TRAIN or MIN_SIZE_TEST is 0, so images keep their size; name the sizes "
+            "of the high resolution"
+        )
+    smallest = min(min(sizes) for sizes in model.ANCHOR_GENERATOR.SIZES)
+    if name != "FCOS" and smallest / scale < 2:
+        raise InputError(
+            f"the smallest of MODEL.ANCHOR_GENERATOR.SIZES is {smallest:g} px; divided by {scale} "
+            "it is under 2 px, too small for any level"
+        )
+
+
+def _low_resolution_backbone(cfg: CfgNode, kind: str) -> str:
+    if kind == "timm":
+        return "build_timm_fpn_backbone"
+    # Where it can be, a backbone of Detectron2, so that stock Detectron2 loads the student.
+    plain = cfg.MODEL.FPN.TOP_BLOCK == "maxpool"
+    return "build_resnet_fpn_backbone" if plain else "build_five_level_resnet_fpn_backbone"
+
+
+def _set_levels(cfg: CfgNode, first: int) -> None:
+    """Let the heads read five levels, p<first> and coarser; RoI heads read four of them."""
+    levels = [f"p{level}" for level in range(first, first + 5)]
+    model = cfg.MODEL
+    if model.META_ARCHITECTURE.endswith("RCNN"):
+        model.RPN.IN_FEATURES, model.ROI_HEADS.IN_FEATURES = levels, levels[:4]
+    elif model.META_ARCHITECTURE.endswith("RetinaNet"):
+        model.RETINANET.IN_FEATURES = levels
+    else:
+        model.FCOS.IN_FEATURES = levels
+
+
+def _divide_sizes(cfg: CfgNode, scale: int) -> None:
+    """Divide sizes of images, rounded up as the mapper of two resolutions does, and of anchors."""
+    inputs = cfg.INPUT
+    inputs.MIN_SIZE_TRAIN = tuple(-(-size // scale) for size in inputs.MIN_SIZE_TRAIN)
+    for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+        inputs[key] = -(-inputs[key] // scale)
+    inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
+    if inputs.CROP.ENABLED and inputs.CROP.TYPE.startswith("absolute"):
+        inputs.CROP.SIZE = [max(1, int(side) // scale) for side in inputs.CROP.SIZE]
+    if cfg.MODEL.META_ARCHITECTURE == "FCOS":
+        return  # it has no anchors; its ranges of sizes follow the strides
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / scale for size in level] for level in sizes]

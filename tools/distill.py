@@ -1,0 +1,194 @@
+#!/usr/bin/env python
+"""Distil a low-resolution student of any FPN detector: one command from its config to a table.
+
+    python tools/distill.py --config-file CONFIG --weights hr.pth --output output/mine
+
+CONFIG is the yacs config of a Mask R-CNN, Faster R-CNN, RetinaNet or FCOS at high resolution: a file,
+or a name in Detectron2's model zoo. From it come the configs of an aligned teacher, a student and its
+control (OUTPUT/configs), which are trained one after another, measured and tabulated. Stopped, the
+same command goes on where it was. KEY VALUE pairs change CONFIG; role:KEY VALUE pairs change what is
+derived, with teacher, student or control as the role:
+
+    ... SOLVER.IMS_PER_BATCH 8 teacher:SOLVER.MAX_ITER 3000 student:SOLVER.BASE_LR 0.002
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which does not put the repository on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+
+from msad_kd.checkpoint.checkpoint import check_exists
+from msad_kd.checkpoint.files import replacing
+from msad_kd.config.build import build_config
+from msad_kd.config.derive import derive_configs
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.unpickle import TrustFiles
+from projects.study import run as study
+
+ROLES = ("teacher", "student", "control")
+SEED = 1
+
+
+def split_roles(pairs):
+    """Split KEY VALUE pairs into those of CONFIG and those of each role."""
+    if len(pairs) % 2:
+        raise InputError(f"KEY VALUE pairs: '{pairs[-1]}' has no value")
+    options = {"": [], **{role: [] for role in ROLES}}
+    for key, value in zip(pairs[::2], pairs[1::2]):
+        role, _, name = key.rpartition(":")
+        if role not in options:
+            raise InputError(f"'{key}': there is no role '{role}'; use {', '.join(ROLES)}")
+        options[role] += [name, value]
+    return options
+
+
+def find_config(name, folder):
+    """Return the path of a config: a file, or one of Detectron2's model zoo, which is copied."""
+    if os.path.exists(name):
+        return name
+    try:
+        # Those of RetinaNet compute their anchors in YAML, which other files may not.
+        cfg = model_zoo.get_config(name)
+    except RuntimeError:
+        raise InputError(f"--config-file: '{name}' is no file and not in the model zoo") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model_zoo.yaml"
+    with replacing(path) as part:
+        part.write_text(cfg.dump())
+    return str(path)
+
+
+def write_config(cfg, path, options):
+    """Check a config with KEY VALUE pairs on top, and write it whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for pairs in ([], options):  # the second time with what its own file says
+        with replacing(path) as part:
+            part.write_text(cfg.dump())
+        cfg = build_config(str(path), pairs)
+    with replacing(path) as part:
+        part.write_text(cfg.dump())
+    return cfg
+
+
+def make_configs(args, options) -> dict[str, CfgNode]:
+    """Write OUTPUT/configs, and return the configs by the name of their row."""
+    folder = args.output / "configs"
+    source = build_config(find_config(args.config_file, folder), options[""])
+    if not source.DATASETS.TRAIN or not source.DATASETS.TEST:
+        raise InputError("DATASETS.TRAIN and DATASETS.TEST of the config should both name data")
+    configs = {"hr": source.clone(), **derive_configs(source, args.scale)}
+    weights = {role: args.output / role / f"seed_{SEED}" / "model_final.pth" for role in ROLES}
+    teacher = str(args.teacher or weights["teacher"])
+    for name, cfg in configs.items():
+        cfg.defrost()
+        cfg.SEED = SEED
+        cfg.OUTPUT_DIR = str(args.output / name / f"seed_{SEED}")
+    configs["hr"].MODEL.WEIGHTS = args.weights or source.MODEL.WEIGHTS
+    configs["teacher"].MODEL.WEIGHTS = args.weights or source.MODEL.WEIGHTS
+    configs["control"].MODEL.WEIGHTS = teacher
+    configs["student"].MODEL.WEIGHTS = ""  # starts from the teacher's
+    configs["student"].KD.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
+    configs["student"].KD.TEACHER.WEIGHTS = teacher
+    return {
+        name: write_config(cfg, folder / f"{name}.yaml", options.get(name, []))
+        for name, cfg in configs.items()
+    }
+
+
+def make_grid(args, configs):
+    """Write OUTPUT/grid.yaml, the study of teacher, control and student, and return its path."""
+    folder = args.output / "configs"
+    rows = {name: {"title": name, "config": str(folder / f"{name}.yaml")} for name in configs}
+    rows["hr"]["title"] = "high resolution"
+    if args.weights:
+        rows["hr"]["checkpoint"] = args.weights
+    else:
+        del rows["hr"]
+    teacher = "{teacher}"
+    if args.teacher:
+        rows["teacher"]["checkpoint"] = args.teacher
+    rows["teacher"]["title"] = "teacher, fused branch"
+    rows["control"]["options"] = {"MODEL.WEIGHTS": teacher}
+    rows["student"] |= {
+        "test_config": rows["control"]["config"],
+        "options": {"KD.TEACHER.WEIGHTS": teacher},
+    }
+    if not args.control:
+        del rows["control"]
+    shown = {row["title"]: name for name, row in rows.items() if name != "teacher"}
+    grid = {
+        "output": str(args.output),
+        "seeds": [SEED],
+        "detections": min(100, configs["student"].TEST.DETECTIONS_PER_IMAGE),
+        "rows": rows,
+        "comparison": [x for x in ("hr", "teacher", "control", "student") if x in rows],
+        "scenes": shown,
+    }
+    path = args.output / "grid.yaml"
+    with replacing(path) as part:
+        part.write_text(yaml.safe_dump(grid, sort_keys=False))
+    return path
+
+
+def describe(configs):
+    """Return a table of what was derived."""
+    lines = [f"{'':9}{'short side, training':24}{'test':>6}{'iterations':>12}{'rate':>10}  losses"]
+    for name, cfg in configs.items():
+        sizes = cfg.INPUT.MIN_SIZE_TRAIN
+        sides = f"{min(sizes)} to {max(sizes)} px" if len({*sizes}) > 1 else f"{sizes[0]} px"
+        losses = [f"{term['name']} {term['weight']:g}" for term in cfg.KD.LOSSES]
+        lines.append(
+            f"{name:9}{sides:24}{cfg.INPUT.MIN_SIZE_TEST:>6}{cfg.SOLVER.MAX_ITER:>12}"
+            f"{cfg.SOLVER.BASE_LR:>10g}  {', '.join(losses) if name == 'student' else '-'}"
+        )
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments=None):
+    """Read the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="CONFIG", help="of the high-resolution detector")
+    add("--output", required=True, type=Path, help="folder of configs, runs and results")
+    add("--weights", help="the trained high-resolution detector, which the teacher starts from")
+    add("--teacher", metavar="FILE", help="a teacher that this command trained; trains none")
+    add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
+    add("--no-control", dest="control", action="store_false", help="leave the control out")
+    add("--dry-run", action="store_true", help="write the configs, and train nothing")
+    add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
+    add("--trust-files", action=TrustFiles)
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run the command line."""
+    args = parse_arguments(arguments)
+    args.output = args.output.absolute()  # the runs start in the repository
+    os.environ["DETECTRON2_DATASETS"] = os.path.abspath(
+        os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    )
+    try:
+        for path, name in ((args.weights, "--weights"), (args.teacher, "--teacher")):
+            if path:
+                check_exists(path, name)
+        configs = make_configs(args, split_roles(args.opts))
+        grid = make_grid(args, configs)
+        print(describe(configs))
+    except InputError as error:
+        sys.exit(f"distill.py: {error}")
+    if not args.dry_run:
+        study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
+
+
+if __name__ == "__main__":
+    main()
