@@ -3,17 +3,20 @@
 
     python tools/distill.py --config-file CONFIG --weights hr.pth --output output/mine
 
-CONFIG is the yacs config of a Mask R-CNN, Faster R-CNN, RetinaNet or FCOS at high resolution: a file,
-or a name in Detectron2's model zoo. From it come the configs of an aligned teacher, a student and its
-control (OUTPUT/configs), which are trained one after another, measured and tabulated. Stopped, the
-same command goes on where it was. KEY VALUE pairs change CONFIG; role:KEY VALUE pairs change what is
-derived, with teacher, student or control as the role:
+CONFIG is the yacs config of a Mask R-CNN, Faster R-CNN, RetinaNet or FCOS at high resolution: a
+file, or a name in Detectron2's model zoo. From it come the configs of an aligned teacher, a student
+and its control (OUTPUT/configs). The data are checked, the three are trained and measured, and the
+student is exported for stock Detectron2, or as ONNX where that has no such backbone. Stopped, the
+same command goes on where it was. KEY VALUE pairs change CONFIG; role:KEY VALUE pairs change what
+is derived, with teacher, student or control as the role:
 
     ... SOLVER.IMS_PER_BATCH 8 teacher:SOLVER.MAX_ITER 3000 student:SOLVER.BASE_LR 0.002
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from msad_kd.utils.errors import InputError
 from msad_kd.utils.unpickle import TrustFiles
 from projects.study import run as study
 
+TOOLS = Path(__file__).resolve().parent
 ROLES = ("teacher", "student", "control")
 SEED = 1
 
@@ -152,6 +156,53 @@ def describe(configs):
     return "\n".join(lines)
 
 
+def run_tool(name, *arguments):
+    """Run another command of this folder, and end with its failure."""
+    done = subprocess.run([sys.executable, TOOLS / name, *map(str, arguments)], cwd=TOOLS.parent)
+    if done.returncode:
+        sys.exit(f"distill.py: {name} found what has to be mended first")
+
+
+def check_data(args):
+    """Check all data sets; the second time without reading every pixel again."""
+    folder = args.output / "data"
+    quick = ["--quick"] if (folder / "report.json").exists() else []
+    config = args.output / "configs" / "student.yaml"
+    run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
+
+
+def export_student(args, cfg):
+    """Export the student for stock Detectron2, or as ONNX if that cannot build its backbone."""
+    stock = cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
+    config, weights = args.output / "configs" / "control.yaml", Path(cfg.OUTPUT_DIR)
+    run_tool(
+        *("export_model.py", "--config-file", config, "--weights", weights / "model_final.pth"),
+        *("--output", args.output / "export", "--format", "detectron2" if stock else "onnx"),
+    )
+
+
+def summarize(args):
+    """Return the gain over the control, and the commands to type next."""
+    models = json.loads((args.output / "table.json").read_text())["models"]
+    models = {model["row"]: model for model in models}
+    gains = [
+        f"{name} AP {models['student'][kind]['AP'] - models['control'][kind]['AP']:+.1f}"
+        for kind, name in (("bbox", "box"), ("segm", "mask"))
+        if "control" in models and kind in models["control"]
+    ]
+    config, weights = args.output / "configs" / "control.yaml", args.output / "student"
+    model = f"--config-file {config} --weights {weights / f'seed_{SEED}' / 'model_final.pth'}"
+    return "\n".join(
+        [
+            f"The student against its control, one seed: {', '.join(gains)}" if gains else "",
+            f"The exported student is in '{args.output / 'export'}', a picture in "
+            f"'{args.output / 'scenes.png'}'. Next:",
+            f"  python tools/predict.py {model} IMAGES --output {args.output / 'found'}",
+            f"  python tools/export_model.py {model} --format onnx --output {args.output / 'onnx'}",
+        ]
+    )
+
+
 def parse_arguments(arguments=None):
     """Read the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -186,8 +237,12 @@ def main(arguments=None):
         print(describe(configs))
     except InputError as error:
         sys.exit(f"distill.py: {error}")
-    if not args.dry_run:
-        study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
+    if args.dry_run:
+        return
+    check_data(args)
+    study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
+    export_student(args, configs["student"])
+    print(summarize(args))
 
 
 if __name__ == "__main__":

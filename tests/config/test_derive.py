@@ -17,7 +17,12 @@ from msad_kd.utils.flat_config import flatten_config
 
 # What a derived config chooses otherwise, or what a run adds.
 OWN = ("KD.LOSSES", "KD.TEACHER", "KD.GRADIENT", "OUTPUT_DIR", "SEED", "MODEL.WEIGHTS")
-OWN += ("MODEL.MULTI_RESOLUTION", "SOLVER.WARMUP", "DATASETS.TRAIN", "INPUT.MIN_SIZE_TRAIN_SAMPLING")
+OWN += (
+    "MODEL.MULTI_RESOLUTION",
+    "SOLVER.WARMUP",
+    "DATASETS.TRAIN",
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING",
+)
 
 
 SHORT = ["SOLVER.MAX_ITER", 300, "SOLVER.REFERENCE_WORLD_SIZE", 0]
@@ -42,15 +47,13 @@ def plain(value):
     return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize(
-    "detector", ["mask_rcnn_R_50_FPN", "faster_rcnn_R_50_FPN", "retinanet_R_50_FPN", "fcos_R_50_FPN"]
-)
+@pytest.mark.parametrize("detector", ["mask_rcnn", "faster_rcnn", "retinanet", "fcos"])
 def test_they_are_those_that_were_written_by_hand(detector, monkeypatch):
     monkeypatch.chdir(ROOT)
-    derived = derive_configs(config_of(f"COCO/{detector}_HR_1x.yaml"), 2)
+    derived = derive_configs(config_of(f"COCO/{detector}_R_50_FPN_HR_1x.yaml"), 2)
     roles = {"teacher": "teacher", "control": "LR", "student": "student"}
     differences = {
-        role: differing_keys(derived[role], config_of(f"COCO/{detector}_{name}_1x.yaml"))
+        role: differing_keys(derived[role], config_of(f"COCO/{detector}_R_50_FPN_{name}_1x.yaml"))
         for role, name in roles.items()
     }
     assert differences == {role: {} for role in roles}
