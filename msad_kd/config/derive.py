@@ -24,14 +24,17 @@ FPNS = {
 }
 STAGES = ["res2", "res3", "res4", "res5"]
 WARMUP_SHARE = 0.1  # of a schedule, at the most
+# A student starts from the teacher's weights. At the teacher's own rate it loses what they know: on
+# Shapes its control had 1.1 box AP less.
+STUDENT_RATE = 1 / 3
 
 
 def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     """Derive the configs of teacher, student and control.
 
     The teacher has the detector's images, anchors and schedule; its heads read levels of k times
-    the stride that the student's read. The student has all sizes divided by k. The control is the
-    student without distillation, started from the same weights.
+    the stride that the student's read. The student has all sizes divided by k, and a third of the
+    learning rate. The control is the student without distillation, started from the same weights.
 
     Args:
         cfg: the complete config of a Mask R-CNN, Faster R-CNN, RetinaNet or FCOS with an FPN.
@@ -70,6 +73,7 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     cfg.MODEL.BACKBONE.NAME = _low_resolution_backbone(cfg, kind)
     _set_levels(cfg, first=2)
     _divide_sizes(cfg, scale)
+    cfg.SOLVER.BASE_LR *= STUDENT_RATE
 
     cfg = configs["student"] = configs["control"].clone()
     cfg.MODEL.META_ARCHITECTURE = student

@@ -78,6 +78,7 @@ def test_the_model_zoos_configs_become_pairs_that_can_be_distilled(name, tmp_pat
         assert derived[role].INPUT.MIN_SIZE_TEST == 200 and derived[role].INPUT.MAX_SIZE_TEST == 334
         assert derived[role].MODEL.ANCHOR_GENERATOR.SIZES == sizes
     assert derived["teacher"].INPUT == cfg.INPUT
+    assert derived["student"].SOLVER.BASE_LR == pytest.approx(cfg.SOLVER.BASE_LR / 3)
     spec = TeacherSpec(derived["teacher"], config_file="", branch="fused")
     check_losses(derived["student"], spec)  # aligned, with the same classes
 
