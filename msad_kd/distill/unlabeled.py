@@ -179,7 +179,7 @@ class _IgnoringMatcher:
     def __call__(self, quality: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Match by overlaps (M, A); return the label of each anchor, and 1, 0 or -1 for it."""
         matches, labels = self.matcher(quality)
-        ignored = self.flags[self.image].to(quality.device)
+        ignored = self.flags[self.image % len(self.flags)].to(quality.device)
         if ignored.any():
             others = self.matcher(quality[~ignored])[1]
             labels = torch.where(ignored[matches], labels.masked_fill(labels == 1, -1), others)
