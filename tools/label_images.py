@@ -5,8 +5,7 @@
         --weights output/mine/teacher/model_final.pth --output datasets/mine/labels.json
 
 A multi-resolution teacher predicts with its TEST_BRANCH. What is done is kept beside the output,
-and the same command goes on after an interruption. Named in DATASETS.UNLABELED, the file gives a
-student its pseudo-labels (KD.UNLABELED.PSEUDO_LABELS).
+and the same command goes on after an interruption. See docs/unlabeled.md.
 """
 
 import argparse
@@ -21,7 +20,7 @@ sys.path.insert(0, os.getcwd())  # for --import
 import torch
 import torch.utils.data as torchdata
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset, MetadataCatalog
+from detectron2.data import DatasetCatalog, MapDataset, MetadataCatalog
 from detectron2.data.build import trivial_batch_collator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -41,11 +40,9 @@ from msad_kd.utils.errors import InputError, input_error_of, nearest
 from msad_kd.utils.hashes import hash_file, split_hash
 from msad_kd.utils.unpickle import TrustFiles
 
-SMALLEST = 1e-3  # pixels; a box with a shorter side is no label
-
 
 def find_images(cfg: CfgNode, data_set: str | None, folder: str | None) -> tuple[list[dict], str]:
-    """Return Detectron2's dicts of a data set or folder without their labels, and the folder.
+    """Return the images of a folder or data set as Detectron2's dicts, and the folder.
 
     Raises:
         InputError: if the data set is not registered, or if something is missing.
@@ -56,42 +53,32 @@ def find_images(cfg: CfgNode, data_set: str | None, folder: str | None) -> tuple
         hint = nearest(data_set, DatasetCatalog.list())
         raise InputError(f"--dataset: '{data_set}' is not registered{hint}")
     with explain_missing_data((data_set,)):
-        dicts = DatasetCatalog.get(data_set)
+        dicts = [{**x, "annotations": []} for x in DatasetCatalog.get(data_set)]
     metadata = MetadataCatalog.get(data_set)
-    root = metadata.get("image_root") or metadata.get("image_dir")
-    root = root or os.path.commonpath([os.path.dirname(entry["file_name"]) for entry in dicts])
-    for entry in dicts:
-        entry.pop("annotations", None)
-    return dicts, root
+    return dicts, metadata.get("image_root") or metadata.get("image_dir") or ""
 
 
-def read_part(part: Path, run: dict) -> list[list[dict]]:
-    """Return the annotations of the batches that an interrupted run has done; begin the file else.
+def read_partial(file: Path, run: str) -> list[list[dict]]:
+    """Return the annotations of each batch that an interrupted run has done, or begin its file.
 
     A line that was not written to its end is cut off.
 
     Raises:
         InputError: if the file is of another run.
     """
-    done, end = [], 0
-    if part.exists():
-        with open(part, "rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                done.append(json.loads(line))
-                end += len(line)
-    if not done:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(run) + "\n")
-        return []
-    if other := [key for key in run if done[0].get(key) != run[key]]:
+    if not file.exists() or b"\n" not in file.read_bytes():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(run) + "\n")
+    content = file.read_bytes()
+    end = content.rindex(b"\n") + 1
+    first, *done = map(json.loads, content[:end].splitlines())
+    if first != run:
         raise InputError(
-            f"'{part}' is of an interrupted run with other {', '.join(other)}; give the same, or "
-            "remove it to begin anew"
+            f"'{file}' is of an interrupted run with another model, config, option or other "
+            "images; give the same, or remove it to begin anew"
         )
-    os.truncate(part, end)
-    return done[1:]
+    os.truncate(file, end)
+    return done
 
 
 def annotations_of(found: Instances, image_id, classes: int, min_score: float) -> list[dict]:
@@ -99,9 +86,7 @@ def annotations_of(found: Instances, image_id, classes: int, min_score: float) -
 
     Those with less score, without a pixel, or of a class without a name are left out.
     """
-    sides = found.pred_boxes.tensor[:, 2:] - found.pred_boxes.tensor[:, :2]
     keep = (found.scores >= min_score) & (found.pred_classes < classes)
-    keep &= sides.min(dim=1).values >= SMALLEST
     if found.has("pred_masks"):
         keep &= found.pred_masks.flatten(1).any(dim=1)
     annotations = instances_to_coco_json(found[keep], image_id)
@@ -112,17 +97,7 @@ def annotations_of(found: Instances, image_id, classes: int, min_score: float) -
             entry["area"] = float(mask_util.area(entry["segmentation"]))
         if points := entry.get("keypoints"):
             points[2::3] = [2] * (len(points) // 3)  # visible; the model gives a score here
-            entry["num_keypoints"] = len(points) // 3
     return annotations
-
-
-def categories_of(cfg: CfgNode, names: list[str]) -> list[dict]:
-    """Return the categories, with ids from 1, of a model's classes."""
-    points = {}
-    if cfg.MODEL.KEYPOINT_ON:
-        points["keypoints"] = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).keypoint_names)
-        points["skeleton"] = []
-    return [{"id": number, "name": name, **points} for number, name in enumerate(names, start=1)]
 
 
 @torch.no_grad()
@@ -132,65 +107,54 @@ def label(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: if an argument, the model or an image cannot be used.
     """
-    output, size = Path(arguments.output), arguments.batch_size
+    output, size, min_score = Path(arguments.output), arguments.batch_size, arguments.min_score
     if output.exists():
         raise InputError(f"--output: '{output}' exists already; remove it, or name another file")
     cfg = build_config(arguments.config_file, arguments.opts)
     dicts, root = find_images(cfg, arguments.dataset, arguments.images)
-    source = f"the config '{arguments.config_file}'"
-    model = KDTrainer.load_model(cfg, arguments.weights, source)
+    weights = arguments.weights
+    model = KDTrainer.load_model(cfg, weights, f"the config '{arguments.config_file}'")
     names, _ = model_classes(with_classes_of(cfg, model))
     if not names:
         raise InputError("the model's classes have no names; set DATASETS.CLASSES")
     images = [
         {
-            "id": entry["image_id"],
-            "file_name": os.path.relpath(entry["file_name"], root),
-            "height": entry["height"],
-            "width": entry["width"],
+            **{"id": x["image_id"], "file_name": os.path.relpath(x["file_name"], root or ".")},
+            **{key: x[key] for key in ("height", "width")},
         }
-        for entry in dicts
+        for x in dicts
     ]
-    digest = lambda content: hashlib.sha256(content.encode()).hexdigest()  # noqa: E731
-    run = {
-        "weights": hash_file(PathManager.get_local_path(split_hash(arguments.weights)[0])),
-        "config": digest(neutral_config(cfg).dump()),
-        "images": digest(json.dumps(images)),
-        "min-score": arguments.min_score,
-        "batch-size": size,
-    }
-    part = output.with_name(f"{output.name}.partial")
-    done = read_part(part, run)
+    weights = hash_file(PathManager.get_local_path(split_hash(weights)[0]))
+    run = json.dumps([weights, neutral_config(cfg).dump(), images, min_score, size])
+    partial = output.with_name(f"{output.name}.partial")
+    done = read_partial(partial, hashlib.sha256(run.encode()).hexdigest())
     rest = dicts[len(done) * size :]
     batches = torchdata.DataLoader(
-        MapDataset(DatasetFromList(rest, copy=False), CheckedMapper(build_mapper(cfg, False))),
+        MapDataset(rest, CheckedMapper(build_mapper(cfg, is_train=False))),
         batch_size=size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
     )
     bar = tqdm(total=len(dicts), initial=len(dicts) - len(rest), unit="image")
-    with bar, open(part, "a") as file:
+    with bar, open(partial, "a") as file:
         for batch in batches:
             found = []
             for sample, prediction in zip(batch, model(batch)):
-                instances = prediction["instances"].to("cpu")
-                found += annotations_of(
-                    instances, sample["image_id"], len(names), arguments.min_score
-                )
-            file.write(json.dumps(found, default=float) + "\n")
+                detections = prediction["instances"].to("cpu")
+                found += annotations_of(detections, sample["image_id"], len(names), min_score)
+            file.write(json.dumps(found) + "\n")
             file.flush()
             done.append(found)
             bar.update(len(batch))
     annotations = [entry for found in done for entry in found]
-    for number, entry in enumerate(annotations, start=1):
-        entry["id"] = number
-    content = {
-        "images": images,
-        "categories": categories_of(cfg, names),
-        "annotations": annotations,
-    }
+    annotations = [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)]
+    points = {}
+    if cfg.MODEL.KEYPOINT_ON:
+        points["keypoints"] = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).keypoint_names)
+    categories = [{"id": i, "name": x, **points} for i, x in enumerate(names, start=1)]
+    content = {"images": images, "categories": categories, "annotations": annotations}
     write_json(output, content, indent=None)
-    part.unlink()
+    partial.unlink()
     print(f"{output}: {len(annotations)} labels in {len(images)} images of '{root}'")
 
 

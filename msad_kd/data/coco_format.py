@@ -87,12 +87,8 @@ def load_checked(
     Raises:
         InputError: if something is missing, or if the file is not in COCO format.
     """
-    for path, kind in ((json_file, "annotation file"), (images, "image folder")):
-        if not PathManager.exists(path):
-            raise InputError(
-                f"data set '{name}': the {kind} '{path}' does not exist; check "
-                "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
-            )
+    _check_exists(json_file, "annotation file", name)
+    _check_exists(images, "image folder", name)
     content = (read_kept if keep else read_annotations)(json_file, name, invalid)
     classes, index_of = class_order(content["categories"], name, classes)
     # Metadata refuse to change. A run may have other classes than the one before in this process.
@@ -117,11 +113,7 @@ def load_folder(images: str, name: str, invalid: str = "error") -> list[dict]:
     Raises:
         InputError: if the folder is missing or has no images, or if one cannot be opened.
     """
-    if not os.path.isdir(images):
-        raise InputError(
-            f"data set '{name}': the image folder '{images}' does not exist; check "
-            "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
-        )
+    _check_exists(images, "image folder", name)
     dicts, broken = [], []
     for file in list_images(images):
         try:
@@ -138,6 +130,14 @@ def load_folder(images: str, name: str, invalid: str = "error") -> list[dict]:
         raise InputError(f"data set '{name}': the folder '{images}' has no images")
     _logger.info("Found %d images without labels in %s", len(dicts), images)
     return dicts
+
+
+def _check_exists(path: str, kind: str, name: str) -> None:
+    if not PathManager.exists(path):
+        raise InputError(
+            f"data set '{name}': the {kind} '{path}' does not exist; check "
+            "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
+        )
 
 
 def class_order(

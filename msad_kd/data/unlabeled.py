@@ -5,7 +5,6 @@ KD.UNLABELED.IGNORE_SCORE and KD.UNLABELED.SCORE.
 """
 
 import logging
-from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -80,7 +79,7 @@ def unlabeled_dicts(cfg: CfgNode) -> list[dict]:
         InputError: if a data set or a score cannot be used, or if a label lacks keypoints.
     """
     align_classes(cfg, cfg.DATASETS.UNLABELED)
-    keys, dicts = cfg.KD.UNLABELED, []
+    dicts = []
     for name in cfg.DATASETS.UNLABELED:
         found = DatasetCatalog.get(name)
         labels = [label for entry in found for label in entry.get("annotations", ())]
@@ -90,43 +89,26 @@ def unlabeled_dicts(cfg: CfgNode) -> list[dict]:
                 f"Data set '{name}' of DATASETS.UNLABELED: {bare} annotations are not used, since "
                 "they have no score, as the labels of a model have"
             )
-        _check_labels(scored, name, cfg.MODEL.KEYPOINT_ON)
+        for label in scored:
+            score, words = label["score"], ""
+            if type(score) not in (int, float) or not 0 <= score <= 1:
+                words = f"a score is {score!r}; it should be a number from 0 to 1"
+            elif cfg.MODEL.KEYPOINT_ON and "keypoints" not in label:
+                words = "a label has no keypoints; make them by a model with MODEL.KEYPOINT_ON True"
+            if words:
+                raise InputError(f"data set '{name}' of DATASETS.UNLABELED: {words}")
         for entry in found:
             labels = entry.pop("annotations", [])
-            if scored and keys.PSEUDO_LABELS:
-                entry["annotations"] = select_labels(labels, keys.SCORE, keys.IGNORE_SCORE)
+            if scored and cfg.KD.UNLABELED.PSEUDO_LABELS:
+                kept = (_by_score(label, cfg.KD.UNLABELED) for label in labels if "score" in label)
+                entry["annotations"] = [label for label in kept if label is not None]
         dicts += found
     return dicts
 
 
-def _check_labels(labels: list[dict], name: str, keypoints: bool) -> None:
-    for label in labels:
-        score = label["score"]
-        if type(score) not in (int, float) or not 0 <= score <= 1:
-            raise InputError(
-                f"data set '{name}' of DATASETS.UNLABELED: a score is {score!r}; it should be a "
-                "number from 0 to 1"
-            )
-        if keypoints and "keypoints" not in label:
-            raise InputError(
-                f"data set '{name}' of DATASETS.UNLABELED: a label has no keypoints, and "
-                "MODEL.KEYPOINT_ON is True; label the images by a model with keypoints"
-            )
-
-
-def select_labels(labels: list[dict], scores: Sequence[float], low: float) -> list[dict]:
-    """Return the labels with a score of at least ``low``; doubtful ones have the class ``IGNORED``.
-
-    Args:
-        labels: annotations with ``score`` and ``category_id``; those without a score are left out.
-        scores: from which score on a label counts, one number or one for each class.
-        low: from which score on a label is ignored.
-    """
-    selected = []
-    for label in labels:
-        if label.get("score", -1.0) < low:
-            continue
-        high = scores[label["category_id"] if len(scores) > 1 else 0]
-        doubtful = {"category_id": IGNORED} if label["score"] < high else {}
-        selected.append({**label, **doubtful})
-    return selected
+def _by_score(label: dict, keys: CfgNode) -> dict | None:
+    """Return a label, with the class ``IGNORED`` if it is doubtful; None if it is background."""
+    if label["score"] < keys.IGNORE_SCORE:
+        return None
+    high = keys.SCORE[label["category_id"] if len(keys.SCORE) > 1 else 0]
+    return label if label["score"] >= high else {**label, "category_id": IGNORED}

@@ -79,14 +79,14 @@ class UnlabeledImages:
     def label(
         self, inputs: list[dict], student: nn.Module, teacher: Teacher
     ) -> tuple[list[dict], Pyramid]:
-        """Give images their labels, and return them with the teacher's pyramid.
+        """Give images labels, and return them with the teacher's pyramid.
 
-        Without ``pseudo_labels`` they get none. Else those that have labels, from a file, keep
-        them, and the others get what the teacher detects.
+        With ``pseudo_labels``, images without labels from a file get what the teacher detects.
+        Otherwise all get none.
         """
         padded = tuple(student.preprocess_image(inputs).tensor.shape[-2:])
         pyramid = teacher.pyramid(inputs, padded)
-        labels = [x.get("instances") if self.pseudo_labels else _nothing(x) for x in inputs]
+        labels = [x.get("instances") if self.pseudo_labels else _no_labels(x) for x in inputs]
         if any(x is None for x in labels):
             heads = getattr(student, "roi_heads", None)
             parts = getattr(heads, "mask_on", False), getattr(heads, "keypoint_on", False)
@@ -114,10 +114,9 @@ class UnlabeledImages:
         if masks:
             labels.gt_masks = BitMasks(found.pred_masks)
         if keypoints:
-            points = found.pred_keypoints[:, :, :2]
-            labels.gt_keypoints = Keypoints(
-                torch.cat([points, torch.full_like(points[..., :1], 2)], 2)
-            )
+            points = found.pred_keypoints.clone()
+            points[:, :, 2] = 2  # where the model gives a score
+            labels.gt_keypoints = Keypoints(points)
         return labels
 
     def weigh(self, detection: Losses, distillation: Losses) -> Losses:
@@ -129,7 +128,7 @@ class UnlabeledImages:
         return {f"{name}{SUFFIX}": self.weight * loss for name, loss in losses.items()}
 
 
-def _nothing(sample: dict) -> Instances:
+def _no_labels(sample: dict) -> Instances:
     classes = torch.zeros(0, dtype=torch.int64)
     return Instances(sample["image"].shape[-2:], gt_boxes=Boxes([]), gt_classes=classes)
 
@@ -143,12 +142,8 @@ def levels_read(model: nn.Module) -> set[str]:
 
 def split_batch(batched_inputs: list[dict]) -> tuple[list[dict], list[dict]]:
     """Return the labelled samples of a batch, and those that have ``unlabeled``: True."""
-    flags = [bool(sample.get("unlabeled")) for sample in batched_inputs]
-    labeled, unlabeled = (
-        [sample for sample, flag in zip(batched_inputs, flags) if flag == kind]
-        for kind in (False, True)
-    )
-    return labeled, unlabeled
+    unlabeled = [x for x in batched_inputs if x.get("unlabeled")]
+    return [x for x in batched_inputs if not x.get("unlabeled")], unlabeled
 
 
 @contextmanager

@@ -74,10 +74,19 @@ def test_an_interrupted_run_goes_on(arguments, interrupted, tmp_path, monkeypatc
         monkeypatch.undo()
     part = tmp_path / "labels.json.partial"
     assert len(part.read_text().splitlines()) == 3  # what it is, and two images
-    with pytest.raises(SystemExit, match="is of an interrupted run with other min-score; give"):
+    with pytest.raises(
+        SystemExit, match="is of an interrupted run with another model, config, option"
+    ):
         tool.main(arguments(**{"min-score": 0.1}))
     part.write_text(part.read_text() + '[{"image_id": 3, "sco')  # killed while writing
     interrupted(1)  # one image is left
+    monkeypatch.setattr(
+        tool, "write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(SystemExit, match="interrupted"):  # with all images done
+        tool.main(arguments())
+    monkeypatch.undo()
+    interrupted(0)
     tool.main(arguments())
     assert (tmp_path / "labels.json").read_text() == (tmp_path / "whole.json").read_text()
     assert not part.exists()
