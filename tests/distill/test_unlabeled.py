@@ -9,12 +9,13 @@ import pytest
 import torch
 from detectors import DENSE, DETECTORS
 from detectron2.modeling.matcher import Matcher
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, Keypoints, pairwise_iou
 from detectron2.utils.events import EventStorage
 from helpers import NO_TEST, build, build_student, coco_format, differing, tensors_of, train
 from torch.nn import functional as F
 
 from msad_kd.data.unlabeled import IGNORED
+from msad_kd.distill.teacher import Teacher
 from msad_kd.distill.unlabeled import UnlabeledImages, _IgnoringMatcher, ignoring, kept_apart
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.utils.errors import InputError
@@ -173,6 +174,19 @@ def test_the_teacher_detects_in_the_step_what_it_detects_by_itself(
         torch.testing.assert_close(one.scores, other.scores)
         torch.testing.assert_close(one.pred_boxes.tensor, other.pred_boxes.tensor)
         assert one.has("pred_masks") == (detector == "mask_rcnn")
+
+
+def test_keypoints_of_a_plain_teacher_without_distillation(student_config, config, batch):
+    points = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
+    points += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,), "KD.LOSSES", []]
+    student = build_student(student_config(*points, *labels_of("mask_rcnn")))
+    student.set_teacher(Teacher(build(config("hr", *points)), branch="hr", scale=2))
+    student.unlabeled = replace(student.unlabeled, scores=(0.05,), ignore_score=0.0)
+    first, *others = batch(student_config(), "lr", count=3)
+    labels = first["instances"]
+    labels.gt_keypoints = Keypoints(torch.full((len(labels), 2, 3), 2.0))
+    found, _ = step(student, [first, *unlabeled(others)])
+    assert found["loss_keypoint_unlabeled"] > 0 and not any("kd" in name for name in found)
 
 
 @pytest.mark.parametrize(
