@@ -179,7 +179,7 @@ def test_the_teacher_detects_in_the_step_what_it_detects_by_itself(
 def test_keypoints_of_a_plain_teacher_without_distillation(student_config, config, batch):
     points = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
     points += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,), "KD.LOSSES", []]
-    student = build_student(student_config(*points, *labels_of("mask_rcnn")))
+    student = build(student_config(*points, *labels_of("mask_rcnn")))
     student.set_teacher(Teacher(build(config("hr", *points)), branch="hr", scale=2))
     student.unlabeled = replace(student.unlabeled, scores=(0.05,), ignore_score=0.0)
     first, *others = batch(student_config(), "lr", count=3)

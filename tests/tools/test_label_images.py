@@ -121,7 +121,8 @@ def test_labels_of_a_file_are_those_of_the_step(arguments, student_config, data,
         assert found.float().mean() > 0.9
         assert torch.equal(one.gt_classes[found], other.gt_classes[best.indices[found]])
         masks = one.gt_masks.tensor[found], other.gt_masks.tensor[best.indices[found]]
-        assert (masks[0] == masks[1]).float().mean() > 0.97 and masks[0].any()
+        # They are pasted at another resolution, and the tiny teacher's are noise.
+        assert (masks[0] & masks[1]).sum() > 0.5 * (masks[0] | masks[1]).sum() > 0
         kinds |= set(one.gt_classes.tolist())
     assert -1 in kinds and max(kinds) >= 0
 
