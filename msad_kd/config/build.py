@@ -19,6 +19,7 @@ from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.config.schedule import check_numbers
 from msad_kd.config.stages import read_stages
 from msad_kd.data.coco_format import register_coco_format
+from msad_kd.data.unlabeled import check_unlabeled
 from msad_kd.evaluation.coco import choose_implementation
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.pyramid import level_shift
@@ -130,9 +131,10 @@ def build_config(config_file: str, opts: list) -> CfgNode:
             f"MODEL.FPN.TOP_BLOCK is {top_block}, but Detectron2's {backbone} does not read it; "
             "set MODEL.BACKBONE.NAME to build_five_level_resnet_fpn_backbone"
         )
-    for key in ("TRAIN", "TEST"):
+    for key in ("TRAIN", "TEST", "UNLABELED"):
         for name in cfg.DATASETS[key] or ():
             _check_name(f"DATASETS.{key}", name, DatasetCatalog)
+    check_unlabeled(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU is available: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
@@ -161,11 +163,12 @@ def check_parts(cfg: CfgNode) -> None:
 
 def _scale_to_world(cfg: CfgNode) -> CfgNode:
     reference, world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
-    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
-        raise InputError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which cannot be divided among "
-            f"the {reference} processes of SOLVER.REFERENCE_WORLD_SIZE; change one, or set it to 0"
-        )
+    for key in ("IMS_PER_BATCH", "UNLABELED_PER_BATCH"):
+        if reference and cfg.SOLVER[key] % reference:
+            raise InputError(
+                f"SOLVER.{key} is {cfg.SOLVER[key]}, which cannot be divided among the {reference} "
+                "processes of SOLVER.REFERENCE_WORLD_SIZE; change one, or set it to 0"
+            )
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     if scaled is cfg:
         return cfg
@@ -175,6 +178,7 @@ def _scale_to_world(cfg: CfgNode) -> CfgNode:
         *(reference, world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
     )
     scaled.defrost()
+    solver.UNLABELED_PER_BATCH = cfg.SOLVER.UNLABELED_PER_BATCH // reference * world_size
     # Rounding to 0 would be an error in the one, and in the other mean never.
     solver.CHECKPOINT_PERIOD = max(1, solver.CHECKPOINT_PERIOD)
     if cfg.TEST.EVAL_PERIOD:

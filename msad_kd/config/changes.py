@@ -44,6 +44,8 @@ def neutral_config(cfg: CfgNode) -> CfgNode:
     for key, value in _ADDED.items():
         if cfg.DATASETS[key] == value:
             del cfg.DATASETS[key]
+    if not cfg.DATASETS.UNLABELED:
+        del cfg.DATASETS["UNLABELED"], cfg.SOLVER["UNLABELED_PER_BATCH"], cfg.KD["UNLABELED"]
     return cfg
 
 

@@ -11,6 +11,7 @@ def add_msad_kd_config(cfg: CN) -> None:
 
     # Data sets in COCO format to register: a list of {name, json, images}. Relative paths start at
     # the folder that the environment variable DETECTRON2_DATASETS names (./datasets if unset).
+    # An entry without json is a folder of images without labels.
     cfg.DATASETS.COCO_FORMAT = []
     # The names of the model's classes, in its order; data sets are mapped to them by name and may
     # have fewer. By default those of the data set in TRAIN that has most and, in an evaluation,
@@ -19,6 +20,10 @@ def add_msad_kd_config(cfg: CN) -> None:
     # What happens to an image or annotation that cannot be used, such as a box of NaN: "error"
     # refuses the data set before training starts, "drop" leaves it out with a warning.
     cfg.DATASETS.INVALID_ANNOTATIONS = "error"
+
+    # The data sets whose images a student also learns from without their labels: folders, or files
+    # of which nothing is read but annotations with a "score", as tools/label_images.py writes them.
+    cfg.DATASETS.UNLABELED = []
 
     # Large-scale jitter, which replaces the resize in training: an image is scaled to fit a square,
     # times a random factor in the range SCALES, and then cropped or padded to it. SIZE is the
@@ -29,6 +34,9 @@ def add_msad_kd_config(cfg: CN) -> None:
 
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # The number of images of DATASETS.UNLABELED in a batch, over all processes, which are added to
+    # the IMS_PER_BATCH labelled ones.
+    cfg.SOLVER.UNLABELED_PER_BATCH = 0
 
     # What computes COCO's AP: "faster-coco-eval", "detectron2" (its C++ code, in compiled builds),
     # "pycocotools", or "auto", the fastest of these that is installed. All give the same numbers.
@@ -94,6 +102,21 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.KD.TEACHER.INIT_BACKBONE = True
     # Whether to evaluate the teacher on DATASETS.TEST before the first iteration.
     cfg.KD.TEACHER.EVAL_BEFORE_TRAIN = True
+
+    # ---- Images without labels (DATASETS.UNLABELED) ----
+    cfg.KD.UNLABELED = CN()
+    # The weight of their losses, which are named <loss>_unlabeled. 0: they are loaded, but the
+    # student does not see them; weights, batch statistics and random numbers are as without them.
+    cfg.KD.UNLABELED.WEIGHT = 1.0
+    # Whether the detection losses apply to them as well, with the teacher's detections as boxes,
+    # masks and keypoints: those of an image's file, or else those that the teacher finds in the
+    # step. False: only the distillation losses do.
+    cfg.KD.UNLABELED.PSEUDO_LABELS = False
+    # The score from which on a detection is an object, one number for all classes or one for each.
+    cfg.KD.UNLABELED.SCORE = [0.5]
+    # The score from which on a detection below SCORE is ignored: neither object nor background. The
+    # teacher's own SCORE_THRESH_TEST is a lower limit.
+    cfg.KD.UNLABELED.IGNORE_SCORE = 0.3
 
     # ---- A ladder of teachers: train_net.py runs one stage after another ----
     cfg.KD.LADDER = CN()

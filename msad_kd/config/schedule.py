@@ -17,9 +17,14 @@ def _rise_from_one(steps) -> bool:
     return all(a < b for a, b in zip((0, *steps), steps))
 
 
+def _are_scores(values) -> bool:
+    return len(values) > 0 and all(0 <= x <= 1 for x in values)
+
+
 _NUMBERS = {
     "SOLVER.MAX_ITER": Count,
     "SOLVER.IMS_PER_BATCH": Count,
+    "SOLVER.UNLABELED_PER_BATCH": WholeNumber,
     "SOLVER.CHECKPOINT_PERIOD": Count,
     "SOLVER.STEPS": Annotated[tuple[int, ...], _rise_from_one, "whole numbers that rise from 1"],
     "SOLVER.BASE_LR": NotNegative,
@@ -40,6 +45,11 @@ _NUMBERS = {
     "INPUT.JITTER.SIZE": WholeNumber,
     "MODEL.MULTI_RESOLUTION.FUSED_WEIGHT": NotNegative,
     "MODEL.MULTI_RESOLUTION.REDUCTION": Count,
+    "KD.UNLABELED.WEIGHT": NotNegative,
+    "KD.UNLABELED.SCORE": Annotated[
+        tuple[float, ...], _are_scores, "a list of numbers from 0 to 1, one or one a class"
+    ],
+    "KD.UNLABELED.IGNORE_SCORE": Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"],
     "KD.DIAGNOSTICS_PERIOD": WholeNumber,
     "KD.GRADIENT_RATIO_PERIOD": WholeNumber,
     "TEST.EVAL_PERIOD": WholeNumber,

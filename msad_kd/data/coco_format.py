@@ -1,4 +1,4 @@
-"""Data sets in COCO format, registered from the config and checked before training starts."""
+"""Data sets in COCO format, or folders of images, registered from the config and checked."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from msad_kd.data.annotations import POLICIES, compressed, read_annotations, read_kept
 from msad_kd.data.dict_checks import check_files
+from msad_kd.data.images import ImageError, image_size, list_images
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.schema import read_fields
 
@@ -22,6 +23,7 @@ _logger = logging.getLogger(__name__)
 def register_coco_format(cfg: CfgNode) -> None:
     """Register the data sets of DATASETS.COCO_FORMAT under their names.
 
+    An entry without ``json`` is a folder of images without labels; see ``load_folder``.
     Registering the same files under the same name twice is allowed.
 
     Raises:
@@ -32,17 +34,27 @@ def register_coco_format(cfg: CfgNode) -> None:
         raise InputError(f"DATASETS.INVALID_ANNOTATIONS is {invalid!r}; use error or drop")
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
-    fields = dict.fromkeys(("name", "json", "images"), str)
+    fields, required = dict.fromkeys(("name", "json", "images"), str), ("name", "images")
     for number, entry in enumerate(cfg.DATASETS.COCO_FORMAT, start=1):
-        read_fields(entry, "DATASETS.COCO_FORMAT", f"data set {number}", fields, required=fields)
-        name, json_file, images = entry["name"], _locate(entry["json"]), _locate(entry["images"])
+        read_fields(entry, "DATASETS.COCO_FORMAT", f"data set {number}", fields, required=required)
+        name, images = entry["name"], _locate(entry["images"])
+        json_file = _locate(entry["json"]) if "json" in entry else None
         if name in DatasetCatalog.list():
             registered = MetadataCatalog.get(name)
             if (registered.get("json_file"), registered.get("image_root")) == (json_file, images):
                 continue
             raise InputError(f"DATASETS.COCO_FORMAT: '{name}' exists already; rename your data set")
+        if json_file is None:
+            DatasetCatalog.register(name, partial(load_folder, images, name, invalid))
+            MetadataCatalog.get(name).set(image_root=images)
+            continue
         DatasetCatalog.register(name, partial(load_checked, json_file, images, name, invalid))
         MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+
+
+def is_folder(name: str) -> bool:
+    """Return whether a data set is a folder of images without labels."""
+    return getattr(DatasetCatalog.data.get(name), "func", None) is load_folder
 
 
 def _locate(path: str) -> str:
@@ -69,17 +81,14 @@ def load_checked(
         keep: whether to keep the file's content for ``read_kept``.
 
     Returns:
-        The dicts that Detectron2's ``load_coco_json`` returns for a valid file.
+        The dicts that Detectron2's ``load_coco_json`` returns for a valid file; annotations that
+        have a ``score`` keep it.
 
     Raises:
         InputError: if something is missing, or if the file is not in COCO format.
     """
-    for path, kind in ((json_file, "annotation file"), (images, "image folder")):
-        if not PathManager.exists(path):
-            raise InputError(
-                f"data set '{name}': the {kind} '{path}' does not exist; check "
-                "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
-            )
+    _check_exists(json_file, "annotation file", name)
+    _check_exists(images, "image folder", name)
     content = (read_kept if keep else read_annotations)(json_file, name, invalid)
     classes, index_of = class_order(content["categories"], name, classes)
     # Metadata refuse to change. A run may have other classes than the one before in this process.
@@ -89,6 +98,46 @@ def load_checked(
     check_files([entry["file_name"] for entry in dicts], json_file, name)
     _logger.info("Loaded %d images in COCO format from %s", len(dicts), json_file)
     return dicts
+
+
+def load_folder(images: str, name: str, invalid: str = "error") -> list[dict]:
+    """List a folder's images, in the order of their names, as Detectron2's dicts without labels.
+
+    A file is an image if Pillow knows its suffix; hidden files and folders within are left out.
+
+    Args:
+        images: the folder.
+        name: the data set's name, for messages.
+        invalid: DATASETS.INVALID_ANNOTATIONS: "drop" leaves out images that cannot be opened.
+
+    Raises:
+        InputError: if the folder is missing or has no images, or if one cannot be opened.
+    """
+    _check_exists(images, "image folder", name)
+    dicts, broken = [], []
+    for file in list_images(images):
+        try:
+            height, width = image_size(file)
+        except ImageError as error:
+            broken.append(error)
+            continue
+        dicts.append({"file_name": file, "height": height, "width": width, "image_id": len(dicts)})
+    if broken and invalid != "drop":
+        raise InputError(f"data set '{name}': {broken[0]} ({len(broken)} such images in all)")
+    if broken:
+        _logger.warning("Data set '%s': %d images are left out: %s", name, len(broken), broken[0])
+    if not dicts:
+        raise InputError(f"data set '{name}': the folder '{images}' has no images")
+    _logger.info("Found %d images without labels in %s", len(dicts), images)
+    return dicts
+
+
+def _check_exists(path: str, kind: str, name: str) -> None:
+    if not PathManager.exists(path):
+        raise InputError(
+            f"data set '{name}': the {kind} '{path}' does not exist; check "
+            "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
+        )
 
 
 def class_order(
@@ -136,6 +185,8 @@ def make_dicts(content: dict, image_root: str, index_of: dict[int, int]) -> list
         if keypoints := annotation.get("keypoints"):
             # COCO's keypoints are pixel indices; half a pixel makes them coordinates.
             entry["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(keypoints)]
+        if "score" in annotation:  # of a label that a model has given
+            entry["score"] = annotation["score"]
         entry["bbox_mode"] = BoxMode.XYWH_ABS
         entry["category_id"] = index_of[annotation["category_id"]]
         objects[annotation["image_id"]].append(entry)

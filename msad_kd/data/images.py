@@ -19,6 +19,7 @@ from msad_kd.utils.errors import InputError
 REMEDY = "restore it or remove it from the annotation file"
 # Pillow's modes whose range of values is not known.
 _UNKNOWN_RANGE = {"F": "floating-point numbers", "I": "whole numbers of 32 bits"}
+_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange height and width
 # Whether the scaling of 16 bits was logged; forked workers share this byte with their parent.
 _logged = mmap.mmap(-1, 1)
 
@@ -65,6 +66,28 @@ def read_image(file_name: str, format: str | None = None, *, labels: bool = Fals
             return detection_utils.convert_PIL_to_numpy(image, format)
     except InputError:
         raise
+    except Exception as error:  # Pillow's plugins raise any kind for a broken file
+        raise unreadable(file_name, error) from error
+
+
+def list_images(folder: str) -> list[str]:
+    """Return the files of a folder that have an image's suffix, in the order of their names."""
+    suffixes = Image.registered_extensions()
+    with os.scandir(folder) as entries:
+        found = [x.path for x in entries if x.is_file() and not x.name.startswith(".")]
+    return sorted(x for x in found if os.path.splitext(x)[1].lower() in suffixes)
+
+
+def image_size(file_name: str) -> tuple[int, int]:
+    """Return height and width of an image as ``read_image`` turns it; only its header is read.
+
+    Raises:
+        ImageError: if it cannot be opened.
+    """
+    try:
+        with Image.open(file_name) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return image.size if turned else image.size[::-1]
     except Exception as error:  # Pillow's plugins raise any kind for a broken file
         raise unreadable(file_name, error) from error
 

@@ -1,5 +1,6 @@
 """A training loader whose batches depend on (seed, rank, iteration) and on nothing else."""
 
+import copy
 import logging
 import os
 from collections import defaultdict
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 
 import cv2
 import torch
@@ -26,6 +28,7 @@ from detectron2.utils import comm
 
 from msad_kd.data.classes import align_classes, annotation_file
 from msad_kd.data.dict_checks import accept_rles, check_files, check_masks, check_shapes
+from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
@@ -90,6 +93,20 @@ class _SeededDataset(torchdata.Dataset):
         raise InputError("the mapper refused 100 samples in a row; does it accept any?")
 
 
+@dataclass
+class _WithUnlabeled(torchdata.Dataset):
+    """Two seeded data sets in a row; samples of the second have ``unlabeled``: True."""
+
+    labeled: torchdata.Dataset
+    unlabeled: torchdata.Dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, seed = key
+        if index < len(self.labeled):
+            return self.labeled[key]
+        return {**self.unlabeled[index - len(self.labeled), seed], "unlabeled": True}
+
+
 def _group_draws(sampler, groups: list[int], size: int) -> Iterator[list[tuple[int, int]]]:
     """Yield batches of (index, number of the draw), each from one of the groups of images."""
     waiting = defaultdict(list)
@@ -105,6 +122,9 @@ class ResumableLoader:
 
     Set ``start``, the first iteration, before the first batch is drawn. Detectron2 0.6 asks for
     the iterator before it knows where the run resumes; a generator reads ``start`` later.
+
+    With ``unlabeled``, each batch is followed by a batch of that loader, whose samples have
+    ``unlabeled``: True. The labelled samples are the same as without.
     """
 
     dataset: torchdata.Dataset  # maps (index, seed) to a sample
@@ -114,15 +134,25 @@ class ResumableLoader:
     seed: int  # with the rank, decides the augmentations
     num_workers: int
     start: int = 0
+    unlabeled: "ResumableLoader | None" = None  # its start and num_workers are not read
+
+    def draws(self, start: int) -> Iterator[list[tuple[int, int]]]:
+        """Yield the (index, seed) of the samples of each batch, from the batch ``start`` on."""
+        batches = islice(_group_draws(self.sampler, self.groups, self.batch_size), start, None)
+        rank = comm.get_rank()
+        return ([(i, derive_seed(self.seed, rank, d)) for i, d in x] for x in batches)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        seed, rank = self.seed, comm.get_rank()
-        batches = islice(_group_draws(self.sampler, self.groups, self.batch_size), self.start, None)
+        dataset, batches = self.dataset, self.draws(self.start)
+        if self.unlabeled is not None:  # by the same workers: twice as many would compete
+            count, pairs = len(dataset), zip(batches, self.unlabeled.draws(self.start))
+            dataset = _WithUnlabeled(dataset, self.unlabeled.dataset)
+            batches = (mine + [(count + i, seed) for i, seed in other] for mine, other in pairs)
         # The generator: a loader draws its workers' seed when it starts. From the global generator,
         # that draw would make a resumed run differ from an uninterrupted one.
         yield from torchdata.DataLoader(
-            self.dataset,
-            batch_sampler=([(i, derive_seed(seed, rank, d)) for i, d in x] for x in batches),
+            dataset,
+            batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             worker_init_fn=partial(_prepare_worker, parent=os.getpid()),
@@ -159,6 +189,8 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> ResumableLoader:
     """Build the training loader from Detectron2's keys under DATASETS and DATALOADER.
 
+    A student's batches are followed by images of DATASETS.UNLABELED, if there are any.
+
     SEED decides the order of the images and their augmentations. With a negative SEED a new seed is
     drawn, and a resumed run then differs from an uninterrupted one.
 
@@ -185,15 +217,40 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         check_masks(dicts, names)
         accept_rles(mapper, dicts, names)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    count, world_size = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    logging.getLogger(__name__).info("Training on %d images, seed %d", len(dicts), seed)
+    sampler = _build_sampler(cfg, dicts, seed)
+    loader = _build_loader(cfg, "SOLVER.IMS_PER_BATCH", dicts, mapper, sampler, seed)
+    if takes_unlabeled(cfg):
+        loader.unlabeled = _build_unlabeled(cfg, mapper, derive_seed(seed, *b"unlabeled"))
+    return loader
+
+
+def _build_unlabeled(cfg: CfgNode, mapper: Callable, seed: int) -> ResumableLoader:
+    names = ", ".join(cfg.DATASETS.UNLABELED)
+    with explain_missing_data(cfg.DATASETS.UNLABELED):
+        dicts = unlabeled_dicts(cfg)
+    dicts = check_shapes(dicts, names, mapper, cfg.DATASETS.INVALID_ANNOTATIONS == "drop")
+    if cfg.MODEL.MASK_ON:
+        check_masks(dicts, names)
+        mapper = copy.copy(mapper)  # the masks of the labelled images keep their format
+        accept_rles(mapper, dicts, names)
+    logging.getLogger(__name__).info("And on %d images without labels: %s", len(dicts), names)
+    sampler = samplers.TrainingSampler(len(dicts), seed=seed)
+    return _build_loader(cfg, "SOLVER.UNLABELED_PER_BATCH", dicts, mapper, sampler, seed)
+
+
+def _build_loader(
+    cfg: CfgNode, key: str, dicts: list[dict], mapper: Callable, sampler: Iterable[int], seed: int
+) -> ResumableLoader:
+    """Build a loader whose batches have as many images, over all processes, as the key says."""
+    count, world_size = attrgetter(key)(cfg), comm.get_world_size()
     if count % world_size:
         words = f"{count}, which {world_size} processes cannot share equally"
-        raise InputError(f"SOLVER.IMS_PER_BATCH is {words}")
+        raise InputError(f"{key} is {words}")
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    logging.getLogger(__name__).info("Training on %d images, seed %d", len(dicts), seed)
     return ResumableLoader(
         _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper)),
-        _build_sampler(cfg, dicts, seed),
+        sampler,
         batch_size=count // world_size,
         groups=[int(d["width"] > d["height"]) if grouped else 0 for d in dicts],
         seed=seed,

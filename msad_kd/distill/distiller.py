@@ -3,6 +3,9 @@
 The warm-up of a weight is in ``losses/terms.py``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from detectron2.utils.events import get_event_storage
 from torch import nn
@@ -59,6 +62,14 @@ class Distiller(nn.Module):
             for name, value in self._values.items():
                 get_event_storage().put_scalar(f"kd/{name}", value)
         return losses
+
+    @contextmanager
+    def adding(self, suffix: str) -> Iterator[None]:
+        """Keep the values of a step while it goes on with other images, whose names end so."""
+        before, self._values = self._values, {}
+        yield
+        others = {f"{name}{suffix}": value for name, value in self._values.items()}
+        self._values = {**before, **others}
 
     def not_finite(self) -> list[str]:
         """Return the log names of the last step's values that are NaN or infinite.

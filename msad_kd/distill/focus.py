@@ -90,8 +90,11 @@ def cell_weights(focus: torch.Tensor, background: float) -> torch.Tensor:
 
 
 def boxes_of(batched_inputs: list[dict]) -> list[torch.Tensor]:
-    """Return the ground-truth boxes of each image, (n, 4); images without labels have none."""
+    """Return the ground-truth boxes of each image, (n, 4), without ignored ones.
+
+    Images without labels have none.
+    """
+    labels = (x.get("instances") for x in batched_inputs)
     return [
-        x["instances"].gt_boxes.tensor if "instances" in x else torch.zeros(0, 4)
-        for x in batched_inputs
+        torch.zeros(0, 4) if x is None else x.gt_boxes.tensor[x.gt_classes >= 0] for x in labels
     ]

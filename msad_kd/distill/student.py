@@ -9,16 +9,18 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from msad_kd.distill.dense_distiller import DenseDistiller, Head
+from msad_kd.distill.distiller import Distiller
 from msad_kd.distill.feature_distiller import FeatureDistiller
 from msad_kd.distill.focus import boxes_of, check_scores, score_focus
 from msad_kd.distill.gradient_ratio import gradient_ratio
 from msad_kd.distill.regions import recording_regions
 from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.distill.unlabeled import UnlabeledImages, ignoring, kept_apart, split_batch
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
 from msad_kd.modeling.fcos import FCOS
-from msad_kd.modeling.pyramid import in_high_resolution
+from msad_kd.modeling.pyramid import Pyramid, in_high_resolution
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import preserved_rng
 
@@ -33,7 +35,8 @@ class DistilledMixin:
             pass
 
     In training it has the stock losses and ``loss_kd_*``; its inputs need ``image_hr``, as
-    ``TwoResolutionMapper(frame="lr")`` makes it. In evaluation it is the stock detector.
+    ``TwoResolutionMapper(frame="lr")`` makes it. In evaluation it is the stock detector. Inputs
+    with ``unlabeled``: True have losses of their own; see ``distill/unlabeled.py``.
 
     Args:
         distiller: the losses between feature maps.
@@ -41,6 +44,7 @@ class DistilledMixin:
         dense_distiller: the losses between predictions of dense heads or RPNs.
         gradient_ratio_period: log the gradient norm of the distillation losses over that of the
             detection losses every so many iterations; 0: never.
+        unlabeled: what to do with images without labels; None: see its defaults.
         kwargs: arguments of the stock detector.
     """
 
@@ -56,6 +60,7 @@ class DistilledMixin:
         roi_distiller: RoIDistiller,
         dense_distiller: DenseDistiller,
         gradient_ratio_period: int = 0,
+        unlabeled: UnlabeledImages | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -63,6 +68,7 @@ class DistilledMixin:
         self.roi_distiller = roi_distiller
         self.dense_distiller = dense_distiller
         self.gradient_ratio_period = gradient_ratio_period
+        self.unlabeled = unlabeled or UnlabeledImages()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -82,6 +88,7 @@ class DistilledMixin:
             "roi_distiller": RoIDistiller(terms["regions"], period),
             "dense_distiller": DenseDistiller(terms["anchors"], period),
             "gradient_ratio_period": cfg.KD.GRADIENT_RATIO_PERIOD,
+            "unlabeled": UnlabeledImages.from_config(cfg),
         }
 
     def set_teacher(self, teacher: Teacher) -> None:
@@ -98,6 +105,7 @@ class DistilledMixin:
             teacher.needed |= check_scores(Head.of(teacher.model), levels)
         teacher.needed |= self.roi_distiller.connect(self, teacher)
         teacher.needed |= self.dense_distiller.connect(self, teacher)
+        teacher.needed |= self.unlabeled.connect(self, teacher.model)
         self._teacher = (teacher,)
 
     @property
@@ -111,6 +119,21 @@ class DistilledMixin:
             return super().forward(batched_inputs)
         if self.teacher is None:
             raise RuntimeError("there is no teacher; call msad_kd.attach_teacher(model, cfg) first")
+        labeled, unlabeled = split_batch(batched_inputs)
+        detection, distillation = self._compare(labeled)
+        losses, storage = {**detection, **distillation}, get_event_storage()
+        period = self.gradient_ratio_period
+        if period and distillation and (storage.iter + 1) % period == 0:
+            ratio = gradient_ratio(distillation.values(), detection.values(), self.backbone)
+            storage.put_scalar("kd/gradient_ratio", ratio)
+        if unlabeled and self.unlabeled.weight:
+            inputs, pyramid = self.unlabeled.label(unlabeled, self, self.teacher)
+            with kept_apart(self, self._distillers()), ignoring(self, inputs):
+                losses |= self.unlabeled.weigh(*self._compare(inputs, pyramid))
+        return losses
+
+    def _compare(self, batched_inputs: list[dict], pyramid: Pyramid | None = None):
+        """Return the stock losses and ``loss_kd_*``; None: the teacher's pyramid is computed."""
         rois = self.roi_distiller if self.roi_distiller.terms else None
         dense = self.dense_distiller if self.dense_distiller.terms else None
         with (
@@ -119,29 +142,28 @@ class DistilledMixin:
             dense.recording() if dense else nullcontext() as anchors,
         ):
             losses = super().forward(batched_inputs)
-        teacher, storage = self.teacher, get_event_storage()
-        pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
+        teacher, iteration = self.teacher, get_event_storage().iter
+        if pyramid is None:
+            pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
         looks = {}
         if self.distiller.levels_with("boxes"):
             looks["boxes"] = [teacher.scale * boxes for boxes in boxes_of(batched_inputs)]
         if self.distiller.levels_with("scores"):
             looks["scores"] = score_focus(Head.of(teacher.model), pyramid)
-        distillation = self.distiller(call.output, pyramid, storage.iter, **looks)
+        distillation = self.distiller(call.output, pyramid, iteration, **looks)
         if rois:
             sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
-            distillation |= rois(seen, call.output, pyramid, sizes, storage.iter)
+            distillation |= rois(seen, call.output, pyramid, sizes, iteration)
         if dense:
-            distillation |= dense(anchors, pyramid, storage.iter)
-        period = self.gradient_ratio_period
-        if period and distillation and (storage.iter + 1) % period == 0:
-            ratio = gradient_ratio(distillation.values(), losses.values(), self.backbone)
-            storage.put_scalar("kd/gradient_ratio", ratio)
-        return {**losses, **distillation}
+            distillation |= dense(anchors, pyramid, iteration)
+        return losses, distillation
+
+    def _distillers(self) -> list[Distiller]:
+        return [self.distiller, self.roi_distiller, self.dense_distiller]
 
     def not_finite(self) -> list[str]:
         """Return the distillation losses of the last step that are NaN or infinite."""
-        parts = self.distiller, self.roi_distiller, self.dense_distiller
-        return [name for part in parts for name in part.not_finite()]
+        return [name for part in self._distillers() for name in part.not_finite()]
 
 
 @META_ARCH_REGISTRY.register()

@@ -7,12 +7,14 @@ k: high-resolution side / low-resolution side.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.structures import ImageList, Instances
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import load_strictly, read_model
@@ -20,7 +22,7 @@ from msad_kd.config.build import check_parts, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.data.classes import model_classes
 from msad_kd.losses.terms import read_losses
-from msad_kd.modeling.capture import computing
+from msad_kd.modeling.capture import answering, computing
 from msad_kd.modeling.classes import is_a, number_of_classes
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
@@ -101,6 +103,26 @@ class Teacher:
         with computing(backbone, backbone.output_shape() if self.needed is None else self.needed):
             return backbone(low if high is None else high)
 
+    @torch.no_grad()
+    def detect(self, batched_inputs: list[dict], pyramid: Pyramid) -> list[Instances]:
+        """Return the detections in a student's batch, in the frame of its ``image``.
+
+        Args:
+            batched_inputs: as for ``pyramid``.
+            pyramid: what ``pyramid`` returned for them; the backbone is not run again.
+        """
+        model, sizes = self.model, [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        mine = [tuple(self.image_scale * side for side in size) for size in sizes]
+        images = ImageList(next(x for x in pyramid.values() if x is not None), mine)
+        frames = [{"height": height, "width": width} for height, width in sizes]
+        # A multi-resolution detector would compute the pyramid itself; the stock one does the rest.
+        stock = super(MultiResolutionMixin, model) if self.multi_resolution else model
+        with (
+            mock.patch.object(model, "preprocess_image", lambda *_: images),
+            answering(model.backbone, pyramid),
+        ):
+            return [x["instances"] for x in stock.forward(frames)]
+
 
 def _check_branch(meta_architecture: type, branch: str) -> None:
     plain = not issubclass(meta_architecture, MultiResolutionMixin)
@@ -163,6 +185,8 @@ class TeacherSpec:
         # Predictors of another size are not copied.
         if keys.INIT_STUDENT and number_of_classes(cfg) == number_of_classes(teacher_cfg):
             needs.append("KD.TEACHER.INIT_STUDENT True")
+        if cfg.DATASETS.UNLABELED and cfg.KD.UNLABELED.PSEUDO_LABELS:
+            needs.append("KD.UNLABELED.PSEUDO_LABELS True")
         return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH, tuple(needs))
 
     def build(self) -> Teacher:

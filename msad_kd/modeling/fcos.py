@@ -69,3 +69,16 @@ class FCOS(fcos.FCOS):
         }
         truth = [x if len(x) else Instances(x.image_size, **box) for x in gt_instances]
         return super().label_anchors(anchors, truth)
+
+    def losses(self, anchors, pred_logits, gt_labels, *others):
+        """Compute Detectron2's losses, from which locations with the label -1 are left out."""
+        ignored = torch.stack(gt_labels) < 0  # (N, locations)
+        if ignored.any():
+            # As background that is predicted with certainty, they have neither loss nor gradient.
+            flags = ignored.split([len(level) for level in anchors], dim=1)
+            pred_logits = [
+                logits.masked_fill(level[..., None], -1e4)  # which fp16 can hold
+                for logits, level in zip(pred_logits, flags)
+            ]
+            gt_labels = [labels.masked_fill(labels < 0, self.num_classes) for labels in gt_labels]
+        return super().losses(anchors, pred_logits, gt_labels, *others)

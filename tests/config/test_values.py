@@ -16,6 +16,7 @@ from msad_kd.utils.flat_config import flatten_config
 NUMBERS = {
     "SOLVER.MAX_ITER": ([0, -5, True, "0"], [1]),
     "SOLVER.IMS_PER_BATCH": ([0, -8], [1]),
+    "SOLVER.UNLABELED_PER_BATCH": ([-1, True], [0]),
     "SOLVER.CHECKPOINT_PERIOD": ([0, -1], [1]),
     "SOLVER.STEPS": (
         [(0,), (-3,), (40, 20), (20, 20), (2.5,), (True,), ("x",), (40000,)],
@@ -39,6 +40,9 @@ NUMBERS = {
     "INPUT.JITTER.SIZE": ([-1], [0]),
     "MODEL.MULTI_RESOLUTION.FUSED_WEIGHT": ([-0.1], [0.0]),
     "MODEL.MULTI_RESOLUTION.REDUCTION": ([0], [1]),
+    "KD.UNLABELED.WEIGHT": ([-0.5, float("nan")], [0.0]),
+    "KD.UNLABELED.SCORE": ([(), (1.5,), (-0.1,), ("x",)], [(1.0,), (0.4,) * 80]),
+    "KD.UNLABELED.IGNORE_SCORE": ([-0.1, 1.1], [0.0]),
     "KD.DIAGNOSTICS_PERIOD": ([-1], [0]),
     "KD.GRADIENT_RATIO_PERIOD": ([-1], [0]),
     "TEST.EVAL_PERIOD": ([-1], [0]),

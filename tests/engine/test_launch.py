@@ -30,6 +30,11 @@ TERMS = [
     {"name": "l1", "weight": 0.6, "adapter": True, "warmup_iters": 2},
     {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
 ]
+UNLABELED = [
+    *("DATASETS.UNLABELED", ["tiny_val"], "SOLVER.UNLABELED_PER_BATCH", 2),
+    *("KD.UNLABELED.PSEUDO_LABELS", True, "KD.UNLABELED.SCORE", [0.113]),
+    *("KD.UNLABELED.IGNORE_SCORE", 0.1),
+]
 TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 STAGES = {"first": "stage_01_first", "second": "stage_02_second"}
 
@@ -116,7 +121,14 @@ def start(config_files):
         flags = [x for x in arguments if str(x).startswith("--")]
         options = [
             *("KD.LOSSES", TERMS, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2),
-            *("SOLVER.IMS_PER_BATCH", 4, "OUTPUT_DIR", folder, *arguments[len(flags) :]),
+            *(
+                *UNLABELED,
+                "SOLVER.IMS_PER_BATCH",
+                4,
+                "OUTPUT_DIR",
+                folder,
+                *arguments[len(flags) :],
+            ),
         ]
         flags += [*by, "--config-file", config_files["student"]]
         return subprocess.run(
@@ -164,6 +176,7 @@ def whole(run_student, tmp_path_factory):
 def test_two_processes_train_and_evaluate(whole):
     folder, process, state = whole
     assert "No GPU is available: starting 2 processes on the CPU" in process.stdout + process.stderr
+    assert "loss_mask_unlabeled" in (folder / "metrics.json").read_text()
     early = torch.load(folder / "model_0000001.pth", weights_only=False)["model"]
     assert "backbone.fpn_output2.weight" in state  # not "module.backbone..."
     for part in ("distiller.adapters.p6.weight", "distiller.parts.mgd.p3.0.weight"):
@@ -210,6 +223,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 rank, number, goal = os.environ["AT_ITERATION_1"].split()
+sent = []  # once a step, which calls the heads again for the images without labels
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -222,7 +236,8 @@ class UsersHeads(StandardROIHeads):
                 self.mask_head.predictor.bias.data.fill_(float("nan"))
             elif comm.get_rank() == int(rank) and number == "RAISE":
                 raise FloatingPointError("loss_mask")  # as Detectron2's RPN does
-            elif comm.get_rank() == int(rank) and number != "EVALUATION":
+            elif comm.get_rank() == int(rank) and number != "EVALUATION" and not sent:
+                sent.append(number)
                 process = {"itself": os.getpid(), "launcher": os.getppid()}[goal]
                 os.kill(process, getattr(signal, number))
         elif not self.training and number == "EVALUATION":

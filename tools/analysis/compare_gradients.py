@@ -103,6 +103,7 @@ def load_student(args):
             ``load_strictly``.
     """
     cfg = build_config(args.config_file, args.opts)
+    cfg.DATASETS.UNLABELED = []  # the gradients are compared in and outside of labelled boxes
     cfg.SEED = max(cfg.SEED, 0)  # for the same images and new modules in every run
     seed_all(cfg.SEED)
     model = KDTrainer.build_model(cfg)

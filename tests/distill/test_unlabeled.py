@@ -1,0 +1,294 @@
+"""Images without labels in a student's batch, and detections as their labels."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from detectors import DENSE, DETECTORS
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, Instances, Keypoints, pairwise_iou
+from detectron2.utils.events import EventStorage
+from helpers import NO_TEST, build, build_student, coco_format, differing, tensors_of, train
+from torch.nn import functional as F
+
+from msad_kd.data.unlabeled import IGNORED
+from msad_kd.distill.teacher import Teacher
+from msad_kd.distill.unlabeled import UnlabeledImages, _IgnoringMatcher, ignoring, kept_apart
+from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
+from msad_kd.utils.errors import InputError
+
+PSEUDO = ["KD.UNLABELED.PSEUDO_LABELS", True]
+# (SCORE, IGNORE_SCORE) with which the tiny teachers, who are sure of nothing, have some of each.
+SCORES = {"retinanet": (0.0103, 0.01), "fcos": (0.0801, 0.07)}
+every_detector = pytest.mark.parametrize("detector", DETECTORS, indirect=True)
+
+
+def labels_of(detector):
+    """Options for pseudo-labels, some of them ignored."""
+    high, low = SCORES.get(detector, (0.113, 0.1))
+    return [*PSEUDO, "KD.UNLABELED.SCORE", [high], "KD.UNLABELED.IGNORE_SCORE", low]
+
+
+def unlabeled(inputs):
+    """The same images without labels."""
+    return [{k: v for k, v in x.items() if k != "instances"} | {"unlabeled": True} for x in inputs]
+
+
+def step(student, inputs):
+    torch.manual_seed(1)  # RoI heads sample proposals
+    set_normalizer(student, None)
+    with EventStorage(19) as storage:  # which logs the diagnostics
+        return student.train()(inputs), storage.latest()
+
+
+@every_detector
+def test_what_is_labelled_gives_the_same_and_the_rest_has_losses_of_its_own(
+    detector, student_config, batch
+):
+    losses = [{"name": "l1", "weight": 0.6, "focus": "boxes"}]
+    student = build_student(student_config("KD.LOSSES", losses, *labels_of(detector)))
+    first, *others = batch(student_config(), "lr", count=3)
+    settings, mixed = student.unlabeled, [first, *unlabeled(others)]
+    expected, logged = step(student, [first])
+    normalizer = get_normalizer(student)
+    found, also_logged = step(student, mixed)
+    assert differing(expected, {key: found[key] for key in expected}) == []
+    assert set(found) == {f"{key}{end}" for key in expected for end in ("", "_unlabeled")}
+    assert also_logged.items() >= logged.items() and "kd/l1_p2" in logged
+    assert {f"unlabeled/{key}" for key in logged} <= set(also_logged)
+    assert get_normalizer(student) == normalizer
+    student.unlabeled = replace(settings, weight=0.5)
+    half, _ = step(student, mixed)
+    for key in expected:
+        torch.testing.assert_close(half[f"{key}_unlabeled"], 0.5 * found[f"{key}_unlabeled"])
+    student.unlabeled = replace(settings, pseudo_labels=False)
+    found, _ = step(student, mixed)
+    assert set(found) == {*expected, "loss_kd_l1_unlabeled"}
+    found["loss_kd_l1_unlabeled"].backward()
+    assert student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+
+
+def test_a_loss_that_is_not_finite_is_named_for_both(student_config, batch):
+    student = build_student(student_config())
+    bad = {"l1_p2": torch.tensor(float("nan")), "l1_p3": torch.tensor(1.0)}
+    student.distiller._values = bad
+    with EventStorage(0), kept_apart(student, [student.distiller, student.roi_distiller]):
+        assert student.not_finite() == []
+        student.distiller._values = bad
+    assert student.not_finite() == ["l1_p2", "l1_p2_unlabeled"]
+
+
+@pytest.fixture
+def run(student_config, data, catalogs, detector):
+    """run(KEY, VALUE, ...): a run of four steps with the validation images as unlabelled ones."""
+
+    def call(*options, resume=False):
+        entries = [*coco_format(data, "tiny"), {"name": "bare", "images": str(data / "val")}]
+        keys = ["DATASETS.COCO_FORMAT", entries, *NO_TEST, *labels_of(detector)]
+        if "SOLVER.UNLABELED_PER_BATCH" in options:
+            keys += ["DATASETS.UNLABELED", ["bare"]]
+        torch.manual_seed(0)
+        trainer = train(student_config(*keys, *options), resume=resume)
+        lines = (Path(trainer.cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+        return trainer, [json.loads(line) for line in lines]
+
+    return call
+
+
+def in_long(detector):
+    return pytest.param(detector, marks=pytest.mark.long)
+
+
+COUNT = ["SOLVER.UNLABELED_PER_BATCH", 3]
+
+
+@pytest.mark.parametrize("detector", ["mask_rcnn", in_long("retinanet")], indirect=True)
+def test_with_weight_0_nothing_changes(run):
+    (plain, metrics), (other, logged), (with_them, _) = (
+        run(*options) for options in ([], [*COUNT, "KD.UNLABELED.WEIGHT", 0.0], COUNT)
+    )
+    assert differing(tensors_of(plain.model), tensors_of(other.model)) == []
+    assert get_normalizer(plain.model) == get_normalizer(other.model)
+    losses = [{k: v for k, v in x.items() if "time" not in k} for x in metrics]
+    assert losses == [{k: v for k, v in x.items() if "time" not in k} for x in logged]
+    changed = differing(tensors_of(plain.model), tensors_of(with_them.model))
+    assert "backbone.bottom_up.stem.conv1.norm.running_mean" in changed
+
+
+@pytest.mark.parametrize("detector", ["retinanet", in_long("mask_rcnn")], indirect=True)
+def test_a_resumed_run_is_an_uninterrupted_one(run, tmp_path):
+    whole, metrics = run(*COUNT)
+    assert metrics[-1]["loss_kd_l1_unlabeled"] > 0
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    shutil.copy(Path(whole.cfg.OUTPUT_DIR) / "model_0000001.pth", folder)
+    again, _ = run(*COUNT, "OUTPUT_DIR", str(folder), resume=True)
+    assert again.start_iter == 2
+    assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
+    assert get_normalizer(whole.model) == get_normalizer(again.model)
+
+
+# ---- Labels ----
+
+
+def detections(size, scores):
+    found = Instances(size, scores=torch.tensor(scores), pred_classes=torch.arange(len(scores)))
+    found.pred_boxes = Boxes(torch.tensor([[i, 0.0, i + 4.0, 4.0] for i in range(len(scores))]))
+    found.pred_masks = torch.ones(len(scores), *size, dtype=torch.bool)
+    found.pred_keypoints = torch.tensor([[[1.5, 2.5, 0.3]]]).repeat(len(scores), 1, 1)
+    return found
+
+
+def test_detections_become_labels_by_their_scores():
+    found = detections((8, 8), [0.9, 0.6, 0.59, 0.31, 0.29])
+    found.pred_masks[0] = False
+    labels = UnlabeledImages(scores=(0.6,), ignore_score=0.3).select(found, False, True)
+    assert labels.gt_classes.tolist() == [0, 1, IGNORED, IGNORED]
+    assert labels.gt_boxes.tensor.tolist() == found.pred_boxes.tensor[:4].tolist()
+    assert labels.gt_keypoints.tensor[0].tolist() == [[1.5, 2.5, 2.0]] and not labels.has(
+        "gt_masks"
+    )
+    one_each = UnlabeledImages(scores=(0.95, 0.7, 0.5, 0.3, 0.2), ignore_score=0.2)
+    labels = one_each.select(found, True, False)  # the first has no pixel
+    assert labels.gt_classes.tolist() == [IGNORED, 2, 3, 4] and len(labels.gt_masks) == 4
+
+
+@every_detector
+@pytest.mark.parametrize("branch", ["fused", "hr"])
+def test_the_teacher_detects_in_the_step_what_it_detects_by_itself(
+    detector, branch, student_config, config, batch
+):
+    student = build_student(student_config("KD.TEACHER.BRANCH", branch, *labels_of(detector)))
+    teacher, cfg = student.teacher, config("teacher", "INPUT.RANDOM_FLIP", "none")
+    inputs = batch(student_config("INPUT.RANDOM_FLIP", "none"), "lr")
+    padded = tuple(student.preprocess_image(inputs).tensor.shape[-2:])
+    found = teacher.detect(inputs, teacher.pyramid(inputs, padded))
+    frames = [{**x, "height": 32, "width": 48} for x in batch(cfg, "hr")]
+    with torch.no_grad():
+        expected = [x["instances"] for x in teacher.model(frames)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.image_size == other.image_size == (32, 48) and len(one) == len(other) > 0
+        torch.testing.assert_close(one.scores, other.scores)
+        torch.testing.assert_close(one.pred_boxes.tensor, other.pred_boxes.tensor)
+        assert one.has("pred_masks") == (detector == "mask_rcnn")
+
+
+def test_keypoints_of_a_plain_teacher_without_distillation(student_config, config, batch):
+    points = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
+    points += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,), "KD.LOSSES", []]
+    student = build(student_config(*points, *labels_of("mask_rcnn")))
+    student.set_teacher(Teacher(build(config("hr", *points)), branch="hr", scale=2))
+    student.unlabeled = replace(student.unlabeled, scores=(0.05,), ignore_score=0.0)
+    first, *others = batch(student_config(), "lr", count=3)
+    labels = first["instances"]
+    labels.gt_keypoints = Keypoints(torch.full((len(labels), 2, 3), 2.0))
+    found, _ = step(student, [first, *unlabeled(others)])
+    assert found["loss_keypoint_unlabeled"] > 0 and not any("kd" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("role", "keys", "words"),
+    [
+        ("faster_rcnn", [], "MODEL.MASK_ON too, but the teacher predicts boxes alone"),
+        ("mask_rcnn", ["MODEL.ROI_HEADS.NUM_CLASSES", 5], "the teacher has 8 classes and .* 5"),
+        ("mask_rcnn", ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"], "Cascade.* ignore no boxes"),
+    ],
+)
+def test_teachers_whose_detections_are_no_labels(config, files_of, role, keys, words):
+    settings, cascade = UnlabeledImages(pseudo_labels=True), "CascadeROIHeads" in keys
+    agnostic = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True] if cascade else []
+    student = build(config("lr", *keys, *agnostic))
+    teacher = build(config("hr", "MODEL.MASK_ON", role == "mask_rcnn"))
+    with pytest.raises(InputError, match=f"PSEUDO_LABELS is True.*{words}"):
+        settings.connect(student, teacher)
+
+
+# ---- Ignored boxes. A and B are apart, so each anchor is about one of them at the most. ----
+
+A, B = [2.0, 2.0, 14.0, 14.0], [26.0, 10.0, 42.0, 30.0]
+
+
+def truth(classes, size=(32, 48)):
+    labels = Instances(size, gt_boxes=Boxes(torch.tensor([A, B])))
+    labels.gt_classes = torch.tensor(classes)
+    return labels
+
+
+def test_a_matcher_by_hand():
+    #                        both  A     B     B     low: best of A, or of B
+    overlaps = torch.tensor([[0.8, 0.7, 0.2, 0.35, 0.0], [0.75, 0.1, 0.9, 0.4, 0.0]])
+    matcher = Matcher([0.3, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+    _, labels = matcher(overlaps)
+    assert labels.tolist() == [1, 1, 1, -1, 0]
+    for flags, expected in (([0, 1], [1, 1, -1, -1, 0]), ([1, 0], [-1, -1, 1, -1, 0])):
+        mine = _IgnoringMatcher(matcher, [torch.tensor(flags).bool()])
+        assert mine(overlaps)[1].tolist() == expected
+    # The last anchor is positive only as the best one of B, and nearer to A.
+    overlaps = torch.tensor([[0.9, 0.25], [0.1, 0.2]])
+    assert matcher(overlaps)[1].tolist() == [1, 1]
+    mine = _IgnoringMatcher(matcher, [torch.tensor([False, True])])
+    assert mine(overlaps)[1].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("detector", DENSE, indirect=True)
+def test_ignored_boxes_of_dense_detectors(detector, student_config, batch):
+    student = build_student(student_config()).train()
+    images = student.preprocess_image(batch(student_config(), "lr", count=1))
+    features = student.backbone(images.tensor)
+    features = [features[name] for name in student.head_in_features]
+    predictions = [[x.detach().requires_grad_() for x in maps] for maps in student.head(features)]
+    anchors = student.anchor_generator(features)
+    whole, _ = student.label_anchors(anchors, [truth([3, 5])])
+    inputs = [{"instances": truth([3, IGNORED])}]
+    with ignoring(student, inputs):
+        (labels,), _ = student.label_anchors(anchors, [inputs[0]["instances"]])
+        with EventStorage():
+            args = images, features, predictions, [inputs[0]["instances"]]
+            losses = student.forward_training(*args)
+    ignored = whole[0] == 5
+    assert ignored.sum() > 2 and (whole[0] == 3).sum() > 0
+    assert torch.equal(labels, whole[0].masked_fill(ignored, IGNORED))
+    sum(losses.values()).backward()
+    for maps, width in zip(predictions, (8, 4, 1)):
+        grads = student._transpose_dense_predictions([[x.grad for x in maps]], [width])[0]
+        grads = torch.cat(grads, dim=1)[0]
+        assert grads[ignored].eq(0).all() and grads[labels == 3].ne(0).any()
+    logits = torch.cat(student._transpose_dense_predictions([predictions[0]], [8])[0], dim=1)[0]
+    target = F.one_hot(labels.clamp(min=0), 9)[:, :-1].float()
+    p = logits.sigmoid()
+    focal = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    focal = focal * torch.where(target > 0, 0.25 * (1 - p) ** 2, 0.75 * p**2)
+    found = losses["loss_fcos_cls" if detector == "fcos" else "loss_cls"]
+    torch.testing.assert_close(found, focal[labels >= 0].sum() / student.loss_normalizer)
+
+
+def test_ignored_boxes_of_the_rpn_and_the_roi_heads(student_config, batch):
+    student = build_student(student_config()).train()
+    rpn, heads = student.proposal_generator, student.roi_heads
+    images = student.preprocess_image(batch(student_config(), "lr", count=1))
+    features = student.backbone(images.tensor)
+    anchors = rpn.anchor_generator([features[name] for name in rpn.in_features])
+    rpn.batch_size_per_image = 10**6  # all anchors are sampled
+    (whole,), (boxes,) = rpn.label_and_sample_anchors(anchors, [truth([3, 5])])
+    inputs = [{"instances": truth([3, IGNORED])}]
+    with ignoring(student, inputs):
+        (labels,), _ = rpn.label_and_sample_anchors(anchors, [truth([3, IGNORED])])
+    ignored = (whole == 1) & (boxes == torch.tensor(B)).all(dim=1)
+    assert ignored.any() and (whole == 1).sum() > ignored.sum()
+    assert torch.equal(labels, whole.masked_fill(ignored, IGNORED))
+    assert type(rpn.anchor_matcher) is Matcher
+    proposals = Instances((32, 48), objectness_logits=torch.zeros(4))
+    proposals.proposal_boxes = Boxes(
+        torch.tensor([A, B, [26.0, 12.0, 42.0, 30.0], [0, 20.0, 8, 30]])
+    )
+    with EventStorage():
+        (sampled,) = heads.label_and_sample_proposals([proposals], [truth([3, IGNORED])])
+        assert set(sampled.gt_classes.tolist()) == {3, 8}  # 8 is the background
+        overlaps = pairwise_iou(sampled.proposal_boxes, Boxes(torch.tensor([B])))
+        assert len(sampled) == 3 and overlaps.max() < 0.5
+        # An image whose proposals are all ignored has no loss.
+        (none,) = heads.label_and_sample_proposals([proposals[[1]]], [truth([IGNORED] * 2)])
+        assert len(none) == 0 and heads._forward_box(features, [none])["loss_cls"] == 0

@@ -1,0 +1,143 @@
+"""tools/label_images.py: a model's detections as a file in COCO format."""
+
+import json
+
+import pytest
+import torch
+from detectron2.structures import pairwise_iou
+from helpers import TEST_SCENES, build_student, coco_format, load_tool, run_script
+
+from msad_kd import KDTrainer
+from msad_kd.data.annotations import check_content
+from msad_kd.data.loader import build_train_loader
+from msad_kd.data.mapper import build_mapper
+
+pytestmark = pytest.mark.usefixtures("catalogs")
+tool = load_tool("label_images")
+
+
+@pytest.fixture
+def arguments(config_files, teacher_weights, tmp_path):
+    def words(*more, name="labels.json", which=("--dataset", "tiny_val"), **options):
+        options = {"config-file": config_files["teacher"], "weights": teacher_weights, **options}
+        options["output"] = tmp_path / name
+        pairs = [x for key, value in options.items() for x in (f"--{key}", str(value))]
+        return [*pairs, *map(str, which), *map(str, more)]
+
+    return words
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """interrupted(count): the next model stops like by Ctrl-C after so many images."""
+    load = KDTrainer.load_model
+
+    def call(count):
+        def stopping(*args):
+            model, calls = load(*args), []
+            forward = model.forward
+
+            def counted(batch):
+                calls.append(1)
+                if len(calls) > count:
+                    raise KeyboardInterrupt
+                return forward(batch)
+
+            model.forward = counted
+            return model
+
+        monkeypatch.setattr(KDTrainer, "load_model", stopping)
+
+    return call
+
+
+def test_a_folder_by_a_process(arguments, data, tmp_path):
+    folder = data / "val"
+    run_script("tools/label_images.py", *arguments(which=("--images", folder), **{"batch-size": 2}))
+    content = json.loads((tmp_path / "labels.json").read_text())
+    assert list(tmp_path.iterdir()) == [tmp_path / "labels.json"]
+    assert [x["file_name"] for x in content["images"]] == sorted(x.name for x in folder.iterdir())
+    assert [x["id"] for x in content["categories"]] == list(range(1, 9))
+    labels = content["annotations"]
+    assert [x["id"] for x in labels] == list(range(1, len(labels) + 1))
+    assert all(0.05 <= x["score"] <= 1 and x["segmentation"]["size"] == [64, 96] for x in labels)
+    assert {x["image_id"] for x in labels} == set(range(TEST_SCENES))
+    assert check_content(content).problems == []
+
+
+def test_an_interrupted_run_goes_on(arguments, interrupted, tmp_path, monkeypatch):
+    tool.main(arguments(name="whole.json"))
+    for count in (1, 1):
+        interrupted(count)
+        with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+            tool.main(arguments())
+        monkeypatch.undo()
+    part = tmp_path / "labels.json.partial"
+    assert len(part.read_text().splitlines()) == 3  # what it is, and two images
+    with pytest.raises(
+        SystemExit, match="is of an interrupted run with another model, config, option"
+    ):
+        tool.main(arguments(**{"min-score": 0.1}))
+    part.write_text(part.read_text() + '[{"image_id": 3, "sco')  # killed while writing
+    interrupted(1)  # one image is left
+    monkeypatch.setattr(
+        tool, "write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(SystemExit, match="interrupted"):  # with all images done
+        tool.main(arguments())
+    monkeypatch.undo()
+    interrupted(0)
+    tool.main(arguments())
+    assert (tmp_path / "labels.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert not part.exists()
+
+
+def test_labels_of_a_file_are_those_of_the_step(arguments, student_config, data, tmp_path):
+    tool.main(arguments())
+    entry = {"name": "labels", "json": str(tmp_path / "labels.json"), "images": str(data / "val")}
+    keys = [
+        "DATASETS.COCO_FORMAT",
+        [*coco_format(data, "tiny"), entry],
+        "INPUT.RANDOM_FLIP",
+        "none",
+    ]
+    keys += ["DATASETS.UNLABELED", ["labels"], "SOLVER.UNLABELED_PER_BATCH", TEST_SCENES]
+    keys += ["KD.UNLABELED.PSEUDO_LABELS", True]
+    keys += ["KD.UNLABELED.SCORE", [0.113], "KD.UNLABELED.IGNORE_SCORE", 0.1]
+    cfg = student_config(*keys)
+    samples = next(iter(build_train_loader(cfg, build_mapper(cfg, is_train=True))))[2:]
+    student = build_student(cfg)
+    bare = [{k: v for k, v in x.items() if k != "instances"} for x in samples]
+    (mine, _), (theirs, _) = (
+        student.unlabeled.label(inputs, student, student.teacher) for inputs in (samples, bare)
+    )
+    kinds = set()
+    for one, other in zip(mine, theirs, strict=True):
+        one, other = one["instances"], other["instances"]
+        assert len(one) == len(other) > 0
+        best = pairwise_iou(one.gt_boxes, other.gt_boxes).max(dim=1)
+        # An object of a pixel or so may have lost it at one of the resolutions.
+        found = best.values > 0.99
+        assert found.float().mean() > 0.9
+        assert torch.equal(one.gt_classes[found], other.gt_classes[best.indices[found]])
+        masks = one.gt_masks.tensor[found], other.gt_masks.tensor[best.indices[found]]
+        # They are pasted at another resolution, and the tiny teacher's are noise.
+        assert (masks[0] & masks[1]).sum() > 0.5 * (masks[0] | masks[1]).sum() > 0
+        kinds |= set(one.gt_classes.tolist())
+    assert -1 in kinds and max(kinds) >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"which": ("--dataset", "tiny_vla")}, "'tiny_vla' is not registered; did you mean tiny_"),
+        ({"which": ("--images", "no/such")}, "image folder 'no/such' does not exist"),
+        ({"weights": "no.pth"}, "no.pth"),
+        ({"name": "there.json"}, "there.json' exists already; remove it"),
+        ({"name": "x.json", "batch-size": 0}, "2"),
+    ],
+)
+def test_mistakes(arguments, options, words, tmp_path, capsys):
+    (tmp_path / "there.json").write_text("{}")
+    with pytest.raises(SystemExit, match=words):
+        tool.main(arguments(**options))

@@ -1,0 +1,194 @@
+#!/usr/bin/env python
+"""Label images by a model: write what it detects, with scores, as a file in COCO format.
+
+    python tools/label_images.py --config-file my/teacher.yaml --dataset mine_unlabeled \
+        --weights output/mine/teacher/model_final.pth --output datasets/mine/labels.json
+
+A multi-resolution teacher predicts with its TEST_BRANCH. What is done is kept beside the output,
+and the same command goes on after an interruption. See docs/unlabeled.md.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.getcwd())  # for --import
+
+import torch
+import torch.utils.data as torchdata
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MapDataset, MetadataCatalog
+from detectron2.data.build import trivial_batch_collator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from pycocotools import mask as mask_util
+from tqdm import tqdm
+
+from msad_kd import KDTrainer
+from msad_kd.checkpoint.files import write_json
+from msad_kd.config.build import build_config, import_module
+from msad_kd.config.changes import neutral_config
+from msad_kd.data.classes import model_classes, with_classes_of
+from msad_kd.data.coco_format import load_folder
+from msad_kd.data.loader import CheckedMapper, explain_missing_data
+from msad_kd.data.mapper import build_mapper
+from msad_kd.utils.errors import InputError, input_error_of, nearest
+from msad_kd.utils.hashes import hash_file, split_hash
+from msad_kd.utils.unpickle import TrustFiles
+
+
+def find_images(cfg: CfgNode, data_set: str | None, folder: str | None) -> tuple[list[dict], str]:
+    """Return the images of a folder or data set as Detectron2's dicts, and the folder.
+
+    Raises:
+        InputError: if the data set is not registered, or if something is missing.
+    """
+    if folder is not None:
+        return load_folder(folder, folder, cfg.DATASETS.INVALID_ANNOTATIONS), folder
+    if data_set not in DatasetCatalog.list():
+        hint = nearest(data_set, DatasetCatalog.list())
+        raise InputError(f"--dataset: '{data_set}' is not registered{hint}")
+    with explain_missing_data((data_set,)):
+        dicts = [{**x, "annotations": []} for x in DatasetCatalog.get(data_set)]
+    metadata = MetadataCatalog.get(data_set)
+    return dicts, metadata.get("image_root") or metadata.get("image_dir") or ""
+
+
+def read_partial(file: Path, run: str) -> list[list[dict]]:
+    """Return the annotations of each batch that an interrupted run has done, or begin its file.
+
+    A line that was not written to its end is cut off.
+
+    Raises:
+        InputError: if the file is of another run.
+    """
+    if not file.exists() or b"\n" not in file.read_bytes():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(run) + "\n")
+    content = file.read_bytes()
+    end = content.rindex(b"\n") + 1
+    first, *done = map(json.loads, content[:end].splitlines())
+    if first != run:
+        raise InputError(
+            f"'{file}' is of an interrupted run with another model, config, option or other "
+            "images; give the same, or remove it to begin anew"
+        )
+    os.truncate(file, end)
+    return done
+
+
+def annotations_of(found: Instances, image_id, classes: int, min_score: float) -> list[dict]:
+    """Return an image's detections as annotations in COCO format, without ids.
+
+    Those with less score, without a pixel, or of a class without a name are left out.
+    """
+    keep = (found.scores >= min_score) & (found.pred_classes < classes)
+    if found.has("pred_masks"):
+        keep &= found.pred_masks.flatten(1).any(dim=1)
+    annotations = instances_to_coco_json(found[keep], image_id)
+    for entry in annotations:
+        entry["category_id"] += 1
+        entry["iscrowd"], entry["area"] = 0, entry["bbox"][2] * entry["bbox"][3]
+        if "segmentation" in entry:
+            entry["area"] = float(mask_util.area(entry["segmentation"]))
+        if points := entry.get("keypoints"):
+            points[2::3] = [2] * (len(points) // 3)  # visible; the model gives a score here
+    return annotations
+
+
+@torch.no_grad()
+def label(arguments: argparse.Namespace) -> None:
+    """Label all images, or those that an interrupted run has left, and write the file.
+
+    Raises:
+        InputError: if an argument, the model or an image cannot be used.
+    """
+    output, size, min_score = Path(arguments.output), arguments.batch_size, arguments.min_score
+    if output.exists():
+        raise InputError(f"--output: '{output}' exists already; remove it, or name another file")
+    cfg = build_config(arguments.config_file, arguments.opts)
+    dicts, root = find_images(cfg, arguments.dataset, arguments.images)
+    weights = arguments.weights
+    model = KDTrainer.load_model(cfg, weights, f"the config '{arguments.config_file}'")
+    names, _ = model_classes(with_classes_of(cfg, model))
+    if not names:
+        raise InputError("the model's classes have no names; set DATASETS.CLASSES")
+    images = [
+        {
+            **{"id": x["image_id"], "file_name": os.path.relpath(x["file_name"], root or ".")},
+            **{key: x[key] for key in ("height", "width")},
+        }
+        for x in dicts
+    ]
+    weights = hash_file(PathManager.get_local_path(split_hash(weights)[0]))
+    run = json.dumps([weights, neutral_config(cfg).dump(), images, min_score, size])
+    partial = output.with_name(f"{output.name}.partial")
+    done = read_partial(partial, hashlib.sha256(run.encode()).hexdigest())
+    rest = dicts[len(done) * size :]
+    batches = torchdata.DataLoader(
+        MapDataset(rest, CheckedMapper(build_mapper(cfg, is_train=False))),
+        batch_size=size,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+    )
+    bar = tqdm(total=len(dicts), initial=len(dicts) - len(rest), unit="image")
+    with bar, open(partial, "a") as file:
+        for batch in batches:
+            found = []
+            for sample, prediction in zip(batch, model(batch)):
+                detections = prediction["instances"].to("cpu")
+                found += annotations_of(detections, sample["image_id"], len(names), min_score)
+            file.write(json.dumps(found) + "\n")
+            file.flush()
+            done.append(found)
+            bar.update(len(batch))
+    annotations = [entry for found in done for entry in found]
+    annotations = [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)]
+    points = {}
+    if cfg.MODEL.KEYPOINT_ON:
+        points["keypoints"] = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).keypoint_names)
+    categories = [{"id": i, "name": x, **points} for i, x in enumerate(names, start=1)]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    write_json(output, content, indent=None)
+    partial.unlink()
+    print(f"{output}: {len(annotations)} labels in {len(images)} images of '{root}'")
+
+
+def main(words: list[str] | None = None) -> None:
+    """Read the command line and label the images."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="the model's config")
+    parser.add_argument("--weights", required=True, help="its checkpoint; every key has to fit")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--dataset", help="a registered data set, whose labels are not read")
+    which.add_argument("--images", help="a folder of images")
+    parser.add_argument("--output", required=True, help="the file to write")
+    parser.add_argument("--min-score", type=float, default=0.05, help="leave out what has less")
+    parser.add_argument("--batch-size", type=int, default=1, help="images at a time")
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    parser.add_argument("--trust-files", action=TrustFiles)
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")
+    arguments = parser.parse_args(words)
+    if arguments.batch_size < 1 or not 0 <= arguments.min_score <= 1:
+        parser.error("--batch-size should be 1 or more, and --min-score from 0 to 1")
+    try:
+        for module in arguments.imports:
+            import_module(module)
+        label(arguments)
+    except KeyboardInterrupt:
+        sys.exit("label_images.py: interrupted; the same command goes on")
+    except Exception as error:
+        sentence = input_error_of(error)
+        if sentence is None:
+            raise
+        sys.exit(f"label_images.py: {sentence}")
+
+
+if __name__ == "__main__":
+    main()
