@@ -99,7 +99,7 @@ def _make_cell(row, seed, sources, folder, data, extra):
     folders = _folders(test_cfg, "TEST", data)
     meaning = {"test": {k: v for k, v in changed_keys(test_cfg).items() if not _trains(k)}}
     if row.trained:
-        folders += _folders(cfg, "TRAIN", data)
+        folders += _folders(cfg, "TRAIN", data) + _folders(cfg, "UNLABELED", data)
         teachers = [stage["weights"] for stage in stages] or [cfg.KD.TEACHER.WEIGHTS]
         files = [cfg.MODEL.WEIGHTS, *teachers]
         files = [hash_file(x) if Path(x).is_file() else None for x in files]
@@ -132,7 +132,7 @@ def _build(config, options):
 def _folders(cfg, split, data):
     """Return the generated folders that hold a config's data sets of a split."""
     used = [each for each in cfg.DATASETS.COCO_FORMAT if each["name"] in cfg.DATASETS[split]]
-    return [folder for folder in data if any(x["json"].startswith(f"{folder}/") for x in used)]
+    return [folder for folder in data if any(x["images"].startswith(f"{folder}/") for x in used)]
 
 
 def changed_keys(cfg):
@@ -150,7 +150,8 @@ def changed_keys(cfg):
 
 def _trains(key):
     """Return whether a key is about training alone."""
-    return key.startswith(("KD.", "SOLVER.", "INPUT.MIN_SIZE_TRAIN")) or key == "MODEL.WEIGHTS"
+    about = ("KD.", "SOLVER.", "INPUT.MIN_SIZE_TRAIN", "DATASETS.UNLABELED")
+    return key.startswith(about) or key == "MODEL.WEIGHTS"
 
 
 def _flat(options):
