@@ -26,6 +26,7 @@ from detectron2.utils import comm
 
 from msad_kd.data.classes import align_classes, annotation_file
 from msad_kd.data.dict_checks import accept_rles, check_files, check_masks, check_shapes
+from msad_kd.data.mixing import add_mixup
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
@@ -191,11 +192,15 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         raise InputError(f"SOLVER.IMS_PER_BATCH is {words}")
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     logging.getLogger(__name__).info("Training on %d images, seed %d", len(dicts), seed)
+    groups = [int(d["width"] > d["height"]) if grouped else 0 for d in dicts]
+    dataset = _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper))
+    sampler = _build_sampler(cfg, dicts, seed)
+    drawn = getattr(sampler, "_indexes_subset", range(len(dicts)))
     return ResumableLoader(
-        _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper)),
-        _build_sampler(cfg, dicts, seed),
+        add_mixup(dataset, cfg, drawn, groups),
+        sampler,
         batch_size=count // world_size,
-        groups=[int(d["width"] > d["height"]) if grouped else 0 for d in dicts],
+        groups=groups,
         seed=seed,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

@@ -320,10 +320,12 @@ def test_the_hash_does_not_depend_on_the_folder(ladder_config):
 
 
 def test_the_hash_depends_on_newer_keys_only_if_they_are_set(ladder_config):
-    older = neutral_config(ladder_config()).DATASETS  # as before there were the two keys
-    assert not {"CLASSES", "INVALID_ANNOTATIONS"} & older.keys()
+    older = neutral_config(ladder_config())  # as before there were these keys
+    assert not {"CLASSES", "INVALID_ANNOTATIONS"} & older.DATASETS.keys()
+    assert not {"COLOR", "MIXUP"} & older.INPUT.keys()
     keys = ([], ["DATASETS.INVALID_ANNOTATIONS", "drop"], ["DATASETS.CLASSES", ["ant"]])
-    assert len({hash_of(ladder_config("x", *options), 1) for options in keys}) == 3
+    keys += (["INPUT.COLOR.CONTRAST", 0.1], ["INPUT.MIXUP.PROB", 0.1])
+    assert len({hash_of(ladder_config("x", *options), 1) for options in keys}) == 5
 
 
 def test_the_hash_leaves_out_what_changes_no_result(ladder_config, stages):
