@@ -22,10 +22,10 @@ _DRAW, _PARTNER = 1000, 1001
 
 
 def mix(one: dict, other: dict, weight: float, mean: Sequence[float]) -> dict:
-    """Return a mapped sample blended with another; what is neither pixel nor object stays.
+    """Return a mapped sample blended with another, whose file becomes "mixed_with".
 
-    Images are padded at the right and the bottom. If those of two resolutions differ by a factor k,
-    so do the mixed ones.
+    What is neither pixel nor object stays. Images are padded at the right and the bottom; if those
+    of two resolutions differ by a factor k, so do the mixed ones.
 
     Args:
         one: a sample with "image" (C, H1, W1), and with "image_hr" or "image_lr" if the other has.
@@ -43,7 +43,7 @@ def mix(one: dict, other: dict, weight: float, mean: Sequence[float]) -> dict:
     for key, value in one.items():
         if isinstance(value, Instances):  # ground truth, and proposals if they are loaded
             mixed[key] = _union([value, other[key]], size)
-    return {**one, **mixed}
+    return {**one, **mixed, "mixed_with": other.get("file_name")}
 
 
 def _blend(

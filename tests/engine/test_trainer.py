@@ -120,9 +120,6 @@ def test_resuming_does_not_initialise_the_student_again(student_config):
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 2
     assert differing(tensors_of(trainer.model), trained) == []
-    other = student_config("OUTPUT_DIR", cfg.OUTPUT_DIR, "SOLVER.IMS_PER_BATCH", 1, *NO_TEST)
-    with pytest.raises(InputError, match="had 2 images a batch and is resumed with 1"):
-        KDTrainer(other).resume_or_load(resume=True)
     # Without --resume the same folder is a fresh start.
     trainer.resume_or_load(resume=False)
     inherited = trainer.teacher.model.state_dict()
