@@ -21,7 +21,12 @@ NEUTRAL = {
     "TEST.COCO_EVALUATOR": "auto",
 }
 # Keys that former versions did not have, and the value with which a run is what it was then.
-_ADDED = {"CLASSES": [], "INVALID_ANNOTATIONS": "error"}  # of DATASETS
+_ADDED = {
+    "DATASETS.CLASSES": [],
+    "DATASETS.INVALID_ANNOTATIONS": "error",
+    "INPUT.COLOR": {"BRIGHTNESS": 0, "CONTRAST": 0, "SATURATION": 0},
+    "INPUT.MIXUP": {"PROB": 0, "ALPHA": 1.5},
+}
 # Keys that say what a run starts from: a resumed run has started already.
 START = ("MODEL.WEIGHTS", "KD.TEACHER.INIT_STUDENT", "KD.TEACHER.INIT_BACKBONE")
 START += ("MODEL.TIMM.PRETRAINED", "MODEL.TIMM.CHECKPOINT")
@@ -42,8 +47,9 @@ def neutral_config(cfg: CfgNode) -> CfgNode:
     if not cfg.TEST.PRECISE_BN.ENABLED:  # it takes other images after each evaluation
         cfg.TEST.EVAL_PERIOD = 0
     for key, value in _ADDED.items():
-        if cfg.DATASETS[key] == value:
-            del cfg.DATASETS[key]
+        section, name = key.split(".")
+        if cfg[section][name] == value:
+            del cfg[section][name]
     if not cfg.DATASETS.UNLABELED:
         del cfg.DATASETS["UNLABELED"], cfg.SOLVER["UNLABELED_PER_BATCH"], cfg.KD["UNLABELED"]
     return cfg

@@ -31,6 +31,19 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.INPUT.JITTER = CN()
     cfg.INPUT.JITTER.SIZE = 0
     cfg.INPUT.JITTER.SCALES = [0.1, 2.0]
+    # Random colours in training, the same at both resolutions. Each is a number s from 0 to below 1
+    # and multiplies by a random factor in [1 - s, 1 + s]: the pixels, their distances from the
+    # image's mean, or from their own grey. 0 turns it off.
+    cfg.INPUT.COLOR = CN()
+    cfg.INPUT.COLOR.BRIGHTNESS = 0.0
+    cfg.INPUT.COLOR.CONTRAST = 0.0
+    cfg.INPUT.COLOR.SATURATION = 0.0
+    # Mixup in training: with probability PROB a sample is lambda x image + (1 - lambda) x another
+    # image of DATASETS.TRAIN, with the objects of both; lambda is drawn from Beta(ALPHA, ALPHA).
+    # The smaller image is padded with MODEL.PIXEL_MEAN. PROB 0 turns it off.
+    cfg.INPUT.MIXUP = CN()
+    cfg.INPUT.MIXUP.PROB = 0.0
+    cfg.INPUT.MIXUP.ALPHA = 1.5
 
     # "SGD" or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"

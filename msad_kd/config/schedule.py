@@ -10,7 +10,7 @@ from detectron2.solver import build_lr_scheduler
 
 from msad_kd.losses.terms import LossTerm
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.schema import Count, NotNegative, Share, WholeNumber, check_value
+from msad_kd.utils.schema import Count, NotNegative, Positive, Share, WholeNumber, check_value
 
 
 def _rise_from_one(steps) -> bool:
@@ -43,6 +43,11 @@ _NUMBERS = {
     "INPUT.MAX_SIZE_TRAIN": Count,
     "INPUT.MAX_SIZE_TEST": Count,
     "INPUT.JITTER.SIZE": WholeNumber,
+    "INPUT.COLOR.BRIGHTNESS": Share,
+    "INPUT.COLOR.CONTRAST": Share,
+    "INPUT.COLOR.SATURATION": Share,
+    "INPUT.MIXUP.PROB": Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"],
+    "INPUT.MIXUP.ALPHA": Positive,
     "MODEL.MULTI_RESOLUTION.FUSED_WEIGHT": NotNegative,
     "MODEL.MULTI_RESOLUTION.REDUCTION": Count,
     "KD.UNLABELED.WEIGHT": NotNegative,

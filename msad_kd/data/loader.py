@@ -28,6 +28,7 @@ from detectron2.utils import comm
 
 from msad_kd.data.classes import align_classes, annotation_file
 from msad_kd.data.dict_checks import accept_rles, check_files, check_masks, check_shapes
+from msad_kd.data.mixing import add_mixup
 from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
@@ -219,7 +220,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logging.getLogger(__name__).info("Training on %d images, seed %d", len(dicts), seed)
     sampler = _build_sampler(cfg, dicts, seed)
-    loader = _build_loader(cfg, "SOLVER.IMS_PER_BATCH", dicts, mapper, sampler, seed)
+    loader = _build_loader(cfg, "SOLVER.IMS_PER_BATCH", dicts, mapper, sampler, seed, mixed=True)
     if takes_unlabeled(cfg):
         loader.unlabeled = _build_unlabeled(cfg, mapper, derive_seed(seed, *b"unlabeled"))
     return loader
@@ -240,19 +241,34 @@ def _build_unlabeled(cfg: CfgNode, mapper: Callable, seed: int) -> ResumableLoad
 
 
 def _build_loader(
-    cfg: CfgNode, key: str, dicts: list[dict], mapper: Callable, sampler: Iterable[int], seed: int
+    cfg: CfgNode,
+    key: str,
+    dicts: list[dict],
+    mapper: Callable,
+    sampler: Iterable[int],
+    seed: int,
+    mixed: bool = False,
 ) -> ResumableLoader:
-    """Build a loader whose batches have as many images, over all processes, as the key says."""
+    """Build a loader whose batches have as many images, over all processes, as the key says.
+
+    ``mixed``: whether INPUT.MIXUP holds. An image without labels would mix in its objects as
+    background.
+    """
     count, world_size = attrgetter(key)(cfg), comm.get_world_size()
     if count % world_size:
         words = f"{count}, which {world_size} processes cannot share equally"
         raise InputError(f"{key} is {words}")
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    groups = [int(d["width"] > d["height"]) if grouped else 0 for d in dicts]
+    dataset = _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper))
+    if mixed:
+        drawn = getattr(sampler, "_indexes_subset", range(len(dicts)))
+        dataset = add_mixup(dataset, cfg, drawn, groups)
     return ResumableLoader(
-        _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper)),
+        dataset,
         sampler,
         batch_size=count // world_size,
-        groups=[int(d["width"] > d["height"]) if grouped else 0 for d in dicts],
+        groups=groups,
         seed=seed,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

@@ -12,46 +12,17 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.transforms.transform import Transform, TransformList
 
+from msad_kd.data.augmentation import colour_augmentations, jitter_arguments, longest_side
 from msad_kd.data.images import ImageError, read_image, unreadable
 from msad_kd.data.keypoints import check_keypoints
 from msad_kd.data.transforms import scale_transforms
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.compat import images_read_by
 from msad_kd.utils.errors import InputError
-
-
-def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
-    """Return the arguments of ``DatasetMapper`` for large-scale jitter, or {} if it is off.
-
-    Jitter is a random scale from INPUT.JITTER.SCALES, a crop of fixed size (padded if the image is
-    smaller) and the flip of INPUT.RANDOM_FLIP. It excludes INPUT.CROP (InputError).
-    """
-    jitter = cfg.INPUT.JITTER
-    if not is_train or not jitter.SIZE:
-        return {}
-    if len(jitter.SCALES) != 2 or not 0 < jitter.SCALES[0] <= jitter.SCALES[1]:
-        raise InputError(f"INPUT.JITTER.SCALES is {jitter.SCALES}; it should be a range")
-    if cfg.INPUT.CROP.ENABLED:
-        raise InputError("INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop; turn one of them off")
-    resize = T.ResizeScale(*jitter.SCALES, target_height=jitter.SIZE, target_width=jitter.SIZE)
-    flips = build_augmentation(cfg, is_train)[1:]  # without the usual resize
-    return {
-        "augmentations": [resize, T.FixedSizeCrop((jitter.SIZE, jitter.SIZE)), *flips],
-        "recompute_boxes": cfg.MODEL.MASK_ON,  # the box of what the crop leaves of a mask
-    }
-
-
-def _longest_side(inputs: CfgNode, is_train: bool) -> float:
-    """Return to how many pixels, at the most, the longer side of an image is resized."""
-    if is_train and inputs.JITTER.SIZE:
-        return inputs.JITTER.SIZE * inputs.JITTER.SCALES[0]
-    if not (any(inputs.MIN_SIZE_TRAIN) if is_train else inputs.MIN_SIZE_TEST):
-        return math.inf  # 0 turns the resize off
-    return inputs.MAX_SIZE_TRAIN if is_train else inputs.MAX_SIZE_TEST
 
 
 class _NoPixels(ValueError):
@@ -72,21 +43,38 @@ class _CheckedInput(T.AugInput):
             raise _NoPixels(f"its {width} x {height} px would become {after[1]} x {after[0]} px")
 
 
-class _CheckedAugmentations:
-    """Augments an image; takes the place of a mapper's ``AugmentationList``."""
+class _Augmentations:
+    """Augments an image, at both resolutions if there are two; a mapper's ``AugmentationList``.
 
-    def __init__(self, augmentations: T.AugmentationList):
-        self.augmentations = augmentations
+    Random numbers are drawn once, for low resolution. The mapper goes on with the image of
+    ``frame``; the other image is left in ``other_image``.
+    """
+
+    def __init__(self, augmentations: T.AugmentationList, scale: int = 1, frame: str | None = None):
+        self.augmentations, self.scale, self.frame = augmentations, scale, frame
+        self.other_image: np.ndarray | None = None
 
     def __call__(self, inputs: T.AugInput) -> TransformList:
-        checked = _CheckedInput(inputs.image, sem_seg=inputs.sem_seg)
-        transforms = self.augmentations(checked)
+        image, sem_seg = inputs.image, inputs.sem_seg
+        checked = _CheckedInput(image, sem_seg=sem_seg)
+        low = self.augmentations(checked)
         inputs.image, inputs.sem_seg = checked.image, checked.sem_seg
-        return transforms
+        if self.frame is None:
+            return low
+        high = scale_transforms(low, self.scale)
+        self.other_image = high.apply_image(image)
+        if self.frame == "lr":
+            return low
+        inputs.image, self.other_image = self.other_image, inputs.image
+        if sem_seg is not None:
+            inputs.sem_seg = high.apply_segmentation(sem_seg)
+        return high
 
 
 class CheckedDatasetMapper(DatasetMapper):
-    """Detectron2's mapper with ``data.images.read_image``, jitter, and errors that name the image.
+    """Detectron2's mapper with ``data.images.read_image`` and errors that name the image.
+
+    It has the augmentations of INPUT.JITTER and INPUT.COLOR beside Detectron2's.
 
     An image that cannot be read, has another size than the annotation file says, or would have no
     pixel left after resize and crop raises an ``InputError``. With DATASETS.INVALID_ANNOTATIONS
@@ -112,17 +100,19 @@ class CheckedDatasetMapper(DatasetMapper):
             **kwargs: the other arguments of ``DatasetMapper``.
         """
         super().__init__(is_train, **kwargs)
-        self.augmentations = _CheckedAugmentations(self.augmentations)
+        self.augmentations = _Augmentations(self.augmentations)
         self.longest_side, self.skip_unusable = longest_side, skip_unusable
         self.skipped: set[str] = set()  # files, in this process
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
         """Return the constructor's arguments for a config."""
+        arguments = {**super().from_config(cfg, is_train), **jitter_arguments(cfg, is_train)}
+        colours = colour_augmentations(cfg, is_train)
         return {
-            **super().from_config(cfg, is_train),
-            **jitter_arguments(cfg, is_train),
-            "longest_side": _longest_side(cfg.INPUT, is_train),
+            **arguments,
+            "augmentations": [*colours, *arguments["augmentations"]],
+            "longest_side": longest_side(cfg.INPUT, is_train),
             "skip_unusable": is_train and cfg.DATASETS.INVALID_ANNOTATIONS == "drop",
         }
 
@@ -161,31 +151,6 @@ def _read(file_name: str, format: str | None = None, *, label_file: str | None) 
     return read_image(file_name, format, labels=file_name == label_file)
 
 
-class _PairedAugmentations:
-    """Augments an image at both resolutions; takes the place of a mapper's ``AugmentationList``.
-
-    Random numbers are drawn once, for low resolution. The mapper goes on with the image of
-    ``frame``; the other image is left in ``other_image``.
-    """
-
-    def __init__(self, augmentations: T.AugmentationList, scale: int, frame: str):
-        self.augmentations, self.scale, self.frame = augmentations, scale, frame
-        self.other_image: np.ndarray | None = None
-
-    def __call__(self, inputs: T.AugInput) -> TransformList:
-        image, sem_seg = inputs.image, inputs.sem_seg
-        low = self.augmentations(inputs)
-        high = scale_transforms(low, self.scale)
-        if self.frame == "lr":
-            self.other_image = high.apply_image(image)
-            return low
-        self.other_image = inputs.image
-        inputs.image = high.apply_image(image)
-        if sem_seg is not None:
-            inputs.sem_seg = high.apply_segmentation(sem_seg)
-        return high
-
-
 class TwoResolutionMapper(CheckedDatasetMapper):
     """The same mapper, plus the image at a second resolution.
 
@@ -214,7 +179,7 @@ class TwoResolutionMapper(CheckedDatasetMapper):
             raise InputError(f"the frame is 'lr' or 'hr', not '{frame}'")
         level_shift(scale)
         super().__init__(is_train, augmentations=augmentations, **kwargs)
-        self.augmentations = _PairedAugmentations(self.augmentations, scale, frame)
+        self.augmentations.scale, self.augmentations.frame = scale, frame
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True, *, frame: str):

@@ -37,7 +37,8 @@ class WatchLosses(HookBase):
 
     def _begin(self, model, arguments):
         if model.training:
-            self._files = [str(sample.get("file_name")) for sample in arguments[0]]
+            keys = ("file_name", "mixed_with")  # the second by INPUT.MIXUP
+            self._files = [str(x[key]) for x in arguments[0] for key in keys if key in x]
             self._losses = None
 
     def _remember(self, model, arguments, losses):

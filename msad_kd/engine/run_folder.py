@@ -7,12 +7,15 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils.events import EventWriter
 
 from msad_kd.checkpoint.checkpointer import LAST, has_checkpoint
 from msad_kd.utils.errors import InputError
@@ -156,6 +159,15 @@ def move_aside(cfg: CfgNode) -> str | None:
         shutil.copy(folder / "config.yaml", aside)
     _logger.warning("An old run in '%s' was moved to '%s'", folder, aside)
     return str(aside)
+
+
+def reopen_writers(hooks: Iterable[HookBase], build: Callable[[], list[EventWriter]]) -> None:
+    """Let the writers of hooks write new files, after those that they had opened were moved."""
+    for hook in hooks:
+        if isinstance(hook, PeriodicWriter):
+            for writer in hook._writers:
+                writer.close()
+            hook._writers[:] = build()
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -8,7 +8,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
@@ -22,7 +21,7 @@ from msad_kd.data.loader import build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.distill.teacher import Teacher, TeacherSpec
-from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep, ShareStatistics
+from msad_kd.engine.hook_order import add_hooks, find_hook
 from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.optimizer import build_optimizer
 from msad_kd.engine.resume import check_state, restore_state
@@ -31,6 +30,7 @@ from msad_kd.engine.run_folder import (
     lock_folder,
     make_folder,
     release_folder,
+    reopen_writers,
     take_folder,
 )
 from msad_kd.engine.signals import StopOnSignal
@@ -110,8 +110,9 @@ class KDTrainer(DefaultTrainer):
         # TorchScript rewrites a function (the focal loss of RetinaNet and FCOS) after its first
         # calls, which changes its last bits: a resumed run, whose first calls come later, would
         # differ. GPUs do not promise equal bits, and there the rewritten one saves memory.
+        stop = find_hook(self, StopOnSignal)
         with (
-            self._stop.handling(),
+            stop.handling() if stop else contextlib.nullcontext(),
             torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"),
         ):
             super().train()
@@ -120,13 +121,16 @@ class KDTrainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """Train one step; signals and losses that are not finite end all processes after it."""
+        stop, losses = (find_hook(self, kind) for kind in (StopOnSignal, WatchLosses))
+        if stop is None or losses is None:  # a subclass has hooks of its own
+            return super().run_step()
         error = ""
         try:
             super().run_step()
         except FloatingPointError as e:  # of the losses: in the main process alone
             error = str(e)
-        if (error and self._losses.in_forward) or self._stop.agree(bool(error)):
-            raise self._losses.explain(error)
+        if (error and losses.in_forward) or stop.agree(bool(error)):
+            raise losses.explain(error)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume the run or start it, a student from its teacher's weights (INIT_STUDENT).
@@ -138,7 +142,7 @@ class KDTrainer(DefaultTrainer):
                 be resumed with this config, or if another run is at work in OUTPUT_DIR.
         """
         if take_folder(self.cfg, resume=resume):
-            self._reopen_writers()
+            reopen_writers(self._hooks, self.build_writers)
         if found := self.checkpointer.find() if resume else None:
             self.checkpointer.resume(found)
             self.data_loader.start = self.start_iter = self.iter + 1
@@ -158,14 +162,6 @@ class KDTrainer(DefaultTrainer):
                     "KD.TEACHER.INIT_STUDENT False to keep them"
                 )
             init_from_teacher(self.checkpointer.model, self.teacher.model, backbone=backbone)
-
-    def _reopen_writers(self) -> None:
-        """Let the writers write new files, after those that they had opened were moved."""
-        for hook in self._hooks:
-            if isinstance(hook, PeriodicWriter):
-                for writer in hook._writers:
-                    writer.close()
-                hook._writers[:] = self.build_writers()
 
     def state_dict(self) -> dict:
         """Return the state for a checkpoint, with optimizer, batch size and config."""
@@ -199,26 +195,8 @@ class KDTrainer(DefaultTrainer):
             release_folder(self.cfg.OUTPUT_DIR)
 
     def build_hooks(self):
-        """Build Detectron2's hooks and those of this project."""
-        hooks = super().build_hooks()
-        periods = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
-        before_saving = [ShareStatistics(*periods), KeepNormalizer(*periods)]
-        self._stop, self._losses = StopOnSignal(*periods, before_saving), WatchLosses()
-        kinds = PeriodicCheckpointer, EvalHook  # only the main process has the first
-        saving = next(i for i, hook in enumerate(hooks) if isinstance(hook, kinds))
-        evaluating = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks.insert(evaluating, self._stop)
-        hooks[saving:saving] = [*before_saving, self._losses]
-        if self.cfg.SEED >= 0:
-            hooks.insert(0, SeedEachStep(self.cfg.SEED))
-        if self.teacher_spec is not None and self.cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
-            hooks.insert(0, EvaluateTeacher(self.teacher_spec))
-        if self.cfg.TEST.AUG.ENABLED:
-            writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
-            augmented = EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
-            # Before the writers, so that they write its results too.
-            hooks.insert(min(writers, default=len(hooks)), augmented)
-        return hooks
+        """Build Detectron2's hooks and those of this project; see ``engine.hook_order``."""
+        return add_hooks(self, super().build_hooks())
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

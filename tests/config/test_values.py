@@ -12,6 +12,7 @@ from msad_kd.losses import LossTerm
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.flat_config import flatten_config
 
+COLOURS = ("BRIGHTNESS", "CONTRAST", "SATURATION")
 # Keys with values that cannot be, and some that can.
 NUMBERS = {
     "SOLVER.MAX_ITER": ([0, -5, True, "0"], [1]),
@@ -38,6 +39,9 @@ NUMBERS = {
     "INPUT.MAX_SIZE_TRAIN": ([0, -1], [1]),
     "INPUT.MAX_SIZE_TEST": ([0, -1], [1]),
     "INPUT.JITTER.SIZE": ([-1], [0]),
+    **{f"INPUT.COLOR.{x}": ([-0.1, 1.0], [0.0, 0.9]) for x in COLOURS},
+    "INPUT.MIXUP.PROB": ([-0.1, 1.1, float("nan")], [0.0, 1.0]),
+    "INPUT.MIXUP.ALPHA": ([0.0, -1.5, float("inf")], [0.1]),
     "MODEL.MULTI_RESOLUTION.FUSED_WEIGHT": ([-0.1], [0.0]),
     "MODEL.MULTI_RESOLUTION.REDUCTION": ([0], [1]),
     "KD.UNLABELED.WEIGHT": ([-0.5, float("nan")], [0.0]),

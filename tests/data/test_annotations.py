@@ -283,23 +283,3 @@ def test_an_image_that_is_no_dict_does_not_spoil_ids_that_are_texts(files):
         content["annotations"][row]["image_id"] = "one"
     kept = read_annotations(files(content)[0], "mine", "drop")
     assert [x["id"] for x in kept["images"]] == ["one", "9"] and len(kept["annotations"]) == 4
-
-
-KEYPOINTS = [[1, 2, 2], [1, 2, 2, 3, 4], "text", [1, 2, 2, NAN, 4, 2], [1, 2, 2, 3, 4, 5]]
-
-
-@pytest.mark.parametrize("value", KEYPOINTS)
-def test_keypoints(value, files):
-    content = valid_content(keypoints=True)
-    content["annotations"][1]["keypoints"] = value
-    with pytest.raises(InputError, match=r"annotation 12 \(image 7\): keypoints should be"):
-        read_annotations(files(content)[0], "mine")
-
-
-def test_keypoints_that_are_missing(files):
-    content = valid_content(keypoints=True)
-    del content["annotations"][0]["keypoints"], content["annotations"][2]["num_keypoints"]
-    content["annotations"][1]["num_keypoints"] = "two"
-    content["annotations"][3]["num_keypoints"] = [1, 2]
-    read = read_annotations(files(content)[0], "mine")["annotations"]
-    assert read[0]["keypoints"] == [0] * 6 and [x["num_keypoints"] for x in read] == [0, 2, 1, 2]

@@ -1,8 +1,10 @@
-"""A model with keypoints says what it has to know of them, before it is trained."""
+"""Keypoints: those of annotations, and what a model has to know of them before its training."""
 
 import pytest
+from annotation_files import valid_content
 from detectron2.data import Metadata, MetadataCatalog
 
+from msad_kd.data.annotations import read_annotations
 from msad_kd.data.mapper import build_mapper
 from msad_kd.utils.errors import InputError
 
@@ -41,3 +43,23 @@ def test_keypoints_have_names(config, monkeypatch, train, metadata, options, wor
     else:
         with pytest.raises(InputError, match=words):
             build_mapper(cfg, is_train)
+
+
+UNUSABLE = [[1, 2, 2], [1, 2, 2, 3, 4], "text", [1, 2, 2, float("nan"), 4, 2], [1, 2, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("value", UNUSABLE)
+def test_keypoints_of_an_annotation_that_cannot_be_used(value, files):
+    content = valid_content(keypoints=True)
+    content["annotations"][1]["keypoints"] = value
+    with pytest.raises(InputError, match=r"annotation 12 \(image 7\): keypoints should be"):
+        read_annotations(files(content)[0], "mine")
+
+
+def test_keypoints_that_are_missing(files):
+    content = valid_content(keypoints=True)
+    del content["annotations"][0]["keypoints"], content["annotations"][2]["num_keypoints"]
+    content["annotations"][1]["num_keypoints"] = "two"
+    content["annotations"][3]["num_keypoints"] = [1, 2]
+    read = read_annotations(files(content)[0], "mine")["annotations"]
+    assert read[0]["keypoints"] == [0] * 6 and [x["num_keypoints"] for x in read] == [0, 2, 1, 2]

@@ -16,7 +16,8 @@ from helpers import same_instances
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
-from msad_kd.data.mapper import build_mapper, jitter_arguments
+from msad_kd.data.augmentation import jitter_arguments
+from msad_kd.data.mapper import build_mapper
 from msad_kd.data.transforms import scale_transform, scale_transforms
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import seed_all

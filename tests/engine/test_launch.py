@@ -1,11 +1,7 @@
 """Runs of several processes, here two on the CPU."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,30 +9,18 @@ import pytest
 import torch
 from detectron2.utils import comm
 from helpers import ROOT, TEST_SCENES, differing
-from torch import distributed as dist
-from torch import nn
+from two_processes import TERMS, TORCHRUN_2, run, start
 
 from msad_kd import KDTrainer
 from msad_kd.config.build import build_config
 from msad_kd.engine.launch import TORCHRUN, is_restarted, launch
-from msad_kd.modeling.batch_statistics import (
-    add_low_resolution_statistics,
-    check_synchronised,
-    share_statistics,
-)
 from msad_kd.utils.errors import InputError
 
-TERMS = [
-    {"name": "l1", "weight": 0.6, "adapter": True, "warmup_iters": 2},
-    {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
-]
 UNLABELED = [
     *("DATASETS.UNLABELED", ["tiny_val"], "SOLVER.UNLABELED_PER_BATCH", 2),
     *("KD.UNLABELED.PSEUDO_LABELS", True, "KD.UNLABELED.SCORE", [0.113]),
     *("KD.UNLABELED.IGNORE_SCORE", 0.1),
 ]
-TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-STAGES = {"first": "stage_01_first", "second": "stage_02_second"}
 
 
 def test_no_gpu_is_one_process_on_the_cpu():
@@ -70,98 +54,13 @@ def test_one_process_of_torchrun_needs_no_others(monkeypatch):
     assert launch.__dict__.pop("seen") == 1
 
 
-def test_the_statistics_of_both_resolutions_are_shared(monkeypatch):
-    module = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1))
-    add_low_resolution_statistics(module)
-    sent = []
-    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: sent.append((tensor, source)))
-    share_statistics(module)
-    assert sent == []  # one process
-    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    share_statistics(module)
-    assert [(id(x), 0) for x in module.buffers()] == [(id(x), source) for x, source in sent]
-    assert len(sent) == 6
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"MODEL.RESNETS.NORM": "SyncBN"},
-        {"MODEL.RESNETS.NORM": "nnSyncBN", "MODEL.FPN.NORM": "SyncBN"},
-        {"MODEL.ROI_BOX_HEAD.NORM": "SyncBN", "MODEL.ROI_BOX_HEAD.NUM_CONV": 1},
-        {"MODEL.ROI_MASK_HEAD.NORM": "SyncBN"},
-        {
-            "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
-            "MODEL.TIMM.NORM": "SyncBN",
-            "MODEL.TIMM.PRETRAINED": False,
-        },
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_synchronised_statistics_need_gpus(config, monkeypatch, options):
-    cfg = config("lr", *(x for pair in options.items() for x in pair))
-    model = KDTrainer.build_model(cfg)
-    check_synchronised(model, cfg)
-    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    keys = ", ".join(sorted(k for k, v in options.items() if k.endswith("NORM")))
-    with pytest.raises(InputError) as error:
-        KDTrainer.build_optimizer(cfg, model)
-    named, _, words = str(error.value).partition(": ")
-    assert ", ".join(sorted(named.split(", "))) == keys
-    assert "SyncBN needs GPUs, and 2 processes train on the CPU" in words
-    cfg.MODEL.DEVICE = "cuda"
-    check_synchronised(model, cfg)
-
-
 @pytest.fixture(scope="module")
-def start(config_files):
-    """start(folder, ...): train_net.py by two processes that share its batches."""
-
-    def call(folder, *arguments, by=("--num-gpus", 2, "--dist-url", "auto"), launcher=(), **more):
-        flags = [x for x in arguments if str(x).startswith("--")]
-        options = [
-            *("KD.LOSSES", TERMS, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2),
-            *(
-                *UNLABELED,
-                "SOLVER.IMS_PER_BATCH",
-                4,
-                "OUTPUT_DIR",
-                folder,
-                *arguments[len(flags) :],
-            ),
-        ]
-        flags += [*by, "--config-file", config_files["student"]]
-        return subprocess.run(
-            [sys.executable, *map(str, [*launcher, ROOT / "train_net.py", *flags, *options])],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more},
-            capture_output=True,
-            text=True,
-            # A shell's background job ignores it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def run(start):
-    """run(folder, ...): the same, that has to succeed."""
-
-    def call(*arguments, **options):
-        process = start(*arguments, **options)
-        assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-        return process
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def run_student(run, teacher_weights):
+def run_student(config_files, teacher_weights):
     """run_student(folder, ...): four steps of a student, and its final weights."""
 
     def call(folder, *arguments):
-        process = run(folder, *arguments, "KD.TEACHER.WEIGHTS", teacher_weights)
+        more = *UNLABELED, "KD.TEACHER.WEIGHTS", teacher_weights
+        process = run(config_files["student"], folder, *arguments, *more)
         return process, torch.load(folder / "model_final.pth", weights_only=False)["model"]
 
     return call
@@ -198,9 +97,12 @@ def test_the_evaluation_in_the_run_is_that_of_its_checkpoint(whole, config_files
     assert found == expected != []
 
 
-def test_two_processes_of_torchrun_are_the_launchers(run, whole, teacher_weights, tmp_path):
-    keys = ["KD.TEACHER.WEIGHTS", teacher_weights, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"]
-    run(tmp_path, *keys, by=(), launcher=TORCHRUN_2)
+def test_two_processes_of_torchrun_are_the_launchers(
+    config_files, whole, teacher_weights, tmp_path
+):
+    keys = [*UNLABELED, "KD.TEACHER.WEIGHTS", teacher_weights]
+    keys += ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"]
+    run(config_files["student"], tmp_path, *keys, by=(), launcher=TORCHRUN_2)
     state, expected = (
         torch.load(file, weights_only=False)["model"]
         for file in (tmp_path / "model_final.pth", whole[0] / "model_0000001.pth")
@@ -249,14 +151,15 @@ class UsersHeads(StandardROIHeads):
 
 
 @pytest.fixture
-def signalled(start, teacher_weights, tmp_path):
+def signalled(config_files, teacher_weights, tmp_path):
     """signalled("RANK SIGNAL itself|launcher", ...): a run in whose step 1 a process sends it."""
 
     def call(what, *arguments, **options):
         (tmp_path / "users_module.py").write_text(USERS_MODULE)
         process = start(
-            tmp_path / "run",
-            *("--import=users_module", "KD.TEACHER.WEIGHTS", teacher_weights, *arguments),
+            *(config_files["student"], tmp_path / "run"),
+            *("--import=users_module", *UNLABELED, "KD.TEACHER.WEIGHTS", teacher_weights),
+            *arguments,
             *("MODEL.ROI_HEADS.NAME", "UsersHeads", "SOLVER.CHECKPOINT_PERIOD", 100),
             **{"AT_ITERATION_1": what, "PYTHONPATH": f"{tmp_path}:{ROOT}", **options},
         )
@@ -324,60 +227,3 @@ def test_two_processes_resume_bitwise(whole, run_student, tmp_path):
     process, state = run_student(tmp_path, "--resume")
     assert "Starting training from iteration 2" in process.stdout
     assert differing(state, expected) == []
-
-
-# ---- A ladder ----
-
-
-@pytest.fixture(scope="module")
-def run_ladder(run, config_files, teacher_weights):
-    """run_ladder(folder, ...): two stages, each of which evaluates its teacher beforehand."""
-    common = {"config_file": str(config_files["teacher"]), "weights": str(teacher_weights)}
-    stages = [
-        {**common, "name": "first", "start": "teacher", "iterations": 2},
-        {**common, "name": "second", "kind": "plain", "image": "hr", "losses": TERMS[::-1]},
-    ]
-
-    def call(folder, *arguments):
-        options = ["KD.LADDER.STAGES", stages, "KD.TEACHER.EVAL_BEFORE_TRAIN", True]
-        return run(folder, *arguments, *options)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def whole_ladder(run_ladder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ladder")
-    run_ladder(folder)
-    return folder
-
-
-def test_two_processes_climb_a_ladder(whole_ladder):
-    state = json.loads((whole_ladder / "ladder_state.json").read_text())
-    assert {name: entry["folder"] for name, entry in state.items()} == STAGES
-    for name, folder in STAGES.items():
-        own = whole_ladder / folder
-        assert (own / "DONE").exists() and (own / "student.pth").exists()
-        assert "AP" in state[name]["results"]["bbox"]
-        predictions = own / "teacher" / "inference" / "coco_instances_results.json"
-        images = {x["image_id"] for x in json.loads(predictions.read_text())}
-        assert len(images) == TEST_SCENES
-
-
-def test_two_processes_resume_a_ladder_bitwise(whole_ladder, run_ladder, tmp_path):
-    cut = tmp_path / "cut"
-    shutil.copytree(whole_ladder, cut)
-    state = json.loads((cut / "ladder_state.json").read_text())
-    del state["second"]
-    (cut / "ladder_state.json").write_text(json.dumps(state))
-    for lost in ("DONE", "student.pth", "model_final.pth", "model_0000003.pth"):
-        (cut / STAGES["second"] / lost).unlink()
-    (cut / STAGES["second"] / "last_checkpoint").write_text("model_0000001.pth")
-    process = run_ladder(cut, "--resume")
-    assert "Stage 1, 'first', is done: skipped" in process.stdout
-    assert "Starting training from iteration 2" in process.stdout
-    for name in ("model_final.pth", "student.pth"):
-        files = (folder / STAGES["second"] / name for folder in (cut, whole_ladder))
-        found, expected = (torch.load(file, weights_only=False)["model"] for file in files)
-        assert differing(found, expected) == []
-    assert json.loads((cut / "ladder_state.json").read_text()).keys() == STAGES.keys()

@@ -6,14 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.utils import comm
 from helpers import NO_TEST, ROOT, load_tool, train
+from torch import distributed as dist
 from torch import nn
 
 from msad_kd import KDTrainer, build_config
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.modeling.batch_statistics import (
     add_low_resolution_statistics,
+    check_synchronised,
     low_resolution_statistics,
+    share_statistics,
 )
 from msad_kd.utils.errors import InputError
 
@@ -102,3 +106,46 @@ def test_what_the_tool_cannot_do(role, keys, words, config_files, tmp_path):
     with pytest.raises(InputError, match=words):
         load_tool("precise_statistics").main(SimpleNamespace(batches=1, opts=opts, **paths))
     assert not target.exists()
+
+
+def test_the_statistics_of_both_resolutions_are_shared(monkeypatch):
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1))
+    add_low_resolution_statistics(module)
+    sent = []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: sent.append((tensor, source)))
+    share_statistics(module)
+    assert sent == []  # one process
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    share_statistics(module)
+    assert [(id(x), 0) for x in module.buffers()] == [(id(x), source) for x, source in sent]
+    assert len(sent) == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"MODEL.RESNETS.NORM": "SyncBN"},
+        {"MODEL.RESNETS.NORM": "nnSyncBN", "MODEL.FPN.NORM": "SyncBN"},
+        {"MODEL.ROI_BOX_HEAD.NORM": "SyncBN", "MODEL.ROI_BOX_HEAD.NUM_CONV": 1},
+        {"MODEL.ROI_MASK_HEAD.NORM": "SyncBN"},
+        {
+            "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
+            "MODEL.TIMM.NORM": "SyncBN",
+            "MODEL.TIMM.PRETRAINED": False,
+        },
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_synchronised_statistics_need_gpus(config, monkeypatch, options):
+    cfg = config("lr", *(x for pair in options.items() for x in pair))
+    model = KDTrainer.build_model(cfg)
+    check_synchronised(model, cfg)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    keys = ", ".join(sorted(k for k, v in options.items() if k.endswith("NORM")))
+    with pytest.raises(InputError) as error:
+        KDTrainer.build_optimizer(cfg, model)
+    named, _, words = str(error.value).partition(": ")
+    assert ", ".join(sorted(named.split(", "))) == keys
+    assert "SyncBN needs GPUs, and 2 processes train on the CPU" in words
+    cfg.MODEL.DEVICE = "cuda"
+    check_synchronised(model, cfg)

@@ -1,0 +1,44 @@
+"""The trainer's hooks, in the order in which they have to run."""
+
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+
+from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep, ShareStatistics
+from msad_kd.engine.not_finite import WatchLosses
+from msad_kd.engine.signals import StopOnSignal
+
+
+def find_hook(trainer, kind: type) -> HookBase | None:
+    """Return a trainer's first hook of a kind; None if there is none."""
+    return next((hook for hook in trainer._hooks if isinstance(hook, kind)), None)
+
+
+def add_hooks(trainer, hooks: list[HookBase]) -> list[HookBase]:
+    """Return Detectron2's hooks of a ``KDTrainer`` and those of this project, in their order."""
+    cfg, first, augmented = trainer.cfg, [], []
+    # Only the main process has hooks that save and write.
+    saving = _place(hooks, (PeriodicCheckpointer, EvalHook))
+    evaluating, writing = _place(hooks, EvalHook), _place(hooks, PeriodicWriter)
+    periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+    before_saving = [ShareStatistics(*periods), KeepNormalizer(*periods)]
+    if trainer.teacher_spec is not None and cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
+        first.append(EvaluateTeacher(trainer.teacher_spec))
+    if cfg.SEED >= 0:
+        first.append(SeedEachStep(cfg.SEED))
+    if cfg.TEST.AUG.ENABLED:
+        augmented.append(EvalHook(0, lambda: trainer.test_with_TTA(trainer.cfg, trainer.model)))
+    return [
+        *first,
+        *hooks[:saving],
+        *before_saving,
+        WatchLosses(),
+        *hooks[saving:evaluating],
+        StopOnSignal(*periods, before_saving),
+        *hooks[evaluating:writing],
+        *augmented,  # before the writers, so that they write its results too
+        *hooks[writing:],
+    ]
+
+
+def _place(hooks: list[HookBase], kinds: type | tuple[type, ...]) -> int:
+    return next((i for i, hook in enumerate(hooks) if isinstance(hook, kinds)), len(hooks))
