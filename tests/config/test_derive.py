@@ -17,14 +17,7 @@ from msad_kd.utils.flat_config import flatten_config
 
 # What a derived config chooses otherwise, or what a run adds.
 OWN = ("KD.LOSSES", "KD.TEACHER", "KD.GRADIENT", "OUTPUT_DIR", "SEED", "MODEL.WEIGHTS")
-OWN += (
-    "MODEL.MULTI_RESOLUTION",
-    "SOLVER.WARMUP",
-    "DATASETS.TRAIN",
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING",
-)
-
-
+OWN += ("MODEL.MULTI_RESOLUTION", "SOLVER.WARMUP", "SOLVER.BASE_LR")
 SHORT = ["SOLVER.MAX_ITER", 300, "SOLVER.REFERENCE_WORLD_SIZE", 0]
 
 
