@@ -68,6 +68,7 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     norms = {cfg.MODEL.FPN.NORM, cfg.MODEL.TIMM.NORM if kind == "timm" else cfg.MODEL.RESNETS.NORM}
     # Running statistics of both resolutions together fit neither.
     cfg.MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS = bool(norms & {"BN", "SyncBN"})
+    cfg.TEST.AUG.ENABLED = cfg.TEST.PRECISE_BN.ENABLED = False  # no teacher has them
 
     cfg = configs["control"]
     cfg.MODEL.BACKBONE.NAME = _low_resolution_backbone(cfg, kind)
@@ -116,7 +117,8 @@ def _check(cfg: CfgNode, scale: int) -> None:
     if model.LOAD_PROPOSALS:
         raise InputError("MODEL.LOAD_PROPOSALS is True: proposals of a file are of one resolution")
     inputs = cfg.INPUT
-    if not inputs.JITTER.SIZE and not (all(inputs.MIN_SIZE_TRAIN) and inputs.MIN_SIZE_TEST):
+    trained = inputs.JITTER.SIZE or all(inputs.MIN_SIZE_TRAIN)
+    if not (trained and inputs.MIN_SIZE_TEST):
         raise InputError(
             "INPUT.MIN_SIZE_TRAIN or MIN_SIZE_TEST is 0, so images keep their size; name the sizes "
             "of the high resolution"
@@ -155,6 +157,9 @@ def _divide_sizes(cfg: CfgNode, scale: int) -> None:
     inputs.MIN_SIZE_TRAIN = tuple(-(-size // scale) for size in inputs.MIN_SIZE_TRAIN)
     for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
         inputs[key] = -(-inputs[key] // scale)
+    aug = cfg.TEST.AUG
+    aug.MIN_SIZES = tuple(-(-size // scale) for size in aug.MIN_SIZES)
+    aug.MAX_SIZE = -(-aug.MAX_SIZE // scale)
     inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
     if inputs.CROP.ENABLED and inputs.CROP.TYPE.startswith("absolute"):
         inputs.CROP.SIZE = [max(1, int(side) // scale) for side in inputs.CROP.SIZE]
