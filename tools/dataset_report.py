@@ -1,6 +1,5 @@
 """The report of check_dataset.py: what was found, tables of classes and sizes, and a picture."""
 
-import json
 import os
 from collections import Counter
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from msad_kd import InputError
+from msad_kd.checkpoint.files import replacing, write_json
 from msad_kd.data.statistics import (
     LIMITS,
     Objects,
@@ -205,9 +205,8 @@ class Report:
         os.makedirs(folder, exist_ok=True)
         classes = {data_set.name: data_set.counts for data_set in self.data_sets}
         content = {"remarks": self.remarks, "classes": classes, "sizes": self.size_rows()}
-        with open(os.path.join(folder, "report.json"), "w") as file:
-            json.dump(content, file, indent=1)
-        with open(os.path.join(folder, "report.txt"), "w") as file:
-            file.write(self.text())
+        write_json(os.path.join(folder, "report.json"), content, indent=1)
+        with replacing(os.path.join(folder, "report.txt")) as part:
+            part.write_text(self.text())
         if self.size_rows():
             self.draw(os.path.join(folder, "sizes.png"))

@@ -3,8 +3,6 @@
 H, W: height and width of the image as it is; R detections; M: side of a mask, 28 px.
 """
 
-import os
-
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -13,7 +11,6 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 
 from msad_kd import InputError, KDTrainer
-from msad_kd.data.annotations import parse_json
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.images import ImageError
 from msad_kd.data.mapper import TwoResolutionMapper, build_mapper
@@ -33,12 +30,7 @@ class ConfigPredictor:
         self.model = KDTrainer.load_model(cfg, weights, "the config")
         self.mapper = build_mapper(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
-        with_names = with_classes_of(cfg, self.model)
-        self.classes = list(with_names.DATASETS.CLASSES)
-        beside = os.path.join(os.path.dirname(weights), "metadata.json")  # written by an export
-        if not self.classes and os.path.isfile(beside):
-            self.classes = parse_json(beside, f"'{beside}'")["classes"]
-        self.classes = self.classes or model_classes(with_names)[0]
+        self.classes = model_classes(with_classes_of(cfg, self.model))[0]
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Return the detections in an image (H, W, C) of ``input_format``, on the CPU.
@@ -57,7 +49,11 @@ class ConfigPredictor:
         if isinstance(self.mapper, TwoResolutionMapper):  # a teacher, in the frame of HR
             sample["image_lr"] = _as_tensor(augmentations.other_image)
         with torch.no_grad():
-            return self.model([sample])[0]["instances"].to("cpu")
+            (found,) = self.model([sample])
+        if "instances" not in found:
+            kind = type(self.model).__name__
+            raise InputError(f"MODEL.META_ARCHITECTURE: a {kind} finds no objects, {[*found]} only")
+        return found["instances"].to("cpu")
 
 
 def _as_tensor(image: np.ndarray) -> torch.Tensor:

@@ -226,8 +226,6 @@ def test_names_of_classes(config_files, tmp_path):
     predictor = predictors.ConfigPredictor(cfg, str(path))
     run = tool.Run(predictor, 0.5, None)
     assert run.name(3) == "class 3"
-    (tmp_path / "metadata.json").write_text(json.dumps({"classes": CLASSES}))
-    assert predictors.ConfigPredictor(cfg, str(path)).classes == CLASSES
     named = cfg.clone()
     named.DATASETS.CLASSES = ["cat", "dog"]
     run.predictor = predictors.ConfigPredictor(named, str(path))
