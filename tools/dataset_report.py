@@ -11,13 +11,7 @@ from tabulate import tabulate
 
 from msad_kd import InputError
 from msad_kd.checkpoint.files import replacing, write_json
-from msad_kd.data.statistics import (
-    LIMITS,
-    Objects,
-    collect_objects,
-    count_classes,
-    resize_scales,
-)
+from msad_kd.data.statistics import LIMITS, Objects, collect_objects, resize_scales
 
 HEADINGS = {
     "error": "Errors, which stop a training (mend them, or leave records out by "
@@ -55,7 +49,8 @@ class DataSet:
 
     def __post_init__(self):
         self.objects = collect_objects(self.dicts)
-        self.counts = count_classes(self.objects, self.classes)  # class to number of objects
+        counts = np.bincount(self.objects.classes, minlength=len(self.classes))
+        self.counts = dict(zip(self.classes, counts.tolist()))  # class to number of objects
         sizes = [(x["width"], x["height"]) for x in self.dicts if "height" in x and "width" in x]
         self.image_sizes = np.array(sizes).reshape(-1, 2)
 

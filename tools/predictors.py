@@ -1,7 +1,4 @@
-"""What finds the objects of an image: a model of a config, or an exported ONNX file.
-
-H, W: height and width of the image as it is; R detections; M: side of a mask, 28 px.
-"""
+"""What finds the objects of an image (H, W, C): a model of a config, or an exported ONNX file."""
 
 import numpy as np
 import torch
@@ -89,24 +86,9 @@ class OnnxPredictor:
                 raise ImageError(f"resized, its {width} x {height} px would be less than a pixel")
             image = resize.apply_image(image)
         outputs = self.detector(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        named = dict(zip(self.metadata["outputs"], map(torch.from_numpy, outputs)))
-        return to_instances(named, image.shape[:2], (height, width))
-
-
-def to_instances(
-    outputs: dict[str, torch.Tensor], seen: tuple[int, int], size: tuple[int, int]
-) -> Instances:
-    """Return raw outputs as ``Instances`` of the original image.
-
-    Args:
-        outputs: "boxes" (R, 4) in pixels of the resized image, "scores" (R,), "classes" (R,) and
-            perhaps "masks" (R, 1, M, M) or (R, M, M), probabilities within the boxes.
-        seen: height and width of the resized image.
-        size: height and width of the original image.
-    """
-    raw = Instances(seen, pred_boxes=Boxes(outputs["boxes"].float()), scores=outputs["scores"])
-    raw.pred_classes = outputs["classes"].long()
-    if "masks" in outputs:
-        masks = outputs["masks"].float()
-        raw.pred_masks = masks[:, None] if masks.dim() == 3 else masks
-    return detector_postprocess(raw, *size)
+        boxes, scores, classes, *masks = map(torch.from_numpy, outputs)
+        found = Instances(image.shape[:2], pred_boxes=Boxes(boxes), scores=scores)
+        found.pred_classes = classes
+        if masks:
+            found.pred_masks = masks[0][:, None]
+        return detector_postprocess(found, height, width)

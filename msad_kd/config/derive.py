@@ -58,7 +58,8 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     base.MODEL.FPN.IN_FEATURES = STAGES
     if not base.MODEL.FPN.NORM:  # levels of such convolutions would outweigh others in a loss
         base.MODEL.FPN.TOP_BLOCK = "maxpool"
-    fit_warmup(base)
+    most = max(1, int(WARMUP_SHARE * base.SOLVER.MAX_ITER))
+    base.SOLVER.WARMUP_ITERS = min(base.SOLVER.WARMUP_ITERS, most)
     configs = {"teacher": base.clone(), "control": base.clone()}
 
     cfg = configs["teacher"]
@@ -71,7 +72,12 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     cfg.TEST.AUG.ENABLED = cfg.TEST.PRECISE_BN.ENABLED = False  # no teacher has them
 
     cfg = configs["control"]
-    cfg.MODEL.BACKBONE.NAME = _low_resolution_backbone(cfg, kind)
+    if kind == "timm":
+        cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+    elif cfg.MODEL.FPN.TOP_BLOCK == "maxpool":  # Detectron2's, so that it loads the student
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    else:
+        cfg.MODEL.BACKBONE.NAME = "build_five_level_resnet_fpn_backbone"
     _set_levels(cfg, first=2)
     _divide_sizes(cfg, scale)
     cfg.SOLVER.BASE_LR *= STUDENT_RATE
@@ -91,12 +97,6 @@ def default_losses(cfg: CfgNode) -> list[dict]:
         return [{"name": "l1", "weight": 0.6, **warmup}]
     names = ["roi_class", "roi_box", *(["roi_mask"] if cfg.MODEL.MASK_ON else [])]
     return [{"name": name, "weight": 1.0, **warmup} for name in names]
-
-
-def fit_warmup(cfg: CfgNode) -> None:
-    """Shorten the warm-up of a config to a tenth of its schedule, in place, if it is longer."""
-    most = max(1, int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER))
-    cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, most)
 
 
 def _check(cfg: CfgNode, scale: int) -> None:
@@ -129,14 +129,6 @@ def _check(cfg: CfgNode, scale: int) -> None:
             f"the smallest of MODEL.ANCHOR_GENERATOR.SIZES is {smallest:g} px; divided by {scale} "
             "it is under 2 px, too small for any level"
         )
-
-
-def _low_resolution_backbone(cfg: CfgNode, kind: str) -> str:
-    if kind == "timm":
-        return "build_timm_fpn_backbone"
-    # Where it can be, a backbone of Detectron2, so that stock Detectron2 loads the student.
-    plain = cfg.MODEL.FPN.TOP_BLOCK == "maxpool"
-    return "build_resnet_fpn_backbone" if plain else "build_five_level_resnet_fpn_backbone"
 
 
 def _set_levels(cfg: CfgNode, first: int) -> None:

@@ -1,5 +1,6 @@
 """tools/distill.py: from one config to trained models, a table and a picture."""
 
+import argparse
 import functools
 import json
 import os
@@ -71,6 +72,24 @@ def test_what_is_wrong_ends_in_one_sentence(config_files, tmp_path, arguments, w
     with pytest.raises(SystemExit, match="^distill.py: ") as end:
         load_tool("tools.distill").main([*given, *arguments])
     assert words in str(end.value) and "\n" not in str(end.value)
+
+
+def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
+    tool, said = load_tool("tools.distill"), []
+
+    def run(*arguments):
+        said.append("--quick" in arguments)
+        if len(said) == 1:
+            sys.exit("a fault")
+
+    monkeypatch.setattr(tool, "run_tool", run)
+    args = argparse.Namespace(output=tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SystemExit):
+        tool.check_data(args)
+    for _ in range(2):
+        tool.check_data(args)
+    assert said == [False, False, True]
 
 
 @pytest.mark.long
