@@ -107,32 +107,26 @@ def make_configs(args, options) -> dict[str, CfgNode]:
 
 def make_grid(args, configs):
     """Write OUTPUT/grid.yaml, the study of teacher, control and student, and return its path."""
-    folder = args.output / "configs"
-    rows = {name: {"title": name, "config": str(folder / f"{name}.yaml")} for name in configs}
-    rows["hr"]["title"] = "high resolution"
-    if args.weights:
-        rows["hr"]["checkpoint"] = args.weights
-    else:
-        del rows["hr"]
-    teacher = "{teacher}"
-    if args.teacher:
-        rows["teacher"]["checkpoint"] = args.teacher
-    rows["teacher"]["title"] = "teacher, fused branch"
-    rows["control"]["options"] = {"MODEL.WEIGHTS": teacher}
-    rows["student"] |= {
-        "test_config": rows["control"]["config"],
-        "options": {"KD.TEACHER.WEIGHTS": teacher},
+    rows = {
+        "hr": {"title": "high resolution", "checkpoint": args.weights},
+        "teacher": {"title": "teacher, fused branch", "checkpoint": args.teacher or ""},
+        "control": {"title": "control", "options": {"MODEL.WEIGHTS": "{teacher}"}},
+        "student": {"title": "student", "options": {"KD.TEACHER.WEIGHTS": "{teacher}"}},
     }
+    for name, row in rows.items():
+        row["config"] = str(args.output / "configs" / f"{name}.yaml")
+    rows["student"]["test_config"] = rows["control"]["config"]
+    if not args.weights:
+        del rows["hr"]
     if not args.control:
         del rows["control"]
-    shown = {row["title"]: name for name, row in rows.items() if name != "teacher"}
     grid = {
         "output": str(args.output),
         "seeds": [SEED],
         "detections": min(100, configs["student"].TEST.DETECTIONS_PER_IMAGE),
         "rows": rows,
-        "comparison": [x for x in ("hr", "teacher", "control", "student") if x in rows],
-        "scenes": shown,
+        "comparison": list(rows),
+        "scenes": {row["title"]: name for name, row in rows.items() if name != "teacher"},
     }
     path = args.output / "grid.yaml"
     with replacing(path) as part:

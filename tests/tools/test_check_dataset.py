@@ -231,11 +231,8 @@ def test_data_without_a_file_in_coco_format(check, config_files, mine):
     MetadataCatalog.get("own").thing_classes = ["cat"]
     names = ["DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()", "MODEL.MASK_ON", "False"]
     code, text = check("--config-file", config_files["lr"], *names)
-    assert (
-        code == 0
-        and "'own': it is not in COCO format" in text
-        and re.search(r"own \(TRAIN\) +1 +0 +1 +0 +0 ", text)
-    )
+    assert code == 0 and "'own': it is not in COCO format" in text
+    assert re.search(r"own \(TRAIN\) +1 +0 +1 +0 +0 ", text)
 
 
 def test_mistakes_of_the_command_line(check, mine):

@@ -73,7 +73,7 @@ def photos(data, tmp_path):
 def test_three_results_and_named_warnings(predict, photos, tmp_path):
     code, out, errors = predict(photos, "--json", "--score", "0")
     assert code == 0 and "3 images, " in out and "of the model alone" in out
-    broken, narrow = [line for line in errors.splitlines() if "warning" in line]
+    broken, narrow = [line for line in errors.splitlines() if "warning: " in line]
     assert "broken.png' cannot be read" in broken and "annotation file" not in broken
     assert "narrow.png' cannot be used (its 900 x 1 px would become" in narrow
     assert "5/5" in errors
@@ -200,12 +200,7 @@ MISTAKES = {
     "would be overwritten": ["PHOTOS", "--output", "PHOTOS"],
     "'nowhere.pth' .*does not exist": ["PHOTOS", "--weights", "nowhere.pth"],
     "an .onnx file runs on the CPU": ["PHOTOS", "--weights", "FILE.onnx", "--device", "cuda"],
-    "images alone have no proposals": [
-        "PHOTOS",
-        "--opts",
-        "MODEL.LOAD_PROPOSALS",
-        "True",
-    ],
+    "images alone have no proposals": ["PHOTOS", "--opts", "MODEL.LOAD_PROPOSALS", "True"],
 }
 
 
@@ -256,6 +251,3 @@ def test_an_exported_student_finds_the_same(predict, config_files, weights_of, d
     assert len(rows[0]) > 9 and np.allclose(*rows, rtol=0, atol=[*[0.05] * 4, 1e-3])
     masks = [[x.get("segmentation") for x in content["annotations"]] for content in contents]
     assert np.mean([one == other for one, other in zip(*masks)]) > 0.9
-    (tmp_path / "broken.onnx").write_text("text")
-    message = predict(data / "val", "--weights", tmp_path / "broken.onnx", config=False)[0]
-    assert "broken.onnx' cannot be read as an ONNX model" in message
