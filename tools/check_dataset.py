@@ -21,7 +21,6 @@ from dataset_report import DataSet, Report, Size
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import check_image_size
 from detectron2.modeling import META_ARCH_REGISTRY
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from msad_kd import InputError, build_config
@@ -30,7 +29,7 @@ from msad_kd.data.annotations.findings import INVALID, MENDED, PLURALS, REFUSED,
 from msad_kd.data.classes import align_classes, annotation_file
 from msad_kd.data.coco_format import class_order, make_dicts
 from msad_kd.data.dict_checks import check_files, check_masks, check_shapes, missing_files
-from msad_kd.data.images import read_image, unreadable
+from msad_kd.data.images import image_size, read_image, unreadable
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.modeling.classes import has_masks
@@ -71,20 +70,13 @@ def fault_of(entry, quick):
     """Return what is wrong with a dict's image, or None; ``quick`` reads the image's header."""
     file = entry["file_name"]
     try:
-        image = _without_pixels(file) if quick else read_image(file)
+        # In quick mode, something of the size that the header names.
+        image = np.broadcast_to(np.uint8(0), image_size(file)) if quick else read_image(file)
         check_image_size({key: entry[key] for key in entry if key != "annotations"}, image)
     except InputError as error:
         return str(error)
     except Exception as error:  # of another size; or what Pillow's plugins raise
         return str(unreadable(file, error))
-
-
-def _without_pixels(file):
-    """Return an array of the size that an image's header names, turned as its EXIF says."""
-    with Image.open(file) as image:
-        exif = Image.Image.getexif(image)  # that of PNG images decodes them first
-        turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
-        return np.broadcast_to(np.uint8(0), image.size if turned else image.size[::-1])
 
 
 def check_images(report, data_set, level, args):
@@ -157,7 +149,7 @@ def choose_sizes(cfg, data_sets):
     scale, short, longest = cfg.KD.SCALE, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     if frame == "lr":
         short, longest = scale * short, scale * longest
-    labels = {1: "HR", 1 / scale: "LR"} if frame else {1: "config", 1 / scale: "LR of an HR config"}
+    labels = {1: "HR", 1 / scale: "LR"} if frame else {1 / scale: "LR of an HR config", 1: "config"}
     factors = sorted({*FACTORS, 1 / scale})
     return [Size(labels.get(f, ""), f * short, f * longest) for f in factors]
 

@@ -1,6 +1,5 @@
 """The report of check_dataset.py: what was found, tables of classes and sizes, and a picture."""
 
-import json
 import os
 from collections import Counter
 from contextlib import contextmanager
@@ -11,13 +10,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from msad_kd import InputError
-from msad_kd.data.statistics import (
-    LIMITS,
-    Objects,
-    collect_objects,
-    count_classes,
-    resize_scales,
-)
+from msad_kd.checkpoint.files import replacing, write_json
+from msad_kd.data.statistics import LIMITS, Objects, collect_objects, resize_scales
 
 HEADINGS = {
     "error": "Errors, which stop a training (mend them, or leave records out by "
@@ -55,7 +49,8 @@ class DataSet:
 
     def __post_init__(self):
         self.objects = collect_objects(self.dicts)
-        self.counts = count_classes(self.objects, self.classes)  # class to number of objects
+        counts = np.bincount(self.objects.classes, minlength=len(self.classes))
+        self.counts = dict(zip(self.classes, counts.tolist()))  # class to number of objects
         sizes = [(x["width"], x["height"]) for x in self.dicts if "height" in x and "width" in x]
         self.image_sizes = np.array(sizes).reshape(-1, 2)
 
@@ -205,9 +200,8 @@ class Report:
         os.makedirs(folder, exist_ok=True)
         classes = {data_set.name: data_set.counts for data_set in self.data_sets}
         content = {"remarks": self.remarks, "classes": classes, "sizes": self.size_rows()}
-        with open(os.path.join(folder, "report.json"), "w") as file:
-            json.dump(content, file, indent=1)
-        with open(os.path.join(folder, "report.txt"), "w") as file:
-            file.write(self.text())
+        write_json(os.path.join(folder, "report.json"), content, indent=1)
+        with replacing(os.path.join(folder, "report.txt")) as part:
+            part.write_text(self.text())
         if self.size_rows():
             self.draw(os.path.join(folder, "sizes.png"))

@@ -27,9 +27,10 @@ import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from tabulate import tabulate
 
-from msad_kd.checkpoint.checkpoint import check_exists
 from msad_kd.checkpoint.files import replacing
+from msad_kd.checkpoint.reading import fetch
 from msad_kd.config.build import build_config
 from msad_kd.config.derive import derive_configs
 from msad_kd.utils.errors import InputError
@@ -56,14 +57,13 @@ def split_roles(pairs):
 
 def find_config(name, folder):
     """Return the path of a config: a file, or one of Detectron2's model zoo, which is copied."""
-    if os.path.exists(name):
+    if os.path.exists(name) or name.endswith(".py"):  # build_config says what a .py file lacks
         return name
     try:
         # Those of RetinaNet compute their anchors in YAML, which other files may not.
         cfg = model_zoo.get_config(name)
     except RuntimeError:
         raise InputError(f"--config-file: '{name}' is no file and not in the model zoo") from None
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model_zoo.yaml"
     with replacing(path) as part:
         part.write_text(cfg.dump())
@@ -72,12 +72,9 @@ def find_config(name, folder):
 
 def write_config(cfg, path, options):
     """Check a config with KEY VALUE pairs on top, and write it whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for pairs in ([], options):  # the second time with what its own file says
-        with replacing(path) as part:
-            part.write_text(cfg.dump())
-        cfg = build_config(str(path), pairs)
     with replacing(path) as part:
+        part.write_text(cfg.dump())
+        cfg = build_config(str(part), options)
         part.write_text(cfg.dump())
     return cfg
 
@@ -95,8 +92,9 @@ def make_configs(args, options) -> dict[str, CfgNode]:
         cfg.defrost()
         cfg.SEED = SEED
         cfg.OUTPUT_DIR = str(args.output / name / f"seed_{SEED}")
-    configs["hr"].MODEL.WEIGHTS = args.weights or source.MODEL.WEIGHTS
-    configs["teacher"].MODEL.WEIGHTS = args.weights or source.MODEL.WEIGHTS
+    start = args.weights or source.MODEL.WEIGHTS
+    start = os.path.abspath(start) if os.path.isfile(start) else start
+    configs["hr"].MODEL.WEIGHTS = configs["teacher"].MODEL.WEIGHTS = start
     configs["control"].MODEL.WEIGHTS = teacher
     configs["student"].MODEL.WEIGHTS = ""  # starts from the teacher's
     configs["student"].KD.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
@@ -109,32 +107,26 @@ def make_configs(args, options) -> dict[str, CfgNode]:
 
 def make_grid(args, configs):
     """Write OUTPUT/grid.yaml, the study of teacher, control and student, and return its path."""
-    folder = args.output / "configs"
-    rows = {name: {"title": name, "config": str(folder / f"{name}.yaml")} for name in configs}
-    rows["hr"]["title"] = "high resolution"
-    if args.weights:
-        rows["hr"]["checkpoint"] = args.weights
-    else:
-        del rows["hr"]
-    teacher = "{teacher}"
-    if args.teacher:
-        rows["teacher"]["checkpoint"] = args.teacher
-    rows["teacher"]["title"] = "teacher, fused branch"
-    rows["control"]["options"] = {"MODEL.WEIGHTS": teacher}
-    rows["student"] |= {
-        "test_config": rows["control"]["config"],
-        "options": {"KD.TEACHER.WEIGHTS": teacher},
+    rows = {
+        "hr": {"title": "high resolution", "checkpoint": args.weights},
+        "teacher": {"title": "teacher, fused branch", "checkpoint": args.teacher or ""},
+        "control": {"title": "control", "options": {"MODEL.WEIGHTS": "{teacher}"}},
+        "student": {"title": "student", "options": {"KD.TEACHER.WEIGHTS": "{teacher}"}},
     }
+    for name, row in rows.items():
+        row["config"] = str(args.output / "configs" / f"{name}.yaml")
+    rows["student"]["test_config"] = rows["control"]["config"]
+    if not args.weights:
+        del rows["hr"]
     if not args.control:
         del rows["control"]
-    shown = {row["title"]: name for name, row in rows.items() if name != "teacher"}
     grid = {
         "output": str(args.output),
         "seeds": [SEED],
         "detections": min(100, configs["student"].TEST.DETECTIONS_PER_IMAGE),
         "rows": rows,
-        "comparison": [x for x in ("hr", "teacher", "control", "student") if x in rows],
-        "scenes": shown,
+        "comparison": list(rows),
+        "scenes": {row["title"]: name for name, row in rows.items() if name != "teacher"},
     }
     path = args.output / "grid.yaml"
     with replacing(path) as part:
@@ -144,31 +136,33 @@ def make_grid(args, configs):
 
 def describe(configs):
     """Return a table of what was derived."""
-    lines = [f"{'':9}{'short side, training':24}{'test':>6}{'iterations':>12}{'rate':>10}  losses"]
+    table = []
     for name, cfg in configs.items():
-        sizes = cfg.INPUT.MIN_SIZE_TRAIN
+        sizes, solver = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER
         sides = f"{min(sizes)} to {max(sizes)} px" if len({*sizes}) > 1 else f"{sizes[0]} px"
         losses = [f"{term['name']} {term['weight']:g}" for term in cfg.KD.LOSSES]
-        lines.append(
-            f"{name:9}{sides:24}{cfg.INPUT.MIN_SIZE_TEST:>6}{cfg.SOLVER.MAX_ITER:>12}"
-            f"{cfg.SOLVER.BASE_LR:>10g}  {', '.join(losses) if name == 'student' else '-'}"
-        )
-    return "\n".join(lines)
+        cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
+        table.append([*cells, ", ".join(losses) if name == "student" else "-"])
+    headers = ["", "short side, training", "test", "iterations", "rate", "losses"]
+    return tabulate(table, headers, "plain", floatfmt=".3g")
 
 
 def run_tool(name, *arguments):
     """Run another command of this folder, and end with its failure."""
     done = subprocess.run([sys.executable, TOOLS / name, *map(str, arguments)], cwd=TOOLS.parent)
     if done.returncode:
-        sys.exit(f"distill.py: {name} found what has to be mended first")
+        sys.exit(
+            f"distill.py: {name} stopped; its last lines say why. Mend it, and type this again"
+        )
 
 
 def check_data(args):
-    """Check all data sets; the second time without reading every pixel again."""
-    folder = args.output / "data"
-    quick = ["--quick"] if (folder / "report.json").exists() else []
-    config = args.output / "configs" / "student.yaml"
+    """Check all data sets; once they were sound, without reading every pixel again."""
+    folder, config = args.output / "data", args.output / "configs" / "student.yaml"
+    sound = folder / "SOUND"
+    quick = ["--quick"] if sound.exists() else []
     run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
+    sound.touch()
 
 
 def export_student(args, cfg):
@@ -229,9 +223,9 @@ def main(arguments=None):
         os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     )
     try:
-        for path, name in ((args.weights, "--weights"), (args.teacher, "--teacher")):
-            if path:
-                check_exists(path, name)
+        for name in ("weights", "teacher"):
+            if path := getattr(args, name):
+                setattr(args, name, os.path.abspath(fetch(path, f"--{name}")))
         configs = make_configs(args, split_roles(args.opts))
         grid = make_grid(args, configs)
         print(describe(configs))

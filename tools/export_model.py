@@ -122,7 +122,7 @@ def main(arguments=None):
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     try:
         export_model(parser.parse_args(arguments))
-    except InputError as error:
+    except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"{parser.prog}: {error}")
 
 

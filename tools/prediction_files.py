@@ -1,7 +1,6 @@
 """The files that predict.py reads and writes: images, videos, pictures, and COCO-format JSON."""
 
 import glob
-import json
 import os
 from collections.abc import Callable, Iterator
 
@@ -15,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from msad_kd import InputError
+from msad_kd.checkpoint.files import write_json
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
@@ -54,7 +54,7 @@ def targets_of(files: list[str], output: str) -> tuple[dict[str, str], str]:
     videos have VIDEOS' formats; a file of another format gets ".png" after its name.
 
     Raises:
-        InputError: if a target is one of the files.
+        InputError: if a target is one of the files, or that of two.
     """
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
     targets = {}
@@ -65,6 +65,9 @@ def targets_of(files: list[str], output: str) -> tuple[dict[str, str], str]:
     sources = set(map(os.path.realpath, files))
     if same := [file for file, target in targets.items() if os.path.realpath(target) in sources]:
         raise InputError(f"--output: '{same[0]}' would be overwritten; name another folder")
+    if len({*targets.values()}) < len(targets):  # photo.bmp and photo.bmp.png
+        twice = next(x for x in targets.values() if [*targets.values()].count(x) > 1)
+        raise InputError(f"two inputs would be drawn as '{twice}'; rename one of them")
     return targets, folder
 
 
@@ -106,16 +109,20 @@ class VideoFile:
     """The frames of a video, and the video of pictures that is written for it."""
 
     def __init__(self, path: str, target: str):
-        """Open the video; ``frames`` is how many its header names, 0 if it cannot be read."""
-        self.capture, self.target = cv2.VideoCapture(path), target
-        self.frames = max(0, int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-        self.rate = self.capture.get(cv2.CAP_PROP_FPS) or 25.0
+        """Read the header; ``frames`` is how many it names, 0 if it cannot be read."""
+        self.path, self.target = path, target
+        capture = cv2.VideoCapture(path)
+        self.frames = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        self.rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
+        capture.release()  # there may be more videos than files that can be open
         self.writer: cv2.VideoWriter | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield frames (H, W, 3), RGB."""
-        while (read := self.capture.read())[0]:
+        capture = cv2.VideoCapture(self.path)
+        while (read := capture.read())[0]:
             yield np.ascontiguousarray(read[1][:, :, ::-1])
+        capture.release()
 
     def write(self, picture: np.ndarray) -> None:
         """Append an RGB picture, in MPEG-4.
@@ -134,7 +141,6 @@ class VideoFile:
 
     def close(self) -> None:
         """Finish the file."""
-        self.capture.release()
         if self.writer is not None:
             self.writer.release()
 
@@ -174,6 +180,4 @@ class CocoFile:
         """Write the file."""
         names = map(self.name, range(max(1, self.classes)))
         self.content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w") as file:
-            json.dump(self.content, file)
+        write_json(path, self.content, indent=None)

@@ -1,9 +1,4 @@
-"""What finds the objects of an image: a model of a config, or an exported ONNX file.
-
-H, W: height and width of the image as it is; R detections; M: side of a mask, 28 px.
-"""
-
-import os
+"""What finds the objects of an image (H, W, C): a model of a config, or an exported ONNX file."""
 
 import numpy as np
 import torch
@@ -13,7 +8,6 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 
 from msad_kd import InputError, KDTrainer
-from msad_kd.data.annotations import parse_json
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.images import ImageError
 from msad_kd.data.mapper import TwoResolutionMapper, build_mapper
@@ -33,12 +27,7 @@ class ConfigPredictor:
         self.model = KDTrainer.load_model(cfg, weights, "the config")
         self.mapper = build_mapper(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
-        with_names = with_classes_of(cfg, self.model)
-        self.classes = list(with_names.DATASETS.CLASSES)
-        beside = os.path.join(os.path.dirname(weights), "metadata.json")  # written by an export
-        if not self.classes and os.path.isfile(beside):
-            self.classes = parse_json(beside, f"'{beside}'")["classes"]
-        self.classes = self.classes or model_classes(with_names)[0]
+        self.classes = model_classes(with_classes_of(cfg, self.model))[0]
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Return the detections in an image (H, W, C) of ``input_format``, on the CPU.
@@ -57,7 +46,11 @@ class ConfigPredictor:
         if isinstance(self.mapper, TwoResolutionMapper):  # a teacher, in the frame of HR
             sample["image_lr"] = _as_tensor(augmentations.other_image)
         with torch.no_grad():
-            return self.model([sample])[0]["instances"].to("cpu")
+            (found,) = self.model([sample])
+        if "instances" not in found:
+            kind = type(self.model).__name__
+            raise InputError(f"MODEL.META_ARCHITECTURE: a {kind} finds no objects, {[*found]} only")
+        return found["instances"].to("cpu")
 
 
 def _as_tensor(image: np.ndarray) -> torch.Tensor:
@@ -93,24 +86,9 @@ class OnnxPredictor:
                 raise ImageError(f"resized, its {width} x {height} px would be less than a pixel")
             image = resize.apply_image(image)
         outputs = self.detector(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        named = dict(zip(self.metadata["outputs"], map(torch.from_numpy, outputs)))
-        return to_instances(named, image.shape[:2], (height, width))
-
-
-def to_instances(
-    outputs: dict[str, torch.Tensor], seen: tuple[int, int], size: tuple[int, int]
-) -> Instances:
-    """Return raw outputs as ``Instances`` of the original image.
-
-    Args:
-        outputs: "boxes" (R, 4) in pixels of the resized image, "scores" (R,), "classes" (R,) and
-            perhaps "masks" (R, 1, M, M) or (R, M, M), probabilities within the boxes.
-        seen: height and width of the resized image.
-        size: height and width of the original image.
-    """
-    raw = Instances(seen, pred_boxes=Boxes(outputs["boxes"].float()), scores=outputs["scores"])
-    raw.pred_classes = outputs["classes"].long()
-    if "masks" in outputs:
-        masks = outputs["masks"].float()
-        raw.pred_masks = masks[:, None] if masks.dim() == 3 else masks
-    return detector_postprocess(raw, *size)
+        boxes, scores, classes, *masks = map(torch.from_numpy, outputs)
+        found = Instances(image.shape[:2], pred_boxes=Boxes(boxes), scores=scores)
+        found.pred_classes = classes
+        if masks:
+            found.pred_masks = masks[0][:, None]
+        return detector_postprocess(found, height, width)

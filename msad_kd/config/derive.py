@@ -58,7 +58,8 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     base.MODEL.FPN.IN_FEATURES = STAGES
     if not base.MODEL.FPN.NORM:  # levels of such convolutions would outweigh others in a loss
         base.MODEL.FPN.TOP_BLOCK = "maxpool"
-    fit_warmup(base)
+    most = max(1, int(WARMUP_SHARE * base.SOLVER.MAX_ITER))
+    base.SOLVER.WARMUP_ITERS = min(base.SOLVER.WARMUP_ITERS, most)
     configs = {"teacher": base.clone(), "control": base.clone()}
 
     cfg = configs["teacher"]
@@ -68,9 +69,15 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     norms = {cfg.MODEL.FPN.NORM, cfg.MODEL.TIMM.NORM if kind == "timm" else cfg.MODEL.RESNETS.NORM}
     # Running statistics of both resolutions together fit neither.
     cfg.MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS = bool(norms & {"BN", "SyncBN"})
+    cfg.TEST.AUG.ENABLED = cfg.TEST.PRECISE_BN.ENABLED = False  # no teacher has them
 
     cfg = configs["control"]
-    cfg.MODEL.BACKBONE.NAME = _low_resolution_backbone(cfg, kind)
+    if kind == "timm":
+        cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+    elif cfg.MODEL.FPN.TOP_BLOCK == "maxpool":  # Detectron2's, so that it loads the student
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    else:
+        cfg.MODEL.BACKBONE.NAME = "build_five_level_resnet_fpn_backbone"
     _set_levels(cfg, first=2)
     _divide_sizes(cfg, scale)
     cfg.SOLVER.BASE_LR *= STUDENT_RATE
@@ -92,12 +99,6 @@ def default_losses(cfg: CfgNode) -> list[dict]:
     return [{"name": name, "weight": 1.0, **warmup} for name in names]
 
 
-def fit_warmup(cfg: CfgNode) -> None:
-    """Shorten the warm-up of a config to a tenth of its schedule, in place, if it is longer."""
-    most = max(1, int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER))
-    cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, most)
-
-
 def _check(cfg: CfgNode, scale: int) -> None:
     model = cfg.MODEL
     name = model.META_ARCHITECTURE
@@ -116,7 +117,8 @@ def _check(cfg: CfgNode, scale: int) -> None:
     if model.LOAD_PROPOSALS:
         raise InputError("MODEL.LOAD_PROPOSALS is True: proposals of a file are of one resolution")
     inputs = cfg.INPUT
-    if not inputs.JITTER.SIZE and not (all(inputs.MIN_SIZE_TRAIN) and inputs.MIN_SIZE_TEST):
+    trained = inputs.JITTER.SIZE or all(inputs.MIN_SIZE_TRAIN)
+    if not (trained and inputs.MIN_SIZE_TEST):
         raise InputError(
             "INPUT.MIN_SIZE_TRAIN or MIN_SIZE_TEST is 0, so images keep their size; name the sizes "
             "of the high resolution"
@@ -127,14 +129,6 @@ def _check(cfg: CfgNode, scale: int) -> None:
             f"the smallest of MODEL.ANCHOR_GENERATOR.SIZES is {smallest:g} px; divided by {scale} "
             "it is under 2 px, too small for any level"
         )
-
-
-def _low_resolution_backbone(cfg: CfgNode, kind: str) -> str:
-    if kind == "timm":
-        return "build_timm_fpn_backbone"
-    # Where it can be, a backbone of Detectron2, so that stock Detectron2 loads the student.
-    plain = cfg.MODEL.FPN.TOP_BLOCK == "maxpool"
-    return "build_resnet_fpn_backbone" if plain else "build_five_level_resnet_fpn_backbone"
 
 
 def _set_levels(cfg: CfgNode, first: int) -> None:
@@ -155,6 +149,9 @@ def _divide_sizes(cfg: CfgNode, scale: int) -> None:
     inputs.MIN_SIZE_TRAIN = tuple(-(-size // scale) for size in inputs.MIN_SIZE_TRAIN)
     for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
         inputs[key] = -(-inputs[key] // scale)
+    aug = cfg.TEST.AUG
+    aug.MIN_SIZES = tuple(-(-size // scale) for size in aug.MIN_SIZES)
+    aug.MAX_SIZE = -(-aug.MAX_SIZE // scale)
     inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
     if inputs.CROP.ENABLED and inputs.CROP.TYPE.startswith("absolute"):
         inputs.CROP.SIZE = [max(1, int(side) // scale) for side in inputs.CROP.SIZE]

@@ -86,7 +86,8 @@ def image_size(file_name: str) -> tuple[int, int]:
     """
     try:
         with Image.open(file_name) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            exif = Image.Image.getexif(image)  # that of PNG images decodes them first
+            turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
             return image.size if turned else image.size[::-1]
     except Exception as error:  # Pillow's plugins raise any kind for a broken file
         raise unreadable(file_name, error) from error

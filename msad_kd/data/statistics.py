@@ -45,8 +45,3 @@ def resize_scales(image_sides: np.ndarray, short: float, longest: float) -> np.n
         longest: ... unless the longer side would exceed this (INPUT.MAX_SIZE_TEST).
     """
     return np.minimum(short / image_sides[:, 0], longest / image_sides[:, 1])
-
-
-def count_classes(objects: Objects, names: list[str]) -> dict[str, int]:
-    """Return how many objects each class has, by the names of the classes."""
-    return dict(zip(names, np.bincount(objects.classes, minlength=len(names)).tolist()))

@@ -61,7 +61,7 @@ def export_onnx(
 
     Args:
         detector: the detector.
-        image: (3, H, W), any image.
+        image: (C, H, W), any image.
         path: the file to write.
         metadata: what ``describe_model`` returns; it becomes the property METADATA_KEY.
 
@@ -123,5 +123,5 @@ class OnnxDetector:
         self.metadata = json.loads(properties[METADATA_KEY])
 
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
-        """Return the outputs for an image (3, H, W), values 0..255."""
+        """Return the outputs for an image (C, H, W), values 0..255."""
         return self._session.run(self.metadata["outputs"], {"image": image.astype(np.float32)})

@@ -4,17 +4,16 @@ R: detections of an image. A detector is a function of an image (3, H, W), value
 returns arrays: boxes (R, 4), scores (R,), classes (R,) and, if it has masks, masks (R, M, M).
 """
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
-import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 from tabulate import tabulate
 
-from msad_kd.data.images import read_image
+from msad_kd.data.images import list_images, read_image
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.evaluation.cost import time_models
 from msad_kd.utils.errors import InputError
@@ -23,7 +22,6 @@ Detector = Callable[[np.ndarray], list[np.ndarray]]
 
 # The largest differences that count as equal; boxes in pixels.
 LIMITS = {"boxes": 0.05, "scores": 1e-3, "masks": 1e-3}
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def read_images(cfg: CfgNode, folder: str | None, count: int) -> list[np.ndarray]:
@@ -33,7 +31,7 @@ def read_images(cfg: CfgNode, folder: str | None, count: int) -> list[np.ndarray
         InputError: if there is none, or one cannot be read.
     """
     if folder:
-        files = sorted(x for x in Path(folder).glob("*") if x.suffix.lower() in _SUFFIXES)
+        files = list_images(folder) if os.path.isdir(folder) else []
         if not files:
             raise InputError(f"--images: '{folder}' has no images; name a folder of them")
     elif cfg.DATASETS.TEST:
@@ -46,11 +44,11 @@ def read_images(cfg: CfgNode, folder: str | None, count: int) -> list[np.ndarray
         files = [entry["file_name"] for entry in dicts]
     else:
         raise InputError("there are no images to compare on; set DATASETS.TEST or give --images")
-    return [read_image(str(file), cfg.INPUT.FORMAT) for file in files[:count]]
+    return [read_image(file, cfg.INPUT.FORMAT) for file in files[:count]]
 
 
 def at_three_sizes(image: np.ndarray, metadata: dict) -> list[np.ndarray]:
-    """Return an image (H, W, 3) at its test size, square, and as a portrait of odd sides: (3, ...).
+    """Return an image (H, W, C) at its test size, square, and as a portrait of odd sides: (C, ...).
 
     For a model that resizes images itself, it comes as it is, and the others are larger.
 
@@ -64,8 +62,9 @@ def at_three_sizes(image: np.ndarray, metadata: dict) -> list[np.ndarray]:
     elif metadata["min_size"]:
         resize = ResizeShortestEdge(side, metadata["max_size"]).get_transform(image)
         natural = resize.apply_image(image)
-    sizes = (side, side), ((side * 3 // 4) | 1, (side * 5 // 4) | 1)  # width, height
-    images = [natural, *(cv2.resize(image, size) for size in sizes)]
+    sizes = (side, side), ((side * 5 // 4) | 1, (side * 3 // 4) | 1)  # height, width
+    resizes = [ResizeTransform(*image.shape[:2], *size) for size in sizes]
+    images = [natural, *(resize.apply_image(image) for resize in resizes)]
     return [np.ascontiguousarray(image.transpose(2, 0, 1)) for image in images]
 
 

@@ -59,10 +59,10 @@ class ExportableDetector(nn.Module):
         """Return what OUTPUTS names; masks only of a model with masks.
 
         Args:
-            image: (3, H, W), values 0..255.
+            image: (C, H, W), values 0..255; C is 3, or 1 of a model of grey images.
         """
         height, width = image.size(-2), image.size(-1)  # from the end also in a trace
-        image = image.float().reshape(3, height, width)
+        image = image.float().reshape(len(self.model.pixel_mean), height, width)
         if self.resize_to:
             image = resize(image, *self.resize_to)
         inputs = {"image": image, "height": height, "width": width}
@@ -79,7 +79,7 @@ class ExportableDetector(nn.Module):
 
 
 def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
-    """Resize an image (3, H, W) as Detectron2's ResizeShortestEdge does with Pillow.
+    """Resize an image (C, H, W) as Detectron2's ResizeShortestEdge does with Pillow.
 
     Pillow's bilinear filter is wider than a pixel when it shrinks. ONNX has this from opset 18
     only, but the filter of each axis is a product with a matrix, which can be exported.
@@ -150,7 +150,7 @@ def export_torchscript(
 
     Args:
         detector: the detector.
-        image: (3, H, W), any image.
+        image: (C, H, W), any image.
         path: the file to write.
         metadata: what ``describe_model`` returns.
     """

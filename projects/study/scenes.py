@@ -6,9 +6,12 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import get_detection_dataset_dicts
+from detectron2.structures import BoxMode
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
+
+from msad_kd.data.images import read_image
 
 SCENES, FIRST_SCENES = 3, 50
 SCORE_THRESHOLD = 0.5
@@ -41,8 +44,11 @@ def paint(image, masks, classes):
 def _ground_truth(scene, height, width):
     masks = []
     for each in scene["annotations"]:
-        rle = each["segmentation"]
-        if isinstance(rle, list):  # of polygons
+        rle = each.get("segmentation")
+        if not rle:
+            box = BoxMode.convert(list(each["bbox"]), each["bbox_mode"], BoxMode.XYWH_ABS)
+            (rle,) = coco_mask.frPyObjects([box], scene["height"], scene["width"])
+        elif isinstance(rle, list):  # of polygons
             rle = coco_mask.merge(coco_mask.frPyObjects(rle, scene["height"], scene["width"]))
         mask = coco_mask.decode(rle)
         masks.append(cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR) > 0)
@@ -55,7 +61,13 @@ def _detections(scene, height, width, model, mapper):
         found = model([inputs])[0]["instances"].to("cpu")
     found = found[found.scores >= SCORE_THRESHOLD]
     found = found[found.scores.argsort(descending=True)]
-    return found.pred_masks.numpy(), found.pred_classes.tolist()
+    if found.has("pred_masks"):
+        masks = found.pred_masks.numpy()
+    else:  # their boxes
+        masks = np.zeros((len(found), height, width), bool)
+        for mask, (x, y, right, bottom) in zip(masks, found.pred_boxes.tensor.int().tolist()):
+            mask[y:bottom, x:right] = True
+    return masks, found.pred_classes.tolist()
 
 
 def draw_scenes(path, data_set, columns):
@@ -69,7 +81,7 @@ def draw_scenes(path, data_set, columns):
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)
     for row, index in zip(axes, chosen):
-        image = cv2.imread(dicts[index]["file_name"])
+        image = read_image(dicts[index]["file_name"], "BGR")
         zoom = SIDE / min(image.shape[:2])
         image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
         shown = [_ground_truth(dicts[index], *image.shape[:2])]

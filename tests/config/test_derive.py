@@ -17,7 +17,7 @@ from msad_kd.utils.flat_config import flatten_config
 
 # What a derived config chooses otherwise, or what a run adds.
 OWN = ("KD.LOSSES", "KD.TEACHER", "KD.GRADIENT", "OUTPUT_DIR", "SEED", "MODEL.WEIGHTS")
-OWN += ("MODEL.MULTI_RESOLUTION", "SOLVER.WARMUP", "SOLVER.BASE_LR")
+OWN += ("MODEL.MULTI_RESOLUTION", "SOLVER.WARMUP", "SOLVER.BASE_LR", "TEST.AUG")
 SHORT = ["SOLVER.MAX_ITER", 300, "SOLVER.REFERENCE_WORLD_SIZE", 0]
 
 
@@ -70,6 +70,7 @@ def test_the_model_zoos_configs_become_pairs_that_can_be_distilled(name, tmp_pat
     for role in ("control", "student"):
         assert derived[role].INPUT.MIN_SIZE_TEST == 200 and derived[role].INPUT.MAX_SIZE_TEST == 334
         assert derived[role].MODEL.ANCHOR_GENERATOR.SIZES == sizes
+        assert derived[role].TEST.AUG.MIN_SIZES == tuple(range(100, 301, 25))
     assert derived["teacher"].INPUT == cfg.INPUT
     assert derived["student"].SOLVER.BASE_LR == pytest.approx(cfg.SOLVER.BASE_LR / 3)
     spec = TeacherSpec(derived["teacher"], config_file="", branch="fused")
@@ -97,7 +98,8 @@ def test_a_warmup_fits_the_schedule_and_the_losses_fit_the_heads():
         (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "PanopticFPN: its levels cannot be aligned"),
         (["MODEL.META_ARCHITECTURE", "DistilledRCNN"], "DistilledRCNN: it is derived, not given"),
         (["MODEL.LOAD_PROPOSALS", True], "LOAD_PROPOSALS"),
-        (["INPUT.MIN_SIZE_TEST", 0], "name the sizes"),
+        (["INPUT.MIN_SIZE_TRAIN", (0,)], "name the sizes"),
+        (["INPUT.MIN_SIZE_TEST", 0, "INPUT.JITTER.SIZE", 1024], "name the sizes"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[3.0]]], "under 2 px"),
     ],
 )

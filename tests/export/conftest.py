@@ -37,7 +37,7 @@ def exported(build, tmp_path_factory):
     """exported(detector, ...): its model, and what runs its ONNX and its TorchScript file."""
 
     @functools.cache
-    def make(detector, *opts, resize_to=None):
+    def make(detector, *opts):
         folder = tmp_path_factory.mktemp("exported")
         if (name := detector.split()[0]) in DENSE:
             # Fewer than the coarsest level of large images has, and more than that of this has.
@@ -45,7 +45,7 @@ def exported(build, tmp_path_factory):
             opts = [key, 75 if name == "retinanet" else 10, *MANY, *opts]
         cfg, model = build(detector, *opts)
         image = torch.rand(3, 32, 48) * 255
-        detector = ExportableDetector(model, resize_to).eval()
+        detector = ExportableDetector(model).eval()
         export_onnx(detector, image, folder / "x.onnx", describe_model(cfg, model, "onnx"))
         export_torchscript(detector, image, folder / "x.ts", describe_model(cfg, model, "ts"))
         onnx = OnnxDetector(folder / "x.onnx", 1)

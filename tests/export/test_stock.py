@@ -128,19 +128,15 @@ NORMED = ["MODEL.BACKBONE.NAME", "build_five_level_resnet_fpn_backbone", "MODEL.
 
 
 @pytest.mark.parametrize(
-    ("detector", "opts", "words"),
+    ("make", "detector", "opts", "words"),
     [
-        ("mask_rcnn", options(), "build_timm_fpn_backbone .* --format onnx or torchscript"),
-        ("fcos", options(), "build_timm_fpn_backbone .* --format onnx or torchscript"),
-        ("mask_rcnn", [*NORMED, "MODEL.FPN.TOP_BLOCK", "conv_p5"], "top block conv_p5"),
+        (stock_config, "mask_rcnn", options(), "build_timm_fpn_backbone .* onnx or torchscript"),
+        (stock_config, "mask_rcnn", [*NORMED, "MODEL.FPN.TOP_BLOCK", "conv_p5"], "block conv_p5"),
+        (stock_config, "fcos", [], "cannot build a DistilledFCOS from a YAML config"),
+        (lazy_config, "fcos", options(), "build_timm_fpn_backbone .* onnx or torchscript"),
     ],
 )
-def test_what_stock_detectron2_cannot_build(build, detector, opts, words):
+def test_what_stock_detectron2_cannot_build(build, make, detector, opts, words):
     cfg, model = build(detector, *opts)
     with pytest.raises(InputError, match=words):
-        lazy_config(cfg, model, "x") if detector == "fcos" else stock_config(cfg, "x")
-
-
-def test_an_fcos_has_no_yaml(build):
-    with pytest.raises(InputError, match="cannot build a DistilledFCOS from a YAML config"):
-        stock_config(build("fcos")[0], "model.pth")
+        make(cfg, "x") if make is stock_config else make(cfg, model, "x")

@@ -1,5 +1,7 @@
 """tools/distill.py: from one config to trained models, a table and a picture."""
 
+import argparse
+import functools
 import json
 import os
 import signal
@@ -14,20 +16,27 @@ from helpers import NO_TEST, ROOT, load_tool, run_script, train
 
 from msad_kd.config.build import build_config
 
+COCO = ROOT.parent / "shared" / "data" / "coco_100"
+
 
 @pytest.fixture(scope="module")
-def hr_weights(config_files, tmp_path_factory):
-    """The checkpoint of a stock model at high resolution that was trained for a few steps."""
-    folder = tmp_path_factory.mktemp("hr")
-    torch.manual_seed(0)
-    train(build_config(str(config_files["hr"]), ["OUTPUT_DIR", str(folder), *NO_TEST]))
-    return folder / "model_final.pth"
+def hr_of(files_of, tmp_path_factory):
+    """hr_of(detector): config and checkpoint of a stock model that was trained for a few steps."""
+
+    @functools.cache
+    def make(detector):
+        folder, config = tmp_path_factory.mktemp("hr"), str(files_of(detector)["hr"])
+        torch.manual_seed(0)
+        train(build_config(config, ["OUTPUT_DIR", str(folder), *NO_TEST]))
+        return config, folder / "model_final.pth"
+
+    return make
 
 
-def test_a_dry_run_writes_configs_that_train_net_runs(config_files, hr_weights, tmp_path, capsys):
-    output = tmp_path / "out"
+def test_a_dry_run_writes_configs_that_train_net_runs(hr_of, tmp_path, capsys):
+    output, (config, weights) = tmp_path / "out", hr_of("mask_rcnn")
     load_tool("tools.distill").main(
-        ["--config-file", str(config_files["hr"]), "--weights", str(hr_weights)]
+        ["--config-file", config, "--weights", str(weights)]
         + ["--output", str(output), "--dry-run", "SOLVER.MAX_ITER", "2"]
         + ["teacher:SOLVER.MAX_ITER", "3", "student:KD.LOSSES", "[{name: l1, weight: 0.5}]"]
     )
@@ -49,6 +58,7 @@ def test_a_dry_run_writes_configs_that_train_net_runs(config_files, hr_weights, 
     ("arguments", "words"),
     [
         (["--config-file", "nowhere.yaml"], "'nowhere.yaml' is no file and not in the model zoo"),
+        (["--config-file", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"], "Python config"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["judge:SOLVER.MAX_ITER", "3"], "there is no role 'judge'"),
         (["SOLVER.MAX_ITER"], "'SOLVER.MAX_ITER' has no value"),
@@ -64,11 +74,54 @@ def test_what_is_wrong_ends_in_one_sentence(config_files, tmp_path, arguments, w
     assert words in str(end.value) and "\n" not in str(end.value)
 
 
+def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
+    tool, said = load_tool("tools.distill"), []
+
+    def run(*arguments):
+        said.append("--quick" in arguments)
+        if len(said) == 1:
+            sys.exit("a fault")
+
+    monkeypatch.setattr(tool, "run_tool", run)
+    args = argparse.Namespace(output=tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SystemExit):
+        tool.check_data(args)
+    for _ in range(2):
+        tool.check_data(args)
+    assert said == [False, False, True]
+
+
 @pytest.mark.long
-def test_killed_and_typed_again_it_ends_with_a_table(config_files, hr_weights, tmp_path):
-    command = ["tools/distill.py", "--config-file", str(config_files["hr"])]
-    command += ["--weights", str(hr_weights), "--output", str(tmp_path / "out")]
-    command += ["SOLVER.MAX_ITER", "4"]
+@pytest.mark.skipif(not COCO.exists(), reason=f"{COCO} is not there")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x",
+        "COCO-Detection/faster_rcnn_R_50_FPN_3x",
+        "COCO-Detection/retinanet_R_50_FPN_3x",
+    ],
+)
+def test_what_is_derived_of_the_model_zoo_trains_a_step_on_coco(name, tmp_path):
+    (tmp_path / "coco").symlink_to(COCO)
+    options = {"env": {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}, "cwd": ROOT}
+    small = "INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 192 INPUT.MIN_SIZE_TEST 128 "
+    # Activations of frozen statistics that belong to no weights are huge.
+    small += "SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 1 SOLVER.BASE_LR 1e-6 MODEL.WEIGHTS "
+    command = ["--config-file", f"{name}.yaml", "--output", tmp_path / "out", "--dry-run"]
+    run_script("tools/distill.py", *command, *small.split(), "", **options)
+    for role in ("teacher", "control", "student"):
+        config = tmp_path / "out" / "configs" / f"{role}.yaml"
+        run_script("train_net.py", "--config-file", config, "DATASETS.TEST", "()", **options)
+        assert (tmp_path / "out" / role / "seed_1" / "model_final.pth").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet"])
+def test_killed_and_typed_again_it_ends_with_a_table(detector, hr_of, tmp_path):
+    config, weights = hr_of(detector)
+    command = ["tools/distill.py", "--config-file", config, "--weights", str(weights)]
+    command += ["--output", str(tmp_path / "out"), "SOLVER.MAX_ITER", "4"]
     first = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ)
     checkpoint = tmp_path / "out" / "teacher" / "seed_1" / "model_final.pth"
     for _ in range(3000):
@@ -84,6 +137,6 @@ def test_killed_and_typed_again_it_ends_with_a_table(config_files, hr_weights, t
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [x["row"] for x in table["models"]] == ["hr", "teacher", "control", "student"]
     grid = yaml.safe_load((tmp_path / "out" / "grid.yaml").read_text())
-    assert grid["rows"]["hr"]["checkpoint"] == str(hr_weights)
+    assert grid["rows"]["hr"]["checkpoint"] == str(weights)
     for made in ("scenes.png", "ap_cost.png", "data/sizes.png", "export/config.yaml"):
         assert (tmp_path / "out" / made).is_file()

@@ -60,7 +60,7 @@ def test_onnx_alone_says_what_it_is_and_the_snippet_of_the_docs_runs_it(
 
 
 def test_torchscript(export, data):
-    folder = export("torchscript", "--images", str(data / "train"))
+    folder = export("torchscript", "--resize", "--images", str(data / "train"))
     extra = {"msad_kd": ""}
     torch.jit.load(folder / "model.ts", _extra_files=extra)
     assert json.loads(extra["msad_kd"]) == json.loads((folder / "metadata.json").read_text())
@@ -68,15 +68,15 @@ def test_torchscript(export, data):
 
 
 def test_a_model_that_differs_exits_with_1(export, monkeypatch, tmp_path):
-    write = tool.export_onnx
+    write = tool.export_torchscript
 
     def write_and_change(detector, *args):
         write(detector, *args)
         detector.model.roi_heads.box_predictor.cls_score.bias.data[0] += 0.1
 
-    monkeypatch.setattr(tool, "export_onnx", write_and_change)
+    monkeypatch.setattr(tool, "export_torchscript", write_and_change)
     with pytest.raises(SystemExit, match="differs from PyTorch's.* scores 0.0") as stop:
-        export("onnx")
+        export("torchscript")
     assert isinstance(stop.value.code, str)  # Python prints it and exits with 1
     assert not json.loads((tmp_path / "exported" / "parity.json").read_text())["passed"]
 
