@@ -123,7 +123,8 @@ class DistilledMixin:
         detection, distillation = self._compare(labeled)
         losses, storage = {**detection, **distillation}, get_event_storage()
         period = self.gradient_ratio_period
-        if period and distillation and (storage.iter + 1) % period == 0:
+        due = period and (storage.iter + 1) % period == 0
+        if due and distillation and torch.is_grad_enabled():  # TEST.PRECISE_BN disables it
             ratio = gradient_ratio(distillation.values(), detection.values(), self.backbone)
             storage.put_scalar("kd/gradient_ratio", ratio)
         if unlabeled and self.unlabeled.weight:

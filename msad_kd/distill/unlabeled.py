@@ -10,7 +10,6 @@ A: anchors, M: labels of an image.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
@@ -26,6 +25,7 @@ from msad_kd.distill.teacher import Teacher
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.modeling.pyramid import Pyramid
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.replaced import replaced
 
 SUFFIX = "_unlabeled"  # of the losses of images without labels
 
@@ -150,12 +150,16 @@ def split_batch(batched_inputs: list[dict]) -> tuple[list[dict], list[dict]]:
 def kept_apart(student: nn.Module, distillers: list[Distiller]) -> Iterator[None]:
     """Let a step on other images leave logs and loss normalizer of the labelled ones alone.
 
-    What it logs has "unlabeled/" before its name.
+    The numbers that it logs have "unlabeled/" before their names. It logs no pictures (VIS_PERIOD):
+    they would take the place of the labelled ones, and Detectron2 draws no boxes that are on a GPU.
     """
     normalizer = get_normalizer(student)
     with ExitStack() as stack:
         for distiller in distillers:
             stack.enter_context(distiller.adding(SUFFIX))
+        for part in student.modules():
+            if getattr(part, "vis_period", 0):
+                stack.enter_context(replaced(part, vis_period=0))
         stack.enter_context(get_event_storage().name_scope("unlabeled"))
         yield
     set_normalizer(student, normalizer)
@@ -191,5 +195,5 @@ def ignoring(student: nn.Module, inputs: list[dict]) -> Iterator[None]:
         for part in parts:
             if matcher := getattr(part, "anchor_matcher", None):
                 one = _IgnoringMatcher(matcher, flags)
-                stack.enter_context(mock.patch.object(part, "anchor_matcher", one))
+                stack.enter_context(replaced(part, anchor_matcher=one))
         yield

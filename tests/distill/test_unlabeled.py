@@ -71,6 +71,15 @@ def test_what_is_labelled_gives_the_same_and_the_rest_has_losses_of_its_own(
     assert student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
 
 
+def test_pictures_are_of_what_is_labelled(student_config, batch):
+    student = build_student(student_config("VIS_PERIOD", 1, *labels_of("mask_rcnn")))
+    first, *others = batch(student_config(), "lr", count=3)
+    with EventStorage(1) as storage:
+        student.train()([first, *unlabeled(others)])
+    names = [name for name, *_ in storage._vis_data]
+    assert len(names) == len(set(names)) > 1 and student.vis_period == 1
+
+
 def test_a_loss_that_is_not_finite_is_named_for_both(student_config, batch):
     student = build_student(student_config())
     bad = {"l1_p2": torch.tensor(float("nan")), "l1_p3": torch.tensor(1.0)}
@@ -116,6 +125,12 @@ def test_with_weight_0_nothing_changes(run):
     assert losses == [{k: v for k, v in x.items() if "time" not in k} for x in logged]
     changed = differing(tensors_of(plain.model), tensors_of(with_them.model))
     assert "backbone.bottom_up.stem.conv1.norm.running_mean" in changed
+
+
+def test_precise_statistics_are_of_what_is_labelled(run):
+    keys = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
+    trainer, _ = run(*COUNT, *keys, "SOLVER.MAX_ITER", 1, "KD.GRADIENT_RATIO_PERIOD", 1)
+    assert trainer.iter == 1
 
 
 @pytest.mark.parametrize("detector", ["retinanet", in_long("mask_rcnn")], indirect=True)
