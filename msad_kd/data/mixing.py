@@ -50,7 +50,8 @@ def _blend(
     one: torch.Tensor, other: torch.Tensor, weight: float, mean: Sequence[float]
 ) -> torch.Tensor:
     height, width = map(max, one.shape[1:], other.shape[1:])
-    first, second = (torch.tensor(mean).view(-1, 1, 1).repeat(1, height, width) for _ in range(2))
+    colour = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+    first, second = (colour.repeat(1, height, width) for _ in range(2))
     for canvas, image in ((first, one), (second, other)):
         canvas[:, : image.shape[1], : image.shape[2]] = image
     mixed = second.lerp(first, weight)

@@ -18,6 +18,7 @@ from msad_kd.utils.errors import InputError
 _logger = logging.getLogger(__name__)
 
 IGNORED = -1
+_LABELS = ("annotations", "sem_seg_file_name", "pan_seg_file_name", "segments_info")
 
 
 def check_unlabeled(cfg: CfgNode) -> None:
@@ -32,6 +33,11 @@ def check_unlabeled(cfg: CfgNode) -> None:
         raise InputError(
             f"DATASETS.UNLABELED is {list(names or ())} and SOLVER.UNLABELED_PER_BATCH is {count}; "
             "set both, or neither"
+        )
+    if names and cfg.MODEL.LOAD_PROPOSALS:
+        raise InputError(
+            "MODEL.LOAD_PROPOSALS is True, and images of DATASETS.UNLABELED have no proposals; "
+            "train an RPN, or set DATASETS.UNLABELED []"
         )
     for key in ("TRAIN", "TEST"):
         for name in filter(is_folder, cfg.DATASETS[key] or ()):
@@ -73,15 +79,18 @@ def unlabeled_dicts(cfg: CfgNode) -> list[dict]:
     """Return Detectron2's dicts of DATASETS.UNLABELED.
 
     With KD.UNLABELED.PSEUDO_LABELS, those of a file whose annotations have scores have
-    ``annotations``: ignored ones have the class ``IGNORED``. No others have any.
+    ``annotations``: ignored ones have the class ``IGNORED``. No others have any, so files of ground
+    truth may be of any classes.
 
     Raises:
         InputError: if a data set or a score cannot be used, or if a label lacks keypoints.
     """
-    align_classes(cfg, cfg.DATASETS.UNLABELED)
     dicts = []
     for name in cfg.DATASETS.UNLABELED:
         found = DatasetCatalog.get(name)
+        if any("score" in label for entry in found for label in entry.get("annotations", ())):
+            align_classes(cfg, [name])
+            found = DatasetCatalog.get(name)
         labels = [label for entry in found for label in entry.get("annotations", ())]
         scored = [label for label in labels if "score" in label]
         if bare := len(labels) - len(scored):
@@ -98,11 +107,13 @@ def unlabeled_dicts(cfg: CfgNode) -> list[dict]:
             if words:
                 raise InputError(f"data set '{name}' of DATASETS.UNLABELED: {words}")
         for entry in found:
-            labels = entry.pop("annotations", [])
+            labels = entry.get("annotations", ())
+            # A copy, since a catalog may return the same dicts to whoever needs their labels.
+            entry = {key: value for key, value in entry.items() if key not in _LABELS}
             if scored and cfg.KD.UNLABELED.PSEUDO_LABELS:
                 kept = (_by_score(label, cfg.KD.UNLABELED) for label in labels if "score" in label)
                 entry["annotations"] = [label for label in kept if label is not None]
-        dicts += found
+            dicts.append(entry)
     return dicts
 
 

@@ -65,7 +65,12 @@ class RoIDistiller(Distiller):
         _check_roi_heads(student, teacher.model, self.terms)
         heads, levels = teacher.model.roi_heads, set()
         if "teacher" in self.masks_of:
-            levels.update(_check_rpn(teacher.model).in_features)
+            if not isinstance(rpn := teacher.model.proposal_generator, RPN):
+                raise InputError(
+                    "KD.LOSSES: 'proposals: teacher' and 'both' need a teacher with an RPN "
+                    "(MODEL.PROPOSAL_GENERATOR.NAME); use 'proposals: student'"
+                )
+            levels.update(rpn.in_features)
         self.models = student.roi_heads, teacher
         with_masks = heads.mask_on and any(self.masks_of.values())
         levels.update(heads.box_in_features, heads.mask_in_features if with_masks else ())
@@ -111,17 +116,10 @@ class RoIDistiller(Distiller):
         sizes: list[tuple[int, int]],
         iteration: int,
     ) -> Losses:
-        """Compare the predictions for one batch at an iteration of the trainer.
-
-        Args:
-            seen: the student's regions and predictions, from ``recording_regions``.
-            features: the student's levels, level name to (N, C, H, W).
-            pyramid: the teacher's.
-            sizes: the (height, width) of each image of the student, without padding.
-            iteration: counted from 0.
+        """Compare the predictions for one batch, from the arguments of ``predict``.
 
         Returns:
-            ``loss_kd_<name>``, weighted, for each loss.
+            ``loss_kd_<name>``, weighted for this iteration, counted from 0, for each loss.
         """
         found = self.predict(seen, features, pyramid, sizes)
         values = []
@@ -137,16 +135,6 @@ class RoIDistiller(Distiller):
         """Return what ``predict`` found for a loss: sets of regions, and both's predictions."""
         seen, *pair = zip(*(found[source] for source in _SOURCES[term.proposals]))
         return list(seen), *map(RoIPredictions.cat, pair)
-
-
-def _check_rpn(teacher: nn.Module) -> RPN:
-    rpn = teacher.proposal_generator
-    if not isinstance(rpn, RPN):
-        raise InputError(
-            "KD.LOSSES: 'proposals: teacher' and 'both' need a teacher with an RPN "
-            "(MODEL.PROPOSAL_GENERATOR.NAME); use 'proposals: student'"
-        )
-    return rpn
 
 
 def _check_roi_heads(student: nn.Module, teacher: nn.Module, terms: list[LossTerm]) -> None:

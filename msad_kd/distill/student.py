@@ -16,7 +16,7 @@ from msad_kd.distill.gradient_ratio import gradient_ratio
 from msad_kd.distill.regions import recording_regions
 from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.teacher import Teacher, TeacherSpec
-from msad_kd.distill.unlabeled import UnlabeledImages, ignoring, kept_apart, split_batch
+from msad_kd.distill.unlabeled import UnlabeledImages, ignoring, kept_apart
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
 from msad_kd.modeling.fcos import FCOS
@@ -119,11 +119,13 @@ class DistilledMixin:
             return super().forward(batched_inputs)
         if self.teacher is None:
             raise RuntimeError("there is no teacher; call msad_kd.attach_teacher(model, cfg) first")
-        labeled, unlabeled = split_batch(batched_inputs)
+        labeled = [x for x in batched_inputs if not x.get("unlabeled")]
+        unlabeled = [x for x in batched_inputs if x.get("unlabeled")]
         detection, distillation = self._compare(labeled)
         losses, storage = {**detection, **distillation}, get_event_storage()
         period = self.gradient_ratio_period
-        if period and distillation and (storage.iter + 1) % period == 0:
+        due = period and (storage.iter + 1) % period == 0
+        if due and distillation and torch.is_grad_enabled():  # TEST.PRECISE_BN disables it
             ratio = gradient_ratio(distillation.values(), detection.values(), self.backbone)
             storage.put_scalar("kd/gradient_ratio", ratio)
         if unlabeled and self.unlabeled.weight:

@@ -7,7 +7,6 @@ k: high-resolution side / low-resolution side.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from msad_kd.modeling.pyramid import (
     normalized_batch,
 )
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.replaced import replaced
 from msad_kd.utils.seed import preserved_rng
 
 
@@ -118,7 +118,7 @@ class Teacher:
         # A multi-resolution detector would compute the pyramid itself; the stock one does the rest.
         stock = super(MultiResolutionMixin, model) if self.multi_resolution else model
         with (
-            mock.patch.object(model, "preprocess_image", lambda *_: images),
+            replaced(model, preprocess_image=lambda *_: images),
             answering(model.backbone, pyramid),
         ):
             return [x["instances"] for x in stock.forward(frames)]

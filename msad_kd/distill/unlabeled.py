@@ -10,7 +10,6 @@ A: anchors, M: labels of an image.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
@@ -26,6 +25,7 @@ from msad_kd.distill.teacher import Teacher
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.modeling.pyramid import Pyramid
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.replaced import replaced
 
 SUFFIX = "_unlabeled"  # of the losses of images without labels
 
@@ -74,7 +74,9 @@ class UnlabeledImages:
                 f"{key}, and a student with CascadeROIHeads can ignore no boxes; set "
                 "KD.UNLABELED.IGNORE_SCORE and SCORE to the same number"
             )
-        return levels_read(teacher)
+        parts = teacher, getattr(teacher, "proposal_generator", None), heads[1]
+        names = ("head_in_features", "in_features", "mask_in_features", "keypoint_in_features")
+        return {level for part in parts for name in names for level in getattr(part, name, ())}
 
     def label(
         self, inputs: list[dict], student: nn.Module, teacher: Teacher
@@ -133,29 +135,20 @@ def _no_labels(sample: dict) -> Instances:
     return Instances(sample["image"].shape[-2:], gt_boxes=Boxes([]), gt_classes=classes)
 
 
-def levels_read(model: nn.Module) -> set[str]:
-    """Return the levels that a detector's heads read."""
-    parts = [model, getattr(model, "proposal_generator", None), getattr(model, "roi_heads", None)]
-    names = ("head_in_features", "in_features", "mask_in_features", "keypoint_in_features")
-    return {level for part in parts for name in names for level in getattr(part, name, ())}
-
-
-def split_batch(batched_inputs: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Return the labelled samples of a batch, and those that have ``unlabeled``: True."""
-    unlabeled = [x for x in batched_inputs if x.get("unlabeled")]
-    return [x for x in batched_inputs if not x.get("unlabeled")], unlabeled
-
-
 @contextmanager
 def kept_apart(student: nn.Module, distillers: list[Distiller]) -> Iterator[None]:
     """Let a step on other images leave logs and loss normalizer of the labelled ones alone.
 
-    What it logs has "unlabeled/" before its name.
+    The numbers that it logs have "unlabeled/" before their names. It logs no pictures (VIS_PERIOD):
+    they would take the place of the labelled ones, and Detectron2 draws no boxes that are on a GPU.
     """
     normalizer = get_normalizer(student)
     with ExitStack() as stack:
         for distiller in distillers:
             stack.enter_context(distiller.adding(SUFFIX))
+        for part in student.modules():
+            if getattr(part, "vis_period", 0):
+                stack.enter_context(replaced(part, vis_period=0))
         stack.enter_context(get_event_storage().name_scope("unlabeled"))
         yield
     set_normalizer(student, normalizer)
@@ -186,10 +179,9 @@ class _IgnoringMatcher:
 def ignoring(student: nn.Module, inputs: list[dict]) -> Iterator[None]:
     """Let the RPN or RetinaNet of a student ignore the labels of the class ``IGNORED``."""
     flags = [sample["instances"].gt_classes == IGNORED for sample in inputs]
-    parts = student, getattr(student, "proposal_generator", None)
-    with ExitStack() as stack:
-        for part in parts:
-            if matcher := getattr(part, "anchor_matcher", None):
-                one = _IgnoringMatcher(matcher, flags)
-                stack.enter_context(mock.patch.object(part, "anchor_matcher", one))
+    part = getattr(student, "proposal_generator", student)
+    if matcher := getattr(part, "anchor_matcher", None):
+        with replaced(part, anchor_matcher=_IgnoringMatcher(matcher, flags)):
+            yield
+    else:
         yield

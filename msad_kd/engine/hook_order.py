@@ -1,7 +1,7 @@
 """The trainer's hooks, in the order in which they have to run."""
 
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter, PreciseBN
 
 from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep, ShareStatistics
 from msad_kd.engine.not_finite import WatchLosses
@@ -21,6 +21,10 @@ def add_hooks(trainer, hooks: list[HookBase]) -> list[HookBase]:
     evaluating, writing = _place(hooks, EvalHook), _place(hooks, PeriodicWriter)
     periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
     before_saving = [ShareStatistics(*periods), KeepNormalizer(*periods)]
+    for hook in hooks:
+        # fvcore refuses a layer that normalises twice in a step.
+        if isinstance(hook, PreciseBN) and getattr(hook, "_data_loader", None) is not None:
+            hook._data_loader.unlabeled = None
     if trainer.teacher_spec is not None and cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
         first.append(EvaluateTeacher(trainer.teacher_spec))
     if cfg.SEED >= 0:

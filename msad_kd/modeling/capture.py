@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 from torch import nn
+
+from msad_kd.utils.replaced import replaced
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def recording(module: nn.Module):
 
 def answering(module: nn.Module, output: Any):
     """Let the module return ``output``, which was computed before, instead of computing."""
-    return mock.patch.object(module, "forward", lambda *args, **kwargs: output)
+    return replaced(module, forward=lambda *args, **kwargs: output)
 
 
 @contextmanager

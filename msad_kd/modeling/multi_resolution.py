@@ -8,8 +8,6 @@ p3..p7 (strides 8..128 for k = 2) with high-resolution boxes. The low-resolution
 renamed to p3..p7, and both pyramids are fused level by level.
 """
 
-from unittest import mock
-
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
@@ -32,6 +30,7 @@ from msad_kd.modeling.pyramid import (
     valid_masks,
 )
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.replaced import replaced
 
 BRANCHES = ("hr", "lr", "fused")
 
@@ -176,7 +175,7 @@ class MultiResolutionMixin:
         high = None if branches == ("lr",) else high
         pyramids = self.pyramids(high, low, images.image_sizes, branches)
         # The stock detector works on what is there: the images and, in turn, each pyramid.
-        with mock.patch.object(self, "preprocess_image", lambda *_: images):
+        with replaced(self, preprocess_image=lambda *_: images):
             if self.training:
                 return self._losses(batched_inputs, pyramids)
             with answering(self.backbone, pyramids[self.test_branch]):

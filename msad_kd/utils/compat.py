@@ -9,7 +9,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from detectron2.utils import comm
 from pycocotools.coco import COCO
 
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.replaced import replaced
 from msad_kd.utils.unpickle import UntrustedError, load_pickle
 
 
@@ -40,7 +40,7 @@ def ddp_on(device: str) -> AbstractContextManager:
     if device != "cpu":
         return nullcontext()
     wrap = partial(defaults.create_ddp_model, device_ids=None)
-    return mock.patch.object(defaults, "create_ddp_model", wrap)
+    return replaced(defaults, create_ddp_model=wrap)
 
 
 def checkpointer_of(cls: type) -> AbstractContextManager:
@@ -48,7 +48,7 @@ def checkpointer_of(cls: type) -> AbstractContextManager:
 
     Neither version has a method to override for this.
     """
-    return mock.patch.object(defaults, "DetectionCheckpointer", cls)
+    return replaced(defaults, DetectionCheckpointer=cls)
 
 
 def create_local_process_group(processes_per_machine: int) -> None:
@@ -105,8 +105,8 @@ def plain_proposals() -> Iterator[None]:
 
     reader = SimpleNamespace(load=load_pickle)
     with (
-        mock.patch.object(data_build, "pickle", reader),
-        mock.patch.object(data_build, "load_proposals_into_dataset", load_or_explain),
+        replaced(data_build, pickle=reader),
+        replaced(data_build, load_proposals_into_dataset=load_or_explain),
     ):
         yield
 
@@ -124,7 +124,7 @@ def coco_eval_class(cls: type) -> AbstractContextManager:
 
     Neither version has an option for this.
     """
-    return mock.patch.object(coco_evaluation, "COCOeval_opt", cls)
+    return replaced(coco_evaluation, COCOeval_opt=cls)
 
 
 def coco_ground_truth(read: Callable[[str], dict]) -> AbstractContextManager:
@@ -139,7 +139,7 @@ def coco_ground_truth(read: Callable[[str], dict]) -> AbstractContextManager:
         truth.createIndex()
         return truth
 
-    return mock.patch.object(coco_evaluation, "COCO", build)
+    return replaced(coco_evaluation, COCO=build)
 
 
 def numpy_with_in1d(module: ModuleType) -> AbstractContextManager:
@@ -147,7 +147,7 @@ def numpy_with_in1d(module: ModuleType) -> AbstractContextManager:
 
     cityscapesScripts 2.3 calls ``in1d``, which NumPy 2.4 dropped.
     """
-    return mock.patch.object(module, "np", SimpleNamespace(**{**vars(np), "in1d": np.isin}))
+    return replaced(module, np=SimpleNamespace(**{**vars(np), "in1d": np.isin}))
 
 
 def images_read_by(read: Callable[..., np.ndarray]) -> AbstractContextManager:
@@ -155,7 +155,7 @@ def images_read_by(read: Callable[..., np.ndarray]) -> AbstractContextManager:
 
     Neither version has a method or an option for this.
     """
-    return mock.patch.object(detection_utils, "read_image", read)
+    return replaced(detection_utils, read_image=read)
 
 
 class _CityscapesScripts(MetaPathFinder, Loader):

@@ -1,5 +1,6 @@
 """Images without labels: where they come from, in which batches, and what is refused."""
 
+import copy
 import itertools
 import json
 import logging
@@ -132,18 +133,21 @@ def test_of_a_file_only_annotations_with_scores_are_read(config, scored, caplog)
         keys = [*scored(None, *pseudo), "KD.UNLABELED.SCORE", scores]
         found = unlabeled_dicts(config("student", *keys))
         assert [x["category_id"] for x in found[0]["annotations"]] == kinds
-    for keys in (scored(None), []):  # not asked for; or ground truth, without scores
-        keys = keys or [
-            "DATASETS.UNLABELED",
-            ["tiny_val"],
-            "SOLVER.UNLABELED_PER_BATCH",
-            2,
-            *pseudo,
-        ]
-        assert all("annotations" not in x for x in unlabeled_dicts(config("student", *keys)))
+    unasked = unlabeled_dicts(config("student", *scored(None)))
+    assert all("annotations" not in x for x in unasked)
     batches = samples(config("student", *scored(None, *pseudo)), 3)
     labels = [x["instances"].gt_classes.tolist() for batch in batches for x in batch[2:]]
     assert [kind, IGNORED] in labels and [] in labels
+
+
+def test_ground_truth_of_any_classes_is_not_read_and_stays(config, monkeypatch):
+    entry = {"file_name": "a.png", "sem_seg_file_name": "b.png", "annotations": [{}]}
+    monkeypatch.setitem(DatasetCatalog.data, "others", lambda: [entry])
+    monkeypatch.setitem(MetadataCatalog.data, "others", copy.copy(MetadataCatalog.get("tiny_val")))
+    MetadataCatalog.get("others").thing_classes = ["whale"]
+    keys = ["DATASETS.UNLABELED", ["others"], "SOLVER.UNLABELED_PER_BATCH", 2]
+    found = unlabeled_dicts(config("student", *keys, "KD.UNLABELED.PSEUDO_LABELS", True))
+    assert found == [{"file_name": "a.png"}] and entry["annotations"] == [{}]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,7 @@ def test_of_a_file_only_annotations_with_scores_are_read(config, scored, caplog)
         (["SOLVER.UNLABELED_PER_BATCH", 0], r"UNLABELED is \['bare'\] and .*PER_BATCH is 0"),
         (["DATASETS.UNLABELED", []], r"UNLABELED is \[\] and SOLVER.UNLABELED_PER_BATCH is 2"),
         (["DATASETS.UNLABELED", ["bear"]], "DATASETS.UNLABELED: 'bear' is not.*mean bare"),
+        (["MODEL.LOAD_PROPOSALS", True], "images of DATASETS.UNLABELED have no proposals"),
         (["DATASETS.TRAIN", ["bare"]], "DATASETS.TRAIN: 'bare' is a folder .* without labels"),
         (["DATASETS.TEST", ["bare"]], "DATASETS.TEST: 'bare' is a folder .* without labels"),
         (["KD.UNLABELED.SCORE", [0.5, 0.6]], "SCORE has 2 numbers; .* 8 classes"),

@@ -214,16 +214,6 @@ def test_equal_heads_have_no_loss_and_no_gradient(twins):
             assert gradient is None or gradient.abs().max() < 1e-7
 
 
-def test_the_order_of_images_does_not_matter(twins):
-    distiller, (seen, features, pyramid, sizes, iteration) = twins(TEACHER)
-    features = {name: 1.5 * level for name, level in features.items()}
-    one = distiller(seen, features, pyramid, sizes, iteration)
-    flipped = [{name: level.flip(0) for name, level in x.items()} for x in (features, pyramid)]
-    other = distiller(seen, *flipped, sizes[::-1], iteration)
-    assert all(one[name] > 0 for name in one)
-    assert_close(one, other)
-
-
 @pytest.mark.parametrize(
     ("fields", "opts", "message"),
     [

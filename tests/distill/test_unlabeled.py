@@ -20,6 +20,7 @@ from msad_kd.distill.unlabeled import UnlabeledImages, _IgnoringMatcher, ignorin
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.utils.errors import InputError
 
+COUNT = ["SOLVER.UNLABELED_PER_BATCH", 3]
 PSEUDO = ["KD.UNLABELED.PSEUDO_LABELS", True]
 # (SCORE, IGNORE_SCORE) with which the tiny teachers, who are sure of nothing, have some of each.
 SCORES = {"retinanet": (0.0103, 0.01), "fcos": (0.0801, 0.07)}
@@ -71,6 +72,15 @@ def test_what_is_labelled_gives_the_same_and_the_rest_has_losses_of_its_own(
     assert student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
 
 
+def test_pictures_are_of_what_is_labelled(student_config, batch):
+    student = build_student(student_config("VIS_PERIOD", 1, *labels_of("mask_rcnn")))
+    first, *others = batch(student_config(), "lr", count=3)
+    with EventStorage(1) as storage:
+        student.train()([first, *unlabeled(others)])
+    names = [name for name, *_ in storage._vis_data]
+    assert len(names) == len(set(names)) > 1 and student.vis_period == 1
+
+
 def test_a_loss_that_is_not_finite_is_named_for_both(student_config, batch):
     student = build_student(student_config())
     bad = {"l1_p2": torch.tensor(float("nan")), "l1_p3": torch.tensor(1.0)}
@@ -93,32 +103,30 @@ def run(student_config, data, catalogs, detector):
         torch.manual_seed(0)
         trainer = train(student_config(*keys, *options), resume=resume)
         lines = (Path(trainer.cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
-        return trainer, [json.loads(line) for line in lines]
+        logged = [json.loads(line).items() for line in lines]
+        return trainer, [{k: v for k, v in x if "time" not in k} for x in logged]
 
     return call
 
 
-def in_long(detector):
-    return pytest.param(detector, marks=pytest.mark.long)
-
-
-COUNT = ["SOLVER.UNLABELED_PER_BATCH", 3]
-
-
-@pytest.mark.parametrize("detector", ["mask_rcnn", in_long("retinanet")], indirect=True)
 def test_with_weight_0_nothing_changes(run):
     (plain, metrics), (other, logged), (with_them, _) = (
         run(*options) for options in ([], [*COUNT, "KD.UNLABELED.WEIGHT", 0.0], COUNT)
     )
     assert differing(tensors_of(plain.model), tensors_of(other.model)) == []
     assert get_normalizer(plain.model) == get_normalizer(other.model)
-    losses = [{k: v for k, v in x.items() if "time" not in k} for x in metrics]
-    assert losses == [{k: v for k, v in x.items() if "time" not in k} for x in logged]
+    assert metrics == logged
     changed = differing(tensors_of(plain.model), tensors_of(with_them.model))
     assert "backbone.bottom_up.stem.conv1.norm.running_mean" in changed
 
 
-@pytest.mark.parametrize("detector", ["retinanet", in_long("mask_rcnn")], indirect=True)
+def test_precise_statistics_are_of_what_is_labelled(run):
+    keys = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
+    trainer, _ = run(*COUNT, *keys, "SOLVER.MAX_ITER", 1, "KD.GRADIENT_RATIO_PERIOD", 1)
+    assert trainer.iter == 1
+
+
+@pytest.mark.parametrize("detector", ["retinanet"], indirect=True)
 def test_a_resumed_run_is_an_uninterrupted_one(run, tmp_path):
     whole, metrics = run(*COUNT)
     assert metrics[-1]["loss_kd_l1_unlabeled"] > 0
@@ -148,9 +156,8 @@ def test_detections_become_labels_by_their_scores():
     labels = UnlabeledImages(scores=(0.6,), ignore_score=0.3).select(found, False, True)
     assert labels.gt_classes.tolist() == [0, 1, IGNORED, IGNORED]
     assert labels.gt_boxes.tensor.tolist() == found.pred_boxes.tensor[:4].tolist()
-    assert labels.gt_keypoints.tensor[0].tolist() == [[1.5, 2.5, 2.0]] and not labels.has(
-        "gt_masks"
-    )
+    assert labels.gt_keypoints.tensor[0].tolist() == [[1.5, 2.5, 2.0]]
+    assert not labels.has("gt_masks")
     one_each = UnlabeledImages(scores=(0.95, 0.7, 0.5, 0.3, 0.2), ignore_score=0.2)
     labels = one_each.select(found, True, False)  # the first has no pixel
     assert labels.gt_classes.tolist() == [IGNORED, 2, 3, 4] and len(labels.gt_masks) == 4
@@ -281,9 +288,8 @@ def test_ignored_boxes_of_the_rpn_and_the_roi_heads(student_config, batch):
     assert torch.equal(labels, whole.masked_fill(ignored, IGNORED))
     assert type(rpn.anchor_matcher) is Matcher
     proposals = Instances((32, 48), objectness_logits=torch.zeros(4))
-    proposals.proposal_boxes = Boxes(
-        torch.tensor([A, B, [26.0, 12.0, 42.0, 30.0], [0, 20.0, 8, 30]])
-    )
+    boxes = [A, B, [26.0, 12.0, 42.0, 30.0], [0, 20.0, 8, 30]]
+    proposals.proposal_boxes = Boxes(torch.tensor(boxes))
     with EventStorage():
         (sampled,) = heads.label_and_sample_proposals([proposals], [truth([3, IGNORED])])
         assert set(sampled.gt_classes.tolist()) == {3, 8}  # 8 is the background

@@ -1,6 +1,8 @@
 """Fixtures of the tests of ladders."""
 
+import copy
 import logging
+import shutil
 
 import pytest
 from ladders import MGD
@@ -9,9 +11,9 @@ from msad_kd.config.build import build_config
 from msad_kd.ladder.run import run_ladder
 
 
-@pytest.fixture
-def stages(config_files, teacher_weights):
-    """Three stages: the fused teacher, its high-resolution branch, the fused one again."""
+@pytest.fixture(scope="session")
+def three_stages(config_files, teacher_weights):
+    """The fused teacher, its high-resolution branch, the fused one again."""
     common = {"config_file": str(config_files["teacher"]), "weights": str(teacher_weights)}
     return [
         {**common, "name": "first", "losses": MGD, "iterations": 2, "start": "teacher"},
@@ -21,18 +23,34 @@ def stages(config_files, teacher_weights):
 
 
 @pytest.fixture
+def stages(three_stages):
+    """The three stages, to be changed."""
+    return copy.deepcopy(three_stages)
+
+
+def make_config(config_files, stages, folder, *options):
+    keys = ["KD.LADDER.STAGES", stages, "OUTPUT_DIR", str(folder)]
+    keys += ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", []]
+    keys += ["KD.TEACHER.EVAL_BEFORE_TRAIN", False]
+    cfg = build_config(str(config_files["student"]), [*keys, *options])
+    cfg.freeze()
+    return cfg
+
+
+@pytest.fixture
 def ladder_config(config_files, stages, tmp_path):
     """ladder_config(folder, KEY, VALUE, ...): a frozen config of the three stages."""
+    return lambda folder="ladder", *options: make_config(
+        config_files, stages, tmp_path / folder, *options
+    )
 
-    def make(folder="ladder", *options):
-        keys = ["KD.LADDER.STAGES", stages, "OUTPUT_DIR", str(tmp_path / folder)]
-        keys += ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", []]
-        keys += ["KD.TEACHER.EVAL_BEFORE_TRAIN", False]
-        cfg = build_config(str(config_files["student"]), [*keys, *options])
-        cfg.freeze()
-        return cfg
 
-    return make
+@pytest.fixture(scope="session")
+def trained(config_files, three_stages, tmp_path_factory):
+    """The folder of a ladder of the three stages that has been run."""
+    folder = tmp_path_factory.mktemp("trained") / "ladder"
+    run_ladder(make_config(config_files, three_stages, folder), resume=False)
+    return folder
 
 
 @pytest.fixture
@@ -49,9 +67,9 @@ def resume(caplog):
 
 
 @pytest.fixture
-def finished(ladder_config, stages):
+def finished(trained, ladder_config, stages):
     """The config of a ladder of one stage that has been run."""
     del stages[1:]
     cfg = ladder_config()
-    run_ladder(cfg, resume=False)
+    shutil.copytree(trained, cfg.OUTPUT_DIR)
     return cfg
