@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from detectron2.export import TracingAdapter
@@ -22,6 +21,7 @@ from torchvision.ops import nms
 
 from msad_kd.checkpoint.files import replacing
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.replaced import replaced
 
 OUTPUTS = ("boxes", "scores", "classes", "masks")
 METADATA_KEY = "msad_kd"  # under which an exported file holds its metadata
@@ -135,8 +135,8 @@ def traceable() -> Iterator[None]:
     would keep as many candidates as the traced image has; git main needs no patch.
     """
     with (
-        mock.patch.object(torchvision_boxes, "_batched_nms_coordinate_trick", _batched_nms),
-        mock.patch.object(dense_detector, "min", _clamped, create=True),
+        replaced(torchvision_boxes, _batched_nms_coordinate_trick=_batched_nms),
+        replaced(dense_detector, min=_clamped),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of constants in the trace, which are meant
