@@ -89,7 +89,11 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
 
 
 def default_losses(cfg: CfgNode) -> list[dict]:
-    """Return the losses to begin with for a student's config; projects/*/FINDINGS.md says why."""
+    """Return losses to begin with for a student's config.
+
+    Which loss wins depends on the data. Those of RoI heads need no weight to be found first, as
+    they do not depend on the scale of the features; docs/losses.md has what was measured.
+    """
     warmup = {"warmup_iters": min(500, int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER))}
     if cfg.MODEL.META_ARCHITECTURE != "DistilledRCNN":
         return [{"name": "ssim", "weight": 10.0, **warmup}]
