@@ -1,6 +1,5 @@
 """Images without labels: where they come from, in which batches, and what is refused."""
 
-import copy
 import itertools
 import json
 import logging
@@ -8,6 +7,7 @@ import logging
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.utils import comm
 from helpers import TEST_SCENES, coco_format
 from PIL import Image
@@ -143,8 +143,8 @@ def test_of_a_file_only_annotations_with_scores_are_read(config, scored, caplog)
 def test_ground_truth_of_any_classes_is_not_read_and_stays(config, monkeypatch):
     entry = {"file_name": "a.png", "sem_seg_file_name": "b.png", "annotations": [{}]}
     monkeypatch.setitem(DatasetCatalog.data, "others", lambda: [entry])
-    monkeypatch.setitem(MetadataCatalog.data, "others", copy.copy(MetadataCatalog.get("tiny_val")))
-    MetadataCatalog.get("others").thing_classes = ["whale"]
+    metadata = Metadata(name="others", thing_classes=["whale"])
+    monkeypatch.setitem(MetadataCatalog.data, "others", metadata)
     keys = ["DATASETS.UNLABELED", ["others"], "SOLVER.UNLABELED_PER_BATCH", 2]
     found = unlabeled_dicts(config("student", *keys, "KD.UNLABELED.PSEUDO_LABELS", True))
     assert found == [{"file_name": "a.png"}] and entry["annotations"] == [{}]
