@@ -1,4 +1,4 @@
-"""What the tests of ladders share."""
+"""Helps the tests of ladders."""
 
 import torch
 

@@ -34,7 +34,6 @@ from msad_kd.checkpoint.reading import fetch
 from msad_kd.config.build import build_config
 from msad_kd.config.derive import derive_configs
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.unpickle import TrustFiles
 from projects.study import run as study
 
 TOOLS = Path(__file__).resolve().parent
@@ -210,7 +209,6 @@ def parse_arguments(arguments=None):
     add("--no-control", dest="control", action="store_false", help="leave the control out")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
-    add("--trust-files", action=TrustFiles)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")
     return parser.parse_args(arguments)
 

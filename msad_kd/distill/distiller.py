@@ -65,11 +65,13 @@ class Distiller(nn.Module):
 
     @contextmanager
     def adding(self, suffix: str) -> Iterator[None]:
-        """Keep the values of a step while it goes on with other images, whose names end so."""
+        """Add the values of a second batch to those of this step; their names get the suffix."""
         before, self._values = self._values, {}
-        yield
-        others = {f"{name}{suffix}": value for name, value in self._values.items()}
-        self._values = {**before, **others}
+        try:
+            yield
+        finally:  # if the second batch fails, the first one's values still say what was not finite
+            others = {f"{name}{suffix}": value for name, value in self._values.items()}
+            self._values = {**before, **others}
 
     def not_finite(self) -> list[str]:
         """Return the log names of the last step's values that are NaN or infinite.

@@ -32,7 +32,7 @@ SUFFIX = "_unlabeled"  # of the losses of images without labels
 
 @dataclass(frozen=True)
 class UnlabeledImages:
-    """What a student does with images without labels: the keys of KD.UNLABELED."""
+    """Says what a student does with images without labels: the keys of KD.UNLABELED."""
 
     weight: float = 1.0
     pseudo_labels: bool = False

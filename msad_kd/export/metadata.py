@@ -1,4 +1,4 @@
-"""What a program has to know of an exported model besides its weights."""
+"""Describe an exported model to the programs that run it."""
 
 import importlib.metadata
 

@@ -189,7 +189,7 @@ def test_a_mixed_sample_is_a_function_of_its_seed(student_config):
 
 
 def test_partners_are_images_that_the_run_may_see(config, monkeypatch):
-    """Those of the sampler's subset, and of the same orientation, as a batch's are."""
+    """Partners are of the sampler's subset, and of the same orientation as all of a batch."""
     size = {"height": 40, "annotations": [0]}
     dicts = [{"file_name": str(i), "width": 50 if i % 2 else 30, **size} for i in range(12)]
     monkeypatch.setitem(DatasetCatalog.data, "numbers", lambda: dicts)

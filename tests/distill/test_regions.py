@@ -51,7 +51,7 @@ def sizes_of(inputs):
 
 
 def predicted(model, inputs):
-    """What ``RoIDistiller.predict`` finds in a training step."""
+    """Returns what ``RoIDistiller.predict`` finds in a training step."""
     torch.manual_seed(1)
     with recording(model.roi_distiller) as call, EventStorage(WARMUP):
         model.train()(inputs)
