@@ -28,7 +28,13 @@ from msad_kd.data.annotations import check_content, parse_json, usable_content
 from msad_kd.data.annotations.findings import INVALID, MENDED, PLURALS, REFUSED, name_record
 from msad_kd.data.classes import align_classes, annotation_file
 from msad_kd.data.coco_format import class_order, make_dicts
-from msad_kd.data.dict_checks import check_files, check_masks, check_shapes, missing_files
+from msad_kd.data.dict_checks import (
+    check_files,
+    check_keypoint_counts,
+    check_masks,
+    check_shapes,
+    missing_files,
+)
 from msad_kd.data.images import image_size, read_image, unreadable
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
@@ -109,6 +115,10 @@ def check_against_config(report, cfg):
         if train and has_masks(cfg):
             with report.catching():
                 check_masks(data_set.dicts, name)
+        if train and cfg.MODEL.KEYPOINT_ON:
+            with report.catching():
+                count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+                check_keypoint_counts(data_set.dicts, name, count)
 
 
 def compare(report):

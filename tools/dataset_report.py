@@ -67,6 +67,7 @@ class DataSet:
             "without objects": sum(not entry.get("annotations") for entry in self.dicts),
             "annotations": len(annotations),
             "masks": sum("segmentation" in x for x in annotations),
+            "keypoints": sum(any(x.get("keypoints", ())[2::3]) for x in annotations),
             "crowds": sum(bool(x.get("iscrowd", 0)) for x in annotations),
             "shorter sides (px)": f"{lowest} to {highest}, median {middle:g}",
         }

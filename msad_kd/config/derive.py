@@ -99,7 +99,8 @@ def default_losses(cfg: CfgNode) -> list[dict]:
         return [{"name": "ssim", "weight": 10.0, **warmup}]
     if cfg.MODEL.ROI_HEADS.NAME != "StandardROIHeads":
         return [{"name": "l1", "weight": 0.6, **warmup}]
-    names = ["roi_class", "roi_box", *(["roi_mask"] if cfg.MODEL.MASK_ON else [])]
+    parts = {"roi_mask": cfg.MODEL.MASK_ON, "roi_keypoint": cfg.MODEL.KEYPOINT_ON}
+    names = ["roi_class", "roi_box", *(name for name, predicted in parts.items() if predicted)]
     return [{"name": name, "weight": 1.0, **warmup} for name in names]
 
 

@@ -27,7 +27,13 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 
 from msad_kd.data.classes import align_classes, annotation_file
-from msad_kd.data.dict_checks import accept_rles, check_files, check_masks, check_shapes
+from msad_kd.data.dict_checks import (
+    accept_rles,
+    check_files,
+    check_keypoint_counts,
+    check_masks,
+    check_shapes,
+)
 from msad_kd.data.mixing import add_mixup
 from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
@@ -67,7 +73,11 @@ def explain_missing_data(names: tuple[str, ...]):
         words = "install the package, for Cityscapes cityscapesScripts and shapely"
         raise InputError(f"{data_sets}: {error}; {words}") from error
     except AssertionError as error:  # empty, or empty without the images that have no boxes
-        words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path
+        words = str(error)
+        if os.path.isabs(words):  # or a path
+            words = f"'{words}' does not exist"
+        elif words.startswith("No valid data"):
+            words += " (it needs images with boxes; MODEL.KEYPOINT_ON, also with visible keypoints)"
         raise InputError(f"{data_sets}: {words}") from error
 
 
@@ -217,6 +227,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
     if cfg.MODEL.MASK_ON:
         check_masks(dicts, names)
         accept_rles(mapper, dicts, names)
+    if cfg.MODEL.KEYPOINT_ON:
+        check_keypoint_counts(dicts, names, keypoints.NUM_KEYPOINTS)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logging.getLogger(__name__).info("Training on %d images, seed %d", len(dicts), seed)
     sampler = _build_sampler(cfg, dicts, seed)

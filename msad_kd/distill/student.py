@@ -140,7 +140,7 @@ class DistilledMixin:
         dense = self.dense_distiller if self.dense_distiller.terms else None
         with (
             recording(self.backbone) as call,
-            recording_regions(self.roi_heads, rois.reads_masks) if rois else nullcontext() as seen,
+            recording_regions(self.roi_heads, rois.reads) if rois else nullcontext() as seen,
             dense.recording() if dense else nullcontext() as anchors,
         ):
             losses = super().forward(batched_inputs)
