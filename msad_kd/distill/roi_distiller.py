@@ -3,6 +3,7 @@
 The regions are those that the student samples from its proposals, or the teacher's proposals.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -35,7 +36,7 @@ class RoIDistiller(Distiller):
         diagnostics_period: see ``Distiller``.
     """
 
-    def __init__(self, terms: list[LossTerm], diagnostics_period: int = 0):
+    def __init__(self, terms: Sequence[dict | LossTerm] = (), diagnostics_period: int = 0):
         super().__init__(terms, diagnostics_period)
         # Whose proposals are needed, and which of masks and keypoints of them a loss reads.
         self.parts_of: dict[str, frozenset[str]] = {}

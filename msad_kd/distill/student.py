@@ -40,8 +40,8 @@ class DistilledMixin:
 
     Args:
         distiller: the losses between feature maps.
-        roi_distiller: the losses between predictions of RoI heads.
-        dense_distiller: the losses between predictions of dense heads or RPNs.
+        roi_distiller: the losses between predictions of RoI heads; None: there are none.
+        dense_distiller: the same of dense heads or RPNs.
         gradient_ratio_period: log the gradient norm of the distillation losses over that of the
             detection losses every so many iterations; 0: never.
         unlabeled: what to do with images without labels; None: see its defaults.
@@ -57,16 +57,16 @@ class DistilledMixin:
         self,
         *,
         distiller: FeatureDistiller,
-        roi_distiller: RoIDistiller,
-        dense_distiller: DenseDistiller,
+        roi_distiller: RoIDistiller | None = None,
+        dense_distiller: DenseDistiller | None = None,
         gradient_ratio_period: int = 0,
         unlabeled: UnlabeledImages | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.distiller = distiller
-        self.roi_distiller = roi_distiller
-        self.dense_distiller = dense_distiller
+        self.roi_distiller = roi_distiller or RoIDistiller()
+        self.dense_distiller = dense_distiller or DenseDistiller()
         self.gradient_ratio_period = gradient_ratio_period
         self.unlabeled = unlabeled or UnlabeledImages()
 
