@@ -180,7 +180,7 @@ def summarize(args):
     models = {model["row"]: model for model in models}
     gains = [
         f"{name} AP {models['student'][kind]['AP'] - models['control'][kind]['AP']:+.1f}"
-        for kind, name in (("bbox", "box"), ("segm", "mask"))
+        for kind, name in (("bbox", "box"), ("segm", "mask"), ("keypoints", "keypoint"))
         if "control" in models and kind in models["control"]
     ]
     config, weights = args.output / "configs" / "control.yaml", args.output / "student"

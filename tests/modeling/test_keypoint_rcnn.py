@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import WARMUP, build, build_student, evaluate, losses_of, train
+from helpers import WARMUP, build, build_student, evaluate, load_tool, losses_of, train
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
@@ -117,6 +118,24 @@ def test_ap_follows_the_sigmas(config, options, sigma, expected):
     nothing.pred_classes, nothing.pred_keypoints = torch.zeros(0).long(), torch.ones(0, 4, 3)
     empty = [(inputs, [{"instances": nothing}]) for inputs, _ in pairs]
     assert "keypoints" in evaluate(empty, KDTrainer.build_evaluator(cfg, "corners_val"))
+
+
+def test_predictions_are_drawn_with_the_skeleton(config, options, tmp_path):
+    cfg, weights = config("lr", *options), str(tmp_path / "model.pth")
+    torch.save({"model": build(cfg).state_dict()}, weights)
+    bones = [{**x, "skeleton": [["left_top", "right_top"]]} for x in cfg.DATASETS.COCO_FORMAT]
+    pictures = []
+    for entries in (cfg.DATASETS.COCO_FORMAT, bones):
+        predictor = load_tool("tools.predictors").ConfigPredictor(
+            config("lr", *options, "DATASETS.COCO_FORMAT", entries), weights
+        )
+        image = np.zeros((64, 96, 3), np.uint8)
+        found = predictor(image)
+        found.pred_keypoints[:, :, 2] = 1.0
+        draw = load_tool("tools.prediction_files").draw
+        pictures.append(draw(image, found, str, predictor.keypoints).astype(int))
+    lines = (pictures[1] != pictures[0]).any(axis=2)
+    assert len(found) and lines.any()
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x",
         "COCO-Detection/faster_rcnn_R_50_FPN_3x",
         "COCO-Detection/retinanet_R_50_FPN_3x",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_3x",
     ],
 )
 def test_what_is_derived_of_the_model_zoo_trains_a_step_on_coco(name, tmp_path):

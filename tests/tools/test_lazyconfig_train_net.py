@@ -94,7 +94,10 @@ def test_a_tiny_student_is_trained_resumed_and_evaluated(
 def test_the_shipped_config_is_the_yaml_student(monkeypatch):
     monkeypatch.chdir(ROOT)
     cfg = LazyConfig.load(str(CONFIG))
-    file, unscaled = "configs/COCO/mask_rcnn_R_50_FPN_student_1x.yaml", "SOLVER.REFERENCE_WORLD_SIZE"
+    file, unscaled = (
+        "configs/COCO/mask_rcnn_R_50_FPN_student_1x.yaml",
+        "SOLVER.REFERENCE_WORLD_SIZE",
+    )
     yaml = build_config(file, [unscaled, 0])
     with torch.device("meta"):
         lazy, expected = instantiate(cfg.model), META_ARCH_REGISTRY.get("DistilledRCNN")(yaml)
