@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for projects.study
@@ -66,7 +67,7 @@ def default_candidates(args, cfg):
     level, weight = balance(args)
     ssim = {"name": "ssim", "weight": weight, "levels": [level]}
     l1 = {"name": "l1", "weight": 0.6}
-    return {"l1": [l1], "ssim": [ssim], "heads": heads, "both": [ssim, *heads]}
+    return {"l1": [l1], "ssim": [ssim], "heads": heads, "both": deepcopy([ssim, *heads])}
 
 
 def read_candidates(args, cfg):
