@@ -122,7 +122,7 @@ def make_grid(args, configs):
     grid = {
         "output": str(args.output),
         "seeds": [SEED],
-        "detections": min(100, configs["student"].TEST.DETECTIONS_PER_IMAGE),
+        "detections": min(args.detections, configs["student"].TEST.DETECTIONS_PER_IMAGE),
         "rows": rows,
         "comparison": list(rows),
         "scenes": {row["title"]: name for name, row in rows.items() if name != "teacher"},
@@ -207,6 +207,7 @@ def parse_arguments(arguments=None):
     add("--teacher", metavar="FILE", help="a teacher that this command trained; trains none")
     add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
     add("--no-control", dest="control", action="store_false", help="leave the control out")
+    add("--detections", type=study.natural, default=100, help="an image, to measure costs at")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")
