@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from helpers import build_student, differing, losses_of, tensors_of, train
+from helpers import build_student, differing, tensors_of, train
 
 from msad_kd.engine.validation import ValidationLoss
 from msad_kd.modeling.loss_normalizer import get_normalizer
