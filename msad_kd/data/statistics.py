@@ -53,8 +53,8 @@ def warn_of_small_images(cfg: CfgNode, dicts: list[dict]) -> None:
         return
     factor = cfg.KD.SCALE if frame == "hr" else 1
     short, longest = max(sizes) / factor, cfg.INPUT.MAX_SIZE_TRAIN / factor
-    sides = [sorted((x["height"], x["width"])) for x in dicts if "height" in x and "width" in x]
-    share = enlarged_share(np.array(sides).reshape(-1, 2), short, longest)
+    sides = [(x["height"], x["width"]) for x in dicts if "height" in x and "width" in x]
+    share = enlarged_share(np.sort(np.array(sides).reshape(-1, 2)), short, longest)
     if share > MANY:
         logging.getLogger(__name__).warning(
             f"DATASETS.TRAIN: {share:.0%} of the images are smaller than the low resolution "

@@ -13,9 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 def split_batch(batch: list[dict], count: int) -> list[list[dict]]:
     """Split a batch into equal ones; each has its share of the images with ``unlabeled``: True."""
     kinds = [[x for x in batch if bool(x.get("unlabeled")) is kind] for kind in (False, True)]
-    shares = [len(images) // count for images in kinds]
     return [
-        [x for images, n in zip(kinds, shares) for x in images[i * n : (i + 1) * n]]
+        [x for kind in kinds for x in kind[len(kind) * i // count : len(kind) * (i + 1) // count]]
         for i in range(count)
     ]
 

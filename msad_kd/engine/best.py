@@ -85,11 +85,6 @@ class KeepBest(BestCheckpointer):
             return
         trainer = self.trainer
         trainer.max_iter = trainer.iter + 1
-        _logger.info(
-            f"{self._val_metric} has not improved in {self.patience} evaluations (TEST.PATIENCE): "
-            f"the training ends after {trainer.max_iter} iterations; {BEST}.pth is that of "
-            f"iteration {self.best_iter}"
-        )
         for hook in self._evaluations():
             hook._func = lambda: None  # the last evaluation is done
         self._checkpointer.save("model_final", iteration=trainer.iter)
@@ -125,7 +120,13 @@ class KeepBest(BestCheckpointer):
             self.since.append(done)
         best = {"metric": self._val_metric, "value": self.best_metric, "iteration": self.best_iter}
         write_json(self.record, {**best, "since": self.since})
-        return self._is_over()
+        over = self._is_over() and done < self.trainer.max_iter
+        if over:
+            _logger.info(
+                f"{self._val_metric} has not improved in {self.patience} evaluations: the training "
+                f"ends after {done} iterations (TEST.PATIENCE)"
+            )
+        return over
 
     def _update_best(self, val: float, iteration: int) -> bool:
         better = super()._update_best(val, self._done())

@@ -31,7 +31,8 @@ def add_hooks(trainer, hooks: list[HookBase]) -> list[HookBase]:
         # fvcore refuses a layer that normalises twice in a step.
         if isinstance(hook, PreciseBN) and getattr(hook, "_data_loader", None) is not None:
             hook._data_loader.unlabeled = None
-            hook._data_loader.batch_size //= cfg.SOLVER.ACCUMULATE  # what the memory can hold
+            if cfg.SOLVER.ACCUMULATE > 1:  # one batch of several is what the memory holds
+                hook._data_loader.batch_size //= cfg.SOLVER.ACCUMULATE
     if trainer.teacher_spec is not None and cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
         first.append(EvaluateTeacher(trainer.teacher_spec))
     if cfg.SEED >= 0:
