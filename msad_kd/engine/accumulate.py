@@ -20,9 +20,7 @@ def split_batch(batch: list[dict], count: int) -> list[list[dict]]:
 
 
 class _Accumulating:
-    """Makes a step of a trainer's optimizer out of the gradients of several batches."""
-
-    count = 1
+    """Makes a step of a trainer's optimizer out of the gradients of ``count`` batches."""
 
     def run_step(self) -> None:
         start = time.perf_counter()
@@ -40,6 +38,8 @@ class _Accumulating:
             with self.model.no_sync() if alone else nullcontext():
                 with autocast("cuda", precision) if amp else nullcontext():
                     losses = self.model(batch)
+                    if not isinstance(losses, dict):
+                        losses = {"total_loss": losses}
                     losses = {name: loss / self.count for name, loss in losses.items()}
                     total = sum(losses.values())
                 scaler.scale(total).backward()
@@ -50,14 +50,6 @@ class _Accumulating:
         scaler.update()
 
 
-class _AccumulatingTrainer(_Accumulating, SimpleTrainer):
-    pass
-
-
-class _AccumulatingAMPTrainer(_Accumulating, AMPTrainer):
-    pass
-
-
 def accumulating(trainer: SimpleTrainer, count: int) -> SimpleTrainer:
     """Return a trainer that splits each batch, and updates the weights by the sum of the gradients.
 
@@ -65,8 +57,6 @@ def accumulating(trainer: SimpleTrainer, count: int) -> SimpleTrainer:
         trainer: Detectron2's inner trainer, before its first step.
         count: the number of parts of a batch.
     """
-    amp = isinstance(trainer, AMPTrainer)
-    cls = _AccumulatingAMPTrainer if amp else _AccumulatingTrainer
-    other = cls(trainer.model, trainer.data_loader, trainer.optimizer)
-    other.count = count
-    return other
+    kind = type(trainer)
+    accumulating = type(f"Accumulating{kind.__name__}", (_Accumulating, kind), {"count": count})
+    return accumulating(trainer.model, trainer.data_loader, trainer.optimizer)

@@ -37,7 +37,8 @@ class ValidationLoss(EvalHook):
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
         loaders = [_build_loader(cfg, name) for name in cfg.DATASETS.TEST]
-        super().__init__(cfg.TEST.EVAL_PERIOD, lambda: compute_losses(model, loaders))
+        batch = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        super().__init__(cfg.TEST.EVAL_PERIOD, lambda: compute_losses(model, loaders, batch))
 
 
 def _build_loader(cfg: CfgNode, name: str):
@@ -80,13 +81,14 @@ def _giving_losses(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compute_losses(model: nn.Module, loaders: list) -> dict[str, dict[str, float]]:
+def compute_losses(model: nn.Module, loaders: list, batch_size: int) -> dict[str, dict[str, float]]:
     """Return the means over all images of all processes, as an ``EvalHook`` expects them.
 
     Args:
         model: the model. Its weights, buffers, loss normalizer and modes stay as they are, and so
             do the random numbers that are drawn afterwards.
-        loaders: yield batches with ``instances``.
+        loaders: yield batches of one image, with ``instances``.
+        batch_size: the images of a training batch, which the loss normalizer counts.
 
     Returns:
         {"validation": {name of the loss: mean}} in the main process, {} in others.
@@ -96,6 +98,8 @@ def compute_losses(model: nn.Module, loaders: list) -> dict[str, dict[str, float
     # The training's storage would log what the heads say of these images.
     with preserved_rng(), _giving_losses(model), EventStorage(1):
         seed_all(0)  # RPN and RoI heads sample
+        if normalizer := get_normalizer(model):
+            set_normalizer(model, normalizer / batch_size)  # it moves with images one by one
         for loader in loaders:
             for batch in loader:
                 images += len(batch)
