@@ -56,6 +56,17 @@ def test_a_dry_run_writes_configs_that_train_net_runs(hr_of, tmp_path, capsys):
     assert steps == {"teacher": 3, "student": 2, "control": 2}
 
 
+def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
+    load_tool("tools.distill").main(
+        ["--config-file", str(config_files["hr"]), "--output", str(tmp_path), "--dry-run"]
+        + ["SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "100", "student:SOLVER.MAX_ITER", "20"]
+    )
+    cfg = build_config(str(tmp_path / "configs" / "student.yaml"), [])
+    assert cfg.SOLVER.WARMUP_ITERS == 2
+    assert {term["warmup_iters"] for term in cfg.KD.LOSSES} == {2}
+    assert "student and control differ in SOLVER.MAX_ITER:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
