@@ -38,11 +38,11 @@ from msad_kd.data.dict_checks import (
 from msad_kd.data.images import image_size, read_image, unreadable
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
+from msad_kd.data.statistics import MANY, enlarged_share
 from msad_kd.modeling.classes import has_masks
 
 FACTORS = (0.25, 0.375, 0.5, 0.75, 1)
 SHOWN = 10  # faulty images of a data set that are reported one by one
-MANY = 0.25  # the share of images or objects from which on there is a warning
 
 
 def read_coco(report, name, json_file, images, drop):
@@ -177,7 +177,7 @@ def judge_sizes(report):
             )
     largest = report.sizes[-1]
     for x in report.data_sets if largest.factor is None else ():
-        share = np.mean(x.image_sizes.min(axis=1) < largest.short) if len(x.image_sizes) else 0
+        share = enlarged_share(np.sort(x.image_sizes), largest.short, largest.longest)
         if share > MANY:
             words = f"{share:.0%} of the images are smaller than the {largest.short:g} px that they"
             words += " are resized to; enlarging adds no detail"

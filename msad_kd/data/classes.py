@@ -5,6 +5,7 @@ DATASETS.TRAIN that has most. Other data sets may have fewer, in any order.
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -133,6 +134,16 @@ def _check_names(data_set: str, own: list[str], classes: list[str], source: str)
         raise InputError(
             f"{_describe(data_set)} has its classes in another order than {source}, and no "
             f"annotation file in which they could be mapped; set DATASETS.CLASSES to {own}"
+        )
+
+
+def warn_of_spare_classes(cfg: CfgNode) -> None:
+    """Warn if a model has more classes than DATASETS.TRAIN, which it then never sees."""
+    names, count = model_classes(cfg)[0], number_of_classes(cfg)
+    if names and count is not None and count > len(names):
+        logging.getLogger(__name__).warning(
+            f"{class_key(cfg)} is {count}, and the data have {len(names)} classes: the others are "
+            f"never seen; set it to {len(names)}"
         )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from msad_kd.utils.errors import InputError
@@ -71,6 +72,19 @@ def _objects(entry: dict) -> list[tuple[int, dict]]:
     """Return place and annotation of the objects of an image, without crowds, as a mapper does."""
     annotations = enumerate(entry.get("annotations", ()))
     return [(place, x) for place, x in annotations if not x.get("iscrowd", 0)]
+
+
+def check_objects(cfg: CfgNode, dicts: list[dict], name: str, mapper: Callable) -> None:
+    """Check that objects have the masks and keypoints that a model is trained on.
+
+    Raises:
+        InputError: if one lacks them; see the functions below.
+    """
+    if cfg.MODEL.MASK_ON:
+        check_masks(dicts, name)
+        accept_rles(mapper, dicts, name)
+    if cfg.MODEL.KEYPOINT_ON:
+        check_keypoint_counts(dicts, name, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
 
 
 def check_masks(dicts: list[dict], name: str) -> None:

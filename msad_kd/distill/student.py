@@ -131,11 +131,18 @@ class DistilledMixin:
         if unlabeled and self.unlabeled.weight:
             inputs, pyramid = self.unlabeled.label(unlabeled, self, self.teacher)
             with kept_apart(self, self._distillers()), ignoring(self, inputs):
-                losses |= self.unlabeled.weigh(*self._compare(inputs, pyramid))
+                labels = self.unlabeled.pseudo_labels
+                losses |= self.unlabeled.weigh(*self._compare(inputs, pyramid, labels))
         return losses
 
-    def _compare(self, batched_inputs: list[dict], pyramid: Pyramid | None = None):
-        """Return the stock losses and ``loss_kd_*``; None: the teacher's pyramid is computed."""
+    def _compare(self, batched_inputs: list[dict], pyramid: Pyramid | None = None, labels=True):
+        """Return the stock losses and ``loss_kd_*``.
+
+        Args:
+            batched_inputs: images of one kind.
+            pyramid: the teacher's; None: it is computed.
+            labels: whether the stock losses are wanted; without, heads that no loss reads are idle.
+        """
         rois = self.roi_distiller if self.roi_distiller.terms else None
         dense = self.dense_distiller if self.dense_distiller.terms else None
         with (
@@ -143,7 +150,11 @@ class DistilledMixin:
             recording_regions(self.roi_heads, rois.reads) if rois else nullcontext() as seen,
             dense.recording() if dense else nullcontext() as anchors,
         ):
-            losses = super().forward(batched_inputs)
+            if labels or rois or dense:
+                losses = super().forward(batched_inputs)
+            else:
+                losses = {}
+                self.backbone(self.preprocess_image(batched_inputs).tensor)
         teacher, iteration = self.teacher, get_event_storage().iter
         if pyramid is None:
             pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
