@@ -24,13 +24,8 @@ KEYPOINT_NAMES = Annotated[
     list[str], lambda names: 0 < len(set(names)) == len(names), "a list of different names"
 ]
 _PAIRS = Annotated[list[tuple[str, str]], lambda _: True, "a list of pairs of keypoint_names"]
-# What an entry of DATASETS.COCO_FORMAT may say of keypoints, and its name in the metadata.
-_KEYPOINTS = {
-    "keypoint_names": (KEYPOINT_NAMES, "keypoint_names"),
-    "keypoint_flip_map": (_PAIRS, "keypoint_flip_map"),
-    "skeleton": (_PAIRS, "keypoint_connection_rules"),
-}
-_BONE_COLOUR = (102, 204, 255)
+# What an entry of DATASETS.COCO_FORMAT may say of keypoints.
+_KEYPOINTS = {"keypoint_names": KEYPOINT_NAMES, "keypoint_flip_map": _PAIRS, "skeleton": _PAIRS}
 
 
 def register_coco_format(cfg: CfgNode) -> None:
@@ -49,7 +44,7 @@ def register_coco_format(cfg: CfgNode) -> None:
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
     fields, required = dict.fromkeys(("name", "json", "images"), str), ("name", "images")
-    fields |= {field: annotation for field, (annotation, _) in _KEYPOINTS.items()}
+    fields |= _KEYPOINTS
     for number, entry in enumerate(cfg.DATASETS.COCO_FORMAT, start=1):
         read_fields(entry, "DATASETS.COCO_FORMAT", f"data set {number}", fields, required=required)
         name, images = entry["name"], _locate(entry["images"])
@@ -66,19 +61,8 @@ def register_coco_format(cfg: CfgNode) -> None:
             DatasetCatalog.register(name, partial(load_checked, json_file, images, name, invalid))
             new = {"json_file": json_file, "image_root": images, "evaluator_type": "coco"}
             MetadataCatalog.get(name).set(**new)
-        _register_keypoints(name, entry)
-
-
-def _register_keypoints(name: str, entry: dict) -> None:
-    new = {key: entry[field] for field, (_, key) in _KEYPOINTS.items() if field in entry}
-    if (rules := "keypoint_connection_rules") in new:
-        new[rules] = connection_rules(new[rules])
-    vars(MetadataCatalog.get(name)).update(new)  # metadata refuse to change
-
-
-def connection_rules(pairs: list[tuple[str, str]]) -> list[tuple[str, str, tuple]]:
-    """Return a skeleton as Detectron2's ``keypoint_connection_rules``, which have colours."""
-    return [(*pair, _BONE_COLOUR) for pair in pairs]
+        keypoints = {key: entry[key] for key in _KEYPOINTS if key in entry}
+        vars(MetadataCatalog.get(name)).update(keypoints)  # metadata refuse to change
 
 
 def is_folder(name: str) -> bool:

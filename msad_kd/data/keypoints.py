@@ -1,23 +1,24 @@
 """The keypoints of data sets: their names, which of them a flip exchanges, and the skeleton."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from msad_kd.data.classes import file_categories
-from msad_kd.data.coco_format import KEYPOINT_NAMES, connection_rules
+from msad_kd.data.coco_format import KEYPOINT_NAMES
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.replaced import replaced
 from msad_kd.utils.schema import check_value
 
 _COCO_KEYPOINTS = 17  # for which pycocotools has its own OKS sigmas
+_BONE_COLOUR = (102, 204, 255)  # RGB, of lines in pictures
 _ENTRY = "its entry of DATASETS.COCO_FORMAT"
 
 
-def read_keypoints(cfg: CfgNode, flips: bool = False) -> dict[str, tuple]:
+def read_keypoints(cfg: CfgNode, flips: bool = False) -> dict[str, Sequence]:
     """Return what Detectron2's metadata call the keypoints that a model predicts; {} if none.
 
     They come from the metadata of DATASETS.TRAIN (an entry of DATASETS.COCO_FORMAT, or the user's
@@ -78,7 +79,7 @@ def naming_keypoints(cfg: CfgNode, is_train: bool) -> Iterator[None]:
         yield
 
 
-def _keypoints_of(data_set: str, flips: bool) -> dict[str, tuple]:
+def _keypoints_of(data_set: str, flips: bool) -> dict[str, Sequence]:
     metadata, source = MetadataCatalog.get(data_set), f"data set '{data_set}'"
     categories = [x for x in file_categories(data_set) if x.get("keypoints")]
     category = categories[0] if categories else {"keypoints": ()}
@@ -95,16 +96,16 @@ def _keypoints_of(data_set: str, flips: bool) -> dict[str, tuple]:
     pairs, rules = metadata.get("keypoint_flip_map"), metadata.get("keypoint_connection_rules")
     if pairs is None:
         pairs = _guess_pairs(names, source, flips)
-    if rules is None:  # unless the names are not the file's
+    bones = metadata.get("skeleton")
+    if bones is None:  # the file's, if it has these names
         bones = _bones(category, source) if [*names] == [*category["keypoints"]] else []
-        rules = connection_rules(bones)
-    for key, rows in (("keypoint_flip_map", pairs), ("skeleton", [x[:2] for x in rules])):
+    for key, rows in (("keypoint_flip_map", pairs), ("skeleton", bones)):
         if unknown := sorted({name for row in rows for name in row} - set(names)):
             raise InputError(f"{source} has '{unknown[0]}' in its {key}, not in its keypoint_names")
     return {
         "keypoint_names": tuple(names),
         "keypoint_flip_map": tuple(map(tuple, pairs)),
-        "keypoint_connection_rules": tuple(rules),
+        "keypoint_connection_rules": rules or [(*bone, _BONE_COLOUR) for bone in bones],
     }
 
 

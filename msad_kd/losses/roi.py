@@ -7,7 +7,7 @@ flows to the student's.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -60,20 +60,6 @@ def parts_read(loss: Callable) -> frozenset[str]:
     return getattr(loss, "reads", frozenset(("masks", "keypoints")))
 
 
-def _log_probabilities(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float
-) -> list[torch.Tensor]:
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; it should be above 0")
-    return [F.log_softmax(x.float() / temperature, dim=1) for x in (student, teacher)]
-
-
-def _divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return tau^2 KL(p_T || p_S) of the softmax of logits (rows, columns), mean over the rows."""
-    s, t = _log_probabilities(student, teacher, temperature)
-    return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
-
-
 @ROI_LOSS_REGISTRY.register()
 @reads()
 def roi_class(
@@ -89,11 +75,13 @@ def roi_class(
     sum_c w_c (p_T log(p_T / p_S) - p_T + p_S) / mean(w): equal predictions stay its minimum, 0,
     and equal weights change nothing.
     """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it should be above 0")
     if len(student.classes) == 0:
         return student.classes.sum()
+    s, t = (F.log_softmax(x.classes.float() / temperature, dim=1) for x in (student, teacher))
     if class_weights is None:
-        return _divergence(student.classes, teacher.classes, temperature)
-    s, t = _log_probabilities(student.classes, teacher.classes, temperature)
+        return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
     if len(class_weights) != s.shape[1]:
         raise ValueError(f"class_weights has {len(class_weights)} numbers, not {s.shape[1]}")
     weights = s.new_tensor(class_weights)
@@ -145,6 +133,5 @@ def roi_keypoint(
     """
     if student.keypoints is None or teacher.keypoints is None:
         raise ValueError("it needs keypoints of student and teacher (MODEL.KEYPOINT_ON True)")
-    if len(student.keypoints) == 0:
-        return student.keypoints.sum()
-    return _divergence(student.keypoints.flatten(1), teacher.keypoints.flatten(1), temperature)
+    cells = (replace(x, classes=x.keypoints.flatten(1)) for x in (student, teacher))
+    return roi_class(*cells, temperature)  # of S^2 classes

@@ -17,6 +17,7 @@ from msad_kd.losses.terms import LossTerm, read_losses
 from msad_kd.utils.errors import InputError
 
 CONFIG = ROOT / "configs" / "lazy" / "mask_rcnn_R_50_FPN_student_1x.py"
+EXPONENTS = [1.0, 1.0, 0.5]
 COCO = ROOT.parent / "shared" / "data" / "coco_100"
 
 # A user's config on top of the shipped one: a tiny net on tiny data.
@@ -81,10 +82,7 @@ def test_a_tiny_student_is_trained_resumed_and_evaluated(
     model = run(tmp_path / "mine.py")
     metrics = (output / "metrics.json").read_text()
     assert "loss_kd_l1" in metrics and "loss_kd_roi_class" in metrics and "segm/AP" in metrics
-    stock = build_model(config("lr")).state_dict()
-    assert {k: v.shape for k, v in model.state_dict().items()} == {
-        k: v.shape for k, v in stock.items()
-    }
+    assert model.state_dict().keys() == build_model(config("lr")).state_dict().keys()
     run(tmp_path / "mine.py", "--resume", "train.max_iter=4")
     assert "Starting training from iteration 3" in (output / "log.txt").read_text()
     last = f"train.init_checkpoint={output / 'model_final.pth'}"
@@ -94,11 +92,8 @@ def test_a_tiny_student_is_trained_resumed_and_evaluated(
 def test_the_shipped_config_is_the_yaml_student(monkeypatch):
     monkeypatch.chdir(ROOT)
     cfg = LazyConfig.load(str(CONFIG))
-    file, unscaled = (
-        "configs/COCO/mask_rcnn_R_50_FPN_student_1x.yaml",
-        "SOLVER.REFERENCE_WORLD_SIZE",
-    )
-    yaml = build_config(file, [unscaled, 0])
+    file = "configs/COCO/mask_rcnn_R_50_FPN_student_1x.yaml"
+    yaml = build_config(file, ["SOLVER.REFERENCE_WORLD_SIZE", 0])
     with torch.device("meta"):
         lazy, expected = instantiate(cfg.model), META_ARCH_REGISTRY.get("DistilledRCNN")(yaml)
         teacher = instantiate(cfg.teacher)
@@ -116,10 +111,8 @@ def test_the_shipped_config_is_the_yaml_student(monkeypatch):
 @pytest.mark.parametrize(
     "term",
     [
-        {"name": "ssim", "weight": 2.0, "levels": ["p2"], "exponents": [1.0, 1.0, 0.5]},
-        L(LossTerm)(
-            name="ssim", weight=2.0, levels=["p2"], arguments={"exponents": [1.0, 1.0, 0.5]}
-        ),
+        {"name": "ssim", "weight": 2.0, "levels": ["p2"], "exponents": EXPONENTS},
+        L(LossTerm)(name="ssim", weight=2.0, levels=["p2"], arguments={"exponents": EXPONENTS}),
     ],
 )
 def test_losses_in_a_lazy_call(term):
@@ -127,7 +120,7 @@ def test_losses_in_a_lazy_call(term):
     distiller = instantiate(L(FeatureDistiller)(terms=[term], student=student))
     distiller.connect({"p3": ShapeSpec(channels=3, stride=8)})
     (found,) = distiller.terms
-    assert isinstance(found, LossTerm) and found.arguments == {"exponents": [1.0, 1.0, 0.5]}
+    assert isinstance(found, LossTerm) and found.arguments == {"exponents": EXPONENTS}
     one, other = torch.rand(2, 1, 3, 16, 16)
     assert distiller({"p2": one}, {"p3": other}, 0)["loss_kd_ssim"] > 0
     assert instantiate(L(RoIDistiller)(terms=[])).terms == []
@@ -143,17 +136,15 @@ def test_the_shipped_config_trains_on_coco(tmp_path, monkeypatch):
     (tmp_path / "coco").symlink_to(COCO)
     teacher = build_model(build_config("configs/COCO/mask_rcnn_R_50_FPN_teacher_1x.yaml", []))
     torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
-    small = ["train.max_iter=2", "train.device=cpu", f"train.output_dir={tmp_path / 'out'}"]
-    small += [
+    mapper = "mapper.augmentations.0.short_edge_length"
+    small = [
         f"teacher.cfg.opts.1={tmp_path / 'teacher.pth'}",
-        "dataloader.train.total_batch_size=2",
+        f"train.output_dir={tmp_path / 'out'}",
     ]
-    small += [
-        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
-        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
-    ]
+    small += ["train.max_iter=2", "train.device=cpu", "dataloader.train.num_workers=0"]
+    small += [f"dataloader.train.{mapper}=[64]", f"dataloader.test.{mapper}=64"]
     # Activations of frozen statistics that belong to no weights are huge.
-    small += ["dataloader.train.num_workers=0", "optimizer.lr=1e-6"]
+    small += ["dataloader.train.total_batch_size=2", "optimizer.lr=1e-6"]
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
     run_script("tools/lazyconfig_train_net.py", "--config-file", CONFIG, *small, env=environment)
     assert (tmp_path / "out" / "model_final.pth").is_file()
