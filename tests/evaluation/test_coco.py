@@ -145,13 +145,13 @@ def test_auto_takes_the_fastest_installed(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("faster-coco-eval", "'faster-coco-eval', which is not installed .pip install"),
+        ("hotcoco", "'hotcoco', which is not installed .pip install"),
         ("detectron2", "'detectron2', which is not .*compile .*auto takes"),
-        ("coco", "'coco'; use auto or one of .*faster-coco-eval.*detectron2"),
+        ("coco", "'coco'; use auto or one of .*hotcoco.*detectron2"),
     ],
 )
 def test_an_implementation_that_is_missing_or_unknown(monkeypatch, name, words):
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
     monkeypatch.setitem(sys.modules, "detectron2.evaluation.fast_eval_api", None)
     assert choose_implementation("auto") == "pycocotools"
     with pytest.raises(InputError, match=words):
@@ -211,7 +211,7 @@ AS_GIVEN = {
 
 REFUSED = {  # by all, or by one implementation
     ("category ids as texts", None): "given.json': category 'class 1': id should be a whole number",
-    ("image ids as texts", "faster-coco-eval"): "'given': faster-coco-eval needs integers as image",
+    ("image ids as texts", "hotcoco"): "'given': hotcoco needs integers as image",
 }
 
 
