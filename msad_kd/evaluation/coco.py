@@ -6,6 +6,7 @@ Detectron2 has its C++ code. pycocotools is always installed.
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Sequence
 
 from detectron2.data import Metadata
@@ -98,29 +99,30 @@ class AnyCOCOEvaluator(COCOEvaluator):
             **kwargs: further arguments of ``COCOEvaluator``.
 
         Raises:
-            InputError: as ``choose_implementation``, and if hotcoco is required for a
-                data set whose image ids are not integers.
+            InputError: as ``choose_implementation``, and if hotcoco is required for a data set
+                that it cannot read, as its ids are not whole numbers from 0.
         """
         chosen = choose_implementation(implementation)
         with coco_ground_truth(lambda path: _ground_truth(path, dataset_name, invalid)):
             super().__init__(dataset_name, use_fast_impl=chosen == COMPILED, **kwargs)
         self._name_classes(classes or self._metadata.get("thing_classes"))
-        if chosen == HOTCOCO and not all(isinstance(image, int) for image in self._coco_api.imgs):
-            if implementation == HOTCOCO:
-                raise InputError(
-                    f"data set '{dataset_name}': hotcoco needs integers as image ids; set "
-                    "TEST.COCO_EVALUATOR pycocotools"
-                )
-            chosen = OFFICIAL
+        self._eval_class = None
+        if chosen == HOTCOCO:
+            import hotcoco
+
+            try:
+                self._coco_api = hotcoco.COCO(self._coco_api.dataset)
+                self._eval_class = hotcoco.COCOeval
+            except (ValueError, TypeError) as error:  # ids that are texts or below 0, above all
+                if implementation == HOTCOCO:
+                    raise InputError(
+                        f"data set '{dataset_name}': hotcoco cannot read it ({error}); set "
+                        "TEST.COCO_EVALUATOR pycocotools"
+                    ) from error
+                chosen = OFFICIAL
         self._use_fast_impl = chosen != OFFICIAL
         self._implementation = chosen
         self._tasks_of_model = ["bbox"] + ["segm"] * masks + ["keypoints"] * keypoints
-        self._eval_class = None
-        if chosen == HOTCOCO:
-            from hotcoco import COCO, COCOeval
-
-            self._coco_api = COCO(self._coco_api.dataset)
-            self._eval_class = COCOeval
 
     def _name_classes(self, classes: Sequence[str] | None) -> None:
         """Map the model's classes by name to the file's categories, and add those that it lacks."""
@@ -161,5 +163,8 @@ class AnyCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions, img_ids=None):
         logging.getLogger(__name__).info("COCO-style AP is computed by %s", self._implementation)
         fast = self._eval_class
-        with coco_eval_class(fast) if fast else contextlib.nullcontext():
+        patch = coco_eval_class(fast) if fast else contextlib.nullcontext()
+        with patch, warnings.catch_warnings():
+            # Detectron2 sets this limit on purpose.
+            warnings.filterwarnings("ignore", "hotcoco: max_dets differ")
             super()._eval_predictions(predictions, img_ids)
