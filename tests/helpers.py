@@ -1,15 +1,23 @@
 """What several test files need, and is no fixture."""
 
 import importlib
+import logging
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import start_processes
 
 from msad_kd import KDTrainer, attach_teacher
 
@@ -143,12 +151,48 @@ def same_predictions(found, expected):
     return all(len(one) and same_instances(one, other) for one, other in pairs)
 
 
-def run_script(script, *arguments, **options):
-    """Run a script of the repository in a process of its own that has to succeed."""
-    command = [sys.executable, ROOT / script, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
-    return done
+def _as_a_script(folder, script, arguments, cwd, environment):
+    """What ``python script`` does, once Python, torch, Detectron2 and the library are imported."""
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
+        setattr(sys, name, open(number, "w", buffering=1, closefd=False))
+    for name in [None, *logging.root.manager.loggerDict]:  # the logs of earlier tests
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    setup_logger.cache_clear()
+    beside = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")]}
+    for name in [x for x in sys.modules if x.split(".")[0] in {*beside, "projects", "tools"}]:
+        del sys.modules[name]  # the script has to find them
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    torch.multiprocessing.spawn = partial(start_processes, start_method="fork")  # as quickly
+    os.environ.update(environment)
+    more = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    installed = [x for x in sys.path if not x.startswith(str(ROOT)) or "site-packages" in x]
+    sys.path[:] = [str(script.parent), *more, *installed]
+    os.chdir(cwd)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def start_script(folder, script, *arguments, cwd=ROOT, **environment):
+    """Start a script of the repository in a process of its own, which writes to files in a folder.
+
+    It is forked from this process, as importing Detectron2 takes seconds.
+    """
+    arguments = folder, ROOT / script, [*map(str, arguments)], cwd, environment
+    process = multiprocessing.get_context("fork").Process(target=_as_a_script, args=arguments)
+    process.start()
+    return process
+
+
+def run_script(script, *arguments, code=0, **options):
+    """Run one to its end, which has to have this exit code, if any; return it and what is said."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_script(Path(folder), script, *arguments, **options)
+        process.join()
+        stdout, stderr = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
+    assert code in (None, process.exitcode), stdout[-2000:] + stderr[-4000:]
+    return subprocess.CompletedProcess(script, process.exitcode, stdout, stderr)
 
 
 def load_tool(name):

@@ -16,7 +16,16 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from helpers import ROOT, TEST_SCENES, WARMUP, differing, input_sizes, tiny_model, train
+from helpers import (
+    ROOT,
+    TEST_SCENES,
+    WARMUP,
+    differing,
+    input_sizes,
+    run_script,
+    tiny_model,
+    train,
+)
 
 import train_net
 from msad_kd.config.build import build_config
@@ -71,28 +80,18 @@ def folder(tmp_path_factory):
 def run(folder):
     """run(argument, ...): train_net.py as a process of its own, from another folder."""
 
-    def call(*arguments, **environment):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "train_net.py"), *map(str, arguments)],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **environment},
-            capture_output=True,
-            text=True,
-        )
+    def call(*arguments, **options):
+        path = f"{folder}:{ROOT}"
+        return run_script("train_net.py", *arguments, cwd=folder, PYTHONPATH=path, **options)
 
     return call
-
-
-def succeeded(process):
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-    return process
 
 
 @pytest.fixture(scope="module")
 def teacher(run, folder, config_files):
     """The folder of a teacher that was trained for two steps."""
     options = ["SOLVER.MAX_ITER", 2, "OUTPUT_DIR", folder / "teacher"]
-    succeeded(run("--config-file", config_files["teacher"], *options))
+    run("--config-file", config_files["teacher"], *options)
     return folder / "teacher"
 
 
@@ -109,12 +108,12 @@ def student_options(folder, teacher):
 def killed(run, folder, config_files, student_options):
     """What was in a student's folder when its process was killed."""
     heads = ["MODEL.ROI_HEADS.NAME", "UsersHeads"]
-    process = run(
+    run(
         *("--config-file", config_files["student"], "--import", "users_module"),
         *(*student_options, *heads),
         DIE_AT=str(DIE_AT),
+        code=-signal.SIGKILL,
     )
-    assert process.returncode == -signal.SIGKILL, process.stderr[-4000:]
     return sorted(path.name for path in (folder / "student").iterdir())
 
 
@@ -126,7 +125,6 @@ def student(run, folder, config_files, student_options, killed):
         *("--config-file", config_files["student"], "--import", "users_module", "--resume"),
         *(*student_options, "MODEL.ROI_HEADS.NAME", "UsersHeads"),
     )
-    succeeded(process)
     assert f"Starting training from iteration {KEPT}" in process.stdout
     assert "Evaluating the teacher" not in process.stdout
     assert (folder / "student" / "teacher").stat().st_mtime_ns == before
@@ -234,14 +232,11 @@ def test_stock_detectron2_gives_identical_predictions(student, config_files, fol
     files = [entry["file_name"] for entry in dicts]
     arguments = [folder / "plain.yaml", folder / "found.pth", *files]
     # In a folder and with a path that have nothing of this project.
-    succeeded(
-        subprocess.run(
-            [sys.executable, "-c", STOCK_PROGRAM, *map(str, arguments)],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-        )
+    subprocess.run(
+        [sys.executable, "-c", STOCK_PROGRAM, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        check=True,
     )
     cfg = build_config(str(config_files["student"]), [])
     model = build_model(cfg)
@@ -259,8 +254,8 @@ def test_stock_detectron2_gives_identical_predictions(student, config_files, fol
 def test_a_mistake_is_told_in_one_sentence(run, folder, config_files):
     gone = {"name": "gone", "json": "gone/annotations.json", "images": "gone"}
     options = ["DATASETS.COCO_FORMAT", [gone], "DATASETS.TRAIN", ("gone",), "DATASETS.TEST", ()]
-    process = run("--config-file", config_files["lr"], *options, DETECTRON2_DATASETS="here")
-    assert process.returncode == 1
+    command = ["--config-file", config_files["lr"], *options]
+    process = run(*command, DETECTRON2_DATASETS="here", code=1)
     assert "Traceback" not in process.stderr
     (sentence,) = [line for line in process.stderr.splitlines() if line.startswith("train_net.py:")]
     assert "the annotation file 'here/gone/annotations.json' does not exist" in sentence
