@@ -151,48 +151,84 @@ def same_predictions(found, expected):
     return all(len(one) and same_instances(one, other) for one, other in pairs)
 
 
-def _as_a_script(folder, script, arguments, cwd, environment):
-    """What ``python script`` does, once Python, torch, Detectron2 and the library are imported."""
-    for number, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
+class Forked(multiprocessing.get_context("fork").Process):
+    """A process of its own that has imported what this one has, with the methods of Popen."""
+
+    returncode = property(lambda self: self.exitcode)
+
+    def poll(self):
+        return self.exitcode
+
+    def wait(self, timeout=None):
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired("it", timeout)
+        return self.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+
+def _as_a_program(call, outputs, cwd, environment):
+    """Call a function in a process that has only imported what it shares with this one."""
+    for number, (name, file) in enumerate(zip(("stdout", "stderr"), outputs), 1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         setattr(sys, name, open(number, "w", buffering=1, closefd=False))
     for name in [None, *logging.root.manager.loggerDict]:  # the logs of earlier tests
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     setup_logger.cache_clear()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    torch.multiprocessing.spawn = partial(start_processes, start_method="fork")  # as quickly
+    os.environ.update(environment)
+    os.chdir(cwd)
+    call()
+
+
+def _run_python(command, cwd):
+    """What ``python SCRIPT ...`` and ``python -m MODULE ...`` do."""
     beside = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")]}
     for name in [x for x in sys.modules if x.split(".")[0] in {*beside, "projects", "tools"}]:
         del sys.modules[name]  # the script has to find them
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    torch.multiprocessing.spawn = partial(start_processes, start_method="fork")  # as quickly
-    os.environ.update(environment)
-    more = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     installed = [x for x in sys.path if not x.startswith(str(ROOT)) or "site-packages" in x]
-    sys.path[:] = [str(script.parent), *more, *installed]
-    os.chdir(cwd)
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    first, *arguments = command
+    script = ROOT / first
+    sys.path[:] = [str(cwd if first == "-m" else script.parent), *named, *installed]
+    if first == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [str(script), *arguments]
+        runpy.run_path(str(script), run_name="__main__")
 
 
-def start_script(folder, script, *arguments, cwd=ROOT, **environment):
-    """Start a script of the repository in a process of its own, which writes to files in a folder.
+def fork(call, outputs, cwd=ROOT, **environment):
+    """Start a function as a process of its own, which writes to files for stdout and stderr.
 
-    It is forked from this process, as importing Detectron2 takes seconds.
+    Importing Detectron2 takes seconds, which a fork saves.
     """
-    arguments = folder, ROOT / script, [*map(str, arguments)], cwd, environment
-    process = multiprocessing.get_context("fork").Process(target=_as_a_script, args=arguments)
+    process = Forked(target=_as_a_program, args=(call, outputs, cwd, environment))
     process.start()
     return process
+
+
+def fork_python(command, outputs, cwd=ROOT, **environment):
+    """Start Python with arguments, of which the first is a script of the repository or "-m"."""
+    command = [*map(str, command)]
+    return fork(lambda: _run_python(command, cwd), outputs, cwd, **environment)
 
 
 def run_script(script, *arguments, code=0, **options):
     """Run one to its end, which has to have this exit code, if any; return it and what is said."""
     with tempfile.TemporaryDirectory() as folder:
-        process = start_script(Path(folder), script, *arguments, **options)
-        process.join()
-        stdout, stderr = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
-    assert code in (None, process.exitcode), stdout[-2000:] + stderr[-4000:]
-    return subprocess.CompletedProcess(script, process.exitcode, stdout, stderr)
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        returned = fork_python([script, *arguments], outputs, **options).wait()
+        stdout, stderr = (file.read_text() for file in outputs)
+    assert code in (None, returned), stdout[-2000:] + stderr[-4000:]
+    return subprocess.CompletedProcess(script, returned, stdout, stderr)
 
 
 def load_tool(name):
