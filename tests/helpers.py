@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import start_processes
 
+import train_net
 from msad_kd import KDTrainer, attach_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +32,7 @@ SCENE_SIZE = (64, 96)
 TRAIN_SCENES, TEST_SCENES = 6, 3
 WARMUP = 4
 NO_TEST = ("DATASETS.TEST", ())
+REGISTERED = [(x, {*x.list()}) for x in (DatasetCatalog, MetadataCatalog)]  # by Detectron2
 
 TINY_NET = {
     "WEIGHTS": "",
@@ -113,6 +118,21 @@ def train(cfg, resume=False):
     return trainer
 
 
+def train_net_main(*arguments):
+    """Call train_net.py's main with the arguments of a command line, in this process."""
+    args = default_argument_parser().parse_args([*map(str, arguments)])
+    args.imports = []
+    return train_net.main(args)
+
+
+def cut_off(run, folder):
+    """Make a folder of a run that was cut off after two steps, and return it."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(f"{run}/model_0000001.pth", folder)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    return str(folder)
+
+
 def tensors_of(module):
     """A copy of all parameters and buffers, those which no state_dict holds included."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -178,6 +198,9 @@ def _as_a_program(call, outputs, cwd, environment):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     setup_logger.cache_clear()
+    for catalog, names in REGISTERED:  # the data sets of earlier tests
+        for name in {*catalog.list()} - names:
+            catalog.remove(name)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

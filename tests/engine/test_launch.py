@@ -1,14 +1,13 @@
 """Runs of several processes, here two on the CPU."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.utils import comm
-from helpers import ROOT, TEST_SCENES, differing
+from helpers import ROOT, TEST_SCENES, cut_off, differing
 from two_processes import TERMS, TORCHRUN_2, start
 
 from msad_kd import KDTrainer
@@ -220,8 +219,7 @@ def test_a_killed_process_ends_the_other(signalled, rank):
 @pytest.mark.long
 def test_two_processes_resume_bitwise(whole, run_student, tmp_path):
     folder, _, expected = whole
-    shutil.copy(folder / "model_0000001.pth", tmp_path)
-    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    cut_off(folder, tmp_path)
     process, state = run_student(tmp_path, "--resume")
     assert "Starting training from iteration 2" in process.stdout
     assert differing(state, expected) == []
