@@ -212,8 +212,9 @@ def _as_a_program(call, outputs, cwd, environment):
 
 def _run_python(command, cwd):
     """What ``python SCRIPT ...`` and ``python -m MODULE ...`` do."""
-    beside = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")]}
-    for name in [x for x in sys.modules if x.split(".")[0] in {*beside, "projects", "tools"}]:
+    places = ("*.py", "tools/**/*.py", "tests/*.py")
+    ours = {"projects", "tools"} | {path.stem for place in places for path in ROOT.glob(place)}
+    for name in [x for x in sys.modules if x.split(".")[0] in ours]:
         del sys.modules[name]  # the script has to find them
     named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     installed = [x for x in sys.path if not x.startswith(str(ROOT)) or "site-packages" in x]
