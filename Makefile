@@ -12,8 +12,14 @@ help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.11] [ARGS='...' for demo and study]"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
-demo: .venv/.ready ## train, distil and compare on the Shapes data set, in minutes on a CPU
-	$(RUN) projects/study/run.py --grid projects/Shapes/demo.yaml $(ARGS)
+SHAPES = projects/Shapes/checkpoints
+demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes on a CPU
+	$(RUN) projects/Shapes/generate.py --output "$${DETECTRON2_DATASETS:-datasets}/shapes" --train 300 \
+	    --val 1000 --classes 5 --difficulty 0.1 --hue-spread 50 --min-radius 6 --max-radius 30 --max-shapes 8
+	$(RUN) tools/distill.py --config-file configs/Shapes/demo.yaml --weights $(SHAPES)/hr.pth \
+	    --teacher $(SHAPES)/teacher_multi_size.pth --detections 10 --output output/shapes/demo $(ARGS) \
+	    student:KD.LOSSES "[{name: l1, weight: 0.6, warmup_iters: 100}, \
+	        {name: ssim, weight: 10.0, levels: [p2], warmup_iters: 100}]"
 
 demo-full: .venv/.ready ## the same, with high resolution and teacher trained too, in hours
 	$(RUN) projects/study/run.py --grid projects/Shapes/demo_full.yaml $(ARGS)

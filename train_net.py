@@ -32,8 +32,9 @@ examples:
   train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
 Configs are YAML files, and options on top of them are KEY VALUE pairs. Python configs (LazyConfig)
-are not read. Without a GPU, --num-gpus counts processes on the CPU. Instead of --num-gpus, torchrun
-may start the processes; those that it starts again after a failure resume by themselves.
+are for tools/lazyconfig_train_net.py. Without a GPU, --num-gpus counts processes on the CPU.
+Instead of --num-gpus, torchrun may start the processes; those that it starts again after a failure
+resume by themselves.
 """
 
 

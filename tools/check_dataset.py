@@ -28,15 +28,21 @@ from msad_kd.data.annotations import check_content, parse_json, usable_content
 from msad_kd.data.annotations.findings import INVALID, MENDED, PLURALS, REFUSED, name_record
 from msad_kd.data.classes import align_classes, annotation_file
 from msad_kd.data.coco_format import class_order, make_dicts
-from msad_kd.data.dict_checks import check_files, check_masks, check_shapes, missing_files
+from msad_kd.data.dict_checks import (
+    check_files,
+    check_keypoint_counts,
+    check_masks,
+    check_shapes,
+    missing_files,
+)
 from msad_kd.data.images import image_size, read_image, unreadable
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
+from msad_kd.data.statistics import MANY, enlarged_share
 from msad_kd.modeling.classes import has_masks
 
 FACTORS = (0.25, 0.375, 0.5, 0.75, 1)
 SHOWN = 10  # faulty images of a data set that are reported one by one
-MANY = 0.25  # the share of images or objects from which on there is a warning
 
 
 def read_coco(report, name, json_file, images, drop):
@@ -109,6 +115,10 @@ def check_against_config(report, cfg):
         if train and has_masks(cfg):
             with report.catching():
                 check_masks(data_set.dicts, name)
+        if train and cfg.MODEL.KEYPOINT_ON:
+            with report.catching():
+                count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+                check_keypoint_counts(data_set.dicts, name, count)
 
 
 def compare(report):
@@ -167,7 +177,7 @@ def judge_sizes(report):
             )
     largest = report.sizes[-1]
     for x in report.data_sets if largest.factor is None else ():
-        share = np.mean(x.image_sizes.min(axis=1) < largest.short) if len(x.image_sizes) else 0
+        share = enlarged_share(np.sort(x.image_sizes), largest.short, largest.longest)
         if share > MANY:
             words = f"{share:.0%} of the images are smaller than the {largest.short:g} px that they"
             words += " are resized to; enlarging adds no detail"

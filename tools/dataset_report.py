@@ -57,6 +57,7 @@ class DataSet:
     def describe(self) -> dict:
         """Return counts of what is usable, by the headings of their table."""
         annotations = [x for entry in self.dicts for x in entry.get("annotations", ())]
+        pointed = sum(any(x.get("keypoints", ())[2::3]) for x in annotations)
         lowest, middle, highest = (
             f(self.image_sizes.min(axis=1)) if len(self.image_sizes) else 0
             for f in (np.min, np.median, np.max)
@@ -67,6 +68,7 @@ class DataSet:
             "without objects": sum(not entry.get("annotations") for entry in self.dicts),
             "annotations": len(annotations),
             "masks": sum("segmentation" in x for x in annotations),
+            **({"with keypoints": pointed} if pointed else {}),
             "crowds": sum(bool(x.get("iscrowd", 0)) for x in annotations),
             "shorter sides (px)": f"{lowest} to {highest}, median {middle:g}",
         }

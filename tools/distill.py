@@ -32,7 +32,7 @@ from tabulate import tabulate
 from msad_kd.checkpoint.files import replacing
 from msad_kd.checkpoint.reading import fetch
 from msad_kd.config.build import build_config
-from msad_kd.config.derive import derive_configs
+from msad_kd.config.derive import derive_configs, fit_warmups
 from msad_kd.utils.errors import InputError
 from projects.study import run as study
 
@@ -74,6 +74,9 @@ def write_config(cfg, path, options):
     with replacing(path) as part:
         part.write_text(cfg.dump())
         cfg = build_config(str(part), options)
+        given = set(options[::2])
+        if "SOLVER.MAX_ITER" in given and not {"SOLVER.WARMUP_ITERS", "KD.LOSSES"} & given:
+            fit_warmups(cfg)
         part.write_text(cfg.dump())
     return cfg
 
@@ -122,7 +125,7 @@ def make_grid(args, configs):
     grid = {
         "output": str(args.output),
         "seeds": [SEED],
-        "detections": min(100, configs["student"].TEST.DETECTIONS_PER_IMAGE),
+        "detections": min(args.detections, configs["student"].TEST.DETECTIONS_PER_IMAGE),
         "rows": rows,
         "comparison": list(rows),
         "scenes": {row["title"]: name for name, row in rows.items() if name != "teacher"},
@@ -134,7 +137,7 @@ def make_grid(args, configs):
 
 
 def describe(configs):
-    """Return a table of what was derived."""
+    """Return a table of what was derived, and a warning if the comparison would not be fair."""
     table = []
     for name, cfg in configs.items():
         sizes, solver = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER
@@ -143,7 +146,11 @@ def describe(configs):
         cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
         table.append([*cells, ", ".join(losses) if name == "student" else "-"])
     headers = ["", "short side, training", "test", "iterations", "rate", "losses"]
-    return tabulate(table, headers, "plain", floatfmt=".3g")
+    names = "MAX_ITER", "STEPS", "IMS_PER_BATCH", "ACCUMULATE", "BASE_LR", "OPTIMIZER"
+    solvers = [configs[role].SOLVER for role in ("student", "control")]
+    other = [f"SOLVER.{name}" for name in names if solvers[0][name] != solvers[1][name]]
+    words = f"\nWarning: student and control differ in {', '.join(other)}: not a fair comparison"
+    return tabulate(table, headers, "plain", floatfmt=".3g") + words * bool(other)
 
 
 def run_tool(name, *arguments):
@@ -180,7 +187,7 @@ def summarize(args):
     models = {model["row"]: model for model in models}
     gains = [
         f"{name} AP {models['student'][kind]['AP'] - models['control'][kind]['AP']:+.1f}"
-        for kind, name in (("bbox", "box"), ("segm", "mask"))
+        for kind, name in (("bbox", "box"), ("segm", "mask"), ("keypoints", "keypoint"))
         if "control" in models and kind in models["control"]
     ]
     config, weights = args.output / "configs" / "control.yaml", args.output / "student"
@@ -207,6 +214,7 @@ def parse_arguments(arguments=None):
     add("--teacher", metavar="FILE", help="a teacher that this command trained; trains none")
     add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
     add("--no-control", dest="control", action="store_false", help="leave the control out")
+    add("--detections", type=study.natural, default=100, help="an image, to measure costs at")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")

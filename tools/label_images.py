@@ -34,6 +34,7 @@ from msad_kd.config.build import build_config, import_module
 from msad_kd.config.changes import neutral_config
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.coco_format import load_folder
+from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.loader import CheckedMapper, explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.utils.errors import InputError, input_error_of, nearest
@@ -150,7 +151,7 @@ def label(arguments: argparse.Namespace) -> None:
     annotations = [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)]
     points = {}
     if cfg.MODEL.KEYPOINT_ON:
-        points["keypoints"] = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).keypoint_names)
+        points["keypoints"] = list(read_keypoints(cfg)["keypoint_names"])
     categories = [{"id": i, "name": x, **points} for i, x in enumerate(names, start=1)]
     content = {"images": images, "categories": categories, "annotations": annotations}
     write_json(output, content, indent=None)

@@ -65,9 +65,8 @@ class Run:
             instances = self.predictor(image)
         instances = instances[instances.scores >= self.score]
         with self.timing("drawing"):
-            picture = draw(
-                convert_image_to_rgb(image, self.predictor.input_format), instances, self.name
-            )
+            rgb = convert_image_to_rgb(image, self.predictor.input_format)
+            picture = draw(rgb, instances, self.name, self.predictor.keypoints)
         found.add(file_name, instances)
         self.done += 1
         return picture

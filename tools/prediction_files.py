@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
+from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
@@ -71,19 +72,25 @@ def targets_of(files: list[str], output: str) -> tuple[dict[str, str], str]:
     return targets, folder
 
 
-def draw(image: np.ndarray, instances: Instances, names: Callable[[int], str]) -> np.ndarray:
-    """Return an RGB image with boxes, names, scores and masks; a class has always one colour.
+def draw(
+    image: np.ndarray,
+    instances: Instances,
+    names: Callable[[int], str],
+    keypoints: Metadata | None = None,
+) -> np.ndarray:
+    """Return an RGB image with boxes, names, scores, masks, keypoints; a class has one colour.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         instances: the detections, in pixels of the image.
         names: class to name.
+        keypoints: has the names and the skeleton of keypoints, if there are any.
 
     Returns:
         (kH, kW, 3) uint8; k is a whole number, above 1 for images smaller than READABLE.
     """
     scale = max(1, round(READABLE / min(image.shape[:2])))
-    visualizer = Visualizer(image, scale=scale)
+    visualizer = Visualizer(image, keypoints, scale=scale)
     colours, classes = colormap(rgb=True, maximum=1), instances.pred_classes.tolist()
     labels = [f"{names(x)} {score:.0%}" for x, score in zip(classes, instances.scores.tolist())]
     visualizer.overlay_instances(

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import Metadata
 from detectron2.data import transforms as T
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
@@ -10,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from msad_kd import InputError, KDTrainer
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.images import ImageError
+from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.mapper import TwoResolutionMapper, build_mapper
 
 
@@ -26,7 +28,7 @@ class ConfigPredictor:
             raise InputError("MODEL.LOAD_PROPOSALS is True, but images alone have no proposals")
         self.model = KDTrainer.load_model(cfg, weights, "the config")
         self.mapper = build_mapper(cfg, is_train=False)
-        self.input_format = cfg.INPUT.FORMAT
+        self.input_format, self.keypoints = cfg.INPUT.FORMAT, Metadata(**read_keypoints(cfg))
         self.classes = model_classes(with_classes_of(cfg, self.model))[0]
 
     def __call__(self, image: np.ndarray) -> Instances:
@@ -59,6 +61,8 @@ def _as_tensor(image: np.ndarray) -> torch.Tensor:
 
 class OnnxPredictor:
     """Runs a file that tools/export_model.py wrote, on the CPU."""
+
+    keypoints = None
 
     def __init__(self, path: str):
         """Open the file.

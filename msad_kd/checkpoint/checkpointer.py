@@ -20,6 +20,7 @@ from msad_kd.utils.processes import in_main_process
 
 LAST = "last_checkpoint"  # Detectron2's file with the name of the checkpoint to resume from
 FINAL = "model_final.pth"
+BEST = "model_best"  # without ".pth"; no run is resumed from it
 _NAME = re.compile(r"model_(\d+|final)\.pth")
 
 _logger = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ class TrainingCheckpointer(SafeCheckpointer):
             self._sweep()
             with replacing_with_checksum(path) as part, open(part, "wb") as file:
                 torch.save({"model": model, **state, **self.extra, **kwargs}, file)
-            self.tag_last_checkpoint(path.name)
+            if name != BEST:
+                self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the file that names the checkpoint to resume from."""

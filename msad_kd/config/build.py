@@ -54,8 +54,8 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
     source = f" in '{config_file}'" if config_file else ""
     if config_file.endswith(".py"):
         raise InputError(
-            f"the config file '{config_file}' is a Python config (LazyConfig), which is not "
-            "supported; write a YAML file"
+            f"the config file '{config_file}' is a Python config (LazyConfig): train it by "
+            "tools/lazyconfig_train_net.py, or write a YAML file"
         )
     if config_file and not PathManager.isfile(config_file):
         raise InputError(f"the config file '{config_file}' does not exist")

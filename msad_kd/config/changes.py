@@ -19,6 +19,7 @@ NEUTRAL = {
     "KD.GRADIENT_RATIO_PERIOD": 0,
     "VIS_PERIOD": 0,
     "TEST.COCO_EVALUATOR": "auto",
+    "TEST.LOSS": False,
 }
 # Keys that former versions did not have, and the value with which a run is what it was then.
 _ADDED = {
@@ -26,6 +27,10 @@ _ADDED = {
     "DATASETS.INVALID_ANNOTATIONS": "error",
     "INPUT.COLOR": {"BRIGHTNESS": 0, "CONTRAST": 0, "SATURATION": 0},
     "INPUT.MIXUP": {"PROB": 0, "ALPHA": 1.5},
+    "SOLVER.ACCUMULATE": 1,
+    "TEST.LOSS": False,
+    "TEST.PATIENCE": 0,
+    "TEST.BEST_METRIC": "",
 }
 # Keys that say what a run starts from: a resumed run has started already.
 START = ("MODEL.WEIGHTS", "KD.TEACHER.INIT_STUDENT", "KD.TEACHER.INIT_BACKBONE")
@@ -36,6 +41,15 @@ _SCALED = "SOLVER.REFERENCE_WORLD_SIZE"
 Changes = dict[str, tuple[Any, Any]]  # key -> value in the run's config, value now
 
 
+def _unused(cfg: CfgNode) -> dict[str, Any]:
+    """Return the keys under TEST that change no weights, with the value that NEUTRAL would have."""
+    unused = {} if cfg.TEST.PATIENCE else {"TEST.BEST_METRIC": ""}
+    # PRECISE_BN takes other images after each evaluation.
+    if not cfg.TEST.PATIENCE and not cfg.TEST.PRECISE_BN.ENABLED:
+        unused["TEST.EVAL_PERIOD"] = 0
+    return unused
+
+
 def neutral_config(cfg: CfgNode) -> CfgNode:
     """Return a copy of a config in which the keys that change no result have one value.
 
@@ -44,8 +58,7 @@ def neutral_config(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list([x for pair in NEUTRAL.items() for x in pair])
-    if not cfg.TEST.PRECISE_BN.ENABLED:  # it takes other images after each evaluation
-        cfg.TEST.EVAL_PERIOD = 0
+    cfg.merge_from_list([x for pair in _unused(cfg).items() for x in pair])
     for key, value in _ADDED.items():
         section, name = key.split(".")
         if cfg[section][name] == value:
@@ -65,9 +78,7 @@ def find_changes(dumped: str, cfg: CfgNode) -> Changes:
         cfg: the present config.
     """
     before, now = _flatten(dumped), _flatten(cfg.dump())
-    ignored = {*NEUTRAL, _SCALED}
-    if not cfg.TEST.PRECISE_BN.ENABLED:
-        ignored.add("TEST.EVAL_PERIOD")
+    ignored = {*NEUTRAL, _SCALED, *_unused(cfg)}
     shared = [key for key in now if key in before and key not in ignored]
     return {key: (before[key], now[key]) for key in shared if before[key] != now[key]}
 

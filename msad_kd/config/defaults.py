@@ -50,6 +50,9 @@ def add_msad_kd_config(cfg: CN) -> None:
     # The number of images of DATASETS.UNLABELED in a batch, over all processes, which are added to
     # the IMS_PER_BATCH labelled ones.
     cfg.SOLVER.UNLABELED_PER_BATCH = 0
+    # The batches whose gradients make one step of the optimizer, which is one iteration. It is the
+    # step of a batch with ACCUMULATE times the images; docs/training-script.md has the exceptions.
+    cfg.SOLVER.ACCUMULATE = 1
 
     # What computes COCO's AP: "faster-coco-eval", "detectron2" (its C++ code, in compiled builds),
     # "pycocotools", or "auto", the fastest of these that is installed. All give the same numbers.
@@ -57,6 +60,13 @@ def add_msad_kd_config(cfg: CN) -> None:
     # Whether to evaluate Cityscapes by COCO's AP as well: boxes as "bbox", masks as "segm_coco".
     # A model without masks is always evaluated by it.
     cfg.TEST.CITYSCAPES_COCO = False
+    # What says which evaluation of EVAL_PERIOD had the best model, model_best.pth: a name in the
+    # log. By default AP of the first data set: segm/AP, else bbox/AP, else keypoints/AP.
+    cfg.TEST.BEST_METRIC = ""
+    # End the training after so many evaluations without a better one; 0: never.
+    cfg.TEST.PATIENCE = 0
+    # Whether to compute the detection losses on DATASETS.TEST too, as validation/*.
+    cfg.TEST.LOSS = False
 
     _add_model_keys(cfg)
 

@@ -58,8 +58,7 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     base.MODEL.FPN.IN_FEATURES = STAGES
     if not base.MODEL.FPN.NORM:  # levels of such convolutions would outweigh others in a loss
         base.MODEL.FPN.TOP_BLOCK = "maxpool"
-    most = max(1, int(WARMUP_SHARE * base.SOLVER.MAX_ITER))
-    base.SOLVER.WARMUP_ITERS = min(base.SOLVER.WARMUP_ITERS, most)
+    fit_warmups(base)
     configs = {"teacher": base.clone(), "control": base.clone()}
 
     cfg = configs["teacher"]
@@ -88,6 +87,15 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     return configs
 
 
+def fit_warmups(cfg: CfgNode) -> None:
+    """Shorten the warm-ups of a config, in place, to WARMUP_SHARE of its schedule."""
+    most = int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER)
+    cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, max(1, most))
+    student = any(cfg.MODEL.META_ARCHITECTURE == name for name, _ in KINDS.values())
+    for term in cfg.KD.LOSSES if student else ():
+        term["warmup_iters"] = min(term.get("warmup_iters", 0), most)
+
+
 def default_losses(cfg: CfgNode) -> list[dict]:
     """Return losses to begin with for a student's config.
 
@@ -99,7 +107,8 @@ def default_losses(cfg: CfgNode) -> list[dict]:
         return [{"name": "ssim", "weight": 10.0, **warmup}]
     if cfg.MODEL.ROI_HEADS.NAME != "StandardROIHeads":
         return [{"name": "l1", "weight": 0.6, **warmup}]
-    names = ["roi_class", "roi_box", *(["roi_mask"] if cfg.MODEL.MASK_ON else [])]
+    parts = {"roi_mask": cfg.MODEL.MASK_ON, "roi_keypoint": cfg.MODEL.KEYPOINT_ON}
+    names = ["roi_class", "roi_box", *(name for name, predicted in parts.items() if predicted)]
     return [{"name": name, "weight": 1.0, **warmup} for name in names]
 
 

@@ -25,6 +25,7 @@ _NUMBERS = {
     "SOLVER.MAX_ITER": Count,
     "SOLVER.IMS_PER_BATCH": Count,
     "SOLVER.UNLABELED_PER_BATCH": WholeNumber,
+    "SOLVER.ACCUMULATE": Count,
     "SOLVER.CHECKPOINT_PERIOD": Count,
     "SOLVER.STEPS": Annotated[tuple[int, ...], _rise_from_one, "whole numbers that rise from 1"],
     "SOLVER.BASE_LR": NotNegative,
@@ -58,6 +59,7 @@ _NUMBERS = {
     "KD.DIAGNOSTICS_PERIOD": WholeNumber,
     "KD.GRADIENT_RATIO_PERIOD": WholeNumber,
     "TEST.EVAL_PERIOD": WholeNumber,
+    "TEST.PATIENCE": WholeNumber,
 }
 
 

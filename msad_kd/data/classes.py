@@ -5,6 +5,7 @@ DATASETS.TRAIN that has most. Other data sets may have fewer, in any order.
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -30,19 +31,27 @@ def annotation_file(data_set: str) -> str | None:
     return MetadataCatalog.get(data_set).get("json_file") if known else None
 
 
+def file_categories(data_set: str) -> tuple[dict, ...]:
+    """Return the categories of a data set's annotation file in the order of their ids.
+
+    They are () without such a file, or if it is not in COCO format, an error when it is loaded.
+    """
+    file = annotation_file(data_set)
+    if file is None or not PathManager.isfile(file):
+        return ()
+    file = PathManager.get_local_path(file)
+    return _categories_in(file, os.stat(file).st_mtime_ns)
+
+
 def class_names(data_set: str) -> list[str]:
     """Return a data set's own classes in the order of their ids; [] if unknown."""
-    file = annotation_file(data_set)
-    if file is None:
+    if annotation_file(data_set) is None:
         return list(MetadataCatalog.get(data_set).get("thing_classes") or ())
-    if not PathManager.isfile(file):
-        return []  # which is an error when the data set is loaded
-    file = PathManager.get_local_path(file)
-    return list(_names_in(file, os.stat(file).st_mtime_ns))
+    return [category["name"] for category in file_categories(data_set)]
 
 
 @lru_cache(maxsize=256)
-def _names_in(file: str, _modified: int) -> tuple[str, ...]:
+def _categories_in(file: str, _modified: int) -> tuple[dict, ...]:
     with open(file, "rb") as opened:
         content = opened.read()
     try:
@@ -53,9 +62,10 @@ def _names_in(file: str, _modified: int) -> tuple[str, ...]:
             categories = json.JSONDecoder().raw_decode(text)[0]
         else:  # other parts of the file may use this word
             categories = json.loads(content)["categories"]
-        return tuple(x["name"] for x in sorted(categories, key=lambda x: whole_number(x["id"])))
+        ordered = sorted(categories, key=lambda x: whole_number(x["id"]))
+        return tuple({**x, "name": x["name"]} for x in ordered)
     except (KeyError, TypeError, ValueError, RecursionError):
-        return ()  # not in COCO format, which is an error then, too
+        return ()
 
 
 def model_classes(cfg: CfgNode) -> tuple[list[str], str]:
@@ -124,6 +134,16 @@ def _check_names(data_set: str, own: list[str], classes: list[str], source: str)
         raise InputError(
             f"{_describe(data_set)} has its classes in another order than {source}, and no "
             f"annotation file in which they could be mapped; set DATASETS.CLASSES to {own}"
+        )
+
+
+def warn_of_spare_classes(cfg: CfgNode) -> None:
+    """Warn if a model has more classes than DATASETS.TRAIN, which it then never sees."""
+    names, count = model_classes(cfg)[0], number_of_classes(cfg)
+    if names and count is not None and count > len(names):
+        logging.getLogger(__name__).warning(
+            f"{class_key(cfg)} is {count}, and the data have {len(names)} classes: the others are "
+            f"never seen; set it to {len(names)}"
         )
 
 

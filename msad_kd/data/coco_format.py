@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from functools import partial
 from itertools import count
+from typing import Annotated
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,12 +20,25 @@ from msad_kd.utils.schema import read_fields
 
 _logger = logging.getLogger(__name__)
 
+KEYPOINT_NAMES = Annotated[
+    list[str], lambda names: 0 < len(set(names)) == len(names), "a list of different names"
+]
+_PAIRS = Annotated[list[tuple[str, str]], lambda _: True, "a list of pairs of keypoint_names"]
+# What an entry of DATASETS.COCO_FORMAT may say of keypoints, and its name in the metadata.
+_KEYPOINTS = {
+    "keypoint_names": (KEYPOINT_NAMES, "keypoint_names"),
+    "keypoint_flip_map": (_PAIRS, "keypoint_flip_map"),
+    "skeleton": (_PAIRS, "keypoint_connection_rules"),
+}
+_BONE_COLOUR = (102, 204, 255)
+
 
 def register_coco_format(cfg: CfgNode) -> None:
     """Register the data sets of DATASETS.COCO_FORMAT under their names.
 
-    An entry without ``json`` is a folder of images without labels; see ``load_folder``.
-    Registering the same files under the same name twice is allowed.
+    An entry without ``json`` is a folder of images without labels; see ``load_folder``. Registering
+    the same files under the same name twice is allowed. What an entry says of keypoints becomes
+    metadata; ``data/keypoints.py`` reads the rest from the file.
 
     Raises:
         InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
@@ -35,21 +49,36 @@ def register_coco_format(cfg: CfgNode) -> None:
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
     fields, required = dict.fromkeys(("name", "json", "images"), str), ("name", "images")
+    fields |= {field: annotation for field, (annotation, _) in _KEYPOINTS.items()}
     for number, entry in enumerate(cfg.DATASETS.COCO_FORMAT, start=1):
         read_fields(entry, "DATASETS.COCO_FORMAT", f"data set {number}", fields, required=required)
         name, images = entry["name"], _locate(entry["images"])
         json_file = _locate(entry["json"]) if "json" in entry else None
         if name in DatasetCatalog.list():
             registered = MetadataCatalog.get(name)
-            if (registered.get("json_file"), registered.get("image_root")) == (json_file, images):
-                continue
-            raise InputError(f"DATASETS.COCO_FORMAT: '{name}' exists already; rename your data set")
-        if json_file is None:
+            if (registered.get("json_file"), registered.get("image_root")) != (json_file, images):
+                words = f"'{name}' exists already; rename your data set"
+                raise InputError(f"DATASETS.COCO_FORMAT: {words}")
+        elif json_file is None:
             DatasetCatalog.register(name, partial(load_folder, images, name, invalid))
             MetadataCatalog.get(name).set(image_root=images)
-            continue
-        DatasetCatalog.register(name, partial(load_checked, json_file, images, name, invalid))
-        MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+        else:
+            DatasetCatalog.register(name, partial(load_checked, json_file, images, name, invalid))
+            new = {"json_file": json_file, "image_root": images, "evaluator_type": "coco"}
+            MetadataCatalog.get(name).set(**new)
+        _register_keypoints(name, entry)
+
+
+def _register_keypoints(name: str, entry: dict) -> None:
+    new = {key: entry[field] for field, (_, key) in _KEYPOINTS.items() if field in entry}
+    if (rules := "keypoint_connection_rules") in new:
+        new[rules] = connection_rules(new[rules])
+    vars(MetadataCatalog.get(name)).update(new)  # metadata refuse to change
+
+
+def connection_rules(pairs: list[tuple[str, str]]) -> list[tuple[str, str, tuple]]:
+    """Return a skeleton as Detectron2's ``keypoint_connection_rules``, which have colours."""
+    return [(*pair, _BONE_COLOUR) for pair in pairs]
 
 
 def is_folder(name: str) -> bool:

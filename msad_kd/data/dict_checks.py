@@ -5,6 +5,8 @@ import math
 import os
 from collections.abc import Callable
 
+import numpy as np
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from msad_kd.utils.errors import InputError
@@ -72,6 +74,19 @@ def _objects(entry: dict) -> list[tuple[int, dict]]:
     return [(place, x) for place, x in annotations if not x.get("iscrowd", 0)]
 
 
+def check_objects(cfg: CfgNode, dicts: list[dict], name: str, mapper: Callable) -> None:
+    """Check that objects have the masks and keypoints that a model is trained on.
+
+    Raises:
+        InputError: if one lacks them; see the functions below.
+    """
+    if cfg.MODEL.MASK_ON:
+        check_masks(dicts, name)
+        accept_rles(mapper, dicts, name)
+    if cfg.MODEL.KEYPOINT_ON:
+        check_keypoint_counts(dicts, name, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
+
+
 def check_masks(dicts: list[dict], name: str) -> None:
     """Check that every object has a mask, as training with MODEL.MASK_ON needs.
 
@@ -82,14 +97,36 @@ def check_masks(dicts: list[dict], name: str) -> None:
     Raises:
         InputError: if an object has none.
     """
+    words = "have no segmentation", "set MODEL.MASK_ON False, or add the masks"
+    _refuse(dicts, name, lambda x: "segmentation" not in x, *words)
+
+
+def check_keypoint_counts(dicts: list[dict], name: str, count: int) -> None:
+    """Check that every object has as many keypoints as a model predicts.
+
+    Args:
+        dicts: Detectron2's dicts.
+        name: the data sets' names, for the message.
+        count: MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS.
+
+    Raises:
+        InputError: if an object has another number of keypoints, or none.
+    """
+    words = f"have not {count} keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)"
+    remedy = "set it to the number in the data, or MODEL.KEYPOINT_ON False"
+    _refuse(dicts, name, lambda x: np.size(x.get("keypoints", ())) != 3 * count, words, remedy)
+
+
+def _refuse(
+    dicts: list[dict], name: str, is_bad: Callable[[dict], bool], words: str, remedy: str
+) -> None:
     objects = [(entry, *item) for entry in dicts for item in _objects(entry)]
-    bare = [item for item in objects if "segmentation" not in item[2]]
-    if bare:
-        entry, place, _ = bare[0]
+    bad = [item for item in objects if is_bad(item[2])]
+    if bad:
+        entry, place, _ = bad[0]
         raise InputError(
-            f"data set '{name}': {len(bare)} of {len(objects)} annotations have no segmentation, "
-            f"e.g. number {place + 1} of image '{entry['file_name']}'; set "
-            "MODEL.MASK_ON False, or add the masks"
+            f"data set '{name}': {len(bad)} of {len(objects)} annotations {words}, e.g. number "
+            f"{place + 1} of image '{entry['file_name']}'; {remedy}"
         )
 
 

@@ -26,9 +26,10 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 
-from msad_kd.data.classes import align_classes, annotation_file
-from msad_kd.data.dict_checks import accept_rles, check_files, check_masks, check_shapes
+from msad_kd.data.classes import align_classes, annotation_file, warn_of_spare_classes
+from msad_kd.data.dict_checks import check_files, check_objects, check_shapes
 from msad_kd.data.mixing import add_mixup
+from msad_kd.data.statistics import warn_of_small_images
 from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
 from msad_kd.utils.compat import plain_proposals, repeat_factor_options
 from msad_kd.utils.errors import InputError
@@ -214,9 +215,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
     names = ", ".join(cfg.DATASETS.TRAIN)
     drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
     dicts = check_shapes(dicts, names, mapper, drop)
-    if cfg.MODEL.MASK_ON:
-        check_masks(dicts, names)
-        accept_rles(mapper, dicts, names)
+    warn_of_small_images(cfg, dicts)
+    warn_of_spare_classes(cfg)
+    check_objects(cfg, dicts, names, mapper)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logging.getLogger(__name__).info("Training on %d images, seed %d", len(dicts), seed)
     sampler = _build_sampler(cfg, dicts, seed)
@@ -231,10 +232,8 @@ def _build_unlabeled(cfg: CfgNode, mapper: Callable, seed: int) -> ResumableLoad
     with explain_missing_data(cfg.DATASETS.UNLABELED):
         dicts = unlabeled_dicts(cfg)
     dicts = check_shapes(dicts, names, mapper, cfg.DATASETS.INVALID_ANNOTATIONS == "drop")
-    if cfg.MODEL.MASK_ON:
-        check_masks(dicts, names)
-        mapper = copy.copy(mapper)  # the masks of the labelled images keep their format
-        accept_rles(mapper, dicts, names)
+    mapper = copy.copy(mapper)  # the masks of the labelled images keep their format
+    check_objects(cfg, dicts, names, mapper)
     logging.getLogger(__name__).info("And on %d images without labels: %s", len(dicts), names)
     sampler = samplers.TrainingSampler(len(dicts), seed=seed)
     return _build_loader(cfg, "SOLVER.UNLABELED_PER_BATCH", dicts, mapper, sampler, seed)
@@ -250,6 +249,8 @@ def _build_loader(
     mixed: bool = False,
 ) -> ResumableLoader:
     """Build a loader whose batches have as many images, over all processes, as the key says.
+
+    With SOLVER.ACCUMULATE n they have n times as many: the trainer splits them.
 
     ``mixed``: whether INPUT.MIXUP holds. An image without labels would mix in its objects as
     background.
@@ -267,7 +268,7 @@ def _build_loader(
     return ResumableLoader(
         dataset,
         sampler,
-        batch_size=count // world_size,
+        batch_size=count // world_size * cfg.SOLVER.ACCUMULATE,
         groups=groups,
         seed=seed,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

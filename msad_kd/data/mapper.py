@@ -18,7 +18,7 @@ from fvcore.transforms.transform import Transform, TransformList
 
 from msad_kd.data.augmentation import colour_augmentations, jitter_arguments, longest_side
 from msad_kd.data.images import ImageError, read_image, unreadable
-from msad_kd.data.keypoints import check_keypoints
+from msad_kd.data.keypoints import naming_keypoints
 from msad_kd.data.transforms import scale_transforms
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.compat import images_read_by
@@ -107,7 +107,8 @@ class CheckedDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
         """Return the constructor's arguments for a config."""
-        arguments = {**super().from_config(cfg, is_train), **jitter_arguments(cfg, is_train)}
+        with naming_keypoints(cfg, is_train):
+            arguments = {**super().from_config(cfg, is_train), **jitter_arguments(cfg, is_train)}
         colours = colour_augmentations(cfg, is_train)
         return {
             **arguments,
@@ -213,7 +214,6 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     A student gets the "lr" frame in training, a multi-resolution teacher always the "hr" frame. Any
     other model, and a student in evaluation, gets the mapper of one image.
     """
-    check_keypoints(cfg)
     frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
     if frame is None or (frame == "lr" and not is_train):
         return CheckedDatasetMapper(cfg, is_train)

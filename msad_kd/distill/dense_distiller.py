@@ -5,7 +5,7 @@ C: channels, H, W: height and width of a level.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -140,9 +140,9 @@ class DenseDistiller(Distiller):
         diagnostics_period: see ``Distiller``.
     """
 
-    def __init__(self, terms: list[LossTerm], diagnostics_period: int = 0):
+    def __init__(self, terms: Sequence[dict | LossTerm] = (), diagnostics_period: int = 0):
         super().__init__(terms, diagnostics_period)
-        self.depths = {_depth(term) for term in terms} - {None}
+        self.depths = {_depth(term) for term in self.terms} - {None}
         self.heads: tuple[Head, ...] = ()  # the student's and the teacher's; not registered
 
     def connect(self, student: nn.Module, teacher: Teacher) -> set[str]:

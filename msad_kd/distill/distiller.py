@@ -3,14 +3,14 @@
 The warm-up of a weight is in ``losses/terms.py``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from msad_kd.losses.terms import LossTerm
+from msad_kd.losses.terms import LossTerm, read_losses
 from msad_kd.utils.errors import InputError
 
 Losses = dict[str, torch.Tensor]  # log name to value
@@ -20,13 +20,13 @@ class Distiller(nn.Module):
     """A sum of distillation losses that keeps the values of its last step.
 
     Args:
-        terms: the losses.
+        terms: the losses, each as in KD.LOSSES or a ``LossTerm``.
         diagnostics_period: log each loss, without its weight, every so many iterations; 0: never.
     """
 
-    def __init__(self, terms: list[LossTerm], diagnostics_period: int = 0):
+    def __init__(self, terms: Sequence[dict | LossTerm] = (), diagnostics_period: int = 0):
         super().__init__()
-        self.terms = terms
+        self.terms = read_losses(terms)
         self.diagnostics_period = diagnostics_period
         self._values: Losses = {}
 

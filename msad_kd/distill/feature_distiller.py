@@ -4,6 +4,7 @@ N: images, C: channels, H, W: height and width of a level.
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -40,7 +41,11 @@ class FeatureDistiller(Distiller):
     """
 
     def __init__(
-        self, *, terms: list[LossTerm], student: dict[str, ShapeSpec], diagnostics_period: int = 0
+        self,
+        *,
+        terms: Sequence[dict | LossTerm],
+        student: Mapping[str, ShapeSpec],
+        diagnostics_period: int = 0,
     ):
         super().__init__(terms, diagnostics_period)
         self.student = student

@@ -3,6 +3,7 @@
 The regions are those that the student samples from its proposals, or the teacher's proposals.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from msad_kd.distill.distiller import Distiller, Losses
 from msad_kd.distill.regions import evaluating, predict_regions, propose_regions
 from msad_kd.distill.teacher import Teacher
-from msad_kd.losses.roi import RoIPredictions
+from msad_kd.losses.roi import RoIPredictions, parts_read
 from msad_kd.losses.terms import LossTerm
 from msad_kd.modeling.pyramid import Pyramid
 from msad_kd.utils.errors import InputError
@@ -35,36 +36,36 @@ class RoIDistiller(Distiller):
         diagnostics_period: see ``Distiller``.
     """
 
-    def __init__(self, terms: list[LossTerm], diagnostics_period: int = 0):
+    def __init__(self, terms: Sequence[dict | LossTerm] = (), diagnostics_period: int = 0):
         super().__init__(terms, diagnostics_period)
-        # Whose proposals are needed, and whether a loss reads masks of them.
-        self.masks_of: dict[str, bool] = {}
-        for term in terms:
-            reads_masks = getattr(term.function, "reads_masks", True)
+        # Whose proposals are needed, and which of masks and keypoints of them a loss reads.
+        self.parts_of: dict[str, frozenset[str]] = {}
+        for term in self.terms:
             for source in _SOURCES[term.proposals]:
-                self.masks_of[source] = self.masks_of.get(source, False) or reads_masks
+                read = self.parts_of.get(source, frozenset())
+                self.parts_of[source] = read | parts_read(term.function)
         # The student's heads and the teacher; a tuple, so that they are not registered.
         self.models: tuple[nn.Module, Teacher] | tuple[()] = ()
 
     @property
-    def reads_masks(self) -> bool:
-        """Tell whether a loss reads masks of the regions that the student samples."""
-        return self.masks_of.get("student", False)
+    def reads(self) -> frozenset[str]:
+        """Tell which of "masks" and "keypoints" of the student's regions a loss reads."""
+        return self.parts_of.get("student", frozenset())
 
     def connect(self, student: nn.Module, teacher: Teacher) -> set[str]:
         """Check that both detectors' heads can be compared, and return the levels that are read.
 
         Raises:
-            InputError: if one has no ``StandardROIHeads`` or lacks the masks that a loss compares,
-                if their classes differ or, for ``roi_box``, the units of their boxes, if
-                ``class_weights`` has not one number for each class and the background, or if the
-                teacher has to propose regions and has no RPN.
+            InputError: if one has no ``StandardROIHeads`` or lacks the masks or keypoints that a
+                loss compares, if their classes, keypoints or, for ``roi_box``, the units of their
+                boxes differ, if ``class_weights`` has not one number for each class and the
+                background, or if the teacher has to propose regions and has no RPN.
         """
         if not self.terms:
             return set()
         _check_roi_heads(student, teacher.model, self.terms)
         heads, levels = teacher.model.roi_heads, set()
-        if "teacher" in self.masks_of:
+        if "teacher" in self.parts_of:
             if not isinstance(rpn := teacher.model.proposal_generator, RPN):
                 raise InputError(
                     "KD.LOSSES: 'proposals: teacher' and 'both' need a teacher with an RPN "
@@ -72,8 +73,11 @@ class RoIDistiller(Distiller):
                 )
             levels.update(rpn.in_features)
         self.models = student.roi_heads, teacher
-        with_masks = heads.mask_on and any(self.masks_of.values())
+        parts = frozenset().union(*self.parts_of.values())
+        with_masks = heads.mask_on and "masks" in parts
+        with_keypoints = heads.keypoint_on and "keypoints" in parts
         levels.update(heads.box_in_features, heads.mask_in_features if with_masks else ())
+        levels.update(heads.keypoint_in_features if with_keypoints else ())
         return levels
 
     def predict(
@@ -96,13 +100,13 @@ class RoIDistiller(Distiller):
         """
         heads, teacher = self.models
         found = {}
-        if "student" in self.masks_of:
+        if "student" in self.parts_of:
             with torch.no_grad():
                 theirs = teacher.model.roi_heads, pyramid, seen, teacher.image_scale
                 found["student"] = seen, seen.predictions, predict_regions(*theirs)
-        if "teacher" in self.masks_of:
+        if "teacher" in self.parts_of:
             proposed, theirs = propose_regions(
-                teacher, pyramid, sizes, heads, self.masks_of["teacher"]
+                teacher, pyramid, sizes, heads, self.parts_of["teacher"]
             )
             with evaluating(heads):
                 found["teacher"] = proposed, predict_regions(heads, features, proposed, 1), theirs
@@ -147,15 +151,20 @@ def _check_roi_heads(student: nn.Module, teacher: nn.Module, terms: list[LossTer
                 f"KD.LOSSES: '{names[0]}' compares predictions of StandardROIHeads, and the {role},"
                 f" a {type(model).__name__}, has {kind} (MODEL.ROI_HEADS.NAME)"
             )
-        if "roi_mask" in names and not heads.mask_on:
-            raise InputError(
-                f"KD.LOSSES: 'roi_mask' compares masks, and the {role}'s MODEL.MASK_ON is False"
-            )
+        for name, part in (("roi_mask", "mask"), ("roi_keypoint", "keypoint")):
+            if name in names and not getattr(heads, f"{part}_on"):
+                raise InputError(
+                    f"KD.LOSSES: '{name}' compares {part}s, and the {role}'s "
+                    f"MODEL.{part.upper()}_ON is False"
+                )
     heads = student.roi_heads, teacher.roi_heads
     settings = {"MODEL.ROI_HEADS.NUM_CLASSES": [x.num_classes for x in heads]}
     if "roi_box" in names:
         weights = [tuple(x.box_predictor.box2box_transform.weights) for x in heads]
         settings["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"] = weights
+    if "roi_keypoint" in names:
+        counts = [x.keypoint_head.num_keypoints for x in heads]
+        settings["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = counts
     for key, (mine, theirs) in settings.items():
         if mine != theirs:
             raise InputError(

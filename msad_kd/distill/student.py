@@ -40,8 +40,8 @@ class DistilledMixin:
 
     Args:
         distiller: the losses between feature maps.
-        roi_distiller: the losses between predictions of RoI heads.
-        dense_distiller: the losses between predictions of dense heads or RPNs.
+        roi_distiller: the losses between predictions of RoI heads; None: there are none.
+        dense_distiller: the same of dense heads or RPNs.
         gradient_ratio_period: log the gradient norm of the distillation losses over that of the
             detection losses every so many iterations; 0: never.
         unlabeled: what to do with images without labels; None: see its defaults.
@@ -57,16 +57,16 @@ class DistilledMixin:
         self,
         *,
         distiller: FeatureDistiller,
-        roi_distiller: RoIDistiller,
-        dense_distiller: DenseDistiller,
+        roi_distiller: RoIDistiller | None = None,
+        dense_distiller: DenseDistiller | None = None,
         gradient_ratio_period: int = 0,
         unlabeled: UnlabeledImages | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.distiller = distiller
-        self.roi_distiller = roi_distiller
-        self.dense_distiller = dense_distiller
+        self.roi_distiller = roi_distiller or RoIDistiller()
+        self.dense_distiller = dense_distiller or DenseDistiller()
         self.gradient_ratio_period = gradient_ratio_period
         self.unlabeled = unlabeled or UnlabeledImages()
 
@@ -131,19 +131,30 @@ class DistilledMixin:
         if unlabeled and self.unlabeled.weight:
             inputs, pyramid = self.unlabeled.label(unlabeled, self, self.teacher)
             with kept_apart(self, self._distillers()), ignoring(self, inputs):
-                losses |= self.unlabeled.weigh(*self._compare(inputs, pyramid))
+                labels = self.unlabeled.pseudo_labels
+                losses |= self.unlabeled.weigh(*self._compare(inputs, pyramid, labels))
         return losses
 
-    def _compare(self, batched_inputs: list[dict], pyramid: Pyramid | None = None):
-        """Return the stock losses and ``loss_kd_*``; None: the teacher's pyramid is computed."""
+    def _compare(self, batched_inputs: list[dict], pyramid: Pyramid | None = None, labels=True):
+        """Return the stock losses and ``loss_kd_*``.
+
+        Args:
+            batched_inputs: images of one kind.
+            pyramid: the teacher's; None: it is computed.
+            labels: whether the stock losses are wanted; without, heads that no loss reads are idle.
+        """
         rois = self.roi_distiller if self.roi_distiller.terms else None
         dense = self.dense_distiller if self.dense_distiller.terms else None
         with (
             recording(self.backbone) as call,
-            recording_regions(self.roi_heads, rois.reads_masks) if rois else nullcontext() as seen,
+            recording_regions(self.roi_heads, rois.reads) if rois else nullcontext() as seen,
             dense.recording() if dense else nullcontext() as anchors,
         ):
-            losses = super().forward(batched_inputs)
+            if labels or rois or dense:
+                losses = super().forward(batched_inputs)
+            else:
+                losses = {}
+                self.backbone(self.preprocess_image(batched_inputs).tensor)
         teacher, iteration = self.teacher, get_event_storage().iter
         if pyramid is None:
             pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))

@@ -20,8 +20,14 @@ class WatchLosses(HookBase):
         self._losses: dict[str, torch.Tensor] | None = None  # None: not known yet
         self._error: NotFiniteError | None = None
 
+    def before_step(self):
+        """Begin a step, which may run the model more than once (SOLVER.ACCUMULATE)."""
+        self._files: list[str] = []
+        self._sums: dict[str, torch.Tensor] = {}
+
     def before_train(self):
         """Watch the model."""
+        self.before_step()
         model = self.trainer.model
         self._watches = [
             model.register_forward_pre_hook(self._begin),
@@ -38,13 +44,15 @@ class WatchLosses(HookBase):
     def _begin(self, model, arguments):
         if model.training:
             keys = ("file_name", "mixed_with")  # the second by INPUT.MIXUP
-            self._files = [str(x[key]) for x in arguments[0] for key in keys if key in x]
+            self._files += [str(x[key]) for x in arguments[0] for key in keys if key in x]
             self._losses = None
 
     def _remember(self, model, arguments, losses):
         if model.training:
             losses = losses if isinstance(losses, dict) else {"total_loss": losses}
-            self._losses = {name: loss.detach() for name, loss in losses.items()}
+            for name, loss in losses.items():  # a sum is not finite if one of its parts is not
+                self._sums[name] = self._sums.get(name, 0) + loss.detach()
+            self._losses = self._sums
 
     @property
     def in_forward(self) -> bool:

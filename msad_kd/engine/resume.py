@@ -40,6 +40,11 @@ def _explained(trainer: DefaultTrainer) -> Iterator[None]:
         ) from error
 
 
+def images_per_step(cfg: CfgNode) -> int:
+    """Return the number of labelled images of a step of the optimizer, over all processes."""
+    return cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE
+
+
 def check_state(trainer: DefaultTrainer, state: dict) -> str:
     """Check that a checkpoint's state can be resumed with the present config, and log what differs.
 
@@ -56,12 +61,12 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
     """
     with _explained(trainer):
         cfg, solver = trainer.cfg, trainer.cfg.SOLVER
-        before, now = state.get("images_per_batch"), solver.IMS_PER_BATCH
+        before, now = state.get("images_per_batch"), images_per_step(cfg)
         if before not in (None, now):
             raise InputError(
                 f"the run in '{cfg.OUTPUT_DIR}' had {before} images a batch and is resumed "
                 f"with {now}, which is another schedule; resume it on as many processes, with the "
-                "same SOLVER.IMS_PER_BATCH"
+                "same SOLVER.IMS_PER_BATCH x SOLVER.ACCUMULATE"
             )
         done = state["iteration"] + 1
         if done > solver.MAX_ITER:

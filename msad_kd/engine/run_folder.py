@@ -25,7 +25,7 @@ from msad_kd.utils.processes import in_main_process
 LOCK, METRICS, ASIDE = ".run.lock", "metrics.json", "previous_run_{}"
 # The marks of a run, which a new one would write over or go on from, and what belongs to it.
 _MARKS = (LAST, "model_[0-9]*.pth", "model_final.pth", METRICS, "DONE")  # DONE: a ladder's stage
-_REST = ("model_[0-9]*.pth.*", "model_final.pth.*", "model_best.pth*", "student.pth*")
+_REST = ("model_[0-9]*.pth.*", "model_final.pth.*", "model_best.*", "student.pth*")
 _REST += ("events.out.tfevents.*",)
 _LEAST_BYTES = 1 << 20  # logs and configs take some 100 kB
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -21,10 +21,12 @@ from msad_kd.data.loader import build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.engine.accumulate import accumulating
+from msad_kd.engine.best import EndOfTraining, KeepBest
 from msad_kd.engine.hook_order import add_hooks, find_hook
 from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.optimizer import build_optimizer
-from msad_kd.engine.resume import check_state, restore_state
+from msad_kd.engine.resume import check_state, images_per_step, restore_state
 from msad_kd.engine.run_folder import (
     explain_disk_errors,
     lock_folder,
@@ -79,6 +81,8 @@ class KDTrainer(DefaultTrainer):
         make_folder(cfg.OUTPUT_DIR)
         with ddp_on(cfg.MODEL.DEVICE), checkpointer_of(TrainingCheckpointer):
             super().__init__(cfg)
+        if cfg.SOLVER.ACCUMULATE > 1:
+            self._trainer = accumulating(self._trainer, cfg.SOLVER.ACCUMULATE)
         if cfg.DATASETS.TRAIN:
             names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
             self.checkpointer.extra = {"classes": list(names)} if names else {}
@@ -114,6 +118,7 @@ class KDTrainer(DefaultTrainer):
         with (
             stop.handling() if stop else contextlib.nullcontext(),
             torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"),
+            contextlib.suppress(EndOfTraining),  # by TEST.PATIENCE
         ):
             super().train()
         # Detectron2 returns them only if TEST.EXPECTED_RESULTS is set.
@@ -146,6 +151,9 @@ class KDTrainer(DefaultTrainer):
         if found := self.checkpointer.find() if resume else None:
             self.checkpointer.resume(found)
             self.data_loader.start = self.start_iter = self.iter + 1
+            best = find_hook(self, KeepBest)
+            if best is not None and best.resume(self.start_iter):
+                self.max_iter = self.start_iter
             if self.start_iter == self.max_iter:  # it may have been killed before its last file
                 self.checkpointer.keep_as_final(found)
             return
@@ -165,8 +173,8 @@ class KDTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict:
         """Return the state for a checkpoint, with optimizer, batch size and config."""
-        own = {"images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH, "config": self.cfg.dump()}
-        return {**trainer_state(self), **own}
+        images = images_per_step(self.cfg)
+        return {**trainer_state(self), "images_per_batch": images, "config": self.cfg.dump()}
 
     def check_state_dict(self, state_dict: dict) -> str:
         """Check a checkpoint's state before anything is loaded; see ``engine.resume``."""

@@ -20,9 +20,9 @@ def build_evaluator(
 ) -> DatasetEvaluator:
     """Build the evaluator that a data set's metadata ask for.
 
-    Its results are "bbox" (COCO's AP) and, if the model has masks, "segm": COCO's AP or Cityscapes'
-    own. With TEST.CITYSCAPES_COCO, Cityscapes has "segm_coco" as well. It writes to
-    ``output_folder``, by default OUTPUT_DIR/inference.
+    Its results are "bbox" (COCO's AP) and, if the model has them, "segm" (masks: COCO's AP or
+    Cityscapes' own) and "keypoints" (COCO's AP). With TEST.CITYSCAPES_COCO, Cityscapes has
+    "segm_coco" as well. It writes to ``output_folder``, by default OUTPUT_DIR/inference.
 
     Raises:
         InputError: if this kind of data set is not supported, or if its classes do not fit.
@@ -33,6 +33,7 @@ def build_evaluator(
         "output_dir": output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
         "implementation": cfg.TEST.COCO_EVALUATOR,
         "masks": has_masks(cfg),
+        "keypoints": cfg.MODEL.KEYPOINT_ON,
         "invalid": cfg.DATASETS.INVALID_ANNOTATIONS,
         # COCO's 100, unless the model may keep more: an image may have more objects than that.
         "classes": model_classes(cfg)[0],

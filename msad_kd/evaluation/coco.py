@@ -78,6 +78,7 @@ class AnyCOCOEvaluator(COCOEvaluator):
         *,
         implementation: str = "auto",
         masks: bool = True,
+        keypoints: bool = False,
         classes: Sequence[str] = (),
         invalid: str = "error",
         **kwargs,
@@ -88,6 +89,7 @@ class AnyCOCOEvaluator(COCOEvaluator):
             dataset_name: as for ``COCOEvaluator``.
             implementation: "auto" or one of ``IMPLEMENTATIONS``.
             masks: whether to report mask AP (as NaN) if the model finds nothing at all.
+            keypoints: the same for keypoints.
             classes: the names of the model's classes, in its order; by default those in the data
                 set's metadata, or those of its file.
             invalid: what becomes of annotations that mean nothing; see ``read_annotations``.
@@ -109,7 +111,8 @@ class AnyCOCOEvaluator(COCOEvaluator):
                 )
             chosen = OFFICIAL
         self._use_fast_impl = chosen != OFFICIAL
-        self._implementation, self._masks = chosen, masks
+        self._implementation = chosen
+        self._tasks_of_model = ["bbox"] + ["segm"] * masks + ["keypoints"] * keypoints
         self._patch = contextlib.nullcontext()
         if chosen == FASTER:
             from faster_coco_eval import COCO, COCOeval_faster
@@ -135,7 +138,7 @@ class AnyCOCOEvaluator(COCOEvaluator):
 
     def _tasks_from_predictions(self, predictions):
         if not predictions:
-            return ["bbox", "segm"] if self._masks else ["bbox"]
+            return self._tasks_of_model
         return super()._tasks_from_predictions(predictions)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):

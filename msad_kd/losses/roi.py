@@ -1,6 +1,7 @@
 """Losses between the predictions of two R-CNNs for the same regions, and their registry.
 
-R: regions, K: classes without the background, M: regions that have a mask, S: side of a mask.
+R: regions, K: classes without the background, M: regions that have a mask, V: keypoints of
+all regions, S: side of a mask or of a keypoint's heat map.
 Every loss takes the student's and the teacher's predictions and returns a scalar whose gradient
 flows to the student's.
 """
@@ -30,24 +31,51 @@ class RoIPredictions:
     classes: torch.Tensor  # (R, K + 1) logits, the background last
     deltas: torch.Tensor  # from region to box: (R, 4K), or (R, 4) if box regression is agnostic
     masks: torch.Tensor | None  # (M, S, S) logits of each region's class; None: not predicted
+    keypoints: torch.Tensor | None = None  # (V, S, S) logits of heat maps; None: not predicted
 
     @classmethod
     def cat(cls, parts: Sequence["RoIPredictions"]) -> "RoIPredictions":
-        """Join predictions for several sets of regions; without masks if one set has none."""
+        """Join predictions for several sets of regions; a part that one set lacks is left out."""
         if len(parts) == 1:
             return parts[0]
-        columns = zip(*((x.classes, x.deltas, x.masks) for x in parts))
+        columns = zip(*(vars(x).values() for x in parts))
         return cls(*(None if any(x is None for x in c) else torch.cat(c) for c in columns))
 
 
-def without_masks(loss: Callable) -> Callable:
-    """Declare that a loss reads no masks; if none does, the teacher predicts none."""
-    loss.reads_masks = False
-    return loss
+def reads(*parts: str) -> Callable[[Callable], Callable]:
+    """Declare whether a loss reads "masks" or "keypoints"; what none reads is not predicted.
+
+    A loss without this decorator reads both.
+    """
+
+    def declare(loss: Callable) -> Callable:
+        loss.reads = frozenset(parts)
+        return loss
+
+    return declare
+
+
+def parts_read(loss: Callable) -> frozenset[str]:
+    """Return which of "masks" and "keypoints" a loss reads."""
+    return getattr(loss, "reads", frozenset(("masks", "keypoints")))
+
+
+def _log_probabilities(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float
+) -> list[torch.Tensor]:
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it should be above 0")
+    return [F.log_softmax(x.float() / temperature, dim=1) for x in (student, teacher)]
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return tau^2 KL(p_T || p_S) of the softmax of logits (rows, columns), mean over the rows."""
+    s, t = _log_probabilities(student, teacher, temperature)
+    return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
 @ROI_LOSS_REGISTRY.register()
-@without_masks
+@reads()
 def roi_class(
     student: RoIPredictions,
     teacher: RoIPredictions,
@@ -61,13 +89,11 @@ def roi_class(
     sum_c w_c (p_T log(p_T / p_S) - p_T + p_S) / mean(w): equal predictions stay its minimum, 0,
     and equal weights change nothing.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; it should be above 0")
     if len(student.classes) == 0:
         return student.classes.sum()
-    s, t = (F.log_softmax(x.classes.float() / temperature, dim=1) for x in (student, teacher))
     if class_weights is None:
-        return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+        return _divergence(student.classes, teacher.classes, temperature)
+    s, t = _log_probabilities(student.classes, teacher.classes, temperature)
     if len(class_weights) != s.shape[1]:
         raise ValueError(f"class_weights has {len(class_weights)} numbers, not {s.shape[1]}")
     weights = s.new_tensor(class_weights)
@@ -76,7 +102,7 @@ def roi_class(
 
 
 @ROI_LOSS_REGISTRY.register()
-@without_masks
+@reads()
 def roi_box(student: RoIPredictions, teacher: RoIPredictions) -> torch.Tensor:
     """Return sum |S - T| of a region's four deltas, averaged over regions as Detectron2's box loss.
 
@@ -94,6 +120,7 @@ def roi_box(student: RoIPredictions, teacher: RoIPredictions) -> torch.Tensor:
 
 
 @ROI_LOSS_REGISTRY.register()
+@reads("masks")
 def roi_mask(student: RoIPredictions, teacher: RoIPredictions) -> torch.Tensor:
     """Return the mean binary cross-entropy with the teacher's mask probabilities as targets.
 
@@ -105,3 +132,19 @@ def roi_mask(student: RoIPredictions, teacher: RoIPredictions) -> torch.Tensor:
         return student.masks.sum()
     targets = teacher.masks.float().sigmoid()
     return F.binary_cross_entropy_with_logits(student.masks.float(), targets)
+
+
+@ROI_LOSS_REGISTRY.register()
+@reads("keypoints")
+def roi_keypoint(
+    student: RoIPredictions, teacher: RoIPredictions, temperature: Positive = 1.0
+) -> torch.Tensor:
+    """Return tau^2 KL(p_T || p_S) of heat maps, each a softmax over its S^2 cells.
+
+    It is the mean over keypoints, 0 without any. The temperature tau, above 0, divides the logits.
+    """
+    if student.keypoints is None or teacher.keypoints is None:
+        raise ValueError("it needs keypoints of student and teacher (MODEL.KEYPOINT_ON True)")
+    if len(student.keypoints) == 0:
+        return student.keypoints.sum()
+    return _divergence(student.keypoints.flatten(1), teacher.keypoints.flatten(1), temperature)

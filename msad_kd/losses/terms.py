@@ -1,9 +1,11 @@
 """Read KD.LOSSES: which loss, on which levels, with which weight and warm-up."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
+
+from omegaconf import ListConfig, OmegaConf
 
 from msad_kd.losses.dense import DENSE_LOSS_REGISTRY
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
@@ -72,15 +74,19 @@ class LossTerm:
         return _REGISTRIES[self.compares].get(self.name)
 
 
-def read_losses(entries: list[dict]) -> list[LossTerm]:
+def read_losses(entries: Sequence[dict | LossTerm]) -> list[LossTerm]:
     """Check KD.LOSSES and return its entries.
+
+    In a LazyConfig they are a ``ListConfig``; a ``LossTerm`` is returned as it is.
 
     Raises:
         InputError: if an entry names no known loss, or a field is missing, unknown or ill-typed.
     """
+    if isinstance(entries, ListConfig):
+        entries = OmegaConf.to_object(entries)
     if not isinstance(entries, (list, tuple)):
         raise InputError(f"KD.LOSSES: {entries!r} should be a list of dicts")
-    return [_read_term(entry) for entry in entries]
+    return [x if isinstance(x, LossTerm) else _read_term(x) for x in entries]
 
 
 def _read_term(entry: Any) -> LossTerm:

@@ -40,7 +40,7 @@ def load(model, folder, detections=None):
 
 def tidy_metrics(metrics):
     """Return COCO's metrics without NaN: None for sizes that do not occur, 0 if none is found."""
-    metrics = {name: float(metrics[name]) for name in METRICS}
+    metrics = {name: float(metrics.get(name, "nan")) for name in METRICS}  # keypoints: no APs
     absent = 0.0 if math.isnan(metrics["AP"]) else None
     return {name: value if math.isfinite(value) else absent for name, value in metrics.items()}
 

@@ -139,7 +139,8 @@ def write_comparison(folder, lines, measured):
 
     `lines` has title, AP, cost and latency of each model, `measured` what measure.py says.
     """
-    kinds = {kind: name for kind, name in KINDS.items() if all(kind in line for line in lines)}
+    kinds = {**KINDS, "keypoints": "keypoint"}
+    kinds = {kind: name for kind, name in kinds.items() if all(kind in line for line in lines)}
     table = []
     for line in lines:
         times = line["latency_ms"]

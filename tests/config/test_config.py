@@ -91,7 +91,10 @@ def test_a_users_module_is_imported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("file", "words"),
-    [("no/such.yaml", "'no/such.yaml' does not exist"), ("lazy.py", r"\(LazyConfig\).* YAML")],
+    [
+        ("no/such.yaml", "'no/such.yaml' does not exist"),
+        ("lazy.py", r"tools/lazyconfig_tr"),
+    ],
 )
 def test_files_that_are_no_config(file, words):
     with pytest.raises(InputError, match=f"the config file .*{words}"):

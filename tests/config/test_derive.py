@@ -40,7 +40,9 @@ def plain(value):
     return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("detector", ["mask_rcnn", "faster_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize(
+    "detector", ["mask_rcnn", "faster_rcnn", "keypoint_rcnn", "retinanet", "fcos"]
+)
 def test_they_are_those_that_were_written_by_hand(detector, monkeypatch):
     monkeypatch.chdir(ROOT)
     derived = derive_configs(config_of(f"COCO/{detector}_R_50_FPN_HR_1x.yaml"), 2)
@@ -58,6 +60,7 @@ def test_they_are_those_that_were_written_by_hand(detector, monkeypatch):
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
         "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml",
         "COCO-Detection/retinanet_R_50_FPN_3x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_3x.yaml",
     ],
 )
 def test_the_model_zoos_configs_become_pairs_that_can_be_distilled(name, tmp_path):
@@ -85,8 +88,8 @@ def test_a_warmup_fits_the_schedule_and_the_losses_fit_the_heads():
     assert names == ["roi_class", "roi_box", "roi_mask"]
     assert {term["warmup_iters"] for term in derived["student"].KD.LOSSES} == {30}
     student = derived["student"]
-    student.MODEL.MASK_ON = False
-    assert [x["name"] for x in default_losses(student)] == names[:2]
+    student.MODEL.MASK_ON, student.MODEL.KEYPOINT_ON = False, True
+    assert [x["name"] for x in default_losses(student)] == [*names[:2], "roi_keypoint"]
     student.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
     assert [x["name"] for x in default_losses(student)] == ["l1"]
 

@@ -5,9 +5,11 @@ import functools
 import numpy as np
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from helpers import ROOT, TINY_NET, coco_format, train
+from detectron2.modeling import META_ARCH_REGISTRY
+from helpers import ROOT, coco_format, train
+from shipped import FILES, name_of, tiny_options
 
 from msad_kd.config.build import build_config
 from msad_kd.distill.student import check_losses
@@ -15,25 +17,14 @@ from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.flat_config import flatten_config
 
-FILES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
-NARROW = [item for pair in flatten_config(TINY_NET, "MODEL.").items() for item in pair]
-# As many classes as the tiny data set has.
-for part in ("ROI_HEADS", "RETINANET", "FCOS"):
-    NARROW += [f"MODEL.{part}.NUM_CLASSES", 8]
-NARROW += ["MODEL.RETINANET.NUM_CONVS", 1, "MODEL.FCOS.NUM_CONVS", 1]
-SWIN = [["embed_dim", 24], ["depths", [1, 1, 2, 1]], ["num_heads", [1, 2, 4, 8]]]
-NARROW += ["MODEL.TIMM.PRETRAINED", False]
 STOCK = ("GeneralizedRCNN", "RetinaNet", "FCOS")
 
 # These differ from a config that is tried in sizes and schedule alone, as a test below asserts.
 VARIANTS = ("_3x.yaml", "_LR_multiscale_1x.yaml")
 TRIED = [path for path in FILES if not path.name.endswith(VARIANTS) or "Swin" in path.name]
+TRIED = [path for path in TRIED if not path.name.startswith("keypoint")]  # see test_real_coco.py
 PROJECTS = sorted((ROOT / "projects").glob("*/configs/*/*.yaml"))
 TRIED += [path for path in PROJECTS if "ladder" not in path.name]  # see test_mtpd.py for ladders
-
-
-def name_of(path):
-    return str(path.relative_to(ROOT)).replace("configs/", "", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -42,34 +33,11 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def shrunk(cfg):
-    """INPUT keys for images of about 50 to 100 px."""
-    factor = 8 if cfg.INPUT.MIN_SIZE_TEST >= 400 else 2
-    keys = ["INPUT.MIN_SIZE_TRAIN", tuple(size // factor for size in cfg.INPUT.MIN_SIZE_TRAIN)]
-    for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
-        keys += [f"INPUT.{key}", cfg.INPUT[key] // factor]
-    return keys
-
-
 @pytest.mark.parametrize("path", TRIED, ids=name_of)
 def test_a_step_and_a_prediction(path, data, tmp_path):
-    cfg = build_config(str(path), [])
-    narrow = NARROW + ["MODEL.TIMM.ARGUMENTS", SWIN] * cfg.MODEL.TIMM.NAME.startswith("swin")
-    options = [
-        *narrow,
-        *shrunk(cfg),
-        *("DATASETS.COCO_FORMAT", coco_format(data, "tiny")),
-        *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ()),
-        *("SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2),
-        *("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "OUTPUT_DIR", str(tmp_path / "run")),
-        *("DATALOADER.NUM_WORKERS", 0),
-    ]
-    if cfg.KD.TEACHER.CONFIG_FILE:
-        teacher = build_model(build_config(cfg.KD.TEACHER.CONFIG_FILE, narrow))
-        torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
-        options += ["KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
-        options += ["KD.TEACHER.OPTS", narrow]
-    trainer = train(build_config(str(path), options))
+    names = ["DATASETS.COCO_FORMAT", coco_format(data, "tiny")]
+    names += ["DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ()]
+    trainer = train(build_config(str(path), [*tiny_options(path, tmp_path), *names]))
     assert trainer.iter == 1
     inputs = next(iter(KDTrainer.build_test_loader(trainer.cfg, "tiny_val")))
     with torch.no_grad():
@@ -148,14 +116,24 @@ def test_coco_has_the_papers_sizes():
 
 def test_coco_has_every_recipe_of_every_detector():
     roles = ["teacher", "student", "HR", "LR", "LR_multiscale"]
-    for detector in ("mask_rcnn", "faster_rcnn", "retinanet", "fcos"):
-        for role in roles + ["LR_P3-P7"] * (detector in ("retinanet", "fcos")):
+    for detector in ("mask_rcnn", "faster_rcnn", "retinanet", "fcos", "keypoint_rcnn"):
+        more = ["LR_P3-P7"] * (detector in ("retinanet", "fcos"))
+        for role in roles[:4] if detector == "keypoint_rcnn" else roles + more:
             for schedule in ("1x", "3x"):
                 path = ROOT / f"configs/COCO/{detector}_R_50_FPN_{role}_{schedule}.yaml"
                 cfg = models()[path]
                 assert cfg.OUTPUT_DIR == f"./output/coco/{path.stem}"
                 assert cfg.MODEL.MASK_ON == (detector == "mask_rcnn")
+                assert cfg.MODEL.KEYPOINT_ON == (detector == "keypoint_rcnn")
                 assert cfg.SOLVER.REFERENCE_WORLD_SIZE > 0
+
+
+@pytest.mark.parametrize("schedule", ["1x", "3x"])
+def test_keypoint_rcnn_is_the_model_zoos(schedule):
+    cfg, own = get_cfg(), ("OUTPUT_DIR", "SEED", "SOLVER.REFERENCE_WORLD_SIZE")
+    cfg.merge_from_file(str(ROOT / f"configs/COCO/keypoint_rcnn_R_50_FPN_HR_{schedule}.yaml"))
+    zoo = model_zoo.get_config(f"COCO-Keypoints/keypoint_rcnn_R_50_FPN_{schedule}.yaml")
+    assert without(cfg, *own) == without(zoo, *own)
 
 
 def test_the_variants_differ_only_in_schedule_and_sizes():
@@ -220,7 +198,9 @@ def test_cityscapes_has_its_own_sizes_and_classes():
 def test_stock_detectron2_reads_the_plain_configs():
     for path in FILES:
         # Stock Detectron2 has no FCOS that a config can build, and no Swin.
-        stock = path.name.startswith(("mask", "faster", "retina")) and "Swin" not in path.name
+        stock = (
+            path.name.startswith(("mask", "faster", "key", "retina")) and "Swin" not in path.name
+        )
         if path.parent.name == "COCO" and stock and ("_LR_" in path.name or "_HR_" in path.name):
             cfg = get_cfg()
             cfg.merge_from_file(str(path))

@@ -18,6 +18,7 @@ NUMBERS = {
     "SOLVER.MAX_ITER": ([0, -5, True, "0"], [1]),
     "SOLVER.IMS_PER_BATCH": ([0, -8], [1]),
     "SOLVER.UNLABELED_PER_BATCH": ([-1, True], [0]),
+    "SOLVER.ACCUMULATE": ([0, -1, 1.5, True], [1]),
     "SOLVER.CHECKPOINT_PERIOD": ([0, -1], [1]),
     "SOLVER.STEPS": (
         [(0,), (-3,), (40, 20), (20, 20), (2.5,), (True,), ("x",), (40000,)],
@@ -50,6 +51,7 @@ NUMBERS = {
     "KD.DIAGNOSTICS_PERIOD": ([-1], [0]),
     "KD.GRADIENT_RATIO_PERIOD": ([-1], [0]),
     "TEST.EVAL_PERIOD": ([-1], [0]),
+    "TEST.PATIENCE": ([-1], [0]),
 }
 
 

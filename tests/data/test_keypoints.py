@@ -4,12 +4,17 @@ import pytest
 from annotation_files import valid_content
 from detectron2.data import Metadata, MetadataCatalog
 
+from msad_kd.config.build import build_config
 from msad_kd.data.annotations import read_annotations
+from msad_kd.data.coco_format import load_checked
+from msad_kd.data.dict_checks import check_keypoint_counts
+from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.mapper import build_mapper
 from msad_kd.utils.errors import InputError
 
 NAMES, PAIRS = ["nose", "left eye", "right eye"], [("left eye", "right eye")]
 KNOWN = {"keypoint_names": NAMES, "keypoint_flip_map": PAIRS}
+OTHERS = ["nose", "tail", "ear"]  # of which nothing is known
 ONE, TWO = ("one_train",), ("one_train", "two_train")
 COUNT = ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3]
 SIGMAS = ["TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3]
@@ -19,16 +24,17 @@ SIGMAS = ["TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3]
     ("train", "metadata", "options", "words"),
     [
         ((), [], [], "DATASETS.TRAIN, .* is empty; name the data set"),
-        (ONE, [{}], [], r"'one_train' has no keypoint_names; run .*\('one_train'\).set\("),
-        (ONE, [{"keypoint_names": NAMES}], [], "'one_train' has no keypoint_flip_map"),
+        (ONE, [{}], [], r"'one_train' has no keypoint_names; give them .*\('one_train'\).set\("),
         (TWO, [KNOWN, {}], [], "'two_train' has no keypoint_names"),
         (TWO, [KNOWN, {**KNOWN, "keypoint_names": NAMES[::-1]}], [], "'two_train' .* different"),
         (ONE, [{**KNOWN, "keypoint_names": NAMES[:2]}], [], "'right eye' in its keypoint_flip_map"),
+        (ONE, [{"keypoint_names": ["nose", "nose"]}], [], "keypoint_names is .* different names"),
         (ONE, [KNOWN], [], "NUM_KEYPOINTS is 17, but data set 'one_train' has 3 .*set it to 3"),
         (ONE, [KNOWN], COUNT, "TEST.KEYPOINT_OKS_SIGMAS has 0 .* 3 keypoints; give 3"),
         (ONE, [KNOWN], [*COUNT, *SIGMAS], None),
+        (ONE, [{"keypoint_names": NAMES}], [*COUNT, *SIGMAS], None),  # left and right are told
         (ONE, [KNOWN], [*COUNT, "DATASETS.TEST", ()], None),
-        (TWO, [KNOWN, KNOWN], [*COUNT, *SIGMAS], None),
+        (TWO, [KNOWN, {"keypoint_names": NAMES}], [*COUNT, *SIGMAS], None),
     ],
 )
 @pytest.mark.parametrize("is_train", [True, False])
@@ -43,6 +49,84 @@ def test_keypoints_have_names(config, monkeypatch, train, metadata, options, wor
     else:
         with pytest.raises(InputError, match=words):
             build_mapper(cfg, is_train)
+
+
+@pytest.fixture
+def keypoints_of(config, files, catalogs):
+    """keypoints_of(categories, entry, KEY, VALUE, ...): what a mapper knows, and its indices."""
+
+    def read(categories, entry, *options):
+        content = {**valid_content(), "categories": categories}
+        file, images = files(content)
+        entry = {"name": "mine", "json": file, "images": images, **entry}
+        names = ["DATASETS.TRAIN", ("mine",), "DATASETS.TEST", ()]
+        cfg = config("lr", "DATASETS.COCO_FORMAT", [entry], *names, *COUNT, *options)
+        cfg.MODEL.KEYPOINT_ON = True
+        return read_keypoints(cfg), list(build_mapper(cfg, True).keypoint_hflip_indices)
+
+    return read
+
+
+def categories(names=NAMES, skeleton=((1, 2), (1, 3))):
+    fields = {"keypoints": names, "skeleton": skeleton}
+    return [{"id": 5, "name": "dog", **fields}, {"id": 3, "name": "cat", **fields}]
+
+
+def test_they_are_read_from_entry_or_file(keypoints_of):
+    known, indices = keypoints_of(categories(), {})
+    assert known["keypoint_names"] == tuple(NAMES) and indices == [0, 2, 1]
+    assert known["keypoint_flip_map"] == (("left eye", "right eye"),)
+    bones = [rule[:2] for rule in known["keypoint_connection_rules"]]
+    assert bones == [("nose", "left eye"), ("nose", "right eye")]
+    assert "keypoint_names" not in vars(MetadataCatalog.get("mine"))  # the file may change
+    entry = {"keypoint_names": OTHERS, "keypoint_flip_map": [["tail", "ear"]]}
+    known, indices = keypoints_of(categories(), {**entry, "skeleton": [["nose", "ear"]]})
+    assert known["keypoint_names"] == tuple(OTHERS) and indices == [0, 2, 1]
+    assert [x[:2] for x in known["keypoint_connection_rules"]] == [("nose", "ear")]
+    entry["keypoint_flip_map"] = []
+    assert keypoints_of(categories(), entry)[1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "words"),
+    [
+        (categories(OTHERS), {}, r"\(nose, tail, ear\) a horizontal flip .* keypoint_flip_map in"),
+        (categories(), {"keypoint_names": ["left eye", "nose", "ear"]}, r"\(left eye\) a horizon"),
+        ([categories()[0], categories(OTHERS)[1]], {}, "its categories have different keypoints"),
+        (categories(skeleton=[[0, 1]]), {}, "skeleton .* pairs of numbers from 1 to 3"),
+        (categories(skeleton=7), {}, "skeleton .* pairs of numbers from 1 to 3"),
+        (categories(), {"skeleton": [["nose", "ear"]]}, "'ear' in its skeleton, not in its keypo"),
+    ],
+)
+def test_what_cannot_be_known(keypoints_of, file, entry, words):
+    with pytest.raises(InputError, match=f"data set 'mine'.*{words}"):
+        keypoints_of(file, entry)
+
+
+def test_without_flips_nothing_has_to_be_known_of_them(keypoints_of):
+    assert keypoints_of(categories(OTHERS), {}, "INPUT.RANDOM_FLIP", "none")[1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("keypoint_names", ["nose", "nose"], "a list of different names"),
+        ("keypoint_flip_map", [["left"]], "a list of pairs of keypoint_names"),
+        ("skeleton", [[1, 2]], "a list of pairs of keypoint_names"),
+    ],
+)
+def test_fields_of_an_entry(field, value, words):
+    entry = {"name": "mine", "json": "a", "images": "b", field: value}
+    with pytest.raises(InputError, match=f"{field} of data set 1 should be {words}"):
+        build_config("", ["DATASETS.COCO_FORMAT", [entry]])
+
+
+def test_another_number_of_keypoints_in_the_data(files):
+    dicts = load_checked(*files(valid_content(keypoints=True)), "mine")
+    check_keypoint_counts(dicts, "mine", 2)
+    dicts += load_checked(*files(valid_content()), "bare")
+    with pytest.raises(InputError, match="'mine': 3 of 6 annotations have not 2 keypoints .*"):
+        check_keypoint_counts(dicts, "mine", 2)
 
 
 UNUSABLE = [[1, 2, 2], [1, 2, 2, 3, 4], "text", [1, 2, 2, float("nan"), 4, 2], [1, 2, 2, 3, 4, 5]]

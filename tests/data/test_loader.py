@@ -151,7 +151,8 @@ def test_images_with_too_few_keypoints_are_left_out(config, monkeypatch):
         for name, values in points.items()
     ]
     monkeypatch.setitem(DatasetCatalog.data, "people", lambda: dicts)
-    options = ["MODEL.KEYPOINT_ON", True, "MODEL.MASK_ON", False]
+    options = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3]
+    options += ["MODEL.MASK_ON", False]
     found = batches(config("lr", "DATASETS.TRAIN", ("people",), *options), 2)
     assert {name for batch in found for name, *_ in batch} == {"with"}
 

@@ -53,6 +53,15 @@ def step(student, inputs):
         return student.train()(inputs), storage.latest()
 
 
+def test_heads_that_no_loss_reads_are_idle_on_images_without_labels(student_config, batch):
+    cfg = student_config()
+    student, calls = build_student(cfg), []
+    student.roi_heads.register_forward_hook(lambda *_: calls.append(1))
+    images = batch(cfg, "lr")
+    losses, _ = step(student, images + unlabeled(images))
+    assert len(calls) == 1 and losses["loss_kd_l1_unlabeled"].item() > 0
+
+
 @every_detector
 def test_what_is_labelled_gives_the_same_and_the_rest_has_losses_of_its_own(
     detector, student_config, batch

@@ -19,9 +19,9 @@ def run_ladder(config_files, teacher_weights):
         {**common, "name": "first", "start": "teacher", "iterations": 1},
         {**common, "name": "second", "kind": "plain", "image": "hr", "losses": TERMS[::-1]},
     ]
-    stages[1]["iterations"] = 2
 
-    def call(folder, *arguments):
+    def call(folder, *arguments, iterations=2):
+        stages[1]["iterations"] = iterations
         options = ["KD.LADDER.STAGES", stages, "KD.TEACHER.EVAL_BEFORE_TRAIN", True]
         options += ["SOLVER.CHECKPOINT_PERIOD", 1]
         return start(config_files["student"], folder, *arguments, *options)
@@ -66,3 +66,17 @@ def test_two_processes_resume_a_ladder_bitwise(whole_ladder, run_ladder, tmp_pat
         found, expected = (torch.load(file, weights_only=False)["model"] for file in files)
         assert differing(found, expected) == []
     assert json.loads((cut / "ladder_state.json").read_text()).keys() == STAGES.keys()
+
+
+@pytest.mark.long
+def test_two_processes_end_a_stage_together_by_patience(run_ladder, tmp_path):
+    keys = ["TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 1, "TEST.BEST_METRIC", "bbox/AP", "TEST.LOSS"]
+    keys += [True, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.99]  # nothing is found: AP is NaN
+    run_ladder(tmp_path, *keys, iterations=3)
+    second = tmp_path / STAGES["second"]
+    assert (second / "DONE").exists() and (second / "student.pth").exists()
+    assert json.loads((second / "model_best.json").read_text())["since"] == [1]
+    final = torch.load(second / "model_final.pth", weights_only=False)
+    assert final["iteration"] == final["trainer"]["iteration"] == 0
+    lines = [json.loads(line) for line in (second / "metrics.json").read_text().splitlines()]
+    assert any("validation/total_loss" in line for line in lines)

@@ -1,31 +1,33 @@
 """The losses between RoI predictions: worked-out values, gradients, and no regions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from msad_kd.losses import ROI_LOSS_REGISTRY, RoIPredictions
-from msad_kd.losses.roi import roi_box, roi_class, roi_mask
+from msad_kd.losses.roi import roi_box, roi_class, roi_keypoint, roi_mask
 
-ALL = ("roi_class", "roi_box", "roi_mask")
+ALL = ("roi_class", "roi_box", "roi_mask", "roi_keypoint")
 
 
-def predictions(probabilities=((0.5, 0.5),), deltas=None, masks=((0.5,),)):
-    """Return the predictions of given probabilities; a mask is a row of cells."""
+def predictions(probabilities=((0.5, 0.5),), deltas=None, masks=((0.5,),), keypoints=((1.0,),)):
+    """Return the predictions of given probabilities; a mask or heat map is a row of cells."""
     classes = torch.tensor(probabilities).log()
     deltas = torch.tensor(deltas or [[0.0] * 4] * len(classes))
-    return RoIPredictions(classes, deltas, torch.tensor(masks)[:, None].logit())
+    heat_maps = torch.tensor(keypoints)[:, None].log()
+    return RoIPredictions(classes, deltas, torch.tensor(masks)[:, None].logit(), heat_maps)
 
 
 def random_predictions(regions=6):
-    shapes = (regions, 4), (regions, 12), (regions // 2, 4, 4)
+    shapes = (regions, 4), (regions, 12), (regions // 2, 4, 4), (2 * regions, 3, 3)
     return RoIPredictions(*map(torch.randn, shapes))
 
 
 def parts_of(predictions):
-    """Return the three tensors as leaves that want a gradient."""
+    """Return the four tensors as leaves that want a gradient."""
     return [part.clone().requires_grad_() for part in vars(predictions).values()]
 
 
@@ -97,6 +99,25 @@ def test_mask_worked_out():
     assert roi_mask(teacher, teacher).item() == pytest.approx(entropy)
 
 
+def test_keypoint_worked_out():
+    """Heat maps of two cells: KL of (0.5, 0.5) against (0.75, 0.25), and of equal ones."""
+    student, teacher = predictions(keypoints=[[0.5, 0.5]]), predictions(keypoints=[[0.75, 0.25]])
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert roi_keypoint(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+    same = roi_class(predictions([[0.5, 0.5]]), predictions([[0.75, 0.25]]), temperature=2.0)
+    assert_close(roi_keypoint(student, teacher, temperature=2.0), same)
+    pair = [predictions(keypoints=[*rows, [0.9, 0.1]]) for rows in ([[0.5] * 2], [[0.75, 0.25]])]
+    assert roi_keypoint(*pair).item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+def test_the_order_of_keypoints_and_a_constant_in_their_logits_do_not_matter():
+    torch.manual_seed(0)
+    pair = [random_predictions() for _ in range(2)]
+    order = torch.randperm(12)
+    others = [replace(x, keypoints=x.keypoints[order] + torch.randn(12, 1, 1)) for x in pair]
+    assert_close(roi_keypoint(*others, 2.0), roi_keypoint(*pair, 2.0))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_gradient_goes_to_what_is_compared_and_is_0_for_equal_predictions(name):
     torch.manual_seed(0)
@@ -138,3 +159,5 @@ def test_errors():
         roi_class(both, both, class_weights=[1.0] * 3)
     with pytest.raises(ValueError, match="needs masks of student and teacher"):
         roi_mask(both, RoIPredictions(both.classes, both.deltas, None))
+    with pytest.raises(ValueError, match="needs keypoints of student and teacher"):
+        roi_keypoint(RoIPredictions(both.classes, both.deltas, None), both)

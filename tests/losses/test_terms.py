@@ -64,6 +64,7 @@ OUT_OF_RANGE = {
     ("cwd", "tau"): NOT_POSITIVE,
     ("mgd", "mask_ratio"): [1.5, 1, -0.1, NAN, True, "much"],
     ("roi_class", "temperature"): NOT_POSITIVE,
+    ("roi_keypoint", "temperature"): NOT_POSITIVE,
     ("roi_class", "class_weights"): [[1, -1], [1, NAN], [0, 0], [], 1, "x", [[1]], [True, 1]],
     ("roi_class", "proposals"): ["theirs", None, True, ["student"]],
     ("roi_mask", "proposals"): ["students"],

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from helpers import NO_TEST, ROOT, load_tool, run_script, train
 
 from msad_kd.config.build import build_config
+from msad_kd.utils.flat_config import flatten_config
 
 COCO = ROOT.parent / "shared" / "data" / "coco_100"
 
@@ -52,6 +54,17 @@ def test_a_dry_run_writes_configs_that_train_net_runs(hr_of, tmp_path, capsys):
         steps[role] = train(cfg).iter
         assert (output / role / "seed_1" / "model_final.pth").is_file()
     assert steps == {"teacher": 3, "student": 2, "control": 2}
+
+
+def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
+    load_tool("tools.distill").main(
+        ["--config-file", str(config_files["hr"]), "--output", str(tmp_path), "--dry-run"]
+        + ["SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "100", "student:SOLVER.MAX_ITER", "20"]
+    )
+    cfg = build_config(str(tmp_path / "configs" / "student.yaml"), [])
+    assert cfg.SOLVER.WARMUP_ITERS == 2
+    assert {term["warmup_iters"] for term in cfg.KD.LOSSES} == {2}
+    assert "student and control differ in SOLVER.MAX_ITER:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -92,6 +105,25 @@ def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
     assert said == [False, False, True]
 
 
+def test_the_demo_trains_what_the_study_measured(tmp_path, monkeypatch):
+    """`make demo` derives the student and the control of the study."""
+    monkeypatch.chdir(ROOT)
+    said = subprocess.run(["make", "-n", "demo"], capture_output=True, text=True).stdout
+    (words,) = (x for x in said.replace("\\\n", "").splitlines() if "distill.py" in x)
+    words = shlex.split(words)[2:]
+    words[words.index("--output") + 1] = str(tmp_path)
+    load_tool("tools.distill").main(["--dry-run", *words])
+    for role, config in (("student", "student_multi_size"), ("control", "control")):
+        derived, shipped = (
+            flatten_config(build_config(str(path), ["MODEL.DEVICE", "cpu"]))
+            for path in (tmp_path / f"configs/{role}.yaml", f"configs/Shapes/{config}.yaml")
+        )
+        other = ("WEIGHTS", "CONFIG_FILE", "OUTPUT_DIR", "KD.GRADIENT_RATIO_PERIOD", "TEST.AUG")
+        for key in [key for key in shipped if not any(x in key for x in other)]:
+            ours, theirs = (json.loads(json.dumps(x[key])) for x in (derived, shipped))  # lists
+            assert ours == theirs, key
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not COCO.exists(), reason=f"{COCO} is not there")
 @pytest.mark.parametrize(
@@ -100,6 +132,7 @@ def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x",
         "COCO-Detection/faster_rcnn_R_50_FPN_3x",
         "COCO-Detection/retinanet_R_50_FPN_3x",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_3x",
     ],
 )
 def test_what_is_derived_of_the_model_zoo_trains_a_step_on_coco(name, tmp_path):

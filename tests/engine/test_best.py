@@ -1,0 +1,146 @@
+"""The best checkpoint, and the end of a training that no longer improves."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import differing, tensors_of, train
+
+from msad_kd import KDTrainer
+from msad_kd.checkpoint.reading import read_checkpoint
+from msad_kd.utils.errors import InputError
+
+EACH = ["TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 1]
+TWO_SETS = ["DATASETS.TEST", ("tiny_val", "tiny_train")]
+NAN = float("nan")
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """evaluations(values): let AP be these, one an evaluation; returns those that were made."""
+
+    def give(*values, metrics=lambda ap: {"bbox": {"AP": ap}, "segm": {"AP": ap}}):
+        made, rest = [], iter(values)
+
+        def evaluate(cls, cfg, model, evaluators=None):
+            made.append(next(rest))
+            torch.rand(1)  # as an evaluation does
+            return metrics(made[-1])
+
+        monkeypatch.setattr(KDTrainer, "test", classmethod(evaluate))
+        return made
+
+    return give
+
+
+def record(cfg):
+    return json.loads(Path(cfg.OUTPUT_DIR, "model_best.json").read_text())
+
+
+def weights(cfg, name):
+    return read_checkpoint(str(Path(cfg.OUTPUT_DIR, name)), "testing")["model"]
+
+
+def test_the_best_model_is_kept_and_no_run_is_resumed_from_it(config, evaluations):
+    evaluations(NAN, 3.0, 5.0, 5.0)
+    cfg = config("lr", *EACH)
+    trainer = train(cfg)
+    best = {"metric": "segm/AP", "value": 5.0, "iteration": 3, "since": [4]}
+    assert record(cfg) == best
+    same = differing(weights(cfg, "model_best.pth"), weights(cfg, "model_0000002.pth"))
+    assert same == [] != differing(weights(cfg, "model_best.pth"), weights(cfg, "model_final.pth"))
+    folder = Path(cfg.OUTPUT_DIR)
+    assert (folder / "model_best.pth.sha256").is_file()
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert trainer.checkpointer.find().name == "model_final.pth"
+    start = KDTrainer(config("lr", "MODEL.WEIGHTS", str(folder / "model_best.pth")))
+    start.resume_or_load(resume=False)
+    kept = weights(cfg, "model_best.pth")
+    assert differing(dict(start.model.state_dict()), kept) == [] and start.start_iter == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "metrics", "metric"),
+    [
+        ([], lambda ap: {"keypoints": {"AP": ap}, "bbox": {"AP": ap}}, "bbox/AP"),
+        (TWO_SETS, lambda ap: {"tiny_val": {"bbox": {"AP": ap}}}, "tiny_val/bbox/AP"),
+        pytest.param(
+            ["TEST.BEST_METRIC", "bbox/APs"],
+            lambda ap: {"bbox": {"AP": 0, "APs": ap}},
+            "bbox/APs",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_the_metric(config, evaluations, keys, metrics, metric):
+    evaluations(2.0, metrics=metrics)
+    cfg = config("lr", *EACH, "SOLVER.MAX_ITER", 1, *keys)
+    train(cfg)
+    assert record(cfg) == {"metric": metric, "value": 2.0, "iteration": 1, "since": []}
+
+
+def test_a_metric_that_there_is_not(config, evaluations, caplog):
+    evaluations(*[1.0] * 4)
+    with pytest.raises(InputError, match="BEST_METRIC is 'bbox/ap', .* gives bbox/AP, segm/AP;"):
+        train(config("lr", *EACH, "TEST.BEST_METRIC", "bbox/ap"))
+    evaluations(*[1.0] * 3, metrics=lambda ap: {"accuracy": ap})
+    train(config("lr", *EACH, "TEST.PATIENCE", 1, "SOLVER.MAX_ITER", 2))
+    assert "gives no AP: no best model is kept" in caplog.text
+    caplog.clear()
+    train(config("lr", "TEST.PATIENCE", 1, "SOLVER.MAX_ITER", 1))
+    assert "TEST.PATIENCE is not used" in caplog.text
+
+
+def test_patience_ends_a_run_as_its_last_iteration_would(config, evaluations, caplog):
+    made = evaluations(4.0, 3.0, 2.0)
+    cfg = config("lr", *EACH, "SOLVER.MAX_ITER", 8, "TEST.PATIENCE", 2)
+    with caplog.at_level(logging.INFO):
+        trainer = train(cfg)
+    assert len(made) == 3
+    assert caplog.text.count("TEST.PATIENCE") == 1 and "Traceback" not in caplog.text
+    folder = Path(cfg.OUTPUT_DIR)
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert differing(weights(cfg, "model_final.pth"), weights(cfg, "model_0000002.pth")) == []
+    evaluations(2.0)
+    (folder / "model_final.pth").unlink()  # killed between the record and the last file
+    (folder / "last_checkpoint").write_text("model_0000002.pth")
+    again = KDTrainer(cfg)
+    again.resume_or_load(resume=True)
+    results = again.train()
+    assert again.start_iter == again.max_iter == 3
+    assert results["bbox"]["AP"] == 2.0 and record(cfg)["since"] == [2, 3]
+    assert differing(tensors_of(again.model), tensors_of(trainer.model)) == []
+    assert (folder / "model_final.pth").is_file() and not (folder / "model_0000003.pth").exists()
+    evaluations(1.0, 1.0)
+    cfg = config("lr", *EACH, "SOLVER.MAX_ITER", 8, "TEST.PATIENCE", 3, "OUTPUT_DIR", str(folder))
+    train(cfg, resume=True)  # more patience goes on
+    assert record(cfg)["since"] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("recorded", [pytest.param(True, marks=pytest.mark.long), False])
+def test_a_run_killed_after_its_evaluation_misses_none(config, evaluations, tmp_path, recorded):
+    """Killed after step 2: with the record of its evaluation, or before it was written."""
+    made = evaluations(4.0, 6.0, 5.0, 1.0)
+    keys = [*EACH, "SOLVER.MAX_ITER", 8, "TEST.PATIENCE", 2]
+    whole = train(config("lr", *keys)).cfg
+    folder, source = tmp_path / "killed", Path(whole.OUTPUT_DIR)
+    folder.mkdir()
+    shutil.copy(source / "model_0000001.pth", folder)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    shutil.copy(source / "model_best.pth", folder)  # that of step 2
+    since = record(whole)
+    if not recorded:
+        since = {**since, "value": 4.0, "iteration": 1}
+    (folder / "model_best.json").write_text(json.dumps(since))
+    again = evaluations(*made[2 if recorded else 1 :])
+    cfg = config("lr", *keys, "OUTPUT_DIR", str(folder))
+    train(cfg, resume=True)
+    assert record(cfg) == record(whole) and record(cfg)["since"] == [3, 4]
+    assert len(again) == (2 if recorded else 3)
+    for name in ("model_best.pth", "model_final.pth"):
+        one, other = (read_checkpoint(str(x / name), "testing") for x in (source, folder))
+        assert differing(one["model"], other["model"]) == []
+        assert one["trainer"]["iteration"] == other["trainer"]["iteration"]

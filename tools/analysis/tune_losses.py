@@ -1,0 +1,192 @@
+#!/usr/bin/env python
+"""Try losses on a part of a student's schedule, beside the control, and rank them.
+
+    python tools/analysis/tune_losses.py --config-file my/student.yaml --output output/tune
+
+Each candidate is the student of the config with other KD.LOSSES; the control has none. All have the
+whole learning-rate schedule in --iterations, the same seeds and images, and are measured on
+DATASETS.TEST: name images there that you do not report. Without --losses, the candidates are
+
+    l1      weight 0.6 on all levels, as MSAD has it
+    ssim    on the level that detection pulls at most, there with --ratio of detection's gradient
+    heads   the losses of the RoI heads, or cross_head of a dense head, at weight 1
+    both    ssim and heads
+
+--losses names a YAML file of others, NAME: [{name: pkd, weight: 1.0}, ...]. Typed again, the
+command goes on where it was. OUTPUT gets candidates.yaml, grid.yaml, and the results of a study.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from copy import deepcopy
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for projects.study
+
+import pandas as pd
+import yaml
+from arguments import positive
+from compare_gradients import DETECTION, PREFIX, load_student, measure_batch
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+
+from msad_kd import InputError, build_config
+from msad_kd.checkpoint.files import replacing
+from msad_kd.losses.terms import read_losses
+from projects.study import run as study
+from projects.study.jobs import count_cores
+from projects.study.reports import KINDS, spread
+
+CONTROL = "control"
+
+
+def balance(args):
+    """Return the level that detection pulls at most, and the weight of ssim for --ratio there."""
+    words = {"config_file": args.config_file, "weights": "", "batches": args.batches}
+    losses = ["KD.LOSSES", "[{name: ssim, weight: 1.0}]"]
+    words = argparse.Namespace(**words, opts=[*args.opts, *losses])
+    model, _, batches = load_student(words)
+    norms = defaultdict(lambda: defaultdict(float))
+    with EventStorage():
+        for batch in batches:
+            for level, squares in measure_batch(model, batch).items():
+                for name, sums in squares.items():
+                    norms[level][name] += float(sums[:, 0].sum()) ** 0.5
+    level = max(norms, key=lambda name: norms[name][DETECTION])
+    weight = args.ratio * norms[level][DETECTION] / norms[level][PREFIX + "ssim"]
+    return level, float(f"{weight:.2g}")
+
+
+def default_candidates(args, cfg):
+    """Return the losses to try by name."""
+    names = ["roi_class", "roi_box", *(["roi_mask"] if cfg.MODEL.MASK_ON else [])]
+    heads = names if cfg.MODEL.META_ARCHITECTURE == "DistilledRCNN" else ["cross_head"]
+    heads = [{"name": name, "weight": 1.0} for name in heads]
+    level, weight = balance(args)
+    ssim = {"name": "ssim", "weight": weight, "levels": [level]}
+    l1 = {"name": "l1", "weight": 0.6}
+    return {"l1": [l1], "ssim": [ssim], "heads": heads, "both": deepcopy([ssim, *heads])}
+
+
+def read_candidates(args, cfg):
+    """Return the losses to try by name, those of the first call if it is typed again.
+
+    Raises:
+        InputError: if the file has no such entries, or the config is not a student's.
+    """
+    kept = args.output / "candidates.yaml"
+    source = args.losses or (kept if kept.is_file() else None)
+    if source is None:
+        candidates = default_candidates(args, cfg)
+    else:
+        try:
+            candidates = yaml.safe_load(source.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise InputError(f"--losses: '{source}': {error}") from error
+    if not isinstance(candidates, dict) or CONTROL in candidates:
+        raise InputError(
+            f"--losses: '{source}' should have NAME: [{{name: ..., weight: ...}}, ...]"
+        )
+    for losses in candidates.values():
+        read_losses(losses)
+    with replacing(kept) as part:
+        part.write_text(yaml.safe_dump(candidates, sort_keys=False))
+    return candidates
+
+
+def make_grid(args, cfg, candidates):
+    """Return the study of the candidates and their control."""
+    factor = args.iterations / cfg.SOLVER.MAX_ITER
+    schedule = {
+        "SOLVER.MAX_ITER": args.iterations,
+        "SOLVER.STEPS": [max(1, round(step * factor)) for step in cfg.SOLVER.STEPS],
+        "SOLVER.WARMUP_ITERS": round(cfg.SOLVER.WARMUP_ITERS * factor),
+    }
+    given = dict(zip(args.opts[::2], args.opts[1::2]))
+    rows = {}
+    for name, losses in {CONTROL: [], **candidates}.items():
+        losses = [{**x, "warmup_iters": round(x.get("warmup_iters", 0) * factor)} for x in losses]
+        options = {**schedule, **given, "KD.LOSSES": losses}
+        rows[name] = {"title": name, "config": args.config_file, "options": options}
+    return {
+        "output": str(args.output),
+        "seeds": [*range(1, args.seeds + 1)],
+        "rows": rows,
+        "tables": [{"name": "losses", "title": "Losses", "rows": [*rows], "control": CONTROL,
+                    "baseline": CONTROL}],
+    }  # fmt: skip
+
+
+def rank(cells, names):
+    """Return the candidates from the best to the worst mean AP, and the table of them.
+
+    Args:
+        cells: results by "NAME/SEED", as a study's results.json has them.
+        names: of the candidates, control included.
+    """
+    seeds = sorted({int(key.split("/")[1]) for key in cells})
+    kinds = {kind: name for kind, name in KINDS.items() if kind in cells[f"{CONTROL}/{seeds[0]}"]}
+    lines = {}
+    for name in names:
+        aps = {kind: pd.Series([cells[f"{name}/{s}"][kind]["AP"] for s in seeds]) for kind in kinds}
+        lines[name] = aps
+    order = sorted(lines, key=lambda name: -sum(aps.mean() for aps in lines[name].values()))
+    table = []
+    for name in order:
+        gains = [lines[name][kind] - lines[CONTROL][kind] for kind in kinds]
+        texts = [spread(lines[name][kind]) for kind in kinds]
+        texts += ["-" if name == CONTROL else spread(gain, "+") for gain in gains]
+        table.append([name, *texts])
+    headers = ["losses", *(f"{x} AP" for x in kinds.values())]
+    headers += [f"{x}, against the control" for x in kinds.values()]
+    return order, tabulate(table, headers, "pipe", disable_numparse=True)
+
+
+def parse_arguments(arguments=None):
+    """Read the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--config-file", required=True, help="the student's config; its teacher is trained")
+    add("--output", required=True, type=Path, help="folder of runs and results")
+    add("--losses", type=Path, metavar="FILE", help="candidates as YAML; see above")
+    add("--iterations", type=positive, help="of each run (default: a quarter of SOLVER.MAX_ITER)")
+    add("--seeds", type=positive, default=1, help="runs of each candidate (default: 1)")
+    add("--ratio", type=float, default=0.2, help="gradient of ssim / of detection (default: 0.2)")
+    add("--batches", type=positive, default=8, help="to measure gradients on (default: 8)")
+    add("--slots", type=positive, default=count_cores(), help="runs at a time (default: the cores)")
+    add("--num-gpus", type=int, default=0, help="of each training (then one runs at a time)")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys of all runs")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run the command line; an expected error ends it with one sentence."""
+    args = parse_arguments(arguments)
+    args.output = args.output.absolute()  # the runs start in the repository
+    try:
+        cfg = build_config(args.config_file, args.opts)
+        args.iterations = args.iterations or max(1, cfg.SOLVER.MAX_ITER // 4)
+        args.output.mkdir(parents=True, exist_ok=True)
+        candidates = read_candidates(args, cfg)
+    except InputError as error:
+        sys.exit(f"tune_losses.py: {error}")
+    path = args.output / "grid.yaml"
+    with replacing(path) as part:
+        part.write_text(yaml.safe_dump(make_grid(args, cfg, candidates), sort_keys=False))
+    words = ["--grid", str(path), "--slots", str(args.slots), "--num-gpus", str(args.num_gpus)]
+    study.main(words)
+    cells = json.loads((args.output / "results.json").read_text())["cells"]
+    order, table = rank(cells, [CONTROL, *candidates])
+    print(f"\n{table}\n")
+    if order[0] == CONTROL:
+        print("No candidate is ahead of the control.")
+    else:
+        print(f"Best: {order[0]}. KD.LOSSES: {json.dumps(candidates[order[0]])}")
+    print(f"{args.seeds} seed(s): trust no difference that is smaller than that between seeds.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+#!/usr/bin/env python
+"""Train or evaluate a LazyConfig's student: Detectron2's script of this name, and a teacher.
+
+Example: tools/lazyconfig_train_net.py --config-file configs/lazy/mask_rcnn_R_50_FPN_student_1x.py
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script, which does not put the repository on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+)
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessRaisedException
+
+from msad_kd import init_from_teacher
+from msad_kd.engine.launch import launch
+from msad_kd.utils.errors import InputError, input_error_of
+
+
+def evaluate(cfg, model):
+    """Evaluate a model on the test data."""
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, loader, evaluator)
+    print_csv_format(results)
+    return results
+
+
+def main(args):
+    """Train, resume or evaluate in one process."""
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    default_setup(cfg, args)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if args.eval_only:
+        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        return evaluate(cfg, model)
+    teacher = instantiate(cfg.teacher).build()
+    model.set_teacher(teacher)  # before the optimizer and DDP, as it may add adapters
+    init_from_teacher(model, teacher.model)
+    cfg.optimizer.params.model = model
+    optimizer, loader = instantiate(cfg.optimizer), instantiate(cfg.dataloader.train)
+    kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer = kind(create_ddp_model(model, **cfg.train.ddp), loader, optimizer)
+    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+        ]
+    )
+    if comm.is_main_process():
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        trainer.register_hooks(
+            [
+                hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
+                hooks.PeriodicWriter(writers, period=cfg.train.log_period),
+            ]
+        )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    resumed = args.resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    return model
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser().parse_args()
+    machines = {"num_machines": arguments.num_machines, "machine_rank": arguments.machine_rank}
+    try:
+        launch(main, arguments.num_gpus, **machines, dist_url=arguments.dist_url, args=(arguments,))
+    except (InputError, ProcessRaisedException) as error:
+        if (sentence := input_error_of(error)) is None:
+            raise
+        sys.exit(f"{os.path.basename(__file__)}: {sentence}")
