@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from projects.Shapes.generate import generate
 
 # More threads only get in each other's way in models this small.
 torch.set_num_threads(1)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that was forked cannot train on a GPU
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,28 @@
 """What several test files need, and is no fixture."""
 
 import importlib
+import logging
+import multiprocessing
 import os
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import start_processes
 
+import train_net
 from msad_kd import KDTrainer, attach_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +32,7 @@ SCENE_SIZE = (64, 96)
 TRAIN_SCENES, TEST_SCENES = 6, 3
 WARMUP = 4
 NO_TEST = ("DATASETS.TEST", ())
+REGISTERED = [(x, {*x.list()}) for x in (DatasetCatalog, MetadataCatalog)]  # by Detectron2
 
 TINY_NET = {
     "WEIGHTS": "",
@@ -105,6 +118,21 @@ def train(cfg, resume=False):
     return trainer
 
 
+def train_net_main(*arguments):
+    """Call train_net.py's main with the arguments of a command line, in this process."""
+    args = default_argument_parser().parse_args([*map(str, arguments)])
+    args.imports = []
+    return train_net.main(args)
+
+
+def cut_off(run, folder):
+    """Make a folder of a run that was cut off after two steps, and return it."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(f"{run}/model_0000001.pth", folder)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    return str(folder)
+
+
 def tensors_of(module):
     """A copy of all parameters and buffers, those which no state_dict holds included."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -143,12 +171,88 @@ def same_predictions(found, expected):
     return all(len(one) and same_instances(one, other) for one, other in pairs)
 
 
-def run_script(script, *arguments, **options):
-    """Run a script of the repository in a process of its own that has to succeed."""
-    command = [sys.executable, ROOT / script, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
-    return done
+class Forked(multiprocessing.get_context("fork").Process):
+    """A process of its own that has imported what this one has, with the methods of Popen."""
+
+    returncode = property(lambda self: self.exitcode)
+
+    def poll(self):
+        return self.exitcode
+
+    def wait(self, timeout=None):
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired("it", timeout)
+        return self.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+
+def _as_a_program(call, outputs, cwd, environment):
+    """Call a function in a process that has only imported what it shares with this one."""
+    for number, (name, file) in enumerate(zip(("stdout", "stderr"), outputs), 1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        setattr(sys, name, open(number, "w", buffering=1, closefd=False))
+    for name in [None, *logging.root.manager.loggerDict]:  # the logs of earlier tests
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    setup_logger.cache_clear()
+    for catalog, names in REGISTERED:  # the data sets of earlier tests
+        for name in {*catalog.list()} - names:
+            catalog.remove(name)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    torch.multiprocessing.spawn = partial(start_processes, start_method="fork")  # as quickly
+    os.environ.update(environment)
+    os.chdir(cwd)
+    call()
+
+
+def _run_python(command, cwd):
+    """What ``python SCRIPT ...`` and ``python -m MODULE ...`` do."""
+    places = ("*.py", "tools/**/*.py", "tests/*.py")
+    ours = {"projects", "tools"} | {path.stem for place in places for path in ROOT.glob(place)}
+    for name in [x for x in sys.modules if x.split(".")[0] in ours]:
+        del sys.modules[name]  # the script has to find them
+    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    installed = [x for x in sys.path if not x.startswith(str(ROOT)) or "site-packages" in x]
+    first, *arguments = command
+    script = ROOT / first
+    sys.path[:] = [str(cwd if first == "-m" else script.parent), *named, *installed]
+    if first == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [str(script), *arguments]
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def fork(call, outputs, cwd=ROOT, **environment):
+    """Start a function as a process of its own, which writes to files for stdout and stderr.
+
+    Importing Detectron2 takes seconds, which a fork saves.
+    """
+    process = Forked(target=_as_a_program, args=(call, outputs, cwd, environment))
+    process.start()
+    return process
+
+
+def fork_python(command, outputs, cwd=ROOT, **environment):
+    """Start Python with arguments, of which the first is a script of the repository or "-m"."""
+    command = [*map(str, command)]
+    return fork(lambda: _run_python(command, cwd), outputs, cwd, **environment)
+
+
+def run_script(script, *arguments, code=0, **options):
+    """Run one to its end, which has to have this exit code, if any; return it and what is said."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        returned = fork_python([script, *arguments], outputs, **options).wait()
+        stdout, stderr = (file.read_text() for file in outputs)
+    assert code in (None, returned), stdout[-2000:] + stderr[-4000:]
+    return subprocess.CompletedProcess(script, returned, stdout, stderr)
 
 
 def load_tool(name):

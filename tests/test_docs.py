@@ -2,17 +2,15 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 from detectron2.config import get_cfg
+from helpers import ROOT, run_script
 
 from msad_kd import add_msad_kd_config
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PROJECTS = sorted((ROOT / "projects").glob("*/*.md"))
@@ -109,10 +107,7 @@ def commands(path):
 @cache
 def flags(script):
     """Return the flags that the help of a script names."""
-    command = [sys.executable, script, "--help"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, f"{script} --help: {result.stderr}"
-    return set(re.findall(r"--[\w-]+", result.stdout))
+    return set(re.findall(r"--[\w-]+", run_script(script, "--help").stdout))
 
 
 @pytest.mark.parametrize("path", [README, *DOCS, *PROJECTS], ids=name)

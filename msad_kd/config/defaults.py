@@ -119,6 +119,9 @@ def add_msad_kd_config(cfg: CN) -> None:
     # The pyramid to learn from: "fused", "hr" or "lr". A single-resolution teacher has "hr", read
     # from the high-resolution image, and "lr", read from the student's image.
     cfg.KD.TEACHER.BRANCH = "fused"
+    # "bf16" or "fp16" computes the teacher's pyramid in 16 bits; "" (default) in fp32, or as
+    # SOLVER.AMP says. The losses are computed in fp32. A CPU needs bf16 instructions to gain by it.
+    cfg.KD.TEACHER.AMP = ""
     # Whether the student starts from the teacher's weights, and whether from its bottom-up path's
     # too; if the backbones differ, the path has to start from MODEL.WEIGHTS instead.
     cfg.KD.TEACHER.INIT_STUDENT = True

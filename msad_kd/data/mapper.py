@@ -7,6 +7,7 @@ import logging
 import math
 from functools import partial
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
@@ -58,17 +59,30 @@ class _Augmentations:
         image, sem_seg = inputs.image, inputs.sem_seg
         checked = _CheckedInput(image, sem_seg=sem_seg)
         low = self.augmentations(checked)
-        inputs.image, inputs.sem_seg = checked.image, checked.sem_seg
+        inputs.image, inputs.sem_seg = _planar(checked.image), checked.sem_seg
         if self.frame is None:
             return low
         high = scale_transforms(low, self.scale)
-        self.other_image = high.apply_image(image)
+        self.other_image = _planar(high.apply_image(image))
         if self.frame == "lr":
             return low
         inputs.image, self.other_image = self.other_image, inputs.image
         if sem_seg is not None:
             inputs.sem_seg = high.apply_segmentation(sem_seg)
         return high
+
+
+def _planar(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, C) as a view of planes (C, H, W), which a mapper has to return.
+
+    OpenCV takes a tenth of the time that numpy takes.
+    """
+    for axis in (0, 1):
+        if image.strides[axis] < 0:  # numpy's flips are views, which OpenCV would copy by numpy
+            image = cv2.flip(np.flip(image, axis), axis).reshape(image.shape)
+    planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
+    cv2.split(image, list(planes))
+    return planes.transpose(1, 2, 0)
 
 
 class CheckedDatasetMapper(DatasetMapper):
@@ -204,7 +218,7 @@ class TwoResolutionMapper(CheckedDatasetMapper):
         image, paired.other_image = paired.other_image, None
         if mapped is None:
             return None
-        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        image = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return {**mapped, "image_hr" if paired.frame == "lr" else "image_lr": image}
 
 

@@ -6,6 +6,7 @@ k: high-resolution side / low-resolution side.
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import answering, computing
 from msad_kd.modeling.classes import is_a, number_of_classes
 from msad_kd.modeling.fcos import FCOS
+from msad_kd.modeling.inference import for_inference
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
 from msad_kd.modeling.pyramid import (
     Pyramid,
@@ -35,6 +37,8 @@ from msad_kd.modeling.pyramid import (
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.replaced import replaced
 from msad_kd.utils.seed import preserved_rng
+
+_DTYPES = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher:
@@ -48,12 +52,13 @@ class Teacher:
         branch: the pyramid to give: "fused", "hr" or "lr". A single-resolution detector has "hr",
             read from ``image_hr``, and "lr", read from ``image``.
         scale: k.
+        amp: "bf16" or "fp16" to compute pyramids in it; "" does not.
 
     Raises:
         InputError: if the model has no such branch.
     """
 
-    def __init__(self, model: nn.Module, *, branch: str, scale: int):
+    def __init__(self, model: nn.Module, *, branch: str, scale: int, amp: str = ""):
         _check_branch(type(model), branch)
         self.multi_resolution = isinstance(model, MultiResolutionMixin)
         if self.multi_resolution:
@@ -61,6 +66,8 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.branch = branch
         self.scale = scale
+        self.amp = amp
+        self._prepared: nn.Module | None = None
         self.needed: set[str] | None = None  # the levels that the student reads; None: all
 
     @property
@@ -75,11 +82,22 @@ class Teacher:
             return aligned_levels(shapes, self.scale)
         return in_high_resolution(shapes, 1 if self.branch == "hr" else self.scale)
 
+    def prepared(self) -> nn.Module:
+        """Return the backbone that computes pyramids: see ``for_inference``.
+
+        It is a copy that is made at the first call, when the weights have to be in place. The model
+        itself stays as it was loaded.
+        """
+        if self._prepared is None:
+            self._prepared = for_inference(self.model.backbone)
+        return self._prepared
+
     @torch.no_grad()
     def pyramid(self, batched_inputs: list[dict], padded: tuple[int, int]) -> Pyramid:
         """Compute the pyramid of a student's batch, level name to (N, C, cells, cells).
 
-        Levels of a single-resolution teacher that no loss reads may be None.
+        It is in fp32, with ``amp`` too. Levels of a single-resolution teacher that no loss reads
+        may be None.
 
         Args:
             batched_inputs: dicts with ``image`` (3, h, w) and ``image_hr`` (3, kh, kw), as
@@ -97,9 +115,15 @@ class Teacher:
             high = normalized_batch(self.model, [x["image_hr"] for x in batched_inputs], *sides)
         if self.branch != "hr":
             low = normalized_batch(self.model, [x["image"] for x in batched_inputs], *padded)
+        backbone, dtype = self.prepared(), _DTYPES[self.amp]
+        with torch.autocast(self.model.device.type, dtype) if dtype else nullcontext():
+            pyramid = self._pyramid(backbone, high, low, sizes)
+        return {n: x.float() if dtype and x is not None else x for n, x in pyramid.items()}
+
+    def _pyramid(self, backbone: nn.Module, high, low, sizes) -> Pyramid:
         if self.multi_resolution:
-            return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
-        backbone = self.model.backbone
+            with replaced(self.model, backbone=backbone):
+                return self.model.pyramids(high, low, sizes, (self.branch,))[self.branch]
         with computing(backbone, backbone.output_shape() if self.needed is None else self.needed):
             return backbone(low if high is None else high)
 
@@ -145,6 +169,7 @@ class TeacherSpec:
     branch: str
     # The keys, if any, for which the teacher's classes have to be the student's.
     needs_classes_for: tuple[str, ...] = ()
+    amp: str = ""
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "TeacherSpec":
@@ -161,6 +186,8 @@ class TeacherSpec:
                     f"KD.TEACHER.{key} is empty; to train a {cfg.MODEL.META_ARCHITECTURE}, name "
                     "its teacher's config file and checkpoint (to evaluate one, neither is needed)"
                 )
+        if keys.AMP not in _DTYPES:
+            raise InputError(f"KD.TEACHER.AMP is '{keys.AMP}'; use one of {[*_DTYPES]}")
         teacher_cfg = get_cfg()
         add_msad_kd_config(teacher_cfg)
         try:
@@ -187,7 +214,7 @@ class TeacherSpec:
             needs.append("KD.TEACHER.INIT_STUDENT True")
         if cfg.DATASETS.UNLABELED and cfg.KD.UNLABELED.PSEUDO_LABELS:
             needs.append("KD.UNLABELED.PSEUDO_LABELS True")
-        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH, tuple(needs))
+        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH, tuple(needs), keys.AMP)
 
     def build(self) -> Teacher:
         """Build, load and freeze the teacher, without drawing random numbers.
@@ -206,7 +233,7 @@ class TeacherSpec:
         logging.getLogger(__name__).info(
             "Teacher: %s from %s, branch %s", type(model).__name__, weights, self.branch
         )
-        return Teacher(model, branch=self.branch, scale=self.cfg.KD.SCALE)
+        return Teacher(model, branch=self.branch, scale=self.cfg.KD.SCALE, amp=self.amp)
 
     def check_classes(self) -> None:
         """Check the classes as ``build`` does, for which it reads the checkpoint alone."""

@@ -34,11 +34,15 @@ def add_low_resolution_statistics(module: nn.Module) -> int:
     return len(norms)
 
 
+def has_low_resolution_statistics(norm: nn.Module) -> bool:
+    """Return whether a batch normalisation has a second set of statistics."""
+    return _STATISTICS[0] + LOW_SUFFIX in norm._buffers
+
+
 @contextmanager
 def low_resolution_statistics(module: nn.Module):
     """Let a module read and update the second set of statistics, if it has one."""
-    second = _STATISTICS[0] + LOW_SUFFIX
-    norms = [norm._buffers for norm in _batch_norms(module) if second in norm._buffers]
+    norms = [n._buffers for n in _batch_norms(module) if has_low_resolution_statistics(n)]
 
     def swap():
         for buffers in norms:

@@ -49,4 +49,10 @@ def computing(backbone: nn.Module, levels: Iterable[str]):
             layer = getattr(backbone, f"fpn_output{name[1:]}", getattr(top_block, name, None))
             if layer is not None:  # a level without a layer, a maximum, costs nothing
                 skipped.enter_context(answering(layer, None))
+        # Levels below the finest one that is needed add to none.
+        stages = [int(name[1:]) for name in names if name not in top]
+        finest = min((s for s in stages if f"p{s}" in needed), default=max(stages))
+        for stage in stages:
+            if stage < finest and (lateral := getattr(backbone, f"fpn_lateral{stage}", None)):
+                skipped.enter_context(answering(lateral, 0.0))
         yield

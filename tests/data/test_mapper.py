@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import DatasetMapper, detection_utils, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from fvcore.transforms import transform as base
 from helpers import same_instances
@@ -74,6 +74,23 @@ def test_the_low_resolution_image_is_bitwise_the_stock_mappers(config, dicts, op
             shapes.add(tuple(found["image"].shape))
             flips += not torch.equal(found["image"], mapped(ours, entry, 0)["image"])
     assert flips and (len(shapes) > 3) == (options is LIVELY)  # the augmentations did something
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR", "L", None])
+def test_both_images_are_bitwise_those_of_the_plain_transforms(smooth, image_format):
+    flips = [T.RandomFlip(), T.RandomFlip(horizontal=False, vertical=True)]
+    augmentations = [*flips[:1], T.ResizeShortestEdge((29, 34), 60, "choice"), *flips]
+    keys = {"frame": "lr", "scale": 2, "augmentations": augmentations}
+    mapper = TwoResolutionMapper(True, image_format=image_format, **keys)
+    image = detection_utils.read_image(smooth["file_name"], image_format)
+    for seed in range(12):
+        found = mapped(mapper, smooth, seed)
+        seed_all(seed)
+        inputs = T.AugInput(image)
+        high = scale_transforms(T.AugmentationList(augmentations)(inputs), 2).apply_image(image)
+        for name, expected in (("image", inputs.image), ("image_hr", high)):
+            assert found[name].is_contiguous() and found[name].dtype == torch.uint8
+            assert np.array_equal(found[name], expected.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("is_train", [True, False])

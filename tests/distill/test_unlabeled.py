@@ -1,7 +1,6 @@
 """Images without labels in a student's batch, and detections as their labels."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,16 @@ from detectors import DENSE, DETECTORS
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, Keypoints, pairwise_iou
 from detectron2.utils.events import EventStorage
-from helpers import NO_TEST, build, build_student, coco_format, differing, tensors_of, train
+from helpers import (
+    NO_TEST,
+    build,
+    build_student,
+    coco_format,
+    cut_off,
+    differing,
+    tensors_of,
+    train,
+)
 from torch.nn import functional as F
 
 from msad_kd.data.unlabeled import IGNORED
@@ -139,10 +147,8 @@ def test_precise_statistics_are_of_what_is_labelled(run):
 def test_a_resumed_run_is_an_uninterrupted_one(run, tmp_path):
     whole, metrics = run(*COUNT)
     assert metrics[-1]["loss_kd_l1_unlabeled"] > 0
-    folder = tmp_path / "cut"
-    folder.mkdir()
-    shutil.copy(Path(whole.cfg.OUTPUT_DIR) / "model_0000001.pth", folder)
-    again, _ = run(*COUNT, "OUTPUT_DIR", str(folder), resume=True)
+    folder = cut_off(whole.cfg.OUTPUT_DIR, tmp_path / "cut")
+    again, _ = run(*COUNT, "OUTPUT_DIR", folder, resume=True)
     assert again.start_iter == 2
     assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
     assert get_normalizer(whole.model) == get_normalizer(again.model)

@@ -10,7 +10,7 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import EventStorage
 from helpers import NO_TEST, differing, tensors_of, train
 from torch import nn
-from two_processes import run
+from two_processes import start
 
 from msad_kd import KDTrainer
 from msad_kd.engine.accumulate import accumulating, split_batch
@@ -130,7 +130,7 @@ def test_two_processes_exchange_the_gradients_once(config_files, teacher_weights
         keys += ["KD.TEACHER.INIT_STUDENT", False]
         keys += ["KD.TEACHER.WEIGHTS", teacher_weights, "SOLVER.ACCUMULATE", parts]
         keys += ["SOLVER.IMS_PER_BATCH", images, "KD.LOSSES", [{"name": "l1", "weight": 0.6}]]
-        run(config_files["student"], tmp_path / str(parts), *keys)
+        start(config_files["student"], tmp_path / str(parts), *keys)
         models.append(torch.load(tmp_path / str(parts) / "model_final.pth")["model"])
     off = max((x.float() - models[1][k].float()).abs().max() for k, x in models[0].items())
     assert off < 1e-5

@@ -1,15 +1,14 @@
 """Runs of several processes, here two on the CPU."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.utils import comm
-from helpers import ROOT, TEST_SCENES, differing
-from two_processes import TERMS, TORCHRUN_2, run, start
+from helpers import ROOT, TEST_SCENES, cut_off, differing
+from two_processes import TERMS, TORCHRUN_2, start
 
 from msad_kd import KDTrainer
 from msad_kd.config.build import build_config
@@ -58,9 +57,9 @@ def test_one_process_of_torchrun_needs_no_others(monkeypatch):
 def run_student(config_files, teacher_weights):
     """run_student(folder, ...): four steps of a student, and its final weights."""
 
-    def call(folder, *arguments):
+    def call(folder, *arguments, **options):
         more = *UNLABELED, "KD.TEACHER.WEIGHTS", teacher_weights
-        process = run(config_files["student"], folder, *arguments, *more)
+        process = start(config_files["student"], folder, *arguments, *more, **options)
         return process, torch.load(folder / "model_final.pth", weights_only=False)["model"]
 
     return call
@@ -69,7 +68,7 @@ def run_student(config_files, teacher_weights):
 @pytest.fixture(scope="module")
 def whole(run_student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return (folder, *run_student(folder))
+    return (folder, *run_student(folder, launcher=()))
 
 
 def test_two_processes_train_and_evaluate(whole):
@@ -102,7 +101,7 @@ def test_two_processes_of_torchrun_are_the_launchers(
 ):
     keys = [*UNLABELED, "KD.TEACHER.WEIGHTS", teacher_weights]
     keys += ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"]
-    run(config_files["student"], tmp_path, *keys, by=(), launcher=TORCHRUN_2)
+    start(config_files["student"], tmp_path, *keys, by=(), launcher=TORCHRUN_2)
     state, expected = (
         torch.load(file, weights_only=False)["model"]
         for file in (tmp_path / "model_final.pth", whole[0] / "model_0000001.pth")
@@ -154,14 +153,14 @@ class UsersHeads(StandardROIHeads):
 def signalled(config_files, teacher_weights, tmp_path):
     """signalled("RANK SIGNAL itself|launcher", ...): a run in whose step 1 a process sends it."""
 
-    def call(what, *arguments, **options):
+    def call(what, *arguments, code):
         (tmp_path / "users_module.py").write_text(USERS_MODULE)
         process = start(
             *(config_files["student"], tmp_path / "run"),
             *("--import=users_module", *UNLABELED, "KD.TEACHER.WEIGHTS", teacher_weights),
             *arguments,
             *("MODEL.ROI_HEADS.NAME", "UsersHeads", "SOLVER.CHECKPOINT_PERIOD", 100),
-            **{"AT_ITERATION_1": what, "PYTHONPATH": f"{tmp_path}:{ROOT}", **options},
+            **{"AT_ITERATION_1": what, "PYTHONPATH": f"{tmp_path}:{ROOT}", "code": code},
         )
         pids = [x.suffix[1:] for x in tmp_path.glob("users_module.py.*")]
         assert len(pids) == 2, process.stdout + process.stderr
@@ -183,8 +182,7 @@ def signalled(config_files, teacher_weights, tmp_path):
     ],
 )
 def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, what, code):
-    process = signalled(what, "TEST.EVAL_PERIOD", 2)
-    assert process.returncode == code, process.stderr
+    process = signalled(what, "TEST.EVAL_PERIOD", 2, code=code)
     assert "Traceback" not in process.stdout + process.stderr
     found, expected = (
         torch.load(folder / "model_0000001.pth", weights_only=False)
@@ -200,8 +198,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, 
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["1 NAN -", "1 RAISE -"])
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled, what):
-    process = signalled(what)
-    assert process.returncode == 1
+    process = signalled(what, code=1)
     # In the second case the other process has lost its partner, and Detectron2 logs how.
     assert "Traceback" not in process.stderr + (process.stdout if "NAN" in what else "")
     (sentence,) = [x for x in process.stderr.splitlines() if x.startswith("train_net.py:")]
@@ -213,8 +210,8 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled, what):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_other(signalled, rank):
     began = time.monotonic()
-    process = signalled(f"{rank} SIGKILL itself")
-    assert process.returncode == 1 and time.monotonic() - began < 60
+    process = signalled(f"{rank} SIGKILL itself", code=1)
+    assert time.monotonic() - began < 60
     (sentence,) = [x for x in process.stderr.splitlines() if x.startswith("train_net.py:")]
     assert f"process {rank} terminated with signal SIGKILL; the others were ended" in sentence
 
@@ -222,8 +219,7 @@ def test_a_killed_process_ends_the_other(signalled, rank):
 @pytest.mark.long
 def test_two_processes_resume_bitwise(whole, run_student, tmp_path):
     folder, _, expected = whole
-    shutil.copy(folder / "model_0000001.pth", tmp_path)
-    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    cut_off(folder, tmp_path)
     process, state = run_student(tmp_path, "--resume")
     assert "Starting training from iteration 2" in process.stdout
     assert differing(state, expected) == []

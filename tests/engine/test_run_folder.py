@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser
+from helpers import train_net_main
 
-import train_net
 from msad_kd.engine import run_folder
 from msad_kd.engine.run_folder import (
     explain_disk_errors,
@@ -190,11 +189,9 @@ def test_a_file_system_without_locks_is_told(folder, monkeypatch, caplog):
 )
 def test_an_output_dir_that_cannot_be(config_files, tmp_path, output, words, flags):
     (tmp_path / "file").write_text("")
-    arguments = [*flags, "--config-file", str(config_files["lr"]), "OUTPUT_DIR"]
-    args = default_argument_parser().parse_args([*arguments, output.format(file=tmp_path / "file")])
-    args.imports = []
+    output = output.format(file=tmp_path / "file")
     with pytest.raises(InputError, match=words):
-        train_net.main(args)
+        train_net_main(*flags, "--config-file", config_files["lr"], "OUTPUT_DIR", output)
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])

@@ -4,21 +4,12 @@ The student has an RoI head of the user's own, which kills its process at the it
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-import yaml
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
-from helpers import ROOT, TEST_SCENES, WARMUP, differing, input_sizes, tiny_model, train
+from helpers import ROOT, TEST_SCENES, WARMUP, differing, run_script, train, train_net_main
 
-import train_net
 from msad_kd.config.build import build_config
 from msad_kd.distill.teacher import Teacher
 from msad_kd.utils.errors import InputError
@@ -41,24 +32,6 @@ class UsersHeads(StandardROIHeads):
         return super().forward(*args)
 """
 
-# A program that has never heard of this project.
-STOCK_PROGRAM = """
-import sys
-
-import cv2
-import torch
-from detectron2.config import get_cfg
-from detectron2.engine import DefaultPredictor
-
-torch.set_num_threads(1)
-cfg = get_cfg()
-cfg.merge_from_file(sys.argv[1])
-predictor = DefaultPredictor(cfg)
-found = [predictor(cv2.imread(file))["instances"].get_fields() for file in sys.argv[3:]]
-assert not [name for name in sys.modules if name.startswith("msad_kd")]
-torch.save([{**fields, "pred_boxes": fields["pred_boxes"].tensor} for fields in found], sys.argv[2])
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -71,28 +44,18 @@ def folder(tmp_path_factory):
 def run(folder):
     """run(argument, ...): train_net.py as a process of its own, from another folder."""
 
-    def call(*arguments, **environment):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "train_net.py"), *map(str, arguments)],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **environment},
-            capture_output=True,
-            text=True,
-        )
+    def call(*arguments, **options):
+        path = f"{folder}:{ROOT}"
+        return run_script("train_net.py", *arguments, cwd=folder, PYTHONPATH=path, **options)
 
     return call
-
-
-def succeeded(process):
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-    return process
 
 
 @pytest.fixture(scope="module")
 def teacher(run, folder, config_files):
     """The folder of a teacher that was trained for two steps."""
     options = ["SOLVER.MAX_ITER", 2, "OUTPUT_DIR", folder / "teacher"]
-    succeeded(run("--config-file", config_files["teacher"], *options))
+    run("--config-file", config_files["teacher"], *options)
     return folder / "teacher"
 
 
@@ -109,12 +72,12 @@ def student_options(folder, teacher):
 def killed(run, folder, config_files, student_options):
     """What was in a student's folder when its process was killed."""
     heads = ["MODEL.ROI_HEADS.NAME", "UsersHeads"]
-    process = run(
+    run(
         *("--config-file", config_files["student"], "--import", "users_module"),
         *(*student_options, *heads),
         DIE_AT=str(DIE_AT),
+        code=-signal.SIGKILL,
     )
-    assert process.returncode == -signal.SIGKILL, process.stderr[-4000:]
     return sorted(path.name for path in (folder / "student").iterdir())
 
 
@@ -126,7 +89,6 @@ def student(run, folder, config_files, student_options, killed):
         *("--config-file", config_files["student"], "--import", "users_module", "--resume"),
         *(*student_options, "MODEL.ROI_HEADS.NAME", "UsersHeads"),
     )
-    succeeded(process)
     assert f"Starting training from iteration {KEPT}" in process.stdout
     assert "Evaluating the teacher" not in process.stdout
     assert (folder / "student" / "teacher").stat().st_mtime_ns == before
@@ -169,15 +131,13 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(
 def evaluate(config_file, folder, weights, *flags):
     """The results of --eval-only, in this process, with a teacher that does not exist."""
     arguments = [
-        *("--eval-only", "--config-file", str(config_file), "MODEL.WEIGHTS", str(weights)),
+        *("--eval-only", "--config-file", config_file, "MODEL.WEIGHTS", weights),
         *("KD.TEACHER.WEIGHTS", "nowhere.pth", "KD.TEACHER.CONFIG_FILE", "nowhere.yaml"),
-        *("OUTPUT_DIR", str(folder)),
+        *("OUTPUT_DIR", folder),
     ]
-    args = default_argument_parser().parse_args([*flags, *arguments])
-    args.imports = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("a teacher was built"))
-        return train_net.main(args)
+        return train_net_main(*flags, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -219,48 +179,11 @@ def test_eval_only_with_weights_of_another_model(config_files, tmp_path, teacher
         evaluate(config_files["student"], tmp_path, teacher_weights)
 
 
-def test_stock_detectron2_gives_identical_predictions(student, config_files, folder):
-    plain = {
-        "_BASE_": str(ROOT / "configs/Base-RCNN-FPN-LR.yaml"),
-        "INPUT": input_sizes(32),
-        "MODEL": {
-            **tiny_model(4, 8, 16, 32, 64),
-            "WEIGHTS": str(student / "model_final.pth"),
-        },
-        "TEST": {"DETECTIONS_PER_IMAGE": 20},
-    }
-    (folder / "plain.yaml").write_text(yaml.safe_dump(plain))
-    dicts = get_detection_dataset_dicts(("tiny_val",))
-    files = [entry["file_name"] for entry in dicts]
-    arguments = [folder / "plain.yaml", folder / "found.pth", *files]
-    # In a folder and with a path that have nothing of this project.
-    succeeded(
-        subprocess.run(
-            [sys.executable, "-c", STOCK_PROGRAM, *map(str, arguments)],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-        )
-    )
-    cfg = build_config(str(config_files["student"]), [])
-    model = build_model(cfg)
-    DetectionCheckpointer(model).load(str(student / "model_final.pth"))
-    mapper = DatasetMapper(cfg, False)
-    with torch.no_grad():
-        expected = [model.eval()([mapper(entry)])[0]["instances"] for entry in dicts]
-    for fields, instances in zip(torch.load(folder / "found.pth"), expected, strict=True):
-        assert len(instances) > 5
-        assert torch.equal(fields["pred_boxes"], instances.pred_boxes.tensor)
-        for name in ("scores", "pred_classes", "pred_masks"):
-            assert torch.equal(fields[name], instances.get(name))
-
-
 def test_a_mistake_is_told_in_one_sentence(run, folder, config_files):
     gone = {"name": "gone", "json": "gone/annotations.json", "images": "gone"}
     options = ["DATASETS.COCO_FORMAT", [gone], "DATASETS.TRAIN", ("gone",), "DATASETS.TEST", ()]
-    process = run("--config-file", config_files["lr"], *options, DETECTRON2_DATASETS="here")
-    assert process.returncode == 1
+    command = ["--config-file", config_files["lr"], *options]
+    process = run(*command, DETECTRON2_DATASETS="here", code=1)
     assert "Traceback" not in process.stderr
     (sentence,) = [line for line in process.stderr.splitlines() if line.startswith("train_net.py:")]
     assert "the annotation file 'here/gone/annotations.json' does not exist" in sentence

@@ -3,11 +3,9 @@
 import json
 
 import pytest
-from detectron2.engine import default_argument_parser
-from helpers import train
+from helpers import train, train_net_main
 
-import train_net
-from msad_kd import KDTrainer
+from msad_kd import KDTrainer, build_config
 from msad_kd.utils.errors import InputError
 
 AUGMENTED = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (32, 40), "TEST.AUG.MAX_SIZE", 128]
@@ -18,15 +16,12 @@ def trained(config_files, tmp_path_factory):
     """The folder of a model that was trained for a step and evaluated both ways."""
     folder = tmp_path_factory.mktemp("augmented")
     options = [*AUGMENTED, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", str(folder)]
-    train(train_net.build_config(str(config_files["lr"]), options))
+    train(build_config(str(config_files["lr"]), options))
     return folder
 
 
-def evaluate(config_file, folder, *options):
-    arguments = ["--eval-only", "--config-file", str(config_file), "OUTPUT_DIR", str(folder)]
-    args = default_argument_parser().parse_args([*arguments, *map(str, options)])
-    args.imports = []
-    return train_net.main(args)
+def evaluate(file, folder, *options):
+    return train_net_main("--eval-only", "--config-file", file, "OUTPUT_DIR", folder, *options)
 
 
 def test_after_a_training_the_metrics_are_logged(trained):

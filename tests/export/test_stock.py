@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
-from helpers import ROOT, load_tool
+from helpers import NO_TEST, ROOT, input_sizes, load_tool, tiny_model, train
 from timm_networks import options
 
 from msad_kd import InputError, build_config
@@ -80,7 +81,9 @@ def weights(build, tmp_path_factory):
     return make
 
 
-def test_stock_detectron2_gives_identical_predictions(build, weights, files_of, tmp_path):
+def test_stock_detectron2_gives_identical_predictions(
+    build, weights, files_of, student_config, tmp_path
+):
     conv = "conv_p5", "MODEL.BACKBONE.NAME", "build_five_level_resnet_fpn_backbone"
     three = ["res3", "res4", "res5"]
     coarse = ["p3", "p4", "p5", "p6", "p7"]
@@ -109,6 +112,18 @@ def test_stock_detectron2_gives_identical_predictions(build, weights, files_of, 
         assert json.loads((folders[-1] / "metadata.json").read_text())["classes"] == [*"abcdefgh"]
         state = torch.load(folders[-1] / "model.pth")["model"]
         assert not [key for key in state if key.startswith("distiller")]
+    # What a training has saved, by a config of Detectron2's keys alone.
+    losses = [{"name": "l1", "weight": 0.6, "adapter": True}]
+    trained = train(student_config("SOLVER.MAX_ITER", 1, "KD.LOSSES", losses, *NO_TEST))
+    plain = {"_BASE_": str(ROOT / "configs/Base-RCNN-FPN-LR.yaml"), "INPUT": input_sizes(32)}
+    plain["MODEL"] = tiny_model(4, 8, 16, 32, 64)
+    plain["MODEL"]["WEIGHTS"] = f"{trained.cfg.OUTPUT_DIR}/model_final.pth"
+    plain["TEST"] = {"DETECTIONS_PER_IMAGE": 20}
+    folders.append(tmp_path / "trained")
+    folders[-1].mkdir()
+    (folders[-1] / "config.yaml").write_text(yaml.safe_dump(plain))
+    with torch.no_grad():
+        expected.append(trained.model.eval()([{"image": image}])[0]["instances"])
     done = subprocess.run(
         [sys.executable, "-c", STOCK_PROGRAM, *map(str, folders)],
         cwd=tmp_path,

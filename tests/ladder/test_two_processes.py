@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import TEST_SCENES, differing
-from two_processes import TERMS, run
+from two_processes import TERMS, start
 
 STAGES = {"first": "stage_01_first", "second": "stage_02_second"}
 
@@ -24,7 +24,7 @@ def run_ladder(config_files, teacher_weights):
         stages[1]["iterations"] = iterations
         options = ["KD.LADDER.STAGES", stages, "KD.TEACHER.EVAL_BEFORE_TRAIN", True]
         options += ["SOLVER.CHECKPOINT_PERIOD", 1]
-        return run(config_files["student"], folder, *arguments, *options)
+        return start(config_files["student"], folder, *arguments, *options)
 
     return call
 

@@ -1,13 +1,11 @@
 """Separate running statistics of batch normalisation for each resolution."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.utils import comm
-from helpers import NO_TEST, ROOT, load_tool, train
+from helpers import NO_TEST, load_tool, run_script, train
 from torch import distributed as dist
 from torch import nn
 
@@ -72,10 +70,8 @@ def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
     model = KDTrainer.build_model(build_config(str(config_files["teacher"]), []))
     source, target = tmp_path / "shared.pth", tmp_path / "precise.pth"
     torch.save({"model": model.state_dict()}, source)
-    command = [sys.executable, ROOT / "tools/analysis/precise_statistics.py", "--batches", "2"]
-    command += ["--config-file", config_files["teacher"], source, target, *SEPARATE]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--config-file", config_files["teacher"], source, target, *SEPARATE]
+    run_script("tools/analysis/precise_statistics.py", "--batches", 2, *arguments)
     state = torch.load(target, weights_only=True)["model"]
     name = "backbone.bottom_up.stem.conv1.norm.running_mean"
     assert state.keys() > model.state_dict().keys()

@@ -48,9 +48,10 @@ def test_an_fpn_computes_the_levels_that_are_read(top_block, levels):
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = fpn(x)
-        with computing(fpn, levels):
+        with computing(fpn, levels), recording(fpn.fpn_lateral3) as lateral:
             features = fpn(x)
         again = fpn(x)
     assert all(torch.equal(features[level], expected[level]) for level in levels)
+    assert torch.is_tensor(lateral.output) == ("p3" in levels)  # it adds to p3 alone
     assert features["p7"] is None or "p7" in levels
     assert all(torch.equal(again[level], expected[level]) for level in expected)

@@ -7,7 +7,16 @@ import pytest
 import torch
 from detectors import DENSE, OTHERS, reading
 from detectron2.modeling import build_model
-from helpers import NO_TEST, build, differing, losses_of, same_predictions, tensors_of, train
+from helpers import (
+    NO_TEST,
+    build,
+    cut_off,
+    differing,
+    losses_of,
+    same_predictions,
+    tensors_of,
+    train,
+)
 from torch.nn.modules.module import register_module_forward_hook
 
 from msad_kd import attach_teacher, init_from_teacher
@@ -21,11 +30,8 @@ def test_a_student_is_trained_resumed_and_evaluated(student_config, tmp_path, de
     whole = train(student_config())
     assert whole.storage.latest()["loss_kd_l1"][0] > 0
     assert "bbox/AP" in whole.storage.latest()
-    folder = tmp_path / "cut_off"
-    folder.mkdir()
-    shutil.copy(f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth", folder)
-    (folder / "last_checkpoint").write_text("model_0000001.pth")
-    again = train(student_config("OUTPUT_DIR", str(folder), *NO_TEST), resume=True)
+    folder = cut_off(whole.cfg.OUTPUT_DIR, tmp_path / "cut_off")
+    again = train(student_config("OUTPUT_DIR", folder, *NO_TEST), resume=True)
     assert again.start_iter == 2
     assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
     assert get_normalizer(whole.model) == get_normalizer(again.model)

@@ -3,16 +3,15 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import fork
 
 from msad_kd.utils.errors import InputError
-from projects.study import jobs
+from projects.study import jobs, run
 from projects.study.jobs import CONSOLE, Job, Screen, last_error, locked, run_jobs
 from projects.study.progress import gradient_ratio, iterations_done, training_seconds
 
@@ -87,31 +86,18 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_end_of_a_run_ends_what_it_started(tmp_path, number):
-    code = f"""
-import sys
-from pathlib import Path
-from projects.study import run
-from projects.study.jobs import Job, run_jobs
+    job = Job("sleeper", python(SLEEPER, tmp_path / "pid"), tmp_path / "sleeper")
 
-command = [sys.executable, "-c", {SLEEPER!r}, {str(tmp_path / "pid")!r}]
-job = Job("sleeper", command, Path({str(tmp_path / "sleeper")!r}))
-run.run = lambda args, screen: run_jobs([job], 1, screen)
-run.main(["--grid", "x"])
-"""
-    process = subprocess.Popen(
-        python(code),
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background ignores it
-    )
+    def study():
+        run.run = lambda args, screen: run_jobs([job], 1, screen)
+        run.main(["--grid", "x"])
+
+    process = fork(study, [tmp_path / "printed.txt"] * 2)
     pid = wait_for(tmp_path / "pid")
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert output.endswith("run.py: stopped; started again, it goes on where it was\n")
+    assert process.wait(60) == 1
+    stopped = "run.py: stopped; started again, it goes on where it was\n"
+    assert (tmp_path / "printed.txt").read_text().endswith(stopped)
     assert not Path(f"/proc/{pid}").exists()
 
 
@@ -135,20 +121,13 @@ def test_a_signal_while_a_job_starts_ends_it_too(tmp_path, monkeypatch):
 
 
 def test_what_outlives_a_killed_run_keeps_others_out(tmp_path):
-    starter = f"""
-import sys, time
-from pathlib import Path
-from projects.study.jobs import Job, locked, start
+    def starter():
+        with locked(tmp_path):
+            jobs.start(Job("child", python(SLEEPER, tmp_path / "pid"), tmp_path / "child"))
+            time.sleep(60)
 
-folder = Path({str(tmp_path)!r})
-with locked(folder):
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    print(start(Job("child", sleep, folder / "child")).pid, flush=True)
-    time.sleep(60)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    program = subprocess.Popen(python(starter), env=environment, stdout=subprocess.PIPE, text=True)
-    child = int(program.stdout.readline())
+    program = fork(starter, [tmp_path / "printed.txt"] * 2)
+    child = wait_for(tmp_path / "pid")
     program.kill()
     program.wait()
     try:

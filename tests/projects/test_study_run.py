@@ -1,19 +1,19 @@
 """A study end to end, with a few scenes and steps: stopped in the middle and resumed."""
 
+import contextlib
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import cv2
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, fork, fork_python
 
+from projects.study import jobs, run
 from projects.study.jobs import locked
 
 DATA = {"train": 4, "val": 3, "classes": 5}
@@ -58,21 +58,29 @@ def place(tmp_path_factory):
     return folder
 
 
+def fork_job(job):
+    """Start a job as jobs.start does, but quickly."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    return fork_python(job.command[1:], [job.folder / jobs.CONSOLE] * 2)
+
+
 def start(place, *arguments, grid="grid.yaml", output="runs"):
-    command = [sys.executable, "projects/study/run.py", "--grid", str(place / grid)]
-    return subprocess.Popen(
-        [*command, "--output", str(place / output), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "DETECTRON2_DATASETS": str(place / "datasets")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """Start run.py, which starts its jobs."""
+    arguments = ["--grid", str(place / grid), "--output", str(place / output), *arguments]
+    (place / "printed.txt").unlink(missing_ok=True)
+
+    def study():
+        jobs.start = fork_job
+        run.main(arguments)
+
+    outputs = [place / "printed.txt"] * 2
+    return fork(study, outputs, DETECTRON2_DATASETS=str(place / "datasets"))
 
 
-def finish(process):
-    printed, _ = process.communicate(timeout=900)
-    return process.returncode, printed
+def finish(place, process):
+    """Return the exit code and what was printed."""
+    code = process.wait(900)
+    return code, (place / "printed.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +90,17 @@ def stopped(place):
     process = start(place)
     deadline = time.monotonic() + 600
     while not (folder / "last_checkpoint").exists():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, (place / "printed.txt").read_text()
         assert time.monotonic() < deadline, "no checkpoint in ten minutes"
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    status, printed = finish(process)
+    status, first = finish(place, process)
     assert status == 1
-    assert printed.endswith("run.py: stopped; started again, it goes on where it was\n")
+    assert first.endswith("run.py: stopped; started again, it goes on where it was\n")
     assert not (folder / "model_final.pth").exists()
-    status, printed = finish(start(place))
+    status, printed = finish(place, start(place))
     assert status == 0, printed
-    return folder, printed
+    return folder, first + printed
 
 
 def test_stopped_and_resumed(place, stopped):
@@ -134,18 +142,18 @@ def test_a_report_changes_no_result(place, stopped):
     before = results.read_bytes(), tables.read_text()
     with locked(place / "runs"):  # it does not disturb a run
         # A setting means other trainings, and none of these is done.
-        finish(start(place, "--report", "--set", "SOLVER.BASE_LR", "0.002"))
+        finish(place, start(place, "--report", "--set", "SOLVER.BASE_LR", "0.002"))
         assert re.search(r"the student +\| 0 +\| not run", tables.read_text())
-        finish(start(place, "--report"))
+        finish(place, start(place, "--report"))
     assert (results.read_bytes(), tables.read_text()) == before
 
 
 def test_done_cells_are_taken_over_but_other_data_are_not_replaced(place, stopped):
     reuse = ["--rows", "lr", "--reuse", str(place / "runs" / "results.json")]
-    status, printed = finish(start(place, *reuse, output="taken"))
+    status, printed = finish(place, start(place, *reuse, output="taken"))
     assert status == 0 and "1 cells, 1 of them done" in printed
     (place / "other.yaml").write_text(GRID.replace("train: 4", "train: 5"))
-    status, printed = finish(start(place, *reuse, grid="other.yaml", output="other"))
+    status, printed = finish(place, start(place, *reuse, grid="other.yaml", output="other"))
     assert status == 1
     assert re.search(r"run.py: .*other arguments.*--overwrite.*DETECTRON2_DATASETS", printed)
 
@@ -155,13 +163,19 @@ def test_a_study_stops_where_a_checkpoint_is_not_what_was_recorded(place, stoppe
     grid = yaml.safe_load(GRID)
     grid["rows"]["teacher"]["recorded"] = "fused"  # of a thousand scenes, not of three
     (place / "recorded.yaml").write_text(yaml.safe_dump(grid))
-    status, printed = finish(start(place, "--slots", "2", grid="recorded.yaml", output="recorded"))
+    status, printed = finish(
+        place, start(place, "--slots", "2", grid="recorded.yaml", output="recorded")
+    )
     assert status == 1
     end = printed.splitlines()[-1]
     assert re.match(r"run.py: the teacher has \w+ AP .* here, but", end)
     assert not (place / "recorded" / "table.md").exists()
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert not any(str(place / "recorded").encode() in command for command in commands)
+    assert len(list((place / "recorded").rglob(jobs.CONSOLE))) > 1
+    open_files = []
+    for file in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):  # of a process that has ended
+            open_files.append(os.readlink(file))
+    assert open_files and not any(x.startswith(str(place / "recorded")) for x in open_files)
 
 
 @pytest.mark.long
@@ -169,7 +183,7 @@ def test_a_full_demo_trains_its_teacher(place, stopped):
     settings = ["--set", "SOLVER.MAX_ITER", "2", "--set", "SOLVER.IMS_PER_BATCH", "2"]
     grid = yaml.safe_load((ROOT / "projects/Shapes/demo_full.yaml").read_text())
     (place / "full.yaml").write_text(yaml.safe_dump({**grid, "data": {"shapes": DATA}}))
-    status, printed = finish(start(place, *settings, grid="full.yaml", output="full"))
+    status, printed = finish(place, start(place, *settings, grid="full.yaml", output="full"))
     assert status == 0, printed
     summary = json.loads((place / "full" / "table.json").read_text())
     rows = {model["row"]: model for model in summary["models"]}

@@ -137,15 +137,19 @@ def test_the_demo_trains_what_the_study_measured(tmp_path, monkeypatch):
 )
 def test_what_is_derived_of_the_model_zoo_trains_a_step_on_coco(name, tmp_path):
     (tmp_path / "coco").symlink_to(COCO)
-    options = {"env": {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}, "cwd": ROOT}
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
+
+    def run(*command):  # Detectron2 reads the variable when it is imported
+        subprocess.run([sys.executable, *command], check=True, env=environment, cwd=ROOT)
+
     small = "INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 192 INPUT.MIN_SIZE_TEST 128 "
     # Activations of frozen statistics that belong to no weights are huge.
     small += "SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 1 SOLVER.BASE_LR 1e-6 MODEL.WEIGHTS "
     command = ["--config-file", f"{name}.yaml", "--output", tmp_path / "out", "--dry-run"]
-    run_script("tools/distill.py", *command, *small.split(), "", **options)
+    run("tools/distill.py", *command, *small.split(), "")
     for role in ("teacher", "control", "student"):
         config = tmp_path / "out" / "configs" / f"{role}.yaml"
-        run_script("train_net.py", "--config-file", config, "DATASETS.TEST", "()", **options)
+        run("train_net.py", "--config-file", config, "DATASETS.TEST", "()")
         assert (tmp_path / "out" / role / "seed_1" / "model_final.pth").is_file()
 
 
@@ -164,7 +168,7 @@ def test_killed_and_typed_again_it_ends_with_a_table(detector, hr_of, tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     made = checkpoint.stat().st_mtime_ns
-    done = run_script(*command, cwd=ROOT)
+    done = run_script(*command)
     assert "high resolution" in done.stdout and "against its control" in done.stdout
     assert checkpoint.stat().st_mtime_ns == made  # it went on
     table = json.loads((tmp_path / "out" / "table.json").read_text())

@@ -1,6 +1,8 @@
 """LazyConfig students: the shipped one, and its script."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from helpers import ROOT, load_tool, run_script
+from helpers import ROOT, load_tool
 
 from msad_kd.config.build import build_config
 from msad_kd.distill import FeatureDistiller, RoIDistiller
@@ -146,6 +148,7 @@ def test_the_shipped_config_trains_on_coco(tmp_path, monkeypatch):
     # Activations of frozen statistics that belong to no weights are huge.
     small += ["dataloader.train.total_batch_size=2", "optimizer.lr=1e-6"]
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
-    run_script("tools/lazyconfig_train_net.py", "--config-file", CONFIG, *small, env=environment)
+    command = ["tools/lazyconfig_train_net.py", "--config-file", CONFIG, *small]
+    subprocess.run([sys.executable, *map(str, command)], env=environment, check=True)
     assert (tmp_path / "out" / "model_final.pth").is_file()
     assert "loss_kd_l1" in (tmp_path / "out" / "metrics.json").read_text()

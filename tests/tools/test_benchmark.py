@@ -1,0 +1,68 @@
+"""tools/benchmark.py measures every side, and its report says what was measured."""
+
+import json
+import re
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers import load_tool
+
+
+@pytest.fixture
+def no_shapes(catalogs):
+    """Catalogs without the data sets that configs of other tests have registered."""
+    for catalog in (DatasetCatalog.data, MetadataCatalog.data):
+        for name in [x for x in catalog if x.startswith("shapes_")]:
+            del catalog[name]
+
+
+def test_quick_run(tmp_path, no_shapes, capsys):
+    tool = load_tool("benchmark")
+    tool.main(["--quick", "--rounds", "1", "--inference", "1", "--output", str(tmp_path)])
+    text = capsys.readouterr().out
+    number = r"\d+\.\d\d"
+    line = rf"student step / LR step: {number} \({number}-{number}\)"
+    assert re.fullmatch(line, text.splitlines()[-1]) and "student mapper / HR mapper" in text
+    assert (tmp_path / "benchmark.md").read_text() == text
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    assert result["image_sizes"] == [64, 128, 64, 64]
+    for name, (parts,) in result["rounds"].items():
+        assert parts.pop("memory") >= 0
+        assert {part for part, time in parts.items() if time > 0} == (
+            parts.keys()
+            if "teacher" in name or name == "student"
+            else parts.keys() - {"teacher", "losses"}
+        )
+
+
+def test_ratios_are_taken_within_a_round():
+    report = load_tool("benchmark_report")
+    times = {"LR": [1.0, 4.0, 2.0], "student": [3.0, 4.0, 3.0], "plain teacher": [6.0, 8.0, 3.0]}
+
+    def entry(time):
+        return {**dict.fromkeys(report.PARTS, time), "memory": 2**20}
+
+    rounds = {name: [entry(time) for time in values] for name, values in times.items()}
+    result = {"config": "c", "options": ["KEY", 1], "machine": "m", "image_sizes": [4, 4, 4]}
+    result |= {"batch": 1, "clock": "wall time", "rounds": rounds, "latency_ms": {}}
+    lines = report.markdown(result).splitlines()
+    assert lines[0] == "c KEY 1"
+    assert lines[-2:] == [
+        "teacher / plain teacher: 0.50 (0.50-1.00)",
+        "student step / LR step: 1.50 (1.00-3.00)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config-file", "configs/Shapes/lr.yaml"], "lr.yaml' is a GeneralizedRCNN's config"),
+        (["--quick", "--vs", "gone.yaml"], "gone.yaml' does not exist"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(arguments, words, no_shapes, capsys):
+    with pytest.raises(SystemExit):
+        load_tool("benchmark").main(arguments)
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error

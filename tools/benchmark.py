@@ -1,0 +1,266 @@
+#!/usr/bin/env python
+"""Say what a distillation step costs, part by part, next to plain steps of low and high resolution.
+
+    python tools/benchmark.py --quick
+    python tools/benchmark.py --config-file configs/COCO/mask_rcnn_R_50_FPN_student_1x.yaml
+
+All sides run in one process, in turn, on the same images of DATASETS.TRAIN. A ratio is taken within
+a round, so that other load on the machine hits both of its sides. Weights are random and stay as
+they are (the learning rate is 0), so no checkpoint is needed.
+
+"LR" and "HR" are the student's stock detector with Detectron2's own mapper, "plain teacher" is the
+student with a teacher that runs as it was loaded, in fp32. It writes benchmark.md, .json and .png.
+"""
+
+import argparse
+import copy
+import os
+import platform
+import re
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from benchmark_report import PARTS, draw, markdown
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import EventStorage
+
+from msad_kd import DistilledMixin, InputError, KDTrainer, TwoResolutionMapper, build_config
+from msad_kd.checkpoint.files import write_json
+from msad_kd.data.loader import explain_missing_data
+from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.evaluation.cost import device_name, fix_detections, time_models
+from msad_kd.utils.replaced import replaced
+from msad_kd.utils.seed import seed_all
+from projects.Shapes.generate import generate
+
+MAPPINGS = 3  # mapping takes so little that it is repeated
+ITERATION = 10**6  # past every warm-up; no diagnostics are due
+STUDENT = "configs/COCO/mask_rcnn_R_50_FPN_student_1x.yaml"
+QUICK = {"config_file": "configs/Shapes/student_multi_size.yaml", "image_sizes": (128, 64)}
+
+
+class PlainTeacher(Teacher):
+    """A teacher that computes pyramids with the backbone as it was loaded, in fp32."""
+
+    def prepared(self):
+        """Return the backbone itself."""
+        self.amp = ""
+        return self.model.backbone
+
+
+class Clock:
+    """Adds up the seconds of parts; it waits for the GPU before it looks."""
+
+    def __init__(self, cuda, cpu_time):
+        self.cuda, self.parts = cuda, defaultdict(float)
+        self.now = time.process_time if cpu_time else time.perf_counter
+
+    @contextmanager
+    def part(self, name):
+        """Time the block."""
+        start = self.read()
+        yield
+        self.parts[name] += self.read() - start
+
+    def read(self):
+        """Return the time in seconds."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return self.now()
+
+    def timing(self, target, method, name):
+        """Let the calls of a method be timed for a while."""
+        function = getattr(target, method)
+
+        def timed(*args, **kwargs):
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return replaced(target, **{method: timed})
+
+    def start_memory(self):
+        """Watch the peak memory from now on; return the memory in use, in bytes."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif os.path.exists("/proc/self/clear_refs"):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux then starts VmHWM anew
+        return self.peak_memory()
+
+    def peak_memory(self):
+        """Return the peak memory in bytes, of CUDA or of the process; 0 where it is not known."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status")
+        found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+        return 1024 * int(found[1]) if found else 0
+
+
+class Side:
+    """A model in training: stock, or a student of a teacher of the class ``teacher``."""
+
+    def __init__(self, cfg, teacher=None):
+        seed_all(0)
+        self.cfg, self.teacher, self.model = cfg, None, build_model(cfg).train()
+        self.mapper = DatasetMapper(cfg, True)
+        if teacher:
+            self.mapper = TwoResolutionMapper(cfg, True, frame="lr")
+            spec = TeacherSpec.from_config(cfg)
+            keys = {"branch": spec.branch, "scale": spec.cfg.KD.SCALE, "amp": spec.amp}
+            self.teacher = teacher(build_model(spec.cfg), **keys)
+            self.model.set_teacher(self.teacher)
+        self.optimizer = KDTrainer.build_optimizer(cfg, self.model)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.rounds = []
+
+    def step(self, dicts, seed, clock):
+        """Train a step; append the seconds of its parts and its memory in bytes to ``rounds``."""
+        model, parts, in_use = self.model, clock.parts, clock.start_memory()
+        parts.clear()
+        for _ in range(MAPPINGS):
+            seed_all(seed)
+            with clock.part("mapper"):
+                batch = [self.mapper(copy.deepcopy(x)) for x in dicts]
+        parts["mapper"] /= MAPPINGS
+        with EventStorage(ITERATION), ExitStack() as timings, clock.part("student forward"):
+            if self.teacher:
+                timings.enter_context(clock.timing(self.teacher, "pyramid", "teacher"))
+                for each in (model.distiller, model.roi_distiller, model.dense_distiller):
+                    timings.enter_context(clock.timing(each, "forward", "losses"))
+            loss = sum(model(batch).values())
+        parts["student forward"] -= parts["teacher"] + parts["losses"]
+        with clock.part("backward"):
+            loss.backward()
+        with clock.part("optimizer"):
+            self.optimizer.step()
+        memory = clock.peak_memory() - in_use
+        self.optimizer.zero_grad(set_to_none=True)
+        self.rounds.append({**{part: parts[part] for part in PARTS}, "memory": memory})
+
+
+def sized(cfg, side, scale, *opts):
+    """Return a config whose images have shorter sides of ``side`` pixels, for random weights."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    inputs = {"MIN_SIZE_TRAIN": (side,), "MIN_SIZE_TEST": side}
+    inputs |= dict.fromkeys(("MAX_SIZE_TRAIN", "MAX_SIZE_TEST"), round(side * 5 / 3))
+    cfg.INPUT.update(inputs)
+    cfg.INPUT.JITTER.SIZE, cfg.INPUT.CROP.ENABLED = 0, False
+    cfg.KD.SCALE, cfg.KD.TEACHER.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = scale, "random", False
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def build_sides(args):
+    """Return the sides by name.
+
+    Raises:
+        InputError: if a config is no student's.
+    """
+    sides = {}
+    for name, file in (("student", args.config_file), ("vs", args.vs)):
+        if not file:
+            continue
+        cfg = build_config(file, [*args.opts, "MODEL.DEVICE", args.device])
+        kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+        if not issubclass(kind, DistilledMixin):
+            raise InputError(f"'{file}' is a {kind.__name__}'s config; name a student's")
+        low = max(cfg.INPUT.MIN_SIZE_TRAIN)
+        high, low = args.image_sizes or (cfg.KD.SCALE * low, low)
+        scale = high // low
+        if name == "student":
+            stock = next(x.__name__ for x in kind.__mro__ if not issubclass(x, DistilledMixin))
+            plain = sized(cfg, low, scale, "MODEL.META_ARCHITECTURE", stock)
+            sides = {"LR": Side(plain)}
+            anchors = [[scale * x for x in level] for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
+            if not args.no_hr:
+                sides["HR"] = Side(sized(plain, high, 1, "MODEL.ANCHOR_GENERATOR.SIZES", anchors))
+            sides["plain teacher"] = Side(sized(cfg, low, scale), PlainTeacher)
+        sides[name] = Side(sized(cfg, low, scale), Teacher)
+    return sides
+
+
+def time_inference(sides, dicts, batches):
+    """Return the latencies of LR and HR by batch size and name; see ``time_models``."""
+    sides = {name: sides[name] for name in ("LR", "HR") if name in sides}
+    models = {n: build_model(fix_detections(s.cfg, 10)).eval() for n, s in sides.items()}
+    inputs = {}
+    for name, side in sides.items():
+        mapper = DatasetMapper(side.cfg, False)
+        inputs[name] = [mapper(copy.deepcopy(entry)) for entry in dicts[:5]]
+    latency = {}
+    for count in batches:
+        repeated = {n: lambda x, m=m, count=count: m(x * count) for n, m in models.items()}
+        latency[str(count)] = time_models(repeated, inputs)
+    return latency
+
+
+def measure(args):
+    """Return what is written as JSON; see ``main`` for the arguments."""
+    torch.set_num_threads(args.threads)
+    sides = build_sides(args)
+    cfg, names = sides["LR"].cfg, list(sides)
+    with explain_missing_data(cfg.DATASETS.TRAIN):
+        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
+    clock = Clock(cfg.MODEL.DEVICE.startswith("cuda"), args.cpu_time)
+    for turn in range(-1, args.rounds):  # the first is a warm-up
+        batch = [dicts[(turn * args.batch + i) % len(dicts)] for i in range(args.batch)]
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            sides[name].step(batch, turn + 1, clock)
+    threads, versions = f"{args.threads} thread(s)", f"torch {torch.__version__}"
+    machine = [platform.machine(), f"{os.cpu_count()} cores", threads, device_name(cfg), versions]
+    return {
+        "config": args.config_file,
+        "options": args.opts,
+        "machine": ", ".join(machine),
+        "image_sizes": [max(side.cfg.INPUT.MIN_SIZE_TRAIN) for side in sides.values()],
+        "batch": args.batch,
+        "clock": "CPU time" if args.cpu_time else "wall time",
+        "rounds": {name: side.rounds[1:] for name, side in sides.items()},
+        "latency_ms": time_inference(sides, dicts, args.inference),
+    }
+
+
+def main(arguments=None):
+    """Run the command line; an expected error ends it with one sentence."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--config-file", default=STUDENT, help="a student's config (default: %(default)s)")
+    add("--vs", help="the config of another student to measure beside it")
+    add("--image-sizes", type=int, nargs=2, metavar=("HR", "LR"), help="shorter sides in pixels")
+    add("--batch", type=int, default=1, help="images a step (default: 1)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    add("--rounds", type=int, default=5, help="measured steps of each side (default: 5)")
+    add("--cpu-time", action="store_true", help="measure CPU time, for a machine with other load")
+    add("--no-hr", action="store_true", help="leave out the HR step, which takes longest")
+    add("--inference", type=int, nargs="*", default=[], help="batch sizes to time inference at")
+    add("--quick", action="store_true", help="a tiny model on generated images; needs no data")
+    add("--output", type=Path, default=Path("output/benchmark"), help="folder to write to")
+    add("opts", nargs="*", help="KEY VALUE pairs on top of the configs")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        if args.quick:
+            vars(args).update(QUICK)
+            generate(Path(folder) / "shapes", train=4, val=1, classes=5, progress=False)
+            environment = {**os.environ, "DETECTRON2_DATASETS": folder}
+            stack.enter_context(replaced(os, environ=environment))
+        try:
+            result = measure(args)
+        except InputError as error:
+            parser.error(str(error))
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_json(args.output / "benchmark.json", result)
+    draw(result, args.output / "benchmark.png")
+    (args.output / "benchmark.md").write_text((text := markdown(result)) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

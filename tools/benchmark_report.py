@@ -1,0 +1,66 @@
+"""Report the measurements of tools/benchmark.py as tables and a picture."""
+
+from statistics import median
+
+import matplotlib
+from tabulate import tabulate
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PARTS = ("mapper", "student forward", "teacher", "losses", "backward", "optimizer")
+
+
+def ratio(rounds, one, other, parts=PARTS):
+    """Return median, least and greatest ratio of two sides within a round, as text."""
+    pairs = zip(rounds[one], rounds[other])
+    values = [sum(a[p] for p in parts) / sum(b[p] for p in parts) for a, b in pairs]
+    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def markdown(result):
+    """Return tables of the steps and of inference; the last line is the student's ratio."""
+    rounds, rows = result["rounds"], []
+    for name, entries in rounds.items():
+        times = [1000 * median(x[part] for x in entries) for part in PARTS]
+        step = 1000 * median(sum(x[part] for part in PARTS) for x in entries)
+        memory = median(x["memory"] for x in entries) / 2**20
+        numbers = [f"{number:.0f}" for number in (*times, step, memory)]
+        rows.append([name, *numbers, ratio(rounds, name, "LR")])
+    headings = ["ms", *PARTS, "step", "memory (MiB)", "step / LR step"]
+    sides = ", ".join(f"{n}: {x} px" for n, x in zip(rounds, result["image_sizes"]))
+    lines = [
+        " ".join(map(str, (result["config"], *result["options"]))),
+        "",
+        f"{result['machine']}. {sides}; batch {result['batch']}. {result['clock']}, medians and "
+        f"(least-greatest) of {len(rounds['LR'])} rounds. Memory is what a step takes beyond what "
+        "the models hold.",
+        "",
+        tabulate(rows, headings, "pipe", disable_numparse=True),
+        "",
+    ]
+    for count, latency in result["latency_ms"].items():
+        for name, x in latency.items():
+            spread = f"{x['median']:.0f} ms ({x['low']:.0f}-{x['high']:.0f})"
+            lines.append(f"inference of {name}, batch {count}: {spread}")
+    if "HR" in rounds:
+        lines.append(f"student mapper / HR mapper: {ratio(rounds, 'student', 'HR', ['mapper'])}")
+    teachers = ratio(rounds, "student", "plain teacher", ["teacher"])
+    lines.append(f"teacher / plain teacher: {teachers}")
+    lines.append(f"student step / LR step: {ratio(rounds, 'student', 'LR')}")
+    return "\n".join(lines)
+
+
+def draw(result, file):
+    """Draw the parts of each side's step as stacked bars."""
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(result["rounds"]) + 1.5))
+    left = dict.fromkeys(result["rounds"], 0.0)
+    for part in PARTS:
+        widths = [median(x[part] for x in entries) for entries in result["rounds"].values()]
+        axes.barh(list(left), widths, left=list(left.values()), label=part)
+        left = {name: start + width for (name, start), width in zip(left.items(), widths)}
+    axes.set_xlabel(f"seconds a step ({result['clock']})")
+    axes.invert_yaxis()
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(file, bbox_inches="tight", dpi=120)
+    plt.close(figure)
