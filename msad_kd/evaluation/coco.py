@@ -6,8 +6,11 @@ Detectron2 has its C++ code. pycocotools is always installed.
 
 import contextlib
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from detectron2.data import Metadata
 from detectron2.evaluation import COCOEvaluator
@@ -25,12 +28,22 @@ HOTCOCO, COMPILED, OFFICIAL = IMPLEMENTATIONS = ("hotcoco", "detectron2", "pycoc
 def _is_installed(implementation: str) -> bool:
     try:
         if implementation == HOTCOCO:
-            import hotcoco  # noqa: F401
-        elif implementation == COMPILED:
+            return find_spec(HOTCOCO) is not None
+        if implementation == COMPILED:
             from detectron2.evaluation.fast_eval_api import COCOeval_opt  # noqa: F401
     except ImportError:
         return False
     return True
+
+
+def _forget_hotcoco() -> None:
+    if HOTCOCO in sys.modules:
+        sys.modules[HOTCOCO] = None  # what Python takes for a module that is not installed
+
+
+# A fork takes no threads along: in a child of a process that has used hotcoco, it would wait for
+# its own for ever.
+os.register_at_fork(after_in_child=_forget_hotcoco)
 
 
 def choose_implementation(wanted: str) -> str:

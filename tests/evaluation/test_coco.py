@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -217,6 +218,16 @@ def test_auto_takes_the_fastest_installed(monkeypatch):
     for name in IMPLEMENTATIONS:
         assert choose_implementation("auto") == name
         there.remove(name)
+
+
+def test_a_forked_process_does_without_hotcoco_if_its_parent_has_used_it():
+    """It would wait for ever."""
+    pytest.importorskip("hotcoco")
+    assert choose_implementation("auto") == "hotcoco"
+    child = os.fork()
+    if not child:
+        os._exit(choose_implementation("auto") == "hotcoco")
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 
-from msad_kd.evaluation.coco import IMPLEMENTATIONS, AnyCOCOEvaluator
+from msad_kd.evaluation.coco import AnyCOCOEvaluator
 from msad_kd.utils.replaced import replaced
 
 CATEGORIES = 80
@@ -42,39 +42,24 @@ class Clock:
 
     def __init__(self):
         self.seconds = defaultdict(float)
-        self._running = []
-        self._since = 0.0
-
-    def _switch(self):
-        now = time.process_time()
-        if self._running:
-            self.seconds[self._running[-1]] += now - self._since
-        self._since = now
+        self._inner = 0.0  # what parts within the running one have taken
 
     @contextmanager
     def part(self, name):
-        """Time what runs inside as a part."""
-        self._switch()
-        self._running.append(name)
+        """Time what runs inside, or a function that this decorates."""
+        outer, self._inner = self._inner, 0.0
+        start = time.process_time()
         yield
-        self._switch()
-        self._running.pop()
-
-    def timed(self, name, function):
-        """Return the function, timed as a part."""
-
-        def run(*args, **kwargs):
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return run
+        took = time.process_time() - start
+        self.seconds[name] += took - self._inner
+        self._inner = outer + took
 
 
 class Scenes:
     """Images with objects, as ground truth and as what Mask R-CNN finds."""
 
-    def __init__(self, images: int, objects: int, detections: int, seed: int):
-        self.rng = rng = np.random.default_rng(seed)
+    def __init__(self, images: int, objects: int, detections: int):
+        self.rng = rng = np.random.default_rng(0)
         sizes = [(480, 640), (640, 480), (427, 640), (500, 375)]
         self.sizes = np.array(sizes)[rng.integers(len(sizes), size=images)]
         self.owner = np.sort(rng.integers(images, size=objects))
@@ -133,7 +118,7 @@ def timed_class(clock: Clock, cls: type) -> type:
 
         def __getattr__(self, name):
             value = getattr(self._inner, name)
-            return clock.timed("AP", value) if name in STEPS else value
+            return clock.part("AP")(value) if name in STEPS else value
 
     return Timed
 
@@ -141,12 +126,12 @@ def timed_class(clock: Clock, cls: type) -> type:
 def evaluate(evaluator: COCOEvaluator, clock: Clock) -> dict:
     """Return an evaluator's results, and time their parts."""
     compute = coco_evaluation._evaluate_predictions_on_coco
-    tables = clock.timed("tables", evaluator._derive_coco_results)
+    tables = clock.part("tables")(evaluator._derive_coco_results)
     fast = getattr(evaluator, "_eval_class", None)
     with (
-        replaced(torch, save=clock.timed("torch.save", torch.save)),
-        replaced(json, dumps=clock.timed("JSON", json.dumps)),
-        replaced(coco_evaluation, _evaluate_predictions_on_coco=clock.timed("loading", compute)),
+        replaced(torch, save=clock.part("torch.save")(torch.save)),
+        replaced(json, dumps=clock.part("JSON")(json.dumps)),
+        replaced(coco_evaluation, _evaluate_predictions_on_coco=clock.part("loading")(compute)),
         replaced(coco_evaluation, COCOeval=timed_class(clock, coco_evaluation.COCOeval)),
         replaced(evaluator, _derive_coco_results=tables),
         replaced(evaluator, _eval_class=fast and timed_class(clock, fast)),
@@ -169,17 +154,15 @@ def main() -> None:
     parser.add_argument("--objects", type=positive, default=36000)
     parser.add_argument("--detections", type=positive, default=150000)
     parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--implementation", default="auto", choices=["auto", *IMPLEMENTATIONS])
-    parser.add_argument("--seed", type=int, default=0, help="of what is generated")
     args = parser.parse_args()
-    scenes = Scenes(args.images, args.objects, args.detections, args.seed)
+    scenes = Scenes(args.images, args.objects, args.detections)
     pasting, clocks = Clock(), [[Clock() for _ in range(args.rounds)] for _ in range(2)]
     with tempfile.TemporaryDirectory() as folder:
         scenes.write(Path(folder) / "instances.json")
         register_coco_instances("generated", {}, f"{folder}/instances.json", folder)
         DatasetCatalog.get("generated")  # this registers the classes
         stock = COCOEvaluator("generated", output_dir=folder, use_fast_impl=False)
-        ours = AnyCOCOEvaluator("generated", output_dir=folder, implementation=args.implementation)
+        ours = AnyCOCOEvaluator("generated", output_dir=folder)
         for evaluator in (stock, ours):
             evaluator.reset()
         for image in range(args.images):
