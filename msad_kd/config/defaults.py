@@ -54,7 +54,7 @@ def add_msad_kd_config(cfg: CN) -> None:
     # step of a batch with ACCUMULATE times the images; docs/training-script.md has the exceptions.
     cfg.SOLVER.ACCUMULATE = 1
 
-    # What computes COCO's AP: "faster-coco-eval", "detectron2" (its C++ code, in compiled builds),
+    # What computes COCO's AP: "hotcoco", "detectron2" (its C++ code, in compiled builds),
     # "pycocotools", or "auto", the fastest of these that is installed. All give the same numbers.
     cfg.TEST.COCO_EVALUATOR = "auto"
     # Whether to evaluate Cityscapes by COCO's AP as well: boxes as "bbox", masks as "segm_coco".

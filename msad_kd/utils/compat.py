@@ -122,9 +122,10 @@ def repeat_factor_options(cfg: CfgNode) -> dict[str, bool]:
 def coco_eval_class(cls: type) -> AbstractContextManager:
     """Let ``COCOEvaluator`` compute AP by ``cls`` where it would use its own C++ code.
 
-    Neither version has an option for this.
+    With a limit of detections other than 100 it would use pycocotools. Neither version has an
+    option for this.
     """
-    return replaced(coco_evaluation, COCOeval_opt=cls)
+    return replaced(coco_evaluation, COCOeval_opt=cls, COCOevalMaxDets=cls)
 
 
 def coco_ground_truth(read: Callable[[str], dict]) -> AbstractContextManager:

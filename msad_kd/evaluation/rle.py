@@ -1,0 +1,41 @@
+"""Masks as COCO's compressed RLE: pycocotools' own bits in a fifth of its time."""
+
+import numpy as np
+import pycocotools.mask as mask_util
+
+
+def encode(masks: np.ndarray, boxes: np.ndarray) -> list[dict]:
+    """Return what ``pycocotools.mask.encode`` would, with texts as counts, as JSON needs.
+
+    A predicted mask is empty outside its box, so only the box's pixels are compared with their
+    neighbours. A count of all pixels tells whether the mask has more; then all are compared.
+
+    Args:
+        masks: (N, H, W), bool or uint8.
+        boxes: (N, 4), x0, y0, x1, y1 in pixels.
+    """
+    height, width = masks.shape[1:]
+    corners = np.nan_to_num(np.concatenate([boxes[:, :2] - 1, boxes[:, 2:] + 2], axis=1))
+    corners = corners.clip(0, [width, height] * 2).astype(int)
+    found = []
+    for mask, box in zip(masks, corners.tolist()):
+        runs = _runs(mask, *box)
+        if runs[1::2].sum() != np.count_nonzero(mask):
+            runs = _runs(mask, 0, 0, width, height)
+        found.append({"size": [height, width], "counts": runs})
+    encoded = mask_util.frPyObjects(found, height, width) if found else []
+    return [{**rle, "counts": rle["counts"].decode()} for rle in encoded]
+
+
+def _runs(mask: np.ndarray, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+    """Return how long a mask's runs down the columns are, of 0s and 1s in turn.
+
+    They are right if all its 1s are within the box.
+    """
+    height, rows, columns = len(mask), max(y1 - y0, 0), max(x1 - x0, 0)
+    step = rows + (rows < height)  # a 0 below ends a run; in whole columns it goes on in the next
+    flat = np.zeros(columns * step + 2, mask.dtype)  # 0s in front and behind end the outer runs
+    flat[1:-1].reshape(columns, step)[:, :rows] = mask[y0:y1, x0:x1].T
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), step)
+    runs = np.diff((x0 + column) * height + y0 + row, prepend=0, append=mask.size)
+    return runs if runs[-1] else runs[:-1]
