@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from helpers import load_tool
 
@@ -51,6 +52,14 @@ def test_the_losses_of_heads(config_files, tmp_path, monkeypatch, keys, names):
     cfg.merge_from_list(keys)
     heads = tool.default_candidates(parse(config_files["student"], tmp_path), cfg).get("heads")
     assert (heads and [x["name"] for x in heads]) == names
+
+
+def test_ssim_without_a_gradient(config_files, tmp_path, monkeypatch):
+    squares = {tool.DETECTION: torch.ones(1, 2), f"{tool.PREFIX}ssim": torch.zeros(1, 2)}
+    monkeypatch.setattr(tool, "load_student", lambda words: (None, None, [None]))
+    monkeypatch.setattr(tool, "measure_batch", lambda model, batch: {"p2": squares})
+    with pytest.raises(InputError, match="no gradient on p2"):
+        tool.balance(parse(config_files["student"], tmp_path))
 
 
 def test_the_grid(config_files, teacher_weights, tmp_path):
