@@ -61,7 +61,8 @@ def add_msad_kd_config(cfg: CN) -> None:
     # A model without masks is always evaluated by it.
     cfg.TEST.CITYSCAPES_COCO = False
     # What says which evaluation of EVAL_PERIOD had the best model, model_best.pth: a name in the
-    # log. By default AP of the first data set: segm/AP, else bbox/AP, else keypoints/AP.
+    # log. By default AP of the first data set: segm/AP, else bbox/AP, else keypoints/AP. Of a loss
+    # (validation/total_loss, with TEST.LOSS) the least is the best.
     cfg.TEST.BEST_METRIC = ""
     # End the training after so many evaluations without a better one; 0: never.
     cfg.TEST.PATIENCE = 0

@@ -30,7 +30,9 @@ class KeepBest(BestCheckpointer):
     """
 
     def __init__(self, cfg: CfgNode, checkpointer: TrainingCheckpointer):
-        super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, cfg.TEST.BEST_METRIC, file_prefix=BEST)
+        metric = cfg.TEST.BEST_METRIC
+        mode = "min" if "loss" in metric else "max"  # validation/total_loss, by TEST.LOSS
+        super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric, mode, BEST)
         self.patience, self.record = cfg.TEST.PATIENCE, Path(cfg.OUTPUT_DIR, RECORD)
         names = cfg.DATASETS.TEST
         self.prefix = f"{names[0]}/" if len(names) > 1 else ""
@@ -103,7 +105,8 @@ class KeepBest(BestCheckpointer):
     def _check(self) -> bool:
         """Keep the model if it is the best; return whether patience is over."""
         done = self._done()
-        if done == self.best_iter or done in self.since:  # the last one of a run, again
+        # Known already: the last one of a run, or, after a resume, those up to the best one.
+        if done <= (self.best_iter or 0) or done in self.since:
             return False
         metrics, before = self.trainer.storage.latest(), self.best_iter
         keys = [f"{self.prefix}{task}/AP" for task in TASKS]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from msad_kd.data.dict_checks import accept_rles, check_masks
+from msad_kd.data.dict_checks import check_objects
 from msad_kd.data.loader import build_test_loader
 from msad_kd.data.mapper import CheckedDatasetMapper, build_mapper
 from msad_kd.distill.student import DistilledMixin
@@ -45,6 +45,7 @@ def _build_loader(cfg: CfgNode, name: str):
     """Build a loader of images as in the evaluation, with their annotations."""
     cfg = cfg.clone()
     cfg.defrost()
+    cfg.MODEL.MASK_ON = has_masks(cfg)
     inputs = cfg.INPUT
     inputs.MIN_SIZE_TRAIN, inputs.MAX_SIZE_TRAIN = (inputs.MIN_SIZE_TEST,), inputs.MAX_SIZE_TEST
     inputs.MIN_SIZE_TRAIN_SAMPLING, inputs.RANDOM_FLIP = "choice", "none"
@@ -57,9 +58,7 @@ def _build_loader(cfg: CfgNode, name: str):
     dicts = DatasetCatalog.get(name)
     if not all("annotations" in entry for entry in dicts):
         raise InputError(f"TEST.LOSS is True, but data set '{name}' has no annotations; set False")
-    if has_masks(cfg):
-        check_masks(dicts, name)
-        accept_rles(mapper, dicts, name)
+    check_objects(cfg, dicts, name, mapper)
     return loader
 
 

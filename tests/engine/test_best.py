@@ -82,6 +82,30 @@ def test_the_metric(config, evaluations, keys, metrics, metric):
     assert record(cfg) == {"metric": metric, "value": 2.0, "iteration": 1, "since": []}
 
 
+def test_the_least_loss_is_the_best(config, evaluations):
+    evaluations(3.0, 1.0, 2.0, 4.0, metrics=lambda x: {"validation": {"total_loss": x}})
+    cfg = config("lr", *EACH, "TEST.BEST_METRIC", "validation/total_loss")
+    train(cfg)
+    best = {"metric": "validation/total_loss", "value": 1.0, "iteration": 2, "since": [3, 4]}
+    assert record(cfg) == best
+
+
+def test_evaluations_repeated_up_to_the_best_one_do_not_try_patience(config, evaluations):
+    """Checkpoints are rarer than evaluations: a resumed run repeats some."""
+    keys = ["TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.PATIENCE", 1]
+    cfg = config("lr", *keys, "SOLVER.MAX_ITER", 6)
+    evaluations(1.0, 2.0, 3.0, 4.0, 3.0)
+    train(cfg)
+    whole, folder = record(cfg), Path(cfg.OUTPUT_DIR)
+    (folder / "model_final.pth").unlink()
+    (folder / "model_0000003.pth").unlink()
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    (folder / "model_best.json").write_text(json.dumps({**whole, "since": []}))
+    made = evaluations(3.0, 4.0, 3.0)
+    train(cfg, resume=True)
+    assert made == [3.0, 4.0, 3.0] and record(cfg) == whole
+
+
 def test_a_metric_that_there_is_not(config, evaluations, caplog):
     evaluations(*[1.0] * 4)
     with pytest.raises(InputError, match="BEST_METRIC is 'bbox/ap', .* gives bbox/AP, segm/AP;"):

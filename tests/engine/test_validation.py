@@ -59,7 +59,7 @@ def test_data_without_annotations_are_refused(config, catalogs):
     cfg = config("lr")
     (name,) = cfg.DATASETS.TEST
     bare = [{k: v for k, v in x.items() if k != "annotations"} for x in DatasetCatalog.get(name)]
-    DatasetCatalog.data["bare"] = lambda: bare
-    cfg.DATASETS.TEST = ("bare",)
-    with pytest.raises(InputError, match="TEST.LOSS .* 'bare' has no annotations"):
+    DatasetCatalog.data["unannotated"] = lambda: bare
+    cfg.DATASETS.TEST = ("unannotated",)
+    with pytest.raises(InputError, match="TEST.LOSS .* 'unannotated' has no annotations"):
         ValidationLoss(cfg, None)

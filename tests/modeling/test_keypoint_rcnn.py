@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -17,6 +17,7 @@ from msad_kd.distill.regions import predict_regions, recording_regions
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher import TeacherSpec
 from msad_kd.engine.trainer import KDTrainer
+from msad_kd.engine.validation import ValidationLoss
 from msad_kd.losses.roi import roi_keypoint
 from msad_kd.modeling.capture import recording
 from msad_kd.utils.errors import InputError
@@ -202,3 +203,16 @@ def test_teachers_of_other_keypoints(student, key, value, words):
     cfg = student(teacher=[key, value])
     with pytest.raises(InputError, match=words):
         check_losses(cfg, TeacherSpec.from_config(cfg))
+
+
+def test_validation_losses_need_keypoints(config, options, catalogs):
+    cfg = config("lr", *options)
+    bare = [
+        {**x, "annotations": [{**x["annotations"][0]}]} for x in DatasetCatalog.get("corners_val")
+    ]
+    for entry in bare:
+        del entry["annotations"][0]["keypoints"]
+    DatasetCatalog.data["bare"] = lambda: bare
+    cfg.DATASETS.TEST = ("bare",)
+    with pytest.raises(InputError, match="'bare': .* keypoints"):
+        ValidationLoss(cfg, None)

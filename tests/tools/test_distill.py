@@ -21,6 +21,12 @@ from msad_kd.utils.flat_config import flatten_config
 COCO = ROOT.parent / "shared" / "data" / "coco_100"
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Undo what the command does to the environment."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
 @pytest.fixture(scope="module")
 def hr_of(files_of, tmp_path_factory):
     """hr_of(detector): config and checkpoint of a stock model that was trained for a few steps."""
@@ -105,18 +111,17 @@ def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
     assert said == [False, False, True]
 
 
-def test_the_demo_trains_what_the_study_measured(tmp_path, monkeypatch):
+def test_the_demo_trains_what_the_study_measured(tmp_path):
     """`make demo` derives the student and the control of the study."""
-    monkeypatch.chdir(ROOT)
-    said = subprocess.run(["make", "-n", "demo"], capture_output=True, text=True).stdout
+    said = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
     (words,) = (x for x in said.replace("\\\n", "").splitlines() if "distill.py" in x)
     words = shlex.split(words)[2:]
     words[words.index("--output") + 1] = str(tmp_path)
-    load_tool("tools.distill").main(["--dry-run", *words])
+    run_script("tools/distill.py", "--dry-run", *words)
     for role, config in (("student", "student_multi_size"), ("control", "control")):
         derived, shipped = (
             flatten_config(build_config(str(path), ["MODEL.DEVICE", "cpu"]))
-            for path in (tmp_path / f"configs/{role}.yaml", f"configs/Shapes/{config}.yaml")
+            for path in (tmp_path / f"configs/{role}.yaml", ROOT / f"configs/Shapes/{config}.yaml")
         )
         other = ("WEIGHTS", "CONFIG_FILE", "OUTPUT_DIR", "KD.GRADIENT_RATIO_PERIOD", "TEST.AUG")
         for key in [key for key in shipped if not any(x in key for x in other)]:

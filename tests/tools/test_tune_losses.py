@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from helpers import load_tool
 
@@ -35,8 +36,35 @@ def test_the_default_candidates(config_files, teacher_weights, tmp_path):
     assert tool.read_candidates(args, cfg) == candidates  # typed again, they stay
 
 
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["MODEL.META_ARCHITECTURE", "DistilledRetinaNet"], ["cross_head"]),
+        (["MODEL.MASK_ON", False], ["roi_class", "roi_box"]),
+        (["MODEL.KEYPOINT_ON", True], ["roi_class", "roi_box", "roi_mask", "roi_keypoint"]),
+        (["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"], None),
+    ],
+)
+def test_the_losses_of_heads(config_files, tmp_path, monkeypatch, keys, names):
+    monkeypatch.setattr(tool, "balance", lambda args: ("p2", 1.0))
+    cfg = build_config(str(config_files["student"]), [])
+    cfg.defrost()
+    cfg.merge_from_list(keys)
+    heads = tool.default_candidates(parse(config_files["student"], tmp_path), cfg).get("heads")
+    assert (heads and [x["name"] for x in heads]) == names
+
+
+def test_ssim_without_a_gradient(config_files, tmp_path, monkeypatch):
+    squares = {tool.DETECTION: torch.ones(1, 2), f"{tool.PREFIX}ssim": torch.zeros(1, 2)}
+    monkeypatch.setattr(tool, "load_student", lambda words: (None, None, [None]))
+    monkeypatch.setattr(tool, "measure_batch", lambda model, batch: {"p2": squares})
+    with pytest.raises(InputError, match="no gradient on p2"):
+        tool.balance(parse(config_files["student"], tmp_path))
+
+
 def test_the_grid(config_files, teacher_weights, tmp_path):
-    args = parse(config_files["student"], tmp_path, "--iterations", "6", "SOLVER.BASE_LR", "0.5")
+    words = ["--iterations", "6", "SOLVER.BASE_LR", "0.5", "SOLVER.MAX_ITER", "60"]
+    args = parse(config_files["student"], tmp_path, *words)
     opts = ["SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (40, 50), "SOLVER.WARMUP_ITERS", 20]
     cfg = build_config(args.config_file, [*opts, "KD.TEACHER.WEIGHTS", str(teacher_weights)])
     losses = [{"name": "l1", "weight": 2.0, "warmup_iters": 30}]

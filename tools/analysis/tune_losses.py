@@ -34,6 +34,7 @@ from tabulate import tabulate
 
 from msad_kd import InputError, build_config
 from msad_kd.checkpoint.files import replacing
+from msad_kd.config.derive import WARMUP_SHARE, default_losses
 from msad_kd.losses.terms import read_losses
 from projects.study import run as study
 from projects.study.jobs import count_cores
@@ -55,19 +56,26 @@ def balance(args):
                 for name, sums in squares.items():
                     norms[level][name] += float(sums[:, 0].sum()) ** 0.5
     level = max(norms, key=lambda name: norms[name][DETECTION])
-    weight = args.ratio * norms[level][DETECTION] / norms[level][PREFIX + "ssim"]
-    return level, float(f"{weight:.2g}")
+    if not (gradient := norms[level][PREFIX + "ssim"]):
+        raise InputError(
+            f"ssim has no gradient on {level}: student and teacher have the same features there; "
+            "name candidates by --losses"
+        )
+    return level, float(f"{args.ratio * norms[level][DETECTION] / gradient:.2g}")
 
 
 def default_candidates(args, cfg):
     """Return the losses to try by name."""
-    names = ["roi_class", "roi_box", *(["roi_mask"] if cfg.MODEL.MASK_ON else [])]
-    heads = names if cfg.MODEL.META_ARCHITECTURE == "DistilledRCNN" else ["cross_head"]
-    heads = [{"name": name, "weight": 1.0} for name in heads]
+    warmup = {"warmup_iters": int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER)}
+    dense = cfg.MODEL.META_ARCHITECTURE != "DistilledRCNN"
+    names = ["cross_head"] if dense else [x["name"] for x in default_losses(cfg)]
+    # Heads that no loss compares (CascadeROIHeads) have l1 by default.
+    heads = [{"name": name, "weight": 1.0, **warmup} for name in names if name != "l1"]
     level, weight = balance(args)
-    ssim = {"name": "ssim", "weight": weight, "levels": [level]}
-    l1 = {"name": "l1", "weight": 0.6}
-    return {"l1": [l1], "ssim": [ssim], "heads": heads, "both": deepcopy([ssim, *heads])}
+    ssim = {"name": "ssim", "weight": weight, "levels": [level], **warmup}
+    l1 = {"name": "l1", "weight": 0.6, **warmup}
+    of_heads = {"heads": heads, "both": deepcopy([ssim, *heads])} if heads else {}
+    return {"l1": [l1], "ssim": [ssim], **of_heads}
 
 
 def read_candidates(args, cfg):
@@ -78,6 +86,8 @@ def read_candidates(args, cfg):
     """
     kept = args.output / "candidates.yaml"
     source = args.losses or (kept if kept.is_file() else None)
+    if source == kept:
+        print(f"The candidates are those of '{kept}'; remove it to find them anew")
     if source is None:
         candidates = default_candidates(args, cfg)
     else:
@@ -101,14 +111,15 @@ def make_grid(args, cfg, candidates):
     factor = args.iterations / cfg.SOLVER.MAX_ITER
     schedule = {
         "SOLVER.MAX_ITER": args.iterations,
-        "SOLVER.STEPS": [max(1, round(step * factor)) for step in cfg.SOLVER.STEPS],
+        "SOLVER.STEPS": sorted({max(1, round(step * factor)) for step in cfg.SOLVER.STEPS}),
         "SOLVER.WARMUP_ITERS": round(cfg.SOLVER.WARMUP_ITERS * factor),
     }
     given = dict(zip(args.opts[::2], args.opts[1::2]))
     rows = {}
     for name, losses in {CONTROL: [], **candidates}.items():
         losses = [{**x, "warmup_iters": round(x.get("warmup_iters", 0) * factor)} for x in losses]
-        options = {**schedule, **given, "KD.LOSSES": losses}
+        # The schedule is a part of the given one, too, which cfg has.
+        options = {**given, **schedule, "KD.LOSSES": losses}
         rows[name] = {"title": name, "config": args.config_file, "options": options}
     return {
         "output": str(args.output),
