@@ -198,7 +198,6 @@ def _as_a_program(call, outputs, cwd, environment):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     setup_logger.cache_clear()
-    sys.modules["hotcoco"] = None  # its threads, once started, do not survive a fork
     for catalog, names in REGISTERED:  # the data sets of earlier tests
         for name in {*catalog.list()} - names:
             catalog.remove(name)
