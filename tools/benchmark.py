@@ -17,11 +17,14 @@ import copy
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for projects.Shapes
 
 import torch
 from benchmark_report import PARTS, draw, markdown
