@@ -19,6 +19,8 @@ from msad_kd.config.build import build_config
 from msad_kd.evaluation.build import build_evaluator
 from msad_kd.evaluation.coco import IMPLEMENTATIONS, _is_installed
 from projects.Nuclei import prepare as nuclei
+from projects.study.cells import make_cells
+from projects.study.grid import read_grid
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "dsb2018_stage1_train.zip"
 INSTALLED = [name for name in IMPLEMENTATIONS if _is_installed(name)]
@@ -196,3 +198,10 @@ def test_the_real_archive(tmp_path):
     assert sum(len(content["images"]) for content in contents) == 664
     assert sum(len(content["annotations"]) for content in contents) == 28986
     assert all("overlap" in report for report in reports)
+
+
+def test_the_study_can_be_read(tmp_path):
+    cells = make_cells(read_grid(ROOT / "projects/Nuclei/study.yaml"), tmp_path)
+    ends = {name: cell.test_options for name, cell in cells.items() if "-test/" in name}
+    assert len(ends) > 6 and all("nuclei_test" in " ".join(x) for x in ends.values())
+    assert {"teacher/1"} == {*cells["control-800/3"].needs} == {*cells["student-l1-800/2"].needs}
