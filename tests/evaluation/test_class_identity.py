@@ -181,10 +181,12 @@ def test_a_wrong_list_of_classes(lists, classes):
 
 def test_a_data_set_without_a_file_keeps_its_order(lists):
     cfg = lists(IDS, IDS)
-    DatasetCatalog.register("bare", lambda: [{"file_name": "1.png", "annotations": []}])
-    MetadataCatalog.get("bare").thing_classes = NAMES[:3]
-    align_classes(cfg, ("bare",))
-    assert class_names("bare") == NAMES[:3]
+    DatasetCatalog.register(
+        "file_without_names", lambda: [{"file_name": "1.png", "annotations": []}]
+    )
+    MetadataCatalog.get("file_without_names").thing_classes = NAMES[:3]
+    align_classes(cfg, ("file_without_names",))
+    assert class_names("file_without_names") == NAMES[:3]
     MetadataCatalog.get("moved").thing_classes = NAMES[1:]
     with pytest.raises(InputError, match="'moved' has its classes in another order than .*train0"):
         align_classes(cfg, ("moved",))

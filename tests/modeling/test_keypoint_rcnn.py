@@ -212,7 +212,7 @@ def test_validation_losses_need_keypoints(config, options, catalogs):
     ]
     for entry in bare:
         del entry["annotations"][0]["keypoints"]
-    DatasetCatalog.data["bare"] = lambda: bare
-    cfg.DATASETS.TEST = ("bare",)
-    with pytest.raises(InputError, match="'bare': .* keypoints"):
+    DatasetCatalog.data["no_keypoints"] = lambda: bare
+    cfg.DATASETS.TEST = ("no_keypoints",)
+    with pytest.raises(InputError, match="'no_keypoints': .* keypoints"):
         ValidationLoss(cfg, None)
