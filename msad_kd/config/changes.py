@@ -1,7 +1,8 @@
 """Compare the config of a run with the config that it is resumed with."""
 
 import reprlib
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import getitem
 from typing import Any
 
 import yaml
@@ -31,6 +32,7 @@ _ADDED = {
     "TEST.LOSS": False,
     "TEST.PATIENCE": 0,
     "TEST.BEST_METRIC": "",
+    "KD.TEACHER.AMP": "",
 }
 # Keys that say what a run starts from: a resumed run has started already.
 START = ("MODEL.WEIGHTS", "KD.TEACHER.INIT_STUDENT", "KD.TEACHER.INIT_BACKBONE")
@@ -60,9 +62,10 @@ def neutral_config(cfg: CfgNode) -> CfgNode:
     cfg.merge_from_list([x for pair in NEUTRAL.items() for x in pair])
     cfg.merge_from_list([x for pair in _unused(cfg).items() for x in pair])
     for key, value in _ADDED.items():
-        section, name = key.split(".")
-        if cfg[section][name] == value:
-            del cfg[section][name]
+        *sections, name = key.split(".")
+        node = reduce(getitem, sections, cfg)
+        if node[name] == value:
+            del node[name]
     if not cfg.DATASETS.UNLABELED:
         del cfg.DATASETS["UNLABELED"], cfg.SOLVER["UNLABELED_PER_BATCH"], cfg.KD["UNLABELED"]
     return cfg

@@ -123,10 +123,10 @@ def test_the_hash_does_not_depend_on_the_folder_and_on_what_changes_no_result(la
 def test_the_hash_depends_on_newer_keys_only_if_they_are_set(ladder_config):
     older = neutral_config(ladder_config())  # as before there were these keys
     assert not {"CLASSES", "INVALID_ANNOTATIONS"} & older.DATASETS.keys()
-    assert not {"COLOR", "MIXUP"} & older.INPUT.keys()
+    assert not {"COLOR", "MIXUP"} & older.INPUT.keys() and "AMP" not in older.KD.TEACHER
     keys = ([], ["DATASETS.INVALID_ANNOTATIONS", "drop"], ["DATASETS.CLASSES", ["ant"]])
-    keys += (["INPUT.COLOR.CONTRAST", 0.1], ["INPUT.MIXUP.PROB", 0.1])
-    assert len({hash_of(ladder_config("x", *options), 1) for options in keys}) == 5
+    keys += (["INPUT.COLOR.CONTRAST", 0.1], ["INPUT.MIXUP.PROB", 0.1], ["KD.TEACHER.AMP", "bf16"])
+    assert len({hash_of(ladder_config("x", *options), 1) for options in keys}) == 6
 
 
 @pytest.mark.long
