@@ -211,7 +211,7 @@ def _as_a_program(call, outputs, cwd, environment):
 
 
 def _run_python(command, cwd):
-    """What ``python SCRIPT ...`` and ``python -m MODULE ...`` do."""
+    """Do what ``python SCRIPT ...`` and ``python -m MODULE ...`` do."""
     places = ("*.py", "tools/**/*.py", "tests/*.py")
     ours = {"projects", "tools"} | {path.stem for place in places for path in ROOT.glob(place)}
     for name in [x for x in sys.modules if x.split(".")[0] in ours]:

@@ -11,14 +11,13 @@ import pytest
 import torch
 from detectron2.data import DatasetMapper, detection_utils, get_detection_dataset_dicts
 from detectron2.data import transforms as T
-from fvcore.transforms import transform as base
 from helpers import same_instances
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
 from msad_kd.data.augmentation import jitter_arguments
 from msad_kd.data.mapper import build_mapper
-from msad_kd.data.transforms import scale_transform, scale_transforms
+from msad_kd.data.transforms import scale_transforms
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import seed_all
 
@@ -186,42 +185,6 @@ def test_segmentation_follows_the_frame(smooth, tmp_path):
         assert torch.equal(low["sem_seg"][0, ::20], high["sem_seg"][0, ::40])
 
 
-SCALABLE = {
-    "nothing": T.NoOpTransform(),
-    "blend": base.BlendTransform(np.array([10.0, 20.0, 30.0]), 0.3, 0.7),
-    "colour": T.ColorTransform(lambda image: 255 - image),
-    "horizontal flip": base.HFlipTransform(30),
-    "vertical flip": base.VFlipTransform(20),
-    "crop": base.CropTransform(3, 5, 17, 11),
-    "crop of known size": base.CropTransform(3, 5, 17, 11, 30, 20),
-    "pad": base.PadTransform(1, 2, 3, 4, 30, 20),
-    "resize": T.ResizeTransform(20, 30, 13, 26),
-    "nested": base.TransformList([base.HFlipTransform(30), base.CropTransform(3, 5, 17, 11)]),
-}
-
-
-@pytest.mark.parametrize("kind", SCALABLE)
-@pytest.mark.parametrize("scale", [2, 4])
-def test_scaled_transforms_move_points_k_times_as_far(kind, scale):
-    low = base.TransformList([T.ResizeTransform(55, 77, 20, 30), SCALABLE[kind]])
-    high = scale_transforms(low, scale)
-    points = np.random.default_rng(0).uniform((0, 0), (77, 55), (50, 2))
-    expected = scale * low.apply_coords(points.copy())
-    np.testing.assert_allclose(high.apply_coords(points.copy()), expected, atol=1e-9)
-    image = np.random.default_rng(0).integers(0, 256, (55, 77, 3), np.uint8)
-    height, width, _ = low.apply_image(image).shape
-    assert high.apply_image(image).shape == (scale * height, scale * width, 3)
-
-
-def test_what_precedes_the_last_resize_stays():
-    first = [base.CropTransform(5, 5, 60, 40), T.ResizeTransform(40, 60, 30, 45)]
-    low = base.TransformList([*first, T.ResizeTransform(30, 45, 20, 30), base.HFlipTransform(30)])
-    high = scale_transforms(low, 2).transforms
-    assert high[:2] == first
-    assert (high[2].h, high[2].w, high[2].new_h, high[2].new_w) == (30, 45, 40, 60)
-    assert high[3].width == 60
-
-
 @pytest.mark.parametrize(
     ("augmentation", "name"),
     [(T.RandomRotation([10, 20]), "Rotation"), (T.RandomSaturation(0.5, 0.6), "Blend")],
@@ -234,31 +197,6 @@ def test_what_cannot_be_scaled_is_named(smooth, augmentation, name):
     found = mapped(mapper_with([augmentation, resize]), smooth, 0)
     shrunk = torch.nn.functional.avg_pool2d(found["image_hr"].float(), 2)
     assert (shrunk - found["image"].float()).abs().mean() < 3
-
-
-def test_another_kind_can_be_registered():
-    class Swap(base.HFlipTransform):
-        """Known through its base class."""
-
-    class Shift(base.Transform):
-        def __init__(self, by):
-            super().__init__()
-            self.by = by
-
-        def apply_image(self, image):
-            return np.roll(image, self.by, axis=1)
-
-        def apply_coords(self, coords):
-            return coords + [self.by, 0]
-
-    swap = scale_transform(Swap(10), 2)
-    assert isinstance(swap, Swap) and swap.width == 20
-    pad = base.PadTransform(1, 1, 1, 1, pad_value=9)
-    assert scale_transform(pad, 2).pad_value == 9 and (pad.x0, pad.orig_w) == (1, None)
-    with pytest.raises(InputError, match="Shift"):
-        scale_transform(Shift(3), 2)
-    scale_transform.register(Shift, lambda transform, scale: Shift(transform.by * scale))
-    assert scale_transform(Shift(3), 2).by == 6
 
 
 def test_no_resize_and_a_wrong_scale_or_frame_are_refused(config, dicts):
