@@ -3,8 +3,9 @@
     python projects/Nuclei/prepare.py stage1_train.zip --output datasets/nuclei
 
 reads `<id>/images/<id>.png` and `<id>/masks/*.png` from a folder or a zip and writes
-`annotations/instances_{train,val,test}.json` and RGB images in `train/`, `val/` and `test/`.
-The split of an image depends on its id alone. The output folder appears only when it is complete.
+`annotations/instances_{train,val,test}.json` and RGB images in `train/`, `val/` and `test/`;
+`instances_train_10.json` and `instances_train_30.json` have 10 and 30 % of the training images. The
+split of an image depends on its id alone. The output folder appears only when it is complete.
 """
 
 import argparse
@@ -24,14 +25,19 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 SPLITS = {"train": 0.5, "val": 0.7, "test": 1.0}  # the upper end of its range of hashes
+SHARES = (10, 30)  # per cent of the training images, for trainings with few labels
 # Names that start with a dot are what a Mac adds to a zip.
 PNG = re.compile(r"(?:^|/)([^/]+)/(images|masks)/[^/.][^/]*\.png$")
 
 
+def position_of(image_id):
+    """Return where a hash of its id puts an image, from 0 to 1."""
+    return int(hashlib.sha256(image_id.encode()).hexdigest(), 16) / 2**256
+
+
 def split_of(image_id):
-    """Return the split of an image, which a hash of its id decides."""
-    position = int(hashlib.sha256(image_id.encode()).hexdigest(), 16) / 2**256
-    return next(split for split, end in SPLITS.items() if position <= end)
+    """Return the split of an image."""
+    return next(split for split, end in SPLITS.items() if position_of(image_id) <= end)
 
 
 @contextlib.contextmanager
@@ -110,6 +116,18 @@ def write_split(folder, split, groups, open_file, report, progress):
     categories = [{"id": 1, "name": "nucleus"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return content
+
+
+def write_shares(folder, content):
+    """Write the first of the training images by their hashes, each share within the larger ones."""
+    for share in SHARES:
+        end = SPLITS["train"] * share / 100
+        images = [e for e in content["images"] if position_of(Path(e["file_name"]).stem) <= end]
+        chosen = {entry["id"] for entry in images}
+        labels = [label for label in content["annotations"] if label["image_id"] in chosen]
+        part = json.dumps({**content, "images": images, "annotations": labels})
+        (folder / "annotations" / f"instances_train_{share}.json").write_text(part)
 
 
 def prepare(source, output, report=tqdm.write):
@@ -125,7 +143,9 @@ def prepare(source, output, report=tqdm.write):
         with tqdm(total=len(groups), unit="image", disable=None) as progress:
             for split in SPLITS:
                 chosen = {key: files for key, files in groups.items() if split_of(key) == split}
-                write_split(part, split, chosen, open_file, report, progress)
+                content = write_split(part, split, chosen, open_file, report, progress)
+                if split == "train":
+                    write_shares(part, content)
     part.rename(output)
 
 

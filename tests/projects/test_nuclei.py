@@ -113,7 +113,7 @@ def test_a_zip_gives_the_same(source, converted, tmp_path):
     again = tmp_path / "again"
     nuclei.prepare(tmp_path / "source.zip", again, [].append)
     names = files_of(again)
-    assert names == files_of(converted[0]) and len(names) == 6
+    assert names == files_of(converted[0]) and len(names) == 8
     assert all(filecmp.cmp(again / name, converted[0] / name, shallow=False) for name in names)
 
 
@@ -125,13 +125,29 @@ def test_split_depends_on_the_id_alone():
         assert abs(splits.count(split) / 10000 - share) < 0.02
 
 
+def test_shares_are_parts_of_train_and_of_each_other(tmp_path):
+    names = [f"{number}" for number in range(500)]
+    images = [{"id": index + 1, "file_name": f"{name}.png"} for index, name in enumerate(names)]
+    images = [image for image in images if nuclei.split_of(image["file_name"][:-4]) == "train"]
+    labels = [{"id": image["id"] + 9, "image_id": image["id"]} for image in images]
+    (tmp_path / "annotations").mkdir()
+    nuclei.write_shares(tmp_path, {"images": images, "annotations": labels, "categories": ["x"]})
+    ten, thirty = (content_of(tmp_path, f"train_{share}") for share in (10, 30))
+    for share, content in {0.1: ten, 0.3: thirty}.items():
+        assert abs(len(content["images"]) / len(images) - share) < 0.05
+        kept = [image["id"] for image in content["images"]]
+        assert [label["image_id"] for label in content["annotations"]] == kept
+        assert content["categories"] == ["x"]
+    assert {x["id"] for x in ten["images"]} < {x["id"] for x in thirty["images"]}
+
+
 def test_a_stopped_run_leaves_no_data_set(source, converted, tmp_path, monkeypatch):
     output, write_split = tmp_path / "nuclei", nuclei.write_split
 
     def stop_at_val(folder, split, *args):
         if split == "val":
             raise KeyboardInterrupt
-        write_split(folder, split, *args)
+        return write_split(folder, split, *args)
 
     monkeypatch.setattr(nuclei, "write_split", stop_at_val)
     with pytest.raises(KeyboardInterrupt):
