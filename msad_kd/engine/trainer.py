@@ -8,8 +8,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
@@ -118,9 +119,12 @@ class KDTrainer(DefaultTrainer):
         with (
             stop.handling() if stop else contextlib.nullcontext(),
             torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"),
-            contextlib.suppress(EndOfTraining),  # by TEST.PATIENCE
         ):
-            super().train()
+            try:
+                super().train()
+            except EndOfTraining:  # by TEST.PATIENCE; Detectron2 verifies after its own end alone
+                if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                    verify_results(self.cfg, self._last_eval_results)
         # Detectron2 returns them only if TEST.EXPECTED_RESULTS is set.
         return getattr(self, "_last_eval_results", {})
 

@@ -144,6 +144,13 @@ def test_patience_ends_a_run_as_its_last_iteration_would(config, evaluations, ca
     assert record(cfg)["since"] == [2, 3, 4]
 
 
+def test_expected_results_are_verified_when_patience_ends_a_run(config, evaluations):
+    evaluations(5.0, 4.0)
+    expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 9.0, 0.1]]"]
+    with pytest.raises(SystemExit):
+        train(config("lr", *EACH, "TEST.PATIENCE", 1, *expected))
+
+
 @pytest.mark.parametrize("recorded", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_run_killed_after_its_evaluation_misses_none(config, evaluations, tmp_path, recorded):
     """Killed after step 2: with the record of its evaluation, or before it was written."""
