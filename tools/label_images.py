@@ -22,7 +22,6 @@ import torch.utils.data as torchdata
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MapDataset, MetadataCatalog
 from detectron2.data.build import trivial_batch_collator
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
@@ -37,6 +36,7 @@ from msad_kd.data.coco_format import load_folder
 from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.loader import CheckedMapper, explain_missing_data
 from msad_kd.data.mapper import build_mapper
+from msad_kd.evaluation.rle import instances_to_coco_json
 from msad_kd.utils.errors import InputError, input_error_of, nearest
 from msad_kd.utils.hashes import hash_file, split_hash
 from msad_kd.utils.unpickle import TrustFiles

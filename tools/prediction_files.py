@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import cv2
 import numpy as np
 from detectron2.data import Metadata
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
@@ -16,6 +15,7 @@ from pycocotools import mask as mask_util
 
 from msad_kd import InputError
 from msad_kd.checkpoint.files import write_json
+from msad_kd.evaluation.rle import instances_to_coco_json
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from detectron2.data import Metadata
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Instances
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
 
 from msad_kd.data.annotations import read_kept
 from msad_kd.data.coco_format import class_order
-from msad_kd.evaluation.rle import encode
+from msad_kd.evaluation.rle import instances_to_coco_json
 from msad_kd.utils.compat import coco_eval_class, coco_ground_truth
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.replaced import replaced
 
 HOTCOCO, COMPILED, OFFICIAL = IMPLEMENTATIONS = ("hotcoco", "detectron2", "pycocotools")
 
@@ -151,16 +151,8 @@ class AnyCOCOEvaluator(COCOEvaluator):
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Collect the outputs of a batch."""
         outputs = within_classes(outputs, len(self._metadata.thing_classes))
-        for entry, output in zip(inputs, outputs):
-            rles = []
-            if "instances" in output and output["instances"].has("pred_masks"):
-                fields = output["instances"].to(self._cpu_device).get_fields()
-                masks, boxes = fields.pop("pred_masks"), fields["pred_boxes"].tensor
-                rles = encode(masks.numpy(), boxes.numpy())
-                output = {**output, "instances": Instances(masks.shape[1:], **fields)}
-            super().process([entry], [output])
-            for result, rle in zip(self._predictions[-1]["instances"] if rles else (), rles):
-                result["segmentation"] = rle
+        with replaced(coco_evaluation, instances_to_coco_json=instances_to_coco_json):
+            super().process(inputs, outputs)
 
     def _tasks_from_predictions(self, predictions):
         if not predictions:

@@ -2,6 +2,25 @@
 
 import numpy as np
 import pycocotools.mask as mask_util
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json as _to_coco_json
+from detectron2.structures import Instances
+
+
+def instances_to_coco_json(found: Instances, image_id: int) -> list[dict]:
+    """Return what Detectron2's function of this name does, with masks by ``encode``.
+
+    Args:
+        found: the detections of an image, on the CPU.
+        image_id: the image's id.
+    """
+    fields = dict(found.get_fields())
+    masks = fields.pop("pred_masks", None)
+    others = Instances(found.image_size, **fields)
+    results = _to_coco_json(others, image_id)
+    if results and masks is not None:
+        rles = encode(masks.numpy(), found.pred_boxes.tensor.numpy())
+        results = [{**result, "segmentation": rle} for result, rle in zip(results, rles)]
+    return results
 
 
 def encode(masks: np.ndarray, boxes: np.ndarray) -> list[dict]:
