@@ -4,6 +4,7 @@ A row is a dict with the keys of HEADINGS; an AP is in percent, or None if there
 """
 
 import csv
+import itertools
 import os
 
 from matplotlib.figure import Figure
@@ -42,23 +43,26 @@ def markdown(rows: list[dict], note: str) -> str:
 def draw(path: str, rows: list[dict], note: str) -> None:
     """Draw AP against latency: a line a model, a point a size, whiskers between the quartiles."""
     kinds = [kind for kind in ("box_ap", "mask_ap") if any(row[kind] is not None for row in rows)]
-    figure = Figure(figsize=(6.5 * len(kinds), 5), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(kinds), 4), layout="constrained")
+    places = itertools.cycle([(5, -11, "left"), (-4, 5, "right"), (5, 4, "left")])
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for name in dict.fromkeys(row["model"] for row in rows if row[kind] is not None):
+        names = dict.fromkeys(row["model"] for row in rows if row[kind] is not None)
+        for name, (right, up, side) in zip(names, places):
             points = [row for row in rows if row["model"] == name]
             x, y = [row["latency_ms"] for row in points], [row[kind] for row in points]
             below = [row["latency_ms"] - row["latency_low_ms"] for row in points]
             above = [row["latency_high_ms"] - row["latency_ms"] for row in points]
             style = {"marker": "o", "capsize": 2, "elinewidth": 0.8}
-            axis.errorbar(x, y, xerr=[below, above], label=name, **style)
+            line, *_ = axis.errorbar(x, y, xerr=[below, above], label=name, **style)
+            words = {"textcoords": "offset points", "ha": side, "color": line.get_color()}
             for row, *point in zip(points, x, y):
-                axis.annotate(row["side"], point, (4, 5), textcoords="offset points", fontsize=8)
+                axis.annotate(row["side"], point, (right, up), fontsize=8, **words)
         axis.set_xlabel("latency (ms), median and quartiles")
         axis.set_ylabel(HEADINGS[kind])
         axis.grid(color="#dddddd", lw=0.6)
         axis.legend()
-    figure.suptitle(note, fontsize=9, wrap=True)
-    figure.savefig(path, dpi=120, format="png")
+    figure.suptitle(note, fontsize=7, wrap=True)
+    figure.savefig(path, dpi=200, format="png")
 
 
 def write_files(folder: str, rows: list[dict], note: str, total: int) -> None:
