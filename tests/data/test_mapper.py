@@ -12,6 +12,7 @@ import torch
 from detectron2.data import DatasetMapper, detection_utils, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from helpers import same_instances
+from pycocotools import mask as mask_util
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
@@ -27,6 +28,7 @@ LIVELY = [
     *("INPUT.MIN_SIZE_TRAIN", (31, 40, 47), "INPUT.MAX_SIZE_TRAIN", 61),
 ]
 JITTER = ["INPUT.JITTER.SIZE", 40]
+RLE = [*LIVELY, "INPUT.MASK_FORMAT", "bitmask"]
 
 
 @pytest.fixture
@@ -58,8 +60,20 @@ def mapper_with(augmentations, frame="lr", scale=2, is_train=True):
     )
 
 
-@pytest.mark.parametrize("options", [[], LIVELY, JITTER], ids=["plain", "lively", "jitter"])
+def with_rles(entry):
+    """Return a dict whose masks are RLEs."""
+    entry, size = copy.deepcopy(entry), (entry["height"], entry["width"])
+    for label in entry["annotations"]:
+        label["segmentation"] = mask_util.merge(mask_util.frPyObjects(label["segmentation"], *size))
+    return entry
+
+
+OPTIONS = {"plain": [], "lively": LIVELY, "jitter": JITTER, "RLE": RLE}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_low_resolution_image_is_bitwise_the_stock_mappers(config, dicts, options):
+    dicts = [with_rles(entry) for entry in dicts] if options is RLE else dicts
     cfg = config("lr", *options)
     stock = DatasetMapper(cfg, True, **jitter_arguments(cfg, True))
     ours = TwoResolutionMapper(cfg, True, frame="lr")
@@ -72,7 +86,9 @@ def test_the_low_resolution_image_is_bitwise_the_stock_mappers(config, dicts, op
             assert found.keys() == expected.keys() | {"image_hr"}
             shapes.add(tuple(found["image"].shape))
             flips += not torch.equal(found["image"], mapped(ours, entry, 0)["image"])
-    assert flips and (len(shapes) > 3) == (options is LIVELY)  # the augmentations did something
+    assert flips and (len(shapes) > 3) == (
+        options in (LIVELY, RLE)
+    )  # the augmentations did something
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR", "L", None])
