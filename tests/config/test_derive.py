@@ -80,6 +80,17 @@ def test_the_model_zoos_configs_become_pairs_that_can_be_distilled(name, tmp_pat
     check_losses(derived["student"], spec)  # aligned, with the same classes
 
 
+@pytest.mark.parametrize(
+    ("name", "scale"), [("lite0_fcos_hr", 2), ("lite0_retinanet_hr", 2), ("hr", 4)]
+)
+def test_nuclei_pairs_that_the_readme_derives(name, scale):
+    random = ["MODEL.TIMM.PRETRAINED", False]
+    derived = derive_configs(config_of(f"Nuclei/{name}.yaml", *random), scale)
+    check_losses(
+        derived["student"], TeacherSpec(derived["teacher"], config_file="", branch="fused")
+    )
+
+
 def test_a_warmup_fits_the_schedule_and_the_losses_fit_the_heads():
     cfg = config_of("COCO/mask_rcnn_R_50_FPN_HR_1x.yaml", *SHORT)
     derived = derive_configs(cfg, 2)
