@@ -37,6 +37,9 @@ from msad_kd.checkpoint.files import write_json
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.evaluation.cost import device_name, fix_detections, time_models
+from msad_kd.export.metadata import describe_model
+from msad_kd.export.onnx import OnnxDetector, export_onnx
+from msad_kd.export.tracing import ExportableDetector
 from msad_kd.utils.replaced import replaced
 from msad_kd.utils.seed import seed_all
 from projects.Shapes.generate import generate
@@ -188,14 +191,31 @@ def build_sides(args):
     return sides
 
 
-def time_inference(sides, dicts, batches):
-    """Return the latencies of LR and HR by batch size and name; see ``time_models``."""
+def exported(cfg, model, image, threads):
+    """Return a function that runs a detector as ONNX on mapped images, one at a time."""
+    metadata = describe_model(cfg, model, "onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(ExportableDetector(model), image.float(), path, metadata)
+        detector = OnnxDetector(path, threads)
+    return lambda batch: [detector(sample["image"].numpy()) for sample in batch]
+
+
+def time_inference(sides, dicts, batches, onnx):
+    """Return the latencies of LR and HR by batch size and name; see ``time_models``.
+
+    With ``onnx``, the number of threads, LR runs in onnxruntime, too.
+    """
     sides = {name: sides[name] for name in ("LR", "HR") if name in sides}
     models = {n: build_model(fix_detections(s.cfg, 10)).eval() for n, s in sides.items()}
     inputs = {}
     for name, side in sides.items():
         mapper = DatasetMapper(side.cfg, False)
         inputs[name] = [mapper(copy.deepcopy(entry)) for entry in dicts[:5]]
+    if onnx:
+        image = inputs["LR"][0]["image"]
+        models["LR, onnxruntime"] = exported(sides["LR"].cfg, models["LR"], image, onnx)
+        inputs["LR, onnxruntime"] = inputs["LR"]
     latency = {}
     for count in batches:
         repeated = {n: lambda x, m=m, count=count: m(x * count) for n, m in models.items()}
@@ -226,7 +246,7 @@ def measure(args):
         "batch": args.batch,
         "clock": "CPU time" if args.cpu_time else "wall time",
         "rounds": {name: side.rounds[1:] for name, side in sides.items()},
-        "latency_ms": time_inference(sides, dicts, args.inference),
+        "latency_ms": time_inference(sides, dicts, args.inference, args.onnx and args.threads),
     }
 
 
@@ -244,6 +264,7 @@ def main(arguments=None):
     add("--cpu-time", action="store_true", help="measure CPU time, for a machine with other load")
     add("--no-hr", action="store_true", help="leave out the HR step, which takes longest")
     add("--inference", type=int, nargs="*", default=[], help="batch sizes to time inference at")
+    add("--onnx", action="store_true", help="time LR in onnxruntime, too; on a CPU")
     add("--quick", action="store_true", help="a tiny model on generated images; needs no data")
     add("--output", type=Path, default=Path("output/benchmark"), help="folder to write to")
     add("opts", nargs="*", help="KEY VALUE pairs on top of the configs")

@@ -18,8 +18,10 @@ def no_shapes(catalogs):
 
 def test_quick_run(tmp_path, no_shapes, capsys):
     tool = load_tool("benchmark")
-    tool.main(["--quick", "--rounds", "1", "--inference", "1", "--output", str(tmp_path)])
+    options = ["--rounds", "1", "--inference", "1", "--onnx", "--output", str(tmp_path)]
+    tool.main(["--quick", *options])
     text = capsys.readouterr().out
+    assert re.findall("inference of (.*), batch 1", text) == ["LR", "HR", "LR, onnxruntime"]
     number = r"\d+\.\d\d"
     line = rf"student step / LR step: {number} \({number}-{number}\)"
     assert re.fullmatch(line, text.splitlines()[-1]) and "student mapper / HR mapper" in text
