@@ -194,6 +194,18 @@ def test_a_class_has_one_colour_and_its_name():
     assert one == same != other and picture[450, 450].tolist() == [128] * 3
 
 
+@pytest.mark.parametrize("corner", [(450, 440, 499, 470), (440, 470, 480, 499)])
+def test_no_edge_cuts_a_name(corner):
+    image = np.full((500, 500, 3), 128, dtype=np.uint8)
+
+    def background(x, y, right, bottom):  # pixels of the black behind the name
+        found = Instances((500, 500), pred_boxes=Boxes([[x, y, right, bottom]]))
+        found.scores, found.pred_classes = torch.ones(1), torch.tensor([1])
+        return (files.draw(image, found, "class {}".format).max(-1) < 50).sum()
+
+    assert background(*corner) == pytest.approx(background(200, 200, 249, 230), rel=0.1)
+
+
 MISTAKES = {
     r"no image or video matches 'nowhere/\*.jpg'": ["nowhere/*.jpg"],
     "none of the 1 inputs could be read": [ROOT / "README.md"],
