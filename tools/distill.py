@@ -16,6 +16,7 @@ is derived, with teacher, student or control as the role:
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,7 @@ def export_student(args, cfg):
     )
 
 
-def summarize(args):
+def summarize(args, cfg):
     """Return the gain over the control, and the commands to type next."""
     models = json.loads((args.output / "table.json").read_text())["models"]
     models = {model["row"]: model for model in models}
@@ -190,15 +191,22 @@ def summarize(args):
         for kind, name in (("bbox", "box"), ("segm", "mask"), ("keypoints", "keypoint"))
         if "control" in models and kind in models["control"]
     ]
-    config, weights = args.output / "configs" / "control.yaml", args.output / "student"
-    model = f"--config-file {config} --weights {weights / f'seed_{SEED}' / 'model_final.pth'}"
+    weights = args.output / "student" / f"seed_{SEED}" / "model_final.pth"
+    model = ["--config-file", args.output / "configs" / "control.yaml", "--weights", weights]
+
+    def command(tool, *arguments):
+        return "  " + shlex.join(map(str, ["python", f"tools/{tool}.py", *model, *arguments]))
+
+    commands = [command("predict", "IMAGES", "--output", args.output / "found")]
+    if not cfg.MODEL.KEYPOINT_ON:  # keypoints cannot be traced
+        onnx = ["--format", "onnx", "--output", args.output / "onnx"]
+        commands.append(command("export_model", *onnx))
     return "\n".join(
         [
             f"The student against its control, one seed: {', '.join(gains)}" if gains else "",
             f"The exported student is in '{args.output / 'export'}', a picture in "
             f"'{args.output / 'scenes.png'}'. Next:",
-            f"  python tools/predict.py {model} IMAGES --output {args.output / 'found'}",
-            f"  python tools/export_model.py {model} --format onnx --output {args.output / 'onnx'}",
+            *commands,
         ]
     )
 
@@ -242,7 +250,7 @@ def main(arguments=None):
     check_data(args)
     study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
     export_student(args, configs["student"])
-    print(summarize(args))
+    print(summarize(args, configs["student"]))
 
 
 if __name__ == "__main__":
