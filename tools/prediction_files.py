@@ -191,6 +191,9 @@ class CocoFile:
                 area = float(mask_util.area(mask)) or area
                 if not mask_util.area(mask):  # COCO format has no mask of nothing
                     del found["segmentation"]
+            if points := found.get("keypoints"):  # COCO format has no scores here, but visibilities
+                found["keypoint_scores"], found["num_keypoints"] = points[2::3], len(points) // 3
+                points[2::3] = [2] * (len(points) // 3)
             self.classes = max(self.classes, found["category_id"] + 1)
             found["category_id"] += 1  # ids begin at 1
             annotations.append({"id": len(annotations) + 1, **found, "area": area, "iscrowd": 0})

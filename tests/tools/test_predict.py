@@ -131,6 +131,20 @@ def test_the_json_is_a_data_set(predict, data, tmp_path, catalogs, capsys):
     assert "0 errors" in capsys.readouterr().out
 
 
+def test_keypoints_in_the_json_are_a_data_set(tmp_path, catalogs):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    found = Instances((40, 40), pred_boxes=Boxes([[2.0, 2, 30, 30]]), scores=torch.ones(1))
+    found.pred_classes = torch.zeros(1, dtype=torch.long)
+    found.pred_keypoints = torch.tensor([[[4.5, 5.5, 0.3], [20.5, 9.5, 0.01]]])
+    file = files.CocoFile(str(tmp_path), ["bird"], lambda _: "bird")
+    file.add("a.png", found)
+    file.write(str(tmp_path / "found.json"))
+    (entry,) = file.content["annotations"]
+    assert entry["keypoint_scores"] == pytest.approx([0.3, 0.01])
+    (image,) = load_checked(str(tmp_path / "found.json"), str(tmp_path), "found")
+    assert image["annotations"][0]["keypoints"] == [4.5, 5.5, 2, 20.5, 9.5, 2]
+
+
 def test_only_good_detections_are_kept(predict, data, tmp_path):
     path = tmp_path / "out" / "predictions.json"
     predict(data / "val", "--json", "--score", "0")
