@@ -8,7 +8,7 @@ file, or a name in Detectron2's model zoo. From it come the configs of an aligne
 and its control (OUTPUT/configs). The data are checked, the three are trained and measured, and the
 student is exported for stock Detectron2, or as ONNX where that has no such backbone. Stopped, the
 same command goes on where it was. KEY VALUE pairs change CONFIG; role:KEY VALUE pairs change what
-is derived, with teacher, student or control as the role:
+is derived, with teacher, student or control as the role. SOLVER.STEPS follow a role's MAX_ITER.
 
     ... SOLVER.IMS_PER_BATCH 8 teacher:SOLVER.MAX_ITER 3000 student:SOLVER.BASE_LR 0.002
 """
@@ -74,9 +74,13 @@ def write_config(cfg, path, options):
     """Check a config with KEY VALUE pairs on top, and write it whole."""
     with replacing(path) as part:
         part.write_text(cfg.dump())
+        given = dict(zip(options[::2], options[1::2]))
+        length = given.get("SOLVER.MAX_ITER", "")
+        if length.isdigit() and "SOLVER.STEPS" not in given:  # the rate falls as late as before
+            share = int(length) / cfg.SOLVER.MAX_ITER
+            options = [*options, "SOLVER.STEPS", tuple(int(share * x) for x in cfg.SOLVER.STEPS)]
         cfg = build_config(str(part), options)
-        given = set(options[::2])
-        if "SOLVER.MAX_ITER" in given and not {"SOLVER.WARMUP_ITERS", "KD.LOSSES"} & given:
+        if "SOLVER.MAX_ITER" in given and not {"SOLVER.WARMUP_ITERS", "KD.LOSSES"} & set(given):
             fit_warmups(cfg)
         part.write_text(cfg.dump())
     return cfg

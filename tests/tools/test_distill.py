@@ -67,11 +67,12 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
     load_tool("tools.distill").main(
         ["--config-file", str(config_files["hr"]), "--output", str(tmp_path), "--dry-run"]
         + ["SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "100", "student:SOLVER.MAX_ITER", "20"]
+        + ["SOLVER.STEPS", "(600, 900)"]
     )
     cfg = build_config(str(tmp_path / "configs" / "student.yaml"), [])
-    assert cfg.SOLVER.WARMUP_ITERS == 2
+    assert cfg.SOLVER.WARMUP_ITERS == 2 and cfg.SOLVER.STEPS == (12, 18)
     assert {term["warmup_iters"] for term in cfg.KD.LOSSES} == {2}
-    assert "student and control differ in SOLVER.MAX_ITER:" in capsys.readouterr().out
+    assert "student and control differ in SOLVER.MAX_ITER, SOLVER.STEPS:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
