@@ -8,7 +8,7 @@ file, or a name in Detectron2's model zoo. From it come the configs of an aligne
 and its control (OUTPUT/configs). The data are checked, the three are trained and measured, and the
 student is exported for stock Detectron2, or as ONNX where that has no such backbone. Stopped, the
 same command goes on where it was. KEY VALUE pairs change CONFIG; role:KEY VALUE pairs change what
-is derived, with teacher, student or control as the role:
+is derived, with teacher, student or control as the role. SOLVER.STEPS follow a role's MAX_ITER.
 
     ... SOLVER.IMS_PER_BATCH 8 teacher:SOLVER.MAX_ITER 3000 student:SOLVER.BASE_LR 0.002
 """
@@ -16,6 +16,7 @@ is derived, with teacher, student or control as the role:
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +74,13 @@ def write_config(cfg, path, options):
     """Check a config with KEY VALUE pairs on top, and write it whole."""
     with replacing(path) as part:
         part.write_text(cfg.dump())
+        given = dict(zip(options[::2], options[1::2]))
+        length = given.get("SOLVER.MAX_ITER", "")
+        if length.isdigit() and "SOLVER.STEPS" not in given:  # the rate falls as late as before
+            share = int(length) / cfg.SOLVER.MAX_ITER
+            options = [*options, "SOLVER.STEPS", tuple(int(share * x) for x in cfg.SOLVER.STEPS)]
         cfg = build_config(str(part), options)
-        given = set(options[::2])
-        if "SOLVER.MAX_ITER" in given and not {"SOLVER.WARMUP_ITERS", "KD.LOSSES"} & given:
+        if "SOLVER.MAX_ITER" in given and not {"SOLVER.WARMUP_ITERS", "KD.LOSSES"} & set(given):
             fit_warmups(cfg)
         part.write_text(cfg.dump())
     return cfg
@@ -181,7 +186,7 @@ def export_student(args, cfg):
     )
 
 
-def summarize(args):
+def summarize(args, cfg):
     """Return the gain over the control, and the commands to type next."""
     models = json.loads((args.output / "table.json").read_text())["models"]
     models = {model["row"]: model for model in models}
@@ -190,15 +195,22 @@ def summarize(args):
         for kind, name in (("bbox", "box"), ("segm", "mask"), ("keypoints", "keypoint"))
         if "control" in models and kind in models["control"]
     ]
-    config, weights = args.output / "configs" / "control.yaml", args.output / "student"
-    model = f"--config-file {config} --weights {weights / f'seed_{SEED}' / 'model_final.pth'}"
+    weights = args.output / "student" / f"seed_{SEED}" / "model_final.pth"
+    model = ["--config-file", args.output / "configs" / "control.yaml", "--weights", weights]
+
+    def command(tool, *arguments):
+        return "  " + shlex.join(map(str, ["python", f"tools/{tool}.py", *model, *arguments]))
+
+    commands = [command("predict", "IMAGES", "--output", args.output / "found")]
+    if not cfg.MODEL.KEYPOINT_ON:  # keypoints cannot be traced
+        onnx = ["--format", "onnx", "--output", args.output / "onnx"]
+        commands.append(command("export_model", *onnx))
     return "\n".join(
         [
             f"The student against its control, one seed: {', '.join(gains)}" if gains else "",
             f"The exported student is in '{args.output / 'export'}', a picture in "
             f"'{args.output / 'scenes.png'}'. Next:",
-            f"  python tools/predict.py {model} IMAGES --output {args.output / 'found'}",
-            f"  python tools/export_model.py {model} --format onnx --output {args.output / 'onnx'}",
+            *commands,
         ]
     )
 
@@ -242,7 +254,7 @@ def main(arguments=None):
     check_data(args)
     study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
     export_student(args, configs["student"])
-    print(summarize(args))
+    print(summarize(args, configs["student"]))
 
 
 if __name__ == "__main__":

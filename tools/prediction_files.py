@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import VisImage, Visualizer
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -101,7 +101,19 @@ def draw(
         assigned_colors=[colours[index % len(colours)] for index in classes],
         alpha=0.4,
     )
-    return np.ascontiguousarray(visualizer.get_output().get_image())
+    output = visualizer.get_output()
+    _keep_names_inside(output)
+    return np.ascontiguousarray(output.get_image())
+
+
+def _keep_names_inside(output: VisImage) -> None:
+    """Move the names that an edge of the picture would cut."""
+    renderer, transform = output.canvas.get_renderer(), output.ax.transData
+    for text in output.ax.texts:
+        box = text.get_window_extent(renderer).padded(2)  # px, for the background
+        shift = max(-box.x0, min(0, output.ax.bbox.x1 - box.x1)), max(0, -box.y0)
+        position = transform.transform(text.get_position()) + shift
+        text.set_position(transform.inverted().transform(position))
 
 
 def write_picture(path: str, picture: np.ndarray) -> None:
@@ -179,6 +191,9 @@ class CocoFile:
                 area = float(mask_util.area(mask)) or area
                 if not mask_util.area(mask):  # COCO format has no mask of nothing
                     del found["segmentation"]
+            if points := found.get("keypoints"):  # COCO format has no scores here, but visibilities
+                found["keypoint_scores"], found["num_keypoints"] = points[2::3], len(points) // 3
+                points[2::3] = [2] * (len(points) // 3)
             self.classes = max(self.classes, found["category_id"] + 1)
             found["category_id"] += 1  # ids begin at 1
             annotations.append({"id": len(annotations) + 1, **found, "area": area, "iscrowd": 0})

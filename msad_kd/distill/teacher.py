@@ -277,13 +277,18 @@ def _warn_of_other_sizes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
     aligned = is_a(teacher_cfg, MultiResolutionMixin)
     factor = cfg.KD.SCALE if aligned or cfg.KD.TEACHER.BRANCH == "hr" else 1
     logger, file = logging.getLogger(__name__), cfg.KD.TEACHER.CONFIG_FILE
-    size, trained = factor * cfg.INPUT.MIN_SIZE_TEST, teacher_cfg.INPUT.MIN_SIZE_TRAIN
-    if not teacher_cfg.INPUT.JITTER.SIZE and not min(trained) <= size <= max(trained):
-        logger.warning(
-            f"INPUT.MIN_SIZE_TEST is {cfg.INPUT.MIN_SIZE_TEST}, so the teacher gets images of "
-            f"{size} px, but its config '{file}' has INPUT.MIN_SIZE_TRAIN {tuple(trained)}; it is "
-            "weaker at sizes that it was not trained on"
-        )
+    trained = teacher_cfg.INPUT.MIN_SIZE_TRAIN
+    sides = {"MIN_SIZE_TEST": cfg.INPUT.MIN_SIZE_TEST}
+    if not cfg.INPUT.JITTER.SIZE:  # of several sizes, smaller ones are augmentation
+        sides["MIN_SIZE_TRAIN"] = max(cfg.INPUT.MIN_SIZE_TRAIN)
+    for key, side in {} if teacher_cfg.INPUT.JITTER.SIZE else sides.items():
+        if not min(trained) <= factor * side <= max(trained):
+            logger.warning(
+                f"INPUT.{key} is {cfg.INPUT[key]}, so the teacher gets images of {factor * side} "
+                f"px, but its config '{file}' has INPUT.MIN_SIZE_TRAIN {tuple(trained)}; it is "
+                "weaker at sizes that it was not trained on"
+            )
+            break
     anchors, theirs = (x.MODEL.ANCHOR_GENERATOR.SIZES for x in (cfg, teacher_cfg))
     sides, their_sides = (np.concatenate(sizes) for sizes in (anchors, theirs))
     same = sides.shape == their_sides.shape and np.allclose(factor * sides, their_sides)

@@ -50,7 +50,8 @@ def read_images(cfg: CfgNode, folder: str | None, count: int) -> list[np.ndarray
 def at_three_sizes(image: np.ndarray, metadata: dict) -> list[np.ndarray]:
     """Return an image (H, W, C) at its test size, square, and as a portrait of odd sides: (C, ...).
 
-    For a model that resizes images itself, it comes as it is, and the others are larger.
+    The square is larger if the image has its size already. For a model that resizes images itself,
+    it comes as it is, and the others are larger.
 
     Args:
         image: the image.
@@ -62,7 +63,9 @@ def at_three_sizes(image: np.ndarray, metadata: dict) -> list[np.ndarray]:
     elif metadata["min_size"]:
         resize = ResizeShortestEdge(side, metadata["max_size"]).get_transform(image)
         natural = resize.apply_image(image)
-    sizes = (side, side), ((side * 5 // 4) | 1, (side * 3 // 4) | 1)  # height, width
+    larger = natural.shape[:2] == (side, side)
+    square = (side * 3 // 2,) * 2 if larger else (side, side)
+    sizes = square, ((side * 5 // 4) | 1, (side * 3 // 4) | 1)  # height, width
     resizes = [ResizeTransform(*image.shape[:2], *size) for size in sizes]
     images = [natural, *(resize.apply_image(image) for resize in resizes)]
     return [np.ascontiguousarray(image.transpose(2, 0, 1)) for image in images]

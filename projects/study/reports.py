@@ -6,6 +6,7 @@ from msad_kd.checkpoint.files import replacing, write_json
 from projects.study import pictures
 
 KINDS = {"bbox": "box", "segm": "mask"}
+ALL_KINDS = {**KINDS, "keypoints": "keypoint"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 FACTS = {"gmacs": "GMACs", "detections": "detections", "params_m": "params (M)"}
 FACTS |= {"iterations": "iterations", "training_seconds": "training (s)"}
@@ -139,8 +140,7 @@ def write_comparison(folder, lines, measured):
 
     `lines` has title, AP, cost and latency of each model, `measured` what measure.py says.
     """
-    kinds = {**KINDS, "keypoints": "keypoint"}
-    kinds = {kind: name for kind, name in kinds.items() if all(kind in line for line in lines)}
+    kinds = {kind: name for kind, name in ALL_KINDS.items() if all(kind in line for line in lines)}
     table = []
     for line in lines:
         times = line["latency_ms"]

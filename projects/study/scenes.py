@@ -41,18 +41,23 @@ def paint(image, masks, classes):
     return painted.astype(np.uint8)
 
 
-def _ground_truth(scene, height, width):
-    masks = []
-    for each in scene["annotations"]:
+def ground_truth(scene, height, width, with_masks):
+    """Return masks, or boxes as such, classes, and labelled keypoints (N, 2) of a scene."""
+    objects = [each for each in scene["annotations"] if not each.get("iscrowd")]
+    masks, points = [], np.zeros((0, 2))
+    for each in objects:
+        labelled = np.reshape(each.get("keypoints") or [], (-1, 3))
+        points = np.concatenate([points, labelled[labelled[:, 2] > 0, :2]])
         rle = each.get("segmentation")
-        if not rle:
+        if not (rle and with_masks):
             box = BoxMode.convert(list(each["bbox"]), each["bbox_mode"], BoxMode.XYWH_ABS)
-            (rle,) = coco_mask.frPyObjects([box], scene["height"], scene["width"])
+            (rle,) = coco_mask.frPyObjects(np.float64([box]), scene["height"], scene["width"])
         elif isinstance(rle, list):  # of polygons
             rle = coco_mask.merge(coco_mask.frPyObjects(rle, scene["height"], scene["width"]))
         mask = coco_mask.decode(rle)
         masks.append(cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR) > 0)
-    return masks, [each["category_id"] for each in scene["annotations"]]
+    points = points * [width / scene["width"], height / scene["height"]]
+    return masks, [each["category_id"] for each in objects], points
 
 
 def _detections(scene, height, width, model, mapper):
@@ -67,14 +72,18 @@ def _detections(scene, height, width, model, mapper):
         masks = np.zeros((len(found), height, width), bool)
         for mask, (x, y, right, bottom) in zip(masks, found.pred_boxes.tensor.int().tolist()):
             mask[y:bottom, x:right] = True
-    return masks, found.pred_classes.tolist()
+    points = found.pred_keypoints.numpy() if found.has("pred_keypoints") else np.zeros((0, 2))
+    return masks, found.pred_classes.tolist(), points[..., :2].reshape(-1, 2)
 
 
 def draw_scenes(path, data_set, columns):
     """Draw scenes as a PNG, one in a row: the ground truth, and what each model detects.
 
-    `columns` has (title, model, mapper) of each model.
+    `columns` has (title, model, mapper) of each model. Models without masks, and beside them the
+    ground truth, are drawn as boxes.
     """
+    heads = [getattr(model, "roi_heads", None) for _, model, _ in columns]
+    with_masks = any(getattr(head, "mask_on", False) for head in heads)
     dicts = get_detection_dataset_dicts(data_set, filter_empty=False)
     chosen = choose_scenes([len(scene["annotations"]) for scene in dicts])
     size = (2.5 * (len(columns) + 1), 2.5 * len(chosen) + 0.3)
@@ -84,10 +93,12 @@ def draw_scenes(path, data_set, columns):
         image = read_image(dicts[index]["file_name"], "BGR")
         zoom = SIDE / min(image.shape[:2])
         image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-        shown = [_ground_truth(dicts[index], *image.shape[:2])]
+        shown = [ground_truth(dicts[index], *image.shape[:2], with_masks)]
         shown += [_detections(dicts[index], *image.shape[:2], *pair) for _, *pair in columns]
-        for axis, objects in zip(row, shown):
+        for axis, (*objects, points) in zip(row, shown):
             axis.imshow(paint(image, *objects))
+            axis.autoscale(False)
+            axis.plot(*points.T, "w.", ms=3, mec="black", mew=0.4)
             axis.set_axis_off()
     for axis, title in zip(axes[0], ["ground truth", *(title for title, *_ in columns)]):
         axis.set_title(title, fontsize=11)

@@ -57,11 +57,11 @@ def test_training_and_evaluation_name_what_is_missing(config, tmp_path):
     entry = {"name": "gone", "json": str(tmp_path / "no.json"), "images": str(tmp_path / "no")}
     keys = ["DATASETS.COCO_FORMAT", [entry], "DATASETS.TRAIN", ("gone",)]
     own = config("lr", *keys, "DATASETS.TEST", ("gone",))
-    names = ("coco_2017_val",)
+    names = ("coco_2014_minival_100",)
     builtin = config("lr", "DATASETS.TRAIN", names, "DATASETS.TEST", names)
     for cfg, words in (
         (own, "'gone': the annotation file '.*no.json' .*DETECTRON2_DATASETS"),
-        (builtin, "coco_2017_val.*instances_val2017.json.*DETECTRON2"),
+        (builtin, "coco_2014.*instances_minival2014_100.json.*DETECTRON2"),
     ):
         for build in (KDTrainer.build_train_loader, lambda c: KDTrainer.test(c, None)):
             with pytest.raises(InputError, match=words):

@@ -71,7 +71,7 @@ EIGHTY = ("MODEL.ROI_HEADS.NUM_CLASSES", 80)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["DATASETS.TEST", ("coco_2017_val",)], "coco_2017_val.*instances_val2017.json"),
+        (["DATASETS.TEST", ("coco_2014_minival_100",)], "minival2014_100.json"),
         (
             ["DATASETS.TEST", ("coco_2017_val_panoptic_separated",), *EIGHTY],
             "'coco_panoptic_seg'; only",

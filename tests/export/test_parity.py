@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from msad_kd import InputError
-from msad_kd.export.parity import compare, differences, table
+from msad_kd.export.parity import at_three_sizes, compare, differences, table
 
 BOXES = [[0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 30]]
 METADATA = {
@@ -73,6 +73,14 @@ def test_a_report():
     assert report["largest"] == {"boxes": 0.5, "scores": 0, "masks": 0}
     assert not report["passed"] and report["detections"] == 9
     assert [line.split()[1] for line in table(report).splitlines()[2:]] == ["40", "40", "51"]
+
+
+@pytest.mark.parametrize("resizes", [False, True])
+@pytest.mark.parametrize("shape", [(40, 40, 3), (90, 90, 3), (60, 60, 3), (40, 90, 3)])
+def test_the_three_sizes_differ(shape, resizes):
+    metadata = {**METADATA, "resizes": resizes}
+    shapes = {image.shape for image in at_three_sizes(np.zeros(shape, np.uint8), metadata)}
+    assert len(shapes) == 3
 
 
 def test_nothing_to_compare():

@@ -9,7 +9,7 @@ import pytest
 from projects.study import measure, reports
 from projects.study.grid import Curve, Grid, Row, Table
 from projects.study.pictures import draw_ap_cost, draw_curves, draw_differences
-from projects.study.scenes import choose_scenes, paint
+from projects.study.scenes import choose_scenes, ground_truth, paint
 
 AP = {
     "hr/0": (50.0, 52.0),
@@ -180,6 +180,18 @@ def test_masks_are_painted_in_the_colours_of_their_classes_the_first_on_top():
     assert (painted[:, :6] == one[:, :6]).all() and (painted[:, 9:] == 100).all()
     assert (painted[:, 7] == other[:, 7]).all() and (one[4, 4] != other[4, 4]).any()
     assert (paint(image, masks[:0], []) == 100).all()
+
+
+def test_the_ground_truth_is_drawn_as_what_the_models_predict():
+    triangle, box = [[0, 0, 10, 0, 0, 10]], {"bbox": [0, 0, 10, 10], "bbox_mode": 1}
+    each = {**box, "category_id": 3, "segmentation": triangle, "keypoints": [2, 4, 2, 0, 0, 0]}
+    scene = {"height": 20, "width": 20, "annotations": [each, {**each, "iscrowd": 1}]}
+    areas = {}
+    for with_masks in (True, False):
+        (mask,), classes, points = ground_truth(scene, 40, 40, with_masks)
+        assert classes == [3] and points.tolist() == [[4, 8]]  # the other is not labelled
+        areas[with_masks] = mask.sum()
+    assert areas[True] < 0.7 * areas[False] and areas[False] == pytest.approx(400, rel=0.2)
 
 
 def test_nothing_found_is_ap_0_and_nothing_there_is_none():

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -66,11 +67,12 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
     load_tool("tools.distill").main(
         ["--config-file", str(config_files["hr"]), "--output", str(tmp_path), "--dry-run"]
         + ["SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "100", "student:SOLVER.MAX_ITER", "20"]
+        + ["SOLVER.STEPS", "(600, 900)"]
     )
     cfg = build_config(str(tmp_path / "configs" / "student.yaml"), [])
-    assert cfg.SOLVER.WARMUP_ITERS == 2
+    assert cfg.SOLVER.WARMUP_ITERS == 2 and cfg.SOLVER.STEPS == (12, 18)
     assert {term["warmup_iters"] for term in cfg.KD.LOSSES} == {2}
-    assert "student and control differ in SOLVER.MAX_ITER:" in capsys.readouterr().out
+    assert "student and control differ in SOLVER.MAX_ITER, SOLVER.STEPS:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,34 @@ def test_the_demo_trains_what_the_study_measured(tmp_path):
             assert ours == theirs, key
 
 
+SMALL = "INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 192 INPUT.MIN_SIZE_TEST 128 "
+SMALL = [*(SMALL + "INPUT.MAX_SIZE_TEST 192 SOLVER.IMS_PER_BATCH 2 MODEL.WEIGHTS").split(), ""]
+
+
+def run_on_coco(folder, *command):
+    """Run a command with the 100 images as Detectron2's builtin COCO, and return what it says."""
+    if not (folder / "coco").exists():
+        (folder / "coco").symlink_to(COCO)
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(folder)}  # read on import
+    command, capture = [sys.executable, *command], {"stdout": subprocess.PIPE, "text": True}
+    return subprocess.run(command, check=True, env=environment, cwd=ROOT, **capture).stdout
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not COCO.exists(), reason=f"{COCO} is not there")
+def test_keypoints_end_with_their_ap_and_commands_that_work(tmp_path):
+    narrow = "MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM BN MODEL.RESNETS.WIDTH_PER_GROUP 16 "
+    narrow += "MODEL.RESNETS.RES2_OUT_CHANNELS 32 MODEL.FPN.OUT_CHANNELS 32 MODEL.FPN.NORM BN "
+    narrow += "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (16,) SOLVER.MAX_ITER 2 DATALOADER.NUM_WORKERS 0"
+    said = run_on_coco(
+        *(tmp_path, "tools/distill.py", "--output", tmp_path / "out", "--detections", "10"),
+        *("--config-file", "COCO-Keypoints/keypoint_rcnn_R_50_FPN_3x.yaml", *SMALL),
+        *narrow.split(),
+    )
+    assert "| keypoint AP " in said and re.search(r"student: box AP .*, keypoint AP", said)
+    assert "tools/predict.py" in said and "onnx" not in said  # keypoints cannot be traced
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not COCO.exists(), reason=f"{COCO} is not there")
 @pytest.mark.parametrize(
@@ -141,17 +171,11 @@ def test_the_demo_trains_what_the_study_measured(tmp_path):
     ],
 )
 def test_what_is_derived_of_the_model_zoo_trains_a_step_on_coco(name, tmp_path):
-    (tmp_path / "coco").symlink_to(COCO)
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
-
-    def run(*command):  # Detectron2 reads the variable when it is imported
-        subprocess.run([sys.executable, *command], check=True, env=environment, cwd=ROOT)
-
-    small = "INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 192 INPUT.MIN_SIZE_TEST 128 "
+    run = functools.partial(run_on_coco, tmp_path)
     # Activations of frozen statistics that belong to no weights are huge.
-    small += "SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 1 SOLVER.BASE_LR 1e-6 MODEL.WEIGHTS "
+    small = [*SMALL, "SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e-6"]
     command = ["--config-file", f"{name}.yaml", "--output", tmp_path / "out", "--dry-run"]
-    run("tools/distill.py", *command, *small.split(), "")
+    run("tools/distill.py", *command, *small)
     for role in ("teacher", "control", "student"):
         config = tmp_path / "out" / "configs" / f"{role}.yaml"
         run("train_net.py", "--config-file", config, "DATASETS.TEST", "()")

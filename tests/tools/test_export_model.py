@@ -88,7 +88,7 @@ def test_a_model_that_differs_exits_with_1(export, monkeypatch, tmp_path):
         ("onnx", (), {"weights": "none.pth"}, "'none.pth' .* does not exist"),
         ("onnx", ("--images", "none"), {}, "--images: 'none' has no images"),
         ("onnx", (), {"opts": ["DATASETS.TEST", ()]}, "set DATASETS.TEST or give --images"),
-        ("onnx", (), {"opts": ["DATASETS.TEST", ("coco_2017_val",)]}, "coco_2017_val.* --images"),
+        ("onnx", (), {"opts": ["DATASETS.TEST", ("coco_2014_minival_100",)]}, "100.* --images"),
         ("detectron2", (), {"opts": options()}, "build_timm_fpn_backbone .*--format onnx"),
     ],
 )

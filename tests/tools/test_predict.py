@@ -131,6 +131,20 @@ def test_the_json_is_a_data_set(predict, data, tmp_path, catalogs, capsys):
     assert "0 errors" in capsys.readouterr().out
 
 
+def test_keypoints_in_the_json_are_a_data_set(tmp_path, catalogs):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    found = Instances((40, 40), pred_boxes=Boxes([[2.0, 2, 30, 30]]), scores=torch.ones(1))
+    found.pred_classes = torch.zeros(1, dtype=torch.long)
+    found.pred_keypoints = torch.tensor([[[4.5, 5.5, 0.3], [20.5, 9.5, 0.01]]])
+    file = files.CocoFile(str(tmp_path), ["bird"], lambda _: "bird")
+    file.add("a.png", found)
+    file.write(str(tmp_path / "found.json"))
+    (entry,) = file.content["annotations"]
+    assert entry["keypoint_scores"] == pytest.approx([0.3, 0.01])
+    (image,) = load_checked(str(tmp_path / "found.json"), str(tmp_path), "found")
+    assert image["annotations"][0]["keypoints"] == [4.5, 5.5, 2, 20.5, 9.5, 2]
+
+
 def test_only_good_detections_are_kept(predict, data, tmp_path):
     path = tmp_path / "out" / "predictions.json"
     predict(data / "val", "--json", "--score", "0")
@@ -192,6 +206,18 @@ def test_a_class_has_one_colour_and_its_name():
     picture = files.draw(image, found, "class {}".format)
     one, same, other = (picture[y, x].tolist() for x, y in ((100, 100), (350, 100), (100, 350)))
     assert one == same != other and picture[450, 450].tolist() == [128] * 3
+
+
+@pytest.mark.parametrize("corner", [(450, 440, 499, 470), (440, 470, 480, 499)])
+def test_no_edge_cuts_a_name(corner):
+    image = np.full((500, 500, 3), 128, dtype=np.uint8)
+
+    def background(x, y, right, bottom):  # pixels of the black behind the name
+        found = Instances((500, 500), pred_boxes=Boxes([[x, y, right, bottom]]))
+        found.scores, found.pred_classes = torch.ones(1), torch.tensor([1])
+        return (files.draw(image, found, "class {}".format).max(-1) < 50).sum()
+
+    assert background(*corner) == pytest.approx(background(200, 200, 249, 230), rel=0.1)
 
 
 MISTAKES = {
