@@ -80,6 +80,12 @@ def write_config(cfg, path, options):
             share = int(length) / cfg.SOLVER.MAX_ITER
             options = [*options, "SOLVER.STEPS", tuple(int(share * x) for x in cfg.SOLVER.STEPS)]
         cfg = build_config(str(part), options)
+        if cfg.TEST.PATIENCE:
+            raise InputError(
+                f"TEST.PATIENCE is {cfg.TEST.PATIENCE}, but distill.py evaluates after the last "
+                "iteration alone, since a model chosen by the images of the table would look too "
+                "good; set it to 0, or train by train_net.py"
+            )
         if "SOLVER.MAX_ITER" in given and not {"SOLVER.WARMUP_ITERS", "KD.LOSSES"} & set(given):
             fit_warmups(cfg)
         part.write_text(cfg.dump())
@@ -191,7 +197,7 @@ def summarize(args, cfg):
     models = json.loads((args.output / "table.json").read_text())["models"]
     models = {model["row"]: model for model in models}
     gains = [
-        f"{name} AP {models['student'][kind]['AP'] - models['control'][kind]['AP']:+.1f}"
+        f"{name} AP {round(models['student'][kind]['AP'] - models['control'][kind]['AP'], 1) + 0:+}"
         for kind, name in (("bbox", "box"), ("segm", "mask"), ("keypoints", "keypoint"))
         if "control" in models and kind in models["control"]
     ]

@@ -173,7 +173,7 @@ class Study:
         done = sum(progress.iterations_done(cell.folder) for cell in cells)
         seconds = time.time() - self.start
         left = clock(seconds * (total - done) / (done - before)) if done > before else "?"
-        return f"{done}/{total} iterations, {left} left" if total else "measuring"
+        return f"{done}/{total} iterations, {left} left" if done < total else "measuring"
 
     def write(self, results=True):
         """Write the tables, the pictures and, if asked for, results.json."""

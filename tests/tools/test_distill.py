@@ -86,6 +86,7 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
         (["--scale", "3"], "3"),
         (["DATASETS.TEST", "()"], "DATASETS.TRAIN and DATASETS.TEST"),
         (["student:KD.LOSSES", "[{name: l3, weight: 1.0}]"], "there is no loss 'l3'"),
+        (["student:TEST.PATIENCE", "2"], "TEST.PATIENCE is 2"),
     ],
 )
 def test_what_is_wrong_ends_in_one_sentence(config_files, tmp_path, arguments, words):
