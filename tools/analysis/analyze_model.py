@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.checkpoint.files import write_json
-from msad_kd.data.loader import CheckedMapper, explain_missing_data
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.cost import fix_detections, input_sides
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
@@ -100,7 +100,7 @@ def read_inputs(cfg, count, size):
     Raises:
         InputError: if the data set is missing.
     """
-    mapper = CheckedMapper(build_mapper(cfg, is_train=False))
+    mapper = build_mapper(cfg, is_train=False)
     if count is None:
         height, width = size
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
