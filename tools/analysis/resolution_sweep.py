@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-from arguments import TrustFiles, positive
+from arguments import TrustFiles, positive, run
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
@@ -200,12 +200,7 @@ def main(arguments=None):
     add("--detections", type=positive, default=10, help=detections)
     add("--output", default="output/sweep", help="the folder to write to")
     add("--trust-files", action=TrustFiles)
-    args = parser.parse_args(arguments)
-    try:
-        rows, note = sweep(args)
-    except InputError as error:
-        parser.error(str(error))
-    print(markdown(rows, note))
+    print(markdown(*run(parser, sweep, arguments)))
 
 
 if __name__ == "__main__":
