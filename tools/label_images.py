@@ -34,7 +34,7 @@ from msad_kd.config.changes import neutral_config
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.coco_format import load_folder
 from msad_kd.data.keypoints import read_keypoints
-from msad_kd.data.loader import CheckedMapper, explain_missing_data
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.rle import instances_to_coco_json
 from msad_kd.utils.errors import InputError, input_error_of, nearest
@@ -131,7 +131,7 @@ def label(arguments: argparse.Namespace) -> None:
     done = read_partial(partial, hashlib.sha256(run.encode()).hexdigest())
     rest = dicts[len(done) * size :]
     batches = torchdata.DataLoader(
-        MapDataset(rest, CheckedMapper(build_mapper(cfg, is_train=False))),
+        MapDataset(rest, build_mapper(cfg, is_train=False)),
         batch_size=size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,

@@ -99,15 +99,16 @@ def read_local(file: str, path: str, purpose: str) -> dict:
         raise InputError(f"{subject} {fault}")
     try:
         contents = _READERS.get(os.path.splitext(file)[1], _read_pth)(file)
+        fault = _fault(contents)
     except UntrustedError as error:
         words = f"asks for {error} when it is read, which could run code"
         raise InputError(f"{subject} {words}{_ADVICE}") from error
-    except Exception as error:  # whatever torch, zipfile and safetensors raise for damaged files
+    except Exception as error:  # whatever torch, NumPy and safetensors raise for damaged files
         raise InputError(
             f"{subject} cannot be read ({first_line(error)}){copy}: it is damaged or no "
             "checkpoint; take another copy"
         ) from error
-    if fault := _fault(contents):
+    if fault:
         raise InputError(f"{subject} {fault}")
     return contents
 

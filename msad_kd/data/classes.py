@@ -63,7 +63,8 @@ def _categories_in(file: str, _modified: int) -> tuple[dict, ...]:
         else:  # other parts of the file may use this word
             categories = json.loads(content)["categories"]
         ordered = sorted(categories, key=lambda x: whole_number(x["id"]))
-        return tuple({**x, "name": x["name"]} for x in ordered)
+        named = all(isinstance(category["name"], str) for category in ordered)
+        return tuple(ordered) if named else ()
     except (KeyError, TypeError, ValueError, RecursionError):
         return ()
 

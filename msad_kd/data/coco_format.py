@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from msad_kd.data.annotations import POLICIES, compressed, read_annotations, read_kept
+from msad_kd.data.annotations import compressed, read_annotations, read_kept
 from msad_kd.data.dict_checks import check_files
 from msad_kd.data.images import ImageError, image_size, list_images
 from msad_kd.utils.errors import InputError
@@ -39,7 +39,7 @@ def register_coco_format(cfg: CfgNode) -> None:
         InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
     """
     invalid = cfg.DATASETS.INVALID_ANNOTATIONS
-    if invalid not in POLICIES:
+    if invalid not in ("error", "drop"):
         raise InputError(f"DATASETS.INVALID_ANNOTATIONS is {invalid!r}; use error or drop")
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")

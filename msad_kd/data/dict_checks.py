@@ -44,7 +44,7 @@ def missing_files(files: list[str]) -> list[str]:
         if folder not in folders:
             folders[folder] = _regular_files(folder)
         # Asked for alone, what no list has: on a server, or in other letters.
-        if base not in folders[folder] and not _is_regular(file):
+        if base not in folders[folder] and not PathManager.isfile(file):
             missing.append(file)
     return missing
 
@@ -59,13 +59,6 @@ def _regular_files(folder: str) -> set[str]:
             return {entry.name for entry in entries if entry.is_file()}
     except (OSError, ValueError):
         return set()
-
-
-def _is_regular(file: str) -> bool:
-    try:
-        return PathManager.isfile(file)
-    except (OSError, ValueError):  # a name of 1,000 letters, or with "\0"
-        return False
 
 
 def _objects(entry: dict) -> list[tuple[int, dict]]:

@@ -98,7 +98,7 @@ def _keypoints_of(data_set: str, flips: bool) -> dict[str, Sequence]:
         pairs = _guess_pairs(names, source, flips)
     bones = metadata.get("skeleton")
     if bones is None:  # the file's, if it has these names
-        bones = _bones(category, source) if [*names] == [*category["keypoints"]] else []
+        bones = _bones(category, source) if [*names] == category["keypoints"] else []
     for key, rows in (("keypoint_flip_map", pairs), ("skeleton", bones)):
         if unknown := sorted({name for row in rows for name in row} - set(names)):
             raise InputError(f"{source} has '{unknown[0]}' in its {key}, not in its keypoint_names")

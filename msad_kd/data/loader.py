@@ -39,7 +39,7 @@ from msad_kd.utils.signals import heed_parent_alone
 
 @dataclass
 class CheckedMapper:  # a class, since spawned workers cannot unpickle a closure
-    """Wraps a mapper so that an unreadable image raises an ``InputError`` that names its file."""
+    """Wraps a mapper of the user's so that an unreadable image raises an ``InputError``."""
 
     mapper: Callable[[dict], dict]
 

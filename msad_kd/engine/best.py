@@ -49,10 +49,11 @@ class KeepBest(BestCheckpointer):
         def read():
             try:
                 record = json.loads(self.record.read_text())
+                best = float(record["value"]), int(record["iteration"])
+                since = [x for x in map(int, record["since"]) if x <= done]
                 if self._val_metric in ("", record["metric"]):
-                    self._val_metric = record["metric"]
-                    self.best_metric, self.best_iter = record["value"], record["iteration"]
-                    self.since = [x for x in record["since"] if x <= done]
+                    self._val_metric, self.since = record["metric"], since
+                    self.best_metric, self.best_iter = best
             except FileNotFoundError:
                 pass  # not evaluated yet
             except (ValueError, KeyError, TypeError):

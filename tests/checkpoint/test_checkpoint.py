@@ -1,8 +1,6 @@
 """Strict loading, a student's start from its teacher, and stripped checkpoints."""
 
 import logging
-import runpy
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from checkpoints import Net
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
-from helpers import ROOT, differing
+from helpers import differing, run_script
 from torch import nn
 
 from msad_kd.checkpoint.checkpoint import load_strictly
@@ -147,20 +145,11 @@ def test_a_stripped_checkpoint_is_the_model_alone(tmp_path, half):
         assert torch.equal(getattr(other.norm, name), getattr(net.norm, name))
 
 
-def test_the_tool(tmp_path, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["strip_checkpoint.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        runpy.run_path(str(ROOT / "tools" / "strip_checkpoint.py"), run_name="__main__")
-
-    source, target = (
-        save(Net(more=["distiller"]), tmp_path / "train.pth"),
-        tmp_path / "new" / "model.pth",
-    )
-    run(source, target, "--half")
+def test_the_tool(tmp_path):
+    tool, target = "tools/strip_checkpoint.py", tmp_path / "new" / "model.pth"
+    source = save(Net(more=["distiller"]), tmp_path / "train.pth")
+    assert f"{target}: 0.0 MiB" in run_script(tool, source, target, "--half").stdout
     state = torch.load(target, weights_only=True)["model"]
     assert state.keys() == Net().state_dict().keys() and state["head.weight"].dtype == torch.half
-    assert f"{target}: 0.0 MiB" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        run("nowhere.pth", target)
-    assert "'nowhere.pth' for stripping does not exist" in capsys.readouterr().err
+    said = run_script(tool, "nowhere.pth", target, code=2).stderr
+    assert "'nowhere.pth' for stripping does not exist" in said

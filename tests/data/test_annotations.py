@@ -271,8 +271,6 @@ def test_problems_are_counted_and_named(files):
     content["images"] = [{**x, "width": None} for x in content["images"]]
     with pytest.raises(InputError, match="no image is usable.*image 7: width"):
         read_annotations(files(content)[0], "mine", "drop")
-    with pytest.raises(InputError, match="INVALID_ANNOTATIONS is 'skip'"):
-        read_annotations(files(content)[0], "mine", "skip")
 
 
 def test_an_image_that_is_no_dict_does_not_spoil_ids_that_are_texts(files):

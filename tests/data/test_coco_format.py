@@ -1,6 +1,7 @@
 """Data sets in COCO format from the config, and the errors about wrong ones."""
 
 import pytest
+from annotation_files import valid_content
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from helpers import TEST_SCENES, TRAIN_SCENES, coco_format
 
@@ -51,6 +52,17 @@ def test_a_name_that_is_taken(data, change):
 def test_an_entry_with_other_fields(entry, words):
     with pytest.raises(InputError, match=f"DATASETS.COCO_FORMAT: .*{words}"):
         register([entry])
+
+
+@pytest.mark.parametrize("name", [7, None, ["cat"]])
+def test_a_class_whose_name_is_no_text(files, config, name):
+    content = valid_content()
+    content["categories"][0]["name"] = name
+    entry = {"name": "mine", **dict(zip(("json", "images"), files(content)))}
+    keys = ["DATASETS.COCO_FORMAT", [entry], "DATASETS.TRAIN", ("mine",), "DATASETS.TEST", ()]
+    cfg = config("lr", *keys, "DATASETS.CLASSES", ["dog", "cat"])
+    with pytest.raises(InputError, match="category 5: name should be a text"):
+        KDTrainer.build_train_loader(cfg)
 
 
 def test_training_and_evaluation_name_what_is_missing(config, tmp_path):

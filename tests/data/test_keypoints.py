@@ -95,6 +95,7 @@ def test_they_are_read_from_entry_or_file(keypoints_of):
         ([categories()[0], categories(OTHERS)[1]], {}, "its categories have different keypoints"),
         (categories(skeleton=[[0, 1]]), {}, "skeleton .* pairs of numbers from 1 to 3"),
         (categories(skeleton=7), {}, "skeleton .* pairs of numbers from 1 to 3"),
+        (categories(5), {}, "keypoint_names is 5; it should be a list of different names"),
         (categories(), {"skeleton": [["nose", "ear"]]}, "'ear' in its skeleton, not in its keypo"),
     ],
 )
@@ -104,7 +105,10 @@ def test_what_cannot_be_known(keypoints_of, file, entry, words):
 
 
 def test_without_flips_nothing_has_to_be_known_of_them(keypoints_of):
-    assert keypoints_of(categories(OTHERS), {}, "INPUT.RANDOM_FLIP", "none")[1] == [0, 1, 2]
+    flip = ["INPUT.RANDOM_FLIP", "none"]
+    assert keypoints_of(categories(OTHERS), {}, *flip)[1] == [0, 1, 2]
+    known, _ = keypoints_of(categories(5), {"keypoint_names": OTHERS}, *flip)
+    assert known["keypoint_names"] == tuple(OTHERS)
 
 
 @pytest.mark.parametrize(

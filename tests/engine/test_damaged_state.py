@@ -1,6 +1,8 @@
 """Resuming from a checkpoint whose state of the training is damaged: one sentence, or a run."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from helpers import NO_TEST, train
 
 from msad_kd import KDTrainer
 from msad_kd.config.build import build_config
+from msad_kd.engine.best import KeepBest
 from msad_kd.utils.errors import InputError
 
 
@@ -64,6 +67,19 @@ def test_a_damaged_state_is_one_sentence(state, trainer, damage):
     with pytest.raises(InputError, match="cannot be resumed: the state of its .* is damaged"):
         trainer.check_state_dict(state)
         trainer.load_state_dict(state)
+
+
+BEST = {"metric": "bbox/AP", "value": 1.0, "iteration": 1}
+
+
+@pytest.mark.parametrize("record", ["{", "[]", BEST, {**BEST, "since": ["x"]}])
+def test_a_damaged_record_of_the_best_model_is_told_and_forgotten(make_config, record, caplog):
+    cfg = make_config("TEST.EVAL_PERIOD", 1)
+    text = record if isinstance(record, str) else json.dumps(record)
+    Path(cfg.OUTPUT_DIR, "model_best.json").write_text(text)
+    hook = KeepBest(cfg, None)
+    assert not hook.resume(2) and (hook.best_iter, hook.since) == (None, [])
+    assert "model_best.json' cannot be read: which model is best is not known" in caplog.text
 
 
 VALUES = [None, "text", -1, 1 << 40, 0.5, [], {}, [1, 2], {"a": 1}, torch.zeros(3), True]

@@ -17,29 +17,11 @@ KILLS, STEPS = 10, 120
 SLOW = 300  # seconds that a start or a step may take on a busy machine
 TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ALONE, TWO = [], ["--num-gpus=2", "--dist-url=auto"]
-USERS_MODULE = """
-import os
-import signal
-
-from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
-
-
-@ROI_HEADS_REGISTRY.register()
-class UsersHeads(StandardROIHeads):
-    def forward(self, *args):
-        if self.training and comm.get_rank() == 1 and get_event_storage().iter == 7:
-            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super().forward(*args)
-"""
 
 
 @pytest.fixture
-def start(config_files, tmp_path):
+def start(config_files):
     """start(folder, flags, KEY, VALUE, ...): train_net.py as a process; what it prints is kept."""
-    (tmp_path / "users_module.py").write_text(USERS_MODULE)
 
     def call(folder, flags, *options, launcher=()):
         folder.mkdir(exist_ok=True)
@@ -51,7 +33,7 @@ def start(config_files, tmp_path):
         with open(folder / "console.txt", "a") as console:
             return subprocess.Popen(
                 [sys.executable, *launcher, *map(str, [ROOT / "train_net.py", *flags, *options])],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}/tests:{ROOT}"},
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -124,11 +106,12 @@ def test_killed_at_random_and_resumed_is_bitwise_the_uninterrupted_run(start, tm
     check_equal(folder, whole)
 
 
-def test_torchrun_restarts_a_killed_run_which_resumes(start, tmp_path):
+def test_torchrun_restarts_a_killed_run_which_resumes(start, tmp_path, monkeypatch):
     heads = ["MODEL.ROI_HEADS.NAME", "UsersHeads", "SOLVER.MAX_ITER", 10]
     assert start(tmp_path / "whole", TWO, "SOLVER.MAX_ITER", 10).wait() == 0
     folder = tmp_path / "restarted"
     launcher = [*TORCHRUN_2, "--max-restarts=1"]
+    monkeypatch.setenv("DISTURB", "1 7 SIGKILL")
     assert start(folder, ["--import=users_module"], *heads, launcher=launcher).wait() == 0
     assert "Starting training from iteration 6" in text_of(folder)
     check_equal(folder, tmp_path / "whole")

@@ -114,55 +114,22 @@ def test_two_processes_of_torchrun_are_the_launchers(
 
 # ---- Signals ----
 
-USERS_MODULE = """
-import os
-import signal
-import time
-
-from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
-
-rank, number, goal = os.environ["AT_ITERATION_1"].split()
-sent = []  # once a step, which calls the heads again for the images without labels
-
-
-@ROI_HEADS_REGISTRY.register()
-class UsersHeads(StandardROIHeads):
-    def forward(self, *args):
-        if self.training and get_event_storage().iter == 0:
-            open(f"{__file__}.{os.getpid()}", "w").close()
-        if self.training and get_event_storage().iter == 1:
-            if comm.get_rank() == int(rank) and number == "NAN":
-                self.mask_head.predictor.bias.data.fill_(float("nan"))
-            elif comm.get_rank() == int(rank) and number == "RAISE":
-                raise FloatingPointError("loss_mask")  # as Detectron2's RPN does
-            elif comm.get_rank() == int(rank) and number != "EVALUATION" and not sent:
-                sent.append(number)
-                process = {"itself": os.getpid(), "launcher": os.getppid()}[goal]
-                os.kill(process, getattr(signal, number))
-        elif not self.training and number == "EVALUATION":
-            if comm.get_rank() == int(rank):
-                os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(100)
-        return super().forward(*args)
-"""
-
 
 @pytest.fixture
 def signalled(config_files, teacher_weights, tmp_path):
-    """signalled("RANK SIGNAL itself|launcher", ...): a run in whose step 1 a process sends it."""
+    """signalled("RANK 1 WHAT", ...): a run that a process disturbs in step 1."""
 
     def call(what, *arguments, code):
-        (tmp_path / "users_module.py").write_text(USERS_MODULE)
+        (tmp_path / "pids").mkdir()
         process = start(
             *(config_files["student"], tmp_path / "run"),
             *("--import=users_module", *UNLABELED, "KD.TEACHER.WEIGHTS", teacher_weights),
             *arguments,
             *("MODEL.ROI_HEADS.NAME", "UsersHeads", "SOLVER.CHECKPOINT_PERIOD", 100),
-            **{"AT_ITERATION_1": what, "PYTHONPATH": f"{tmp_path}:{ROOT}", "code": code},
+            **{"DISTURB": what, "PIDS": str(tmp_path / "pids"), "code": code},
+            PYTHONPATH=f"{ROOT}/tests:{ROOT}",
         )
-        pids = [x.suffix[1:] for x in tmp_path.glob("users_module.py.*")]
+        pids = [x.name for x in (tmp_path / "pids").iterdir()]
         assert len(pids) == 2, process.stdout + process.stderr
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
         return process
@@ -173,12 +140,12 @@ def signalled(config_files, teacher_weights, tmp_path):
 @pytest.mark.parametrize(
     ("what", "code"),
     [
-        ("1 SIGTERM launcher", 143),
-        pytest.param("0 SIGINT launcher", 130, marks=pytest.mark.long),
-        pytest.param("1 SIGTERM itself", 143, marks=pytest.mark.long),
-        pytest.param("1 SIGHUP itself", 129, marks=pytest.mark.long),
-        pytest.param("0 EVALUATION itself", 143, marks=pytest.mark.long),
-        pytest.param("1 EVALUATION itself", 143, marks=pytest.mark.long),
+        ("1 1 SIGTERM launcher", 143),
+        pytest.param("0 1 SIGINT launcher", 130, marks=pytest.mark.long),
+        pytest.param("1 1 SIGTERM", 143, marks=pytest.mark.long),
+        pytest.param("1 1 SIGHUP", 129, marks=pytest.mark.long),
+        pytest.param("0 1 EVALUATION", 143, marks=pytest.mark.long),
+        pytest.param("1 1 EVALUATION", 143, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, what, code):
@@ -196,7 +163,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("what", ["1 NAN -", "1 RAISE -"])
+@pytest.mark.parametrize("what", ["1 1 NAN", "1 1 RAISE"])
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled, what):
     process = signalled(what, code=1)
     # In the second case the other process has lost its partner, and Detectron2 logs how.
@@ -210,7 +177,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled, what):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_other(signalled, rank):
     began = time.monotonic()
-    process = signalled(f"{rank} SIGKILL itself", code=1)
+    process = signalled(f"{rank} 1 SIGKILL", code=1)
     assert time.monotonic() - began < 60
     (sentence,) = [x for x in process.stderr.splitlines() if x.startswith("train_net.py:")]
     assert f"process {rank} terminated with signal SIGKILL; the others were ended" in sentence

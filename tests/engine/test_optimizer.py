@@ -10,12 +10,15 @@ from msad_kd import InputError
 from msad_kd.engine.optimizer import build_optimizer
 
 
-def clipped(config, limit, **options):
+def keys_of(kind, limit, norm_type=2.0):
+    keys = {"ENABLED": True, "CLIP_TYPE": kind, "CLIP_VALUE": limit, "NORM_TYPE": norm_type}
+    return [x for key, value in keys.items() for x in (f"SOLVER.CLIP_GRADIENTS.{key}", value)]
+
+
+def clipped(config, *keys):
     """The gradients (3, 4) and (12) of two parameters after a step: their total norm is 13."""
-    keys = {"ENABLED": True, "CLIP_VALUE": limit, **options}
-    opts = [item for key, value in keys.items() for item in (f"SOLVER.CLIP_GRADIENTS.{key}", value)]
     model = nn.ParameterList([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))])
-    optimizer = build_optimizer(config("lr", *opts), model)
+    optimizer = build_optimizer(config("lr", *keys), model)
     model[0].grad, model[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
     optimizer.step()
     return torch.cat([p.grad for p in model]).tolist()
@@ -24,26 +27,20 @@ def clipped(config, limit, **options):
 @pytest.mark.parametrize("name", ["full_norm", "full_model"])
 @pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
 def test_the_norm_of_all_gradients_together_is_clipped(config, optimizer, name):
-    def total(limit):
-        def of(role, *opts):
-            return config(role, "SOLVER.OPTIMIZER", optimizer, *opts)
-
-        return clipped(of, limit, CLIP_TYPE=name)
-
-    assert total(6.5) == pytest.approx([1.5, 2.0, 6.0], rel=1e-5)
-    assert total(35.0) == [3.0, 4.0, 12.0]  # below the limit
+    key = ["SOLVER.OPTIMIZER", optimizer]
+    found = clipped(config, *key, *keys_of(name, 6.5))
+    assert found == pytest.approx([1.5, 2.0, 6.0], rel=1e-5)
+    assert clipped(config, *key, *keys_of(name, 35.0)) == [3.0, 4.0, 12.0]  # below the limit
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
 @pytest.mark.parametrize("scale", [None, 1024.0])
 def test_a_step_is_that_of_torchs_clipping(config, norm_type, scale):
     """With AMP, Detectron2's trainer leaves the unscaling to ``GradScaler.step``, as here."""
-    keys = {"ENABLED": True, "CLIP_TYPE": "full_norm", "CLIP_VALUE": 0.1, "NORM_TYPE": norm_type}
-    opts = [item for key, value in keys.items() for item in (f"SOLVER.CLIP_GRADIENTS.{key}", value)]
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     theirs, inputs = copy.deepcopy(ours), torch.randn(2, 5)
-    optimizer = build_optimizer(config("lr", *opts), ours)
+    optimizer = build_optimizer(config("lr", *keys_of("full_norm", 0.1, norm_type)), ours)
     reference = build_optimizer(config("lr"), theirs)
     theirs(inputs).square().sum().backward()
     norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.1, norm_type)
@@ -63,11 +60,11 @@ def test_a_step_is_that_of_torchs_clipping(config, norm_type, scale):
 
 
 def test_norm_clips_each_parameters(config):
-    assert clipped(config, 5.0, CLIP_TYPE="norm") == pytest.approx([3.0, 4.0, 5.0], rel=1e-5)
+    assert clipped(config, *keys_of("norm", 5.0)) == pytest.approx([3.0, 4.0, 5.0], rel=1e-5)
 
 
 def test_unknown_names(config):
     with pytest.raises(InputError, match="CLIP_TYPE is 'total'; use value, norm or full_norm"):
-        clipped(config, 1.0, CLIP_TYPE="total")
+        clipped(config, *keys_of("total", 1.0))
     with pytest.raises(InputError, match="SOLVER.OPTIMIZER is 'LION'; use SGD or ADAMW"):
         build_optimizer(config("lr", "SOLVER.OPTIMIZER", "LION"), nn.Linear(1, 1))

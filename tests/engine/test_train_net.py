@@ -1,6 +1,6 @@
 """train_net.py end to end: a teacher, a student that is killed and resumed, and its evaluation.
 
-The student has an RoI head of the user's own, which kills its process at the iteration DIE_AT.
+The student has the RoI heads of users_module.py, which kill its process at the iteration DIE_AT.
 """
 
 import json
@@ -16,28 +16,10 @@ from msad_kd.utils.errors import InputError
 
 STEPS, KEPT, DIE_AT = WARMUP + 2, 2, 3
 
-USERS_MODULE = """
-import os
-import signal
-
-from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.utils.events import get_event_storage
-
-
-@ROI_HEADS_REGISTRY.register()
-class UsersHeads(StandardROIHeads):
-    def forward(self, *args):
-        if self.training and get_event_storage().iter == int(os.environ.get("DIE_AT", -1)):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().forward(*args)
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train_net")
-    (folder / "users_module.py").write_text(USERS_MODULE)
-    return folder
+    return tmp_path_factory.mktemp("train_net")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +27,7 @@ def run(folder):
     """run(argument, ...): train_net.py as a process of its own, from another folder."""
 
     def call(*arguments, **options):
-        path = f"{folder}:{ROOT}"
+        path = f"{ROOT}/tests:{ROOT}"
         return run_script("train_net.py", *arguments, cwd=folder, PYTHONPATH=path, **options)
 
     return call
@@ -75,7 +57,7 @@ def killed(run, folder, config_files, student_options):
     run(
         *("--config-file", config_files["student"], "--import", "users_module"),
         *(*student_options, *heads),
-        DIE_AT=str(DIE_AT),
+        DISTURB=f"0 {DIE_AT} SIGKILL",
         code=-signal.SIGKILL,
     )
     return sorted(path.name for path in (folder / "student").iterdir())

@@ -10,13 +10,8 @@ from helpers import load_tool, run_script
 
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.distill.teacher import TeacherSpec
-from msad_kd.utils.errors import InputError
 
 tool = load_tool("compare_features")
-
-
-def run(*arguments):
-    tool.main(tool.build_parser().parse_args(list(arguments)))
 
 
 @pytest.fixture
@@ -84,7 +79,7 @@ def test_a_fused_teacher_and_where_its_student_started(
     arguments = ["--config-file", str(config_files["student"]), "--model", "start", start]
     arguments += ["--images", "5", "--cells", "7", "--json", str(file)]
     options = ["KD.TEACHER.WEIGHTS", str(teacher_weights), "DATASETS.TEST", f"('{train}',)"]
-    run(*arguments, *options)
+    tool.main([*arguments, *options])
     printed = capsys.readouterr().out
     result = json.loads(file.read_text())
     assert result["cells"] == 7 and "5 images of" in printed and "branch fused" in printed
@@ -93,7 +88,7 @@ def test_a_fused_teacher_and_where_its_student_started(
         assert entries["start"] == pytest.approx(entries[tool.START])
         assert entries["start"]["distance"] > 0
 
-    run(*arguments, *options, "KD.TEACHER.BRANCH", "lr")
+    tool.main([*arguments, *options, "KD.TEACHER.BRANCH", "lr"])
     for entries in json.loads(file.read_text())["levels"].values():
         assert entries["start"]["distance"] == 0
 
@@ -105,7 +100,8 @@ def test_a_teacher_of_another_width(config_files, weights, config, tmp_path, cap
     arguments = ["--config-file", str(config_files["student"]), "--split", "train"]
     arguments += ["--model", "first", weights["first"]]
     options = ["KD.TEACHER.CONFIG_FILE", str(config_files["hr"]), "KD.TEACHER.BRANCH", "hr"]
-    run(*arguments, *options, "KD.TEACHER.WEIGHTS", file, "KD.TEACHER.OPTS", str(wide))
+    options += ["KD.TEACHER.WEIGHTS", file, "KD.TEACHER.OPTS", str(wide)]
+    tool.main([*arguments, *options])
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| p2"))
     *_, distance, r2, fitted, _ = (cell.strip() for cell in row.split("|"))
     assert (distance, r2) == ("-", "-") and float(fitted) < 1
@@ -121,7 +117,8 @@ def test_a_teacher_of_another_width(config_files, weights, config, tmp_path, cap
         (["--split", "test", "DATASETS.TEST", "()"], "set DATASETS.TEST"),
     ],
 )
-def test_mistakes(config_files, weights, arguments, words):
+def test_mistakes(config_files, weights, arguments, words, capsys):
     given = ["--config-file", str(config_files["student"]), "--model", "first", weights["first"]]
-    with pytest.raises(InputError, match=words):
-        run(*given, *arguments)
+    with pytest.raises(SystemExit):
+        tool.main([*given, *arguments])
+    assert re.search(words, capsys.readouterr().err)

@@ -1,7 +1,6 @@
 """tools/analysis/compare_rois.py: by its parts, and once on a student."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,13 +53,13 @@ def test_what_is_compared():
         assert found[name].tolist() == pytest.approx(values, abs=1e-6), name
 
 
-def test_on_a_student(config_files, teacher_weights, tmp_path, monkeypatch, capsys):
+def test_on_a_student(config_files, teacher_weights, tmp_path, capsys):
     arguments = ["--config-file", config_files["student"], "--json", tmp_path / "r.json"]
     sources = "student", "both", "teacher"
     losses = str([{"name": "roi_class", "weight": 1.0, "proposals": x} for x in sources])
     arguments += ["--batches", 2, "KD.LOSSES", losses, "KD.TEACHER.WEIGHTS", teacher_weights]
-    monkeypatch.setattr(sys, "argv", ["compare_rois.py", *map(str, arguments)])
-    tool.run(tool.__doc__, tool.measure, tool.markdown)
+    parser = tool.build_parser(tool.__doc__)
+    tool.report(parser, tool.measure, tool.markdown, [*map(str, arguments)])
     assert "2 training batches of 2 images; weights: the student's start" in capsys.readouterr().out
     found = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["proposals"] for row in found] == list(sources)

@@ -4,7 +4,7 @@ import pytest
 from torch._utils import ExceptionWrapper
 from torch.multiprocessing import ProcessRaisedException
 
-from msad_kd.utils.errors import InputError, input_error_of
+from msad_kd.utils.errors import InputError, NotFiniteError, input_error_of
 
 
 def passed_on(error):
@@ -29,7 +29,11 @@ def test_in_a_data_loaders_worker():
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(InputError("KD.SCALE is 3"), "KD.SCALE is 3"), (ValueError("a fault of ours"), None)],
+    [
+        (InputError("KD.SCALE is 3"), "KD.SCALE is 3"),
+        (NotFiniteError("a loss is not finite"), "a loss is not finite"),
+        (ValueError("a fault of ours"), None),
+    ],
 )
 def test_in_a_launched_process(error, message):
     text = "-- Process 1 terminated:\n" + passed_on(error).exc_msg

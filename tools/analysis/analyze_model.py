@@ -9,7 +9,6 @@ model, or a student (which costs the same as its low-resolution baseline). All i
 number of detections, so a cost does not depend on what the model finds, nor on its weights.
 """
 
-import argparse
 import copy
 import math
 import os
@@ -19,15 +18,14 @@ from collections import Counter
 import cv2
 import numpy as np
 import torch
-from arguments import TrustFiles, positive
+from arguments import parser_for, positive, report
 from detectron2.data import get_detection_dataset_dicts
 from fvcore.nn import parameter_count
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from msad_kd import InputError, KDTrainer, build_config
-from msad_kd.checkpoint.files import write_json
-from msad_kd.data.loader import CheckedMapper, explain_missing_data
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.cost import fix_detections, input_sides
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
@@ -100,7 +98,7 @@ def read_inputs(cfg, count, size):
     Raises:
         InputError: if the data set is missing.
     """
-    mapper = CheckedMapper(build_mapper(cfg, is_train=False))
+    mapper = build_mapper(cfg, is_train=False)
     if count is None:
         height, width = size
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
@@ -162,25 +160,14 @@ def markdown(result):
 
 def main(arguments=None):
     """Run the command line; an expected error ends it with one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_for(__doc__, "the model's config")
     add = parser.add_argument
-    add("--config-file", required=True, help="the model's config")
     add("--weights", default="", help="its checkpoint; without it, weights are random")
     add("--detections", type=positive, default=10, help="detections per image (default: 10)")
     add("--test-images", type=positive, help="how many of DATASETS.TEST to use; default: noise")
     noise = "size of the noise image in pixels, before it is resized (default: 480 640)"
     add("--image-size", type=positive, nargs=2, default=(480, 640), metavar=("H", "W"), help=noise)
-    add("--json", help="also write the numbers to this file")
-    add("--trust-files", action=TrustFiles)
-    add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
-    args = parser.parse_args(arguments)
-    try:
-        result = analyze(args)
-    except InputError as error:
-        parser.error(str(error))
-    print(markdown(result))
-    if args.json:
-        write_json(args.json, result)
+    report(parser, analyze, markdown, arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Types of command-line arguments."""
+"""What the command lines of these tools have in common."""
 
 import argparse
 
+from msad_kd.checkpoint.files import write_json
+from msad_kd.utils.errors import InputError
 from msad_kd.utils.unpickle import TrustFiles
-
-__all__ = ["TrustFiles", "positive"]
 
 
 def positive(text):
@@ -13,3 +13,52 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def parser_for(doc, config_help):
+    """Return the parser of a tool that measures models of a config.
+
+    Args:
+        doc: the tool's docstring, whose first line becomes the description.
+        config_help: what the config is of.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--config-file", required=True, help=config_help)
+    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--trust-files", action=TrustFiles)
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")
+    return parser
+
+
+def run(parser, main, arguments=None):
+    """Return what ``main`` returns for a command line; an expected error ends it in one sentence.
+
+    Args:
+        parser: the parser.
+        main: it takes the parsed arguments.
+        arguments: the words of the command line; by default those of this process.
+    """
+    args = parser.parse_args(arguments)
+    try:
+        return main(args)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def report(parser, measure, markdown, arguments=None):
+    """Run the command line of a parser from ``parser_for``: measure, print and write the result.
+
+    Args:
+        parser: the parser.
+        measure: it takes the parsed arguments, and returns what is written as JSON.
+        markdown: it takes that, and returns the text that is printed.
+        arguments: as in ``run``.
+    """
+
+    def main(args):
+        result = measure(args)
+        print(f"\n{markdown(result)}")
+        if args.json:
+            write_json(args.json, result)
+
+    run(parser, main, arguments)

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from arguments import run
 from kornia.losses import ssim_loss as kornia_loss
 from piqa.ssim import ssim as piqa_ssim
 from piqa.utils.functional import gaussian_kernel
@@ -32,7 +33,6 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from msad_kd.losses.ssim import blur, ssim_loss
-from msad_kd.utils.errors import InputError
 
 # H and W of P2 to P6 at strides 4 to 64.
 SHAPES = ["7x11", "13x21", "25x42", "50x84", "100x168", "200x336"]
@@ -223,7 +223,4 @@ if __name__ == "__main__":
     parser.add_argument("--output", metavar="FILE.md", help="write there, and FILE.json")
     parser.add_argument("--add", action="store_true", help="keep FILE.json's other rows")
     parser.add_argument("--quick", action="store_true", help="two small maps on the CPU, 2 rounds")
-    try:
-        main(parser.parse_args())
-    except InputError as error:
-        parser.error(str(error))
+    run(parser, main)

@@ -19,7 +19,6 @@ these values:
 A high "fitted" beside a low "R2" means that the model has the target's content in other channels.
 """
 
-import argparse
 import gc
 import re
 import shutil
@@ -28,14 +27,13 @@ from pathlib import Path
 
 import torch
 from adaptation_cost import ROWS_AT_ONCE, adaptation_cost, training_images
-from arguments import TrustFiles, positive
+from arguments import parser_for, positive, report
 from feature_files import Measurement
 from ladder_pool import STUDENT, build_student
 from tabulate import tabulate
 
 from msad_kd import InputError, build_config
 from msad_kd.checkpoint.checkpoint import check_exists
-from msad_kd.checkpoint.files import write_json
 from msad_kd.distill.teacher import Teacher, TeacherSpec
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
@@ -77,7 +75,7 @@ def magnitude(target: torch.Tensor) -> float:
     return sum(float(t.double().abs().sum()) for t in target.split(ROWS_AT_ONCE)) / target.numel()
 
 
-def compare(measurement: Measurement, stride: int) -> dict[str, float]:
+def values_of(measurement: Measurement, stride: int) -> dict[str, float]:
     """Return the values at one level of the model whose features were written last.
 
     "distance" and "r2" are missing if the numbers of channels differ, "fitted" if there are too
@@ -90,6 +88,21 @@ def compare(measurement: Measurement, stride: int) -> dict[str, float]:
         cost = adaptation_cost({"": (source, target, counts)}, resamples=1)
         values["fitted"] = 1 - cost.value
     return values
+
+
+def compare(args):
+    """Return what is written as JSON.
+
+    Raises:
+        InputError: as ``read_models`` and ``measure``, and if the split names no data set.
+    """
+    cfg = build_config(args.config_file, args.opts)
+    models = read_models(args.model)
+    names = cfg.DATASETS[args.split.upper()]
+    if not names:
+        raise InputError(f"no data set is named; set DATASETS.{args.split.upper()}")
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(cfg, models, names, args, Path(folder))
 
 
 def measure(cfg, models, names, args, folder):
@@ -122,7 +135,7 @@ def measure(cfg, models, names, args, folder):
             measurement.add(TARGET, teacher, divisibility)
         measurement.add(STUDENT, model, divisibility, label=name)
         for stride in measurement.strides:
-            values.setdefault(levels[stride], {})[name] = compare(measurement, stride)
+            values.setdefault(levels[stride], {})[name] = values_of(measurement, stride)
         shutil.rmtree(folder / STUDENT)
         del model
         gc.collect()  # models contain reference cycles
@@ -176,58 +189,20 @@ def read_models(given):
     return models
 
 
-def build_parser():
-    """Build the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments=None):
+    """Run the command line; an expected error ends it with one sentence."""
+    parser = parser_for(__doc__, "the student's config")
     add = parser.add_argument
-    add("--config-file", required=True, help="the student's config")
-    add(
-        "--model",
-        nargs=2,
-        action="append",
-        required=True,
-        metavar=("NAME", "WEIGHTS"),
-        help="a checkpoint of the student's net; may be repeated",
-    )
+    model = {"nargs": 2, "action": "append", "metavar": ("NAME", "WEIGHTS"), "required": True}
+    add("--model", **model, help="a checkpoint of the student's net; may be repeated")
     add("--split", choices=("test", "train"), default="test", help="DATASETS.TEST or TRAIN")
     add("--images", type=positive, default=200, help="how many of its images (default: 200)")
-    add(
-        "--cells",
-        type=positive,
-        default=1024,
-        help="most cells per image and level (default: 1024); a model's features take at most a "
-        "gigabyte of the temporary folder, and those of two models are there at a time",
-    )
+    cells = "most cells per image and level (default: 1024); a model's features take at most a "
+    cells += "gigabyte of the temporary folder, and those of two models are there at a time"
+    add("--cells", type=positive, default=1024, help=cells)
     add("--seed", type=int, default=0, help="decides images and cells (default: 0)")
-    add("--json", type=Path, help="also write the numbers to this file")
-    add("--trust-files", action=TrustFiles)
-    add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
-    return parser
-
-
-def main(args):
-    """Run the command line.
-
-    Raises:
-        InputError: as ``read_models`` and ``measure``, and if the split names no data set.
-    """
-    cfg = build_config(args.config_file, args.opts)
-    models = read_models(args.model)
-    names = cfg.DATASETS[args.split.upper()]
-    if not names:
-        raise InputError(f"no data set is named; set DATASETS.{args.split.upper()}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(cfg, models, names, args, Path(folder))
-    print(f"\n{markdown(result)}")
-    if args.json:
-        write_json(args.json, result)
+    report(parser, compare, markdown, arguments)
 
 
 if __name__ == "__main__":
-    arguments = build_parser()
-    try:
-        main(arguments.parse_args())
-    except InputError as error:
-        arguments.error(str(error))
+    main()

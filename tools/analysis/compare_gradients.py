@@ -15,21 +15,18 @@ of KD.LOSSES with respect to the features, at the loss's full weight:
 A loss that pulls mostly outside the boxes, or at few images, teaches little about the objects.
 """
 
-import argparse
 from collections import defaultdict
 from itertools import islice
-from pathlib import Path
 from statistics import fmean
 
 import torch
-from arguments import TrustFiles, positive
+from arguments import parser_for, positive, report
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, attach_teacher, build_config
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer, load_strictly
-from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.losses.terms import read_losses
@@ -169,32 +166,14 @@ def markdown(result):
     return f"{table}\n\n{note} {source_of(result)}"
 
 
-def run(description, measure, markdown):
-    """Run the command line of a measurement on a student's training batches.
-
-    Args:
-        description: the script's docstring.
-        measure: arguments to what is written as JSON.
-        markdown: that to the text that is printed.
-    """
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    add = parser.add_argument
-    add("--config-file", required=True, help="the student's config")
-    add("--weights", default="", help="its checkpoint; default: its start")
-    add("--batches", type=positive, default=8, help="training batches (default: 8)")
-    add("--json", type=Path, help="also write the numbers to this file")
-    add("--trust-files", action=TrustFiles)
-    add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
-    args = parser.parse_args()
-    try:
-        result = measure(args)
-    except InputError as error:
-        parser.error(str(error))
-    print(f"\n{markdown(result)}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, result)
+def build_parser(doc):
+    """Return the parser of a measurement on a student's training batches, with this docstring."""
+    parser = parser_for(doc, "the student's config")
+    parser.add_argument("--weights", default="", help="its checkpoint; default: its start")
+    batches = "training batches (default: 8)"
+    parser.add_argument("--batches", type=positive, default=8, help=batches)
+    return parser
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, markdown)
+    report(build_parser(__doc__), measure, markdown)

@@ -20,7 +20,8 @@ from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
-from compare_gradients import load_student, run, settings_of, source_of
+from arguments import report
+from compare_gradients import build_parser, load_student, settings_of, source_of
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou, pairwise_iou
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
@@ -117,4 +118,4 @@ def markdown(result):
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, markdown)
+    report(build_parser(__doc__), measure, markdown)

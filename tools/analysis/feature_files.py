@@ -17,7 +17,7 @@ from feature_sampling import (
 from tqdm import tqdm
 
 from msad_kd import InputError, TwoResolutionMapper
-from msad_kd.data.loader import CheckedMapper, explain_missing_data
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.distill.teacher import Teacher
 from msad_kd.utils.seed import derive_seed
 
@@ -46,7 +46,7 @@ class Measurement:
         indices = torch.randperm(len(dicts), generator=generator)[:images]
         self.dicts = [dicts[i] for i in indices]
         training_images(len(self.dicts))
-        self.mapper = CheckedMapper(TwoResolutionMapper(cfg, is_train=False, frame="lr"))
+        self.mapper = TwoResolutionMapper(cfg, is_train=False, frame="lr")
         self.folder, self.seed, self.sizes = folder, seed, []
 
     def plan(self, levels: dict[str, dict[str, ShapeSpec]], cells: int) -> None:

@@ -14,7 +14,7 @@ does not read them in training, so its weights fit both.
 import argparse
 
 import torch
-from arguments import TrustFiles, positive
+from arguments import TrustFiles, positive, run
 from fvcore.nn.precise_bn import update_bn_stats
 from tqdm import tqdm
 
@@ -58,14 +58,10 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config-file", required=True, help="the teacher's config")
-    parser.add_argument(
-        "--batches", type=positive, default=200, help="training batches to average over"
-    )
+    batches = "training batches to average over (default: 200)"
+    parser.add_argument("--batches", type=positive, default=200, help=batches)
     parser.add_argument("--trust-files", action=TrustFiles)
     parser.add_argument("source", help="a teacher's checkpoint")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")
-    try:
-        main(parser.parse_args())
-    except InputError as error:
-        parser.error(str(error))
+    run(parser, main)

@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-from arguments import TrustFiles, positive
+from arguments import TrustFiles, positive, run
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.data.classes import with_classes_of
-from msad_kd.data.loader import CheckedMapper, explain_missing_data
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.cost import (
     count_gmacs,
@@ -104,7 +104,7 @@ def measure_costs(candidates, dicts, bar):
     """
     inputs = {}
     for index, candidate in enumerate(candidates):
-        mapper = CheckedMapper(build_mapper(candidate.cfg, is_train=False))
+        mapper = build_mapper(candidate.cfg, is_train=False)
         inputs[index] = [mapper(copy.deepcopy(entry)) for entry in dicts]
     models = {index: candidate.cost_model for index, candidate in enumerate(candidates)}
     latency = time_models(models, inputs, after_round=lambda: bar.update(len(candidates)))
@@ -200,12 +200,7 @@ def main(arguments=None):
     add("--detections", type=positive, default=10, help=detections)
     add("--output", default="output/sweep", help="the folder to write to")
     add("--trust-files", action=TrustFiles)
-    args = parser.parse_args(arguments)
-    try:
-        rows, note = sweep(args)
-    except InputError as error:
-        parser.error(str(error))
-    print(markdown(rows, note))
+    print(markdown(*run(parser, sweep, arguments)))
 
 
 if __name__ == "__main__":

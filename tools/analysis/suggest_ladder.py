@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from adaptation_cost import greedy_order
-from arguments import TrustFiles, positive
+from arguments import TrustFiles, positive, run
 from feature_files import Measurement
 from ladder_pool import STUDENT, Entry, build_student, evaluate, known_aps, read_teachers
 from ladder_report import report
@@ -116,8 +116,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = build_parser()
-    try:
-        main(arguments.parse_args())
-    except InputError as error:
-        arguments.error(str(error))
+    run(build_parser(), main)

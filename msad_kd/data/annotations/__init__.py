@@ -3,7 +3,6 @@
 from msad_kd.data.annotations.annotation_checks import compressed
 from msad_kd.data.annotations.columns import whole_number
 from msad_kd.data.annotations.reading import (
-    POLICIES,
     check_content,
     parse_json,
     read_annotations,

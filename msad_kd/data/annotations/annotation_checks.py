@@ -152,14 +152,13 @@ class AnnotationChecks:
 
     def _check_boxes(self) -> None:
         values = self._column("bbox")
-        given = np.array([row for row, box in enumerate(values) if box is not None], dtype=np.int64)
+        there = np.array([box is not None for box in values])
+        given = np.flatnonzero(there)
         fits, numbers = as_table([values[row] for row in given], 4)
         self._add(given[~fits], "bbox should be 4 numbers", key="bbox")
         boxes = np.full((len(values), 4), np.nan)
         boxes[given[fits]] = numbers
-        missing = np.ones(len(values), dtype=bool)
-        missing[given] = False
-        missing &= self.usable
+        missing = ~there & self.usable
         masked = missing & ~np.isnan(self.mask_areas)
         self._add(missing & ~masked, "bbox is missing, and there is no segmentation")
         self._add(masked, "bbox is missing, and was taken from the segmentation", MENDED)

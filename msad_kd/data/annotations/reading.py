@@ -27,7 +27,6 @@ from msad_kd.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
 
-POLICIES = ("error", "drop")
 _CATEGORY_FIELDS = ("id", "name", "supercategory", "keypoints", "skeleton")
 
 
@@ -61,8 +60,6 @@ def read_annotations(json_file: str, name: str, invalid: str = "error") -> dict:
     Raises:
         InputError: if the file cannot be used; the message names records and causes.
     """
-    if invalid not in POLICIES:
-        raise InputError(f"DATASETS.INVALID_ANNOTATIONS is {invalid!r}; use error or drop")
     source = f"data set '{name}': '{json_file}'"
     with _without_garbage_collection():
         findings = check_content(parse_json(json_file, source))

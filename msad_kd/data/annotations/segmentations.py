@@ -42,60 +42,30 @@ def run_lengths(counts: list) -> tuple[np.ndarray, np.ndarray]:
 
     The number is -1 for counts that are neither a list of numbers nor a text with numbers.
     """
-    packed = [i for i, value in enumerate(counts) if isinstance(value, (str, bytes))]
-    if not packed:
-        return flatten(counts)
-    texts = [_bytes(counts[i]) for i in packed]
-    runs, numbers = _unpack(texts)
-    if len(packed) == len(counts):
-        return runs, numbers
-    rows: list = list(counts)
-    for i, number, end in zip(packed, numbers, np.cumsum(numbers.clip(min=0))):
-        rows[i] = runs[end - number : end].tolist() if number >= 0 else None
-    return flatten(rows)
+    return flatten([_unpack(x) if isinstance(x, (str, bytes)) else x for x in counts])
 
 
-def _bytes(text: str | bytes) -> bytes:
-    if isinstance(text, bytes):
-        return text
-    return text.encode() if text.isascii() else b"\0"  # which is no number either
-
-
-def _unpack(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Unpack compressed counts as pycocotools does, all at once; see ``run_lengths``."""
-    lengths = np.array([len(text) for text in texts], dtype=np.int64)
-    values = np.frombuffer(b"".join(texts), dtype=np.uint8).astype(np.int64) - 48
-    owners = np.repeat(np.arange(len(texts)), lengths)
+def _unpack(text: str | bytes) -> list[int] | None:
+    """Return the run lengths in a text, as pycocotools reads them; None if it holds none."""
+    if isinstance(text, str):
+        if not text.isascii():
+            return None
+        text = text.encode()
+    values = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    if not len(values) or values.min() < 0 or values.max() > 63:
+        return None
     last = (values & 32) == 0  # the last character of a number
-    starts = np.flatnonzero(np.concatenate([[True], last[:-1]])) if len(values) else values
-    sizes = np.diff(np.append(starts, len(values)))
-    bad = np.zeros(len(texts), dtype=bool)
-    bad[lengths == 0] = True
-    bad[owners[(values < 0) | (values > 63)]] = True
-    bad[owners[starts[sizes > _LONGEST]]] = True
-    full = lengths > 0
-    bad[full] |= ~last[np.cumsum(lengths)[full] - 1]
-    if bad.any():  # once more without them: a number may have run from one text into the next
-        numbers = np.full(len(texts), -1, dtype=np.int64)
-        runs, numbers[~bad] = _unpack([text for text, wrong in zip(texts, bad) if not wrong])
-        return runs, numbers
-    if not len(values):
-        return values.astype(float), lengths
+    starts = np.flatnonzero(np.append(True, last[:-1]))
+    sizes = np.diff(starts, append=len(values))
+    if not last[-1] or sizes.max() > _LONGEST:
+        return None
     place = np.arange(len(values)) - np.repeat(starts, sizes)
-    steps = np.add.reduceat((values & 31) << (5 * place), starts)
-    negative = (values[starts + sizes - 1] & 16) != 0
-    steps -= np.where(negative, 1 << (5 * sizes), 0)
-    numbers = np.bincount(owners[starts], minlength=len(texts))
+    runs = np.add.reduceat((values & 31) << (5 * place), starts)
+    runs -= np.where(values[last] & 16, 1 << (5 * sizes), 0)  # negative numbers
     # From the fourth run on, the text has the difference from the run two places before.
-    place = np.arange(len(steps)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-    chain = 3 * owners[starts] + np.where(place == 0, 0, 1 + place % 2)
-    order = np.argsort(chain, kind="stable")
-    sums = np.cumsum(steps[order])
-    first = np.flatnonzero(np.diff(chain[order], prepend=-1))
-    offsets = sums[first] - steps[order][first]
-    runs = np.empty_like(steps)
-    runs[order] = sums - np.repeat(offsets, np.diff(np.append(first, len(steps))))
-    return runs.astype(float), numbers
+    for first in (1, 2):
+        runs[first::2] = np.cumsum(runs[first::2])
+    return runs.tolist()
 
 
 def mask_areas(counts: list, pixels: np.ndarray) -> np.ndarray:
@@ -111,9 +81,7 @@ def mask_areas(counts: list, pixels: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         wrong = reduce_rows(np.logical_or, ~((runs >= 0) & (runs == np.floor(runs))), numbers[good])
         total = reduce_rows(np.add, runs, numbers[good])
-        place = np.arange(len(runs)) - np.repeat(
-            np.cumsum(numbers[good]) - numbers[good], numbers[good]
-        )
-        covered = reduce_rows(np.add, runs * (place % 2), numbers[good])
+        odd = np.concatenate([np.arange(number) % 2 for number in numbers[good]] or [[]])
+        covered = reduce_rows(np.add, runs * odd, numbers[good])
     areas[good] = np.where(~wrong & (total == pixels[good]), covered, np.nan)
     return areas
