@@ -201,10 +201,10 @@ def exported(cfg, model, image, threads):
     return lambda batch: [detector(sample["image"].numpy()) for sample in batch]
 
 
-def time_inference(sides, dicts, batches, onnx):
+def time_inference(sides, dicts, args):
     """Return the latencies of LR and HR by batch size and name; see ``time_models``.
 
-    With ``onnx``, the number of threads, LR runs in onnxruntime, too.
+    With ``--onnx``, LR runs in onnxruntime, too.
     """
     sides = {name: sides[name] for name in ("LR", "HR") if name in sides}
     models = {n: build_model(fix_detections(s.cfg, 10)).eval() for n, s in sides.items()}
@@ -212,12 +212,12 @@ def time_inference(sides, dicts, batches, onnx):
     for name, side in sides.items():
         mapper = DatasetMapper(side.cfg, False)
         inputs[name] = [mapper(copy.deepcopy(entry)) for entry in dicts[:5]]
-    if onnx:
+    if args.onnx:
         image = inputs["LR"][0]["image"]
-        models["LR, onnxruntime"] = exported(sides["LR"].cfg, models["LR"], image, onnx)
+        models["LR, onnxruntime"] = exported(sides["LR"].cfg, models["LR"], image, args.threads)
         inputs["LR, onnxruntime"] = inputs["LR"]
     latency = {}
-    for count in batches:
+    for count in args.inference or [1] * args.onnx:
         repeated = {n: lambda x, m=m, count=count: m(x * count) for n, m in models.items()}
         latency[str(count)] = time_models(repeated, inputs)
     return latency
@@ -246,7 +246,7 @@ def measure(args):
         "batch": args.batch,
         "clock": "CPU time" if args.cpu_time else "wall time",
         "rounds": {name: side.rounds[1:] for name, side in sides.items()},
-        "latency_ms": time_inference(sides, dicts, args.inference, args.onnx and args.threads),
+        "latency_ms": time_inference(sides, dicts, args),
     }
 
 

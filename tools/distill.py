@@ -77,8 +77,8 @@ def write_config(cfg, path, options):
         given = dict(zip(options[::2], options[1::2]))
         length = given.get("SOLVER.MAX_ITER", "")
         if length.isdigit() and "SOLVER.STEPS" not in given:  # the rate falls as late as before
-            share = int(length) / cfg.SOLVER.MAX_ITER
-            options = [*options, "SOLVER.STEPS", tuple(int(share * x) for x in cfg.SOLVER.STEPS)]
+            steps = tuple(x * int(length) // cfg.SOLVER.MAX_ITER for x in cfg.SOLVER.STEPS)
+            options = [*options, "SOLVER.STEPS", steps]
         cfg = build_config(str(part), options)
         if cfg.TEST.PATIENCE:
             raise InputError(
@@ -196,6 +196,7 @@ def summarize(args, cfg):
     """Return the gain over the control, and the commands to type next."""
     models = json.loads((args.output / "table.json").read_text())["models"]
     models = {model["row"]: model for model in models}
+    # Adding 0 turns -0.0 into 0.0.
     gains = [
         f"{name} AP {round(models['student'][kind]['AP'] - models['control'][kind]['AP'], 1) + 0:+}"
         for kind, name in (("bbox", "box"), ("segm", "mask"), ("keypoints", "keypoint"))

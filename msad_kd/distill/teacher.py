@@ -281,14 +281,14 @@ def _warn_of_other_sizes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
     sides = {"MIN_SIZE_TEST": cfg.INPUT.MIN_SIZE_TEST}
     if not cfg.INPUT.JITTER.SIZE:  # of several sizes, smaller ones are augmentation
         sides["MIN_SIZE_TRAIN"] = max(cfg.INPUT.MIN_SIZE_TRAIN)
-    for key, side in {} if teacher_cfg.INPUT.JITTER.SIZE else sides.items():
-        if not min(trained) <= factor * side <= max(trained):
-            logger.warning(
-                f"INPUT.{key} is {cfg.INPUT[key]}, so the teacher gets images of {factor * side} "
-                f"px, but its config '{file}' has INPUT.MIN_SIZE_TRAIN {tuple(trained)}; it is "
-                "weaker at sizes that it was not trained on"
-            )
-            break
+    other = [x for x in sides if not min(trained) <= factor * sides[x] <= max(trained)]
+    if other and not teacher_cfg.INPUT.JITTER.SIZE:
+        key, size = other[0], factor * sides[other[0]]
+        logger.warning(
+            f"INPUT.{key} is {cfg.INPUT[key]}, so the teacher gets images of {size} px, but its "
+            f"config '{file}' has INPUT.MIN_SIZE_TRAIN {tuple(trained)}; it is weaker at sizes "
+            "that it was not trained on"
+        )
     anchors, theirs = (x.MODEL.ANCHOR_GENERATOR.SIZES for x in (cfg, teacher_cfg))
     sides, their_sides = (np.concatenate(sizes) for sizes in (anchors, theirs))
     same = sides.shape == their_sides.shape and np.allclose(factor * sides, their_sides)

@@ -1,4 +1,4 @@
-"""What the command lines of these tools have in common."""
+"""Build and run the command lines of these tools."""
 
 import argparse
 
