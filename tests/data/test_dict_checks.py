@@ -12,6 +12,7 @@ from annotation_files import HEIGHT, valid_content
 from detectron2.data import DatasetMapper
 from pycocotools import mask as mask_util
 
+from msad_kd.data.annotations import read_annotations
 from msad_kd.data.annotations.segmentations import mask_areas, run_lengths
 from msad_kd.data.coco_format import load_checked
 from msad_kd.data.dict_checks import accept_rles, check_masks, check_shapes
@@ -46,6 +47,26 @@ def test_names_that_no_file_can_have(file, files):
     content["images"][0]["file_name"] = file
     with pytest.raises(InputError, match="1 of the 2 images in .* are missing"):
         load_checked(*files(content), "names")
+
+
+def test_an_rle_is_checked_without_decoding_it(files):
+    huge = 100_000
+    content = valid_content()
+    for counts in (
+        [huge * huge],
+        [0, huge * huge],
+        "0" * 40,
+        mask_util.encode(np.ones((9, 9), np.uint8, order="F"))["counts"].decode(),
+    ):
+        mask = {"size": [huge, huge], "counts": counts}
+        for image in (
+            content["images"],
+            [{**x, "height": huge, "width": huge} for x in content["images"]],
+        ):
+            spoiled = {**copy.deepcopy(content), "images": image}
+            spoiled["annotations"][0]["segmentation"] = mask
+            with pytest.raises(InputError, match="size should be|Pillow opens"):
+                read_annotations(files(spoiled)[0], "huge")
 
 
 def test_run_lengths_are_those_of_pycocotools():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -220,6 +221,26 @@ def test_classes_of_another_order_are_refused_in_a_resume_and_warned_of_at_a_sta
     weights = ["MODEL.WEIGHTS", str(runs("SGD") / "model_final.pth")]
     KDTrainer(config("lr", *weights, *keys, *NO_TEST)).resume_or_load(resume=False)
     assert re.search(f"model_final.pth' was trained on the classes {names[0]}", caplog.text)
+
+
+def test_weights_that_become_nan_end_the_run_and_are_not_kept(config):
+    cfg = config("lr", "SOLVER.MAX_ITER", 4, *NO_TEST)
+    step = KDTrainer.run_step
+
+    def spoil(self):
+        step(self)
+        if self.iter == 2:
+            torch.nn.init.constant_(self.model.backbone.fpn_output2.bias, math.nan)
+        if self.iter == 3:
+            pytest.fail("a step with such weights was not noticed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KDTrainer, "run_step", spoil)
+        cfg.SOLVER.CHECKPOINT_PERIOD = 1
+        with pytest.raises(InputError, match="fpn_output2.bias.*the last .*model_0000001.pth"):
+            train(cfg)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    assert train(cfg, resume=True).start_iter == 2
 
 
 def test_a_fresh_run_in_an_old_folder_is_not_mixed_with_it(config, caplog):
