@@ -178,3 +178,12 @@ def test_a_hundred_mutated_files(tmp_path):
 @pytest.mark.long
 def test_two_thousand_mutated_files(tmp_path):
     assert min(run(range(100, 2100), tmp_path).values()) > 400
+
+
+def test_the_checks_of_this_file_can_fail():
+    check_soundness(valid_content())
+    for key, value in (("id", 0), ("bbox", [0, 0, 0, 5]), ("area", 0), ("iscrowd", True)):
+        content = valid_content()
+        content["annotations"][0][key] = value
+        with pytest.raises(AssertionError):
+            check_soundness(content)

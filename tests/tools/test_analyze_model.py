@@ -9,6 +9,7 @@ from helpers import load_tool, run_script
 from torch import nn
 
 from msad_kd import KDTrainer
+from msad_kd.evaluation.cost import count_gmacs
 
 tool = load_tool("analyze_model")
 
@@ -46,7 +47,6 @@ def test_a_teacher_by_branches(config_files, teacher_weights, config, tmp_path):
     assert [cells(line)[0] for line in lines] == parts
     totals = [f"{fused[kind]['total']:.3f}" for kind in ("gmacs", "activations_m")]
     assert cells(lines[-1])[-2:] == totals
-    assert fused["gmacs"]["rest"] == pytest.approx(0, abs=1e-9)  # each layer is of a part
     gmacs = {name: branch["gmacs"] for name, branch in result["branches"].items()}
     for part in ("bottom-up", "FPN"):
         high, low, both = (gmacs[branch][part] for branch in ("hr", "lr", "fused"))
@@ -118,3 +118,16 @@ def test_cost_by_part_by_hand():
         assert list(costs[kind]) == ["bottom-up", "FPN", "dense head", "rest", "total"]
         values = [unit * value for value in costs[kind].values()]
         assert values == pytest.approx([*expected, sum(expected)], abs=1e-3)
+
+
+def test_parts_of_real_models_add_up(config):
+    cfg = config("lr")
+    model = KDTrainer.build_model(cfg).eval()
+    inputs = next(iter(KDTrainer.build_test_loader(cfg, "tiny_val")))
+    costs = tool.cost_by_part(model, inputs)
+    assert costs["gmacs"]["total"] == pytest.approx(count_gmacs(model, inputs))
+    for by_part in costs.values():
+        assert list(by_part) == ["bottom-up", "FPN", "RPN", "RoI heads", "rest", "total"]
+        *parts, total = by_part.values()
+        assert sum(parts) == pytest.approx(total) and min(parts[:-1]) > 0
+        assert by_part["rest"] == pytest.approx(0, abs=1e-9)

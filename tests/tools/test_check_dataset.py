@@ -45,6 +45,23 @@ def check(mine, capsys):
     return run
 
 
+def annotation(**changes):
+    """Return a change of the first annotation, number 11; None removes a key."""
+
+    def spoil(content, _):
+        first = content["annotations"][0]
+        first.update(changes)
+        for key in [key for key, value in changes.items() if value is None]:
+            del first[key]
+
+    return spoil
+
+
+def of(plural, **changes):
+    """Return a change of the second entry of a list."""
+    return lambda content, _: content[plural][1].update(changes)
+
+
 def cut(content, folder):
     """Keep the header of an image, and little more."""
     path = folder / "photos" / "7.png"
@@ -52,15 +69,21 @@ def cut(content, folder):
 
 
 BROKEN = {
-    "no image has its image_id, not 99": lambda x, _: x["annotations"][0].update(image_id=99),
-    "it has no list of categories": lambda x, _: x.pop("categories"),
-    "no image has an object": lambda x, _: x["annotations"].clear(),
-    "1 of the 2 images": lambda _, folder: (folder / "photos/9.png").unlink(),
+    "no image has its image_id, not 99": annotation(image_id=99),
+    "bbox lies outside the image, not [70, 5, 20, 20]": annotation(bbox=[70, 5, 20, 20]),
+    "bbox is missing, and there is no segmentation": annotation(bbox=None, segmentation=[]),
+    "a polygon should have at least 6 numbers": annotation(segmentation=[[1, 2, 3, 4]]),
+    "segmentation lies outside the image": annotation(segmentation=[[90, 9, 99, 9, 99, 19]]),
+    "the RLE's size should be": annotation(segmentation={"size": [9, 9], "counts": [0, 81]}),
+    "another image has the same id": of("images", id=7),
+    "it has no list of categories": lambda content, _: content.pop("categories"),
+    "no image has an object": lambda content, _: content["annotations"].clear(),
+    "1 of the 2 images": lambda _, folder: (folder / "photos" / "9.png").unlink(),
     "7.png' cannot be read (image file is truncated)": cut,
     "9.png' cannot be read (it is no image)": lambda _, folder: (
-        folder / "photos/9.png"
+        folder / "photos" / "9.png"
     ).write_text("text"),
-    "got (60, 40), expect (60, 80)": lambda x, _: x["images"][1].update(height=80),
+    "got (60, 40), expect (60, 80)": of("images", height=80),
 }
 
 
