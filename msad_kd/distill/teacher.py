@@ -22,7 +22,7 @@ from msad_kd.config.build import check_parts, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.data.classes import model_classes
 from msad_kd.losses.terms import read_losses
-from msad_kd.modeling.capture import answering, computing
+from msad_kd.modeling.capture import answering, computing, scoring_above
 from msad_kd.modeling.classes import is_a, number_of_classes
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.inference import for_inference
@@ -128,12 +128,13 @@ class Teacher:
             return backbone(low if high is None else high)
 
     @torch.no_grad()
-    def detect(self, batched_inputs: list[dict], pyramid: Pyramid) -> list[Instances]:
+    def detect(self, batched_inputs: list[dict], pyramid: Pyramid, above=0.0) -> list[Instances]:
         """Return the detections in a student's batch, in the frame of its ``image``.
 
         Args:
             batched_inputs: as for ``pyramid``.
             pyramid: what ``pyramid`` returned for them; the backbone is not run again.
+            above: what a score has to exceed, if the model's own threshold is lower.
         """
         model, sizes = self.model, [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         mine = [tuple(self.image_scale * side for side in size) for size in sizes]
@@ -144,6 +145,7 @@ class Teacher:
         with (
             replaced(model, preprocess_image=lambda *_: images),
             answering(model.backbone, pyramid),
+            scoring_above(model, above),
         ):
             return [x["instances"] for x in stock.forward(frames)]
 
@@ -206,9 +208,8 @@ class TeacherSpec:
         _check_images(cfg, teacher_cfg)
         _warn_of_other_sizes(cfg, teacher_cfg)
         teacher_cfg.freeze()
-        needs = [
-            f"the loss {x.name} of KD.LOSSES" for x in read_losses(cfg.KD.LOSSES) if x.by_class
-        ]
+        losses = [x.name for x in read_losses(cfg.KD.LOSSES) if x.by_class]
+        needs = [f"the loss {name} of KD.LOSSES" for name in losses]
         # Predictors of another size are not copied.
         if keys.INIT_STUDENT and number_of_classes(cfg) == number_of_classes(teacher_cfg):
             needs.append("KD.TEACHER.INIT_STUDENT True")

@@ -92,7 +92,8 @@ class UnlabeledImages:
         if any(x is None for x in labels):
             heads = getattr(student, "roi_heads", None)
             parts = getattr(heads, "mask_on", False), getattr(heads, "keypoint_on", False)
-            found = [self.select(x, *parts) for x in teacher.detect(inputs, pyramid)]
+            above = self.ignore_score - 1e-6  # `select` keeps a score that is equal to it
+            found = [self.select(x, *parts) for x in teacher.detect(inputs, pyramid, above)]
             labels = [mine if mine is not None else other for mine, other in zip(labels, found)]
         return [{**x, "instances": y} for x, y in zip(inputs, labels)], pyramid
 

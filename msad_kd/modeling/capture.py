@@ -31,6 +31,19 @@ def answering(module: nn.Module, output: Any):
 
 
 @contextmanager
+def scoring_above(detector: nn.Module, score: float):
+    """Let a detector return no detections of lower scores, nor compute their masks.
+
+    Suppression and the limit per image go by score, so the others stay the same.
+    """
+    with ExitStack() as raised:
+        for part in detector.modules():  # a dense detector itself, or each box predictor
+            if getattr(part, "test_score_thresh", score) < score:
+                raised.enter_context(replaced(part, test_score_thresh=score))
+        yield
+
+
+@contextmanager
 def computing(backbone: nn.Module, levels: Iterable[str]):
     """Let an FPN compute only these levels and what they are made of; the others are None.
 

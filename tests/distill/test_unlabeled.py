@@ -196,6 +196,28 @@ def test_the_teacher_detects_in_the_step_what_it_detects_by_itself(
         assert one.has("pred_masks") == (detector == "mask_rcnn")
 
 
+@every_detector
+def test_what_is_no_label_is_not_detected(detector, student_config, batch):
+    student = build_student(student_config(*labels_of(detector)))
+    inputs = batch(student_config(), "lr", count=2)
+    padded = tuple(student.preprocess_image(inputs).tensor.shape[-2:])
+    pyramid = student.teacher.pyramid(inputs, padded)
+    every = student.teacher.detect(inputs, pyramid)
+    middle = torch.cat([x.scores for x in every]).median().item()
+    for above in (middle, middle - 1e-6):
+        few = student.teacher.detect(inputs, pyramid, above)
+        for one, others in zip(few, every, strict=True):
+            kept = others[others.scores > above]
+            assert torch.equal(one.scores, kept.scores)
+            assert torch.equal(one.pred_classes, kept.pred_classes)
+            assert torch.equal(one.pred_boxes.tensor, kept.pred_boxes.tensor)
+            if detector == "mask_rcnn":
+                assert torch.equal(one.pred_masks, kept.pred_masks)
+    assert sum(map(len, few)) < sum(map(len, every))
+    again = student.teacher.detect(inputs, pyramid)
+    assert [len(x) for x in again] == [len(x) for x in every]
+
+
 def test_keypoints_of_a_plain_teacher_without_distillation(student_config, config, batch):
     points = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
     points += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,), "KD.LOSSES", []]
