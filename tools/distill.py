@@ -30,6 +30,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import replacing
 from msad_kd.checkpoint.reading import fetch
 from msad_kd.config.build import build_config
@@ -118,28 +119,38 @@ def make_configs(args, options) -> dict[str, CfgNode]:
     }
 
 
+def check_weights(args, configs):
+    """Check that the checkpoints that are named fit the configs that they are measured with."""
+    for option, role in (("weights", "hr"), ("teacher", "teacher"), ("baseline", "control")):
+        if path := getattr(args, option):
+            config = args.output / "configs" / f"{role}.yaml"
+            KDTrainer.load_model(configs[role], path, f"the config '{config}' of --{option}")
+
+
 def make_grid(args, configs):
     """Write OUTPUT/grid.yaml, the study of teacher, control and student, and return its path."""
     rows = {
         "hr": {"title": "high resolution", "checkpoint": args.weights},
         "teacher": {"title": "teacher, fused branch", "checkpoint": args.teacher or ""},
+        "baseline": {"title": "LR without a teacher", "checkpoint": args.baseline},
         "control": {"title": "control", "options": {"MODEL.WEIGHTS": "{teacher}"}},
         "student": {"title": "student", "options": {"KD.TEACHER.WEIGHTS": "{teacher}"}},
     }
     for name, row in rows.items():
-        row["config"] = str(args.output / "configs" / f"{name}.yaml")
+        config = "control" if name == "baseline" else name
+        row["config"] = str(args.output / "configs" / f"{config}.yaml")
     rows["student"]["test_config"] = rows["control"]["config"]
-    if not args.weights:
-        del rows["hr"]
-    if not args.control:
-        del rows["control"]
+    given = {"hr": args.weights, "baseline": args.baseline, "control": args.control}
+    rows = {name: row for name, row in rows.items() if given.get(name, True)}
     grid = {
         "output": str(args.output),
         "seeds": [SEED],
         "detections": min(args.detections, configs["student"].TEST.DETECTIONS_PER_IMAGE),
         "rows": rows,
         "comparison": list(rows),
-        "scenes": {row["title"]: name for name, row in rows.items() if name != "teacher"},
+        "scenes": {
+            rows[name]["title"]: name for name in ("hr", "control", "student") if name in rows
+        },
     }
     path = args.output / "grid.yaml"
     with replacing(path) as part:
@@ -193,15 +204,18 @@ def export_student(args, cfg):
 
 
 def summarize(args, cfg):
-    """Return the gain over the control, and the commands to type next."""
+    """Return the gains over control and baseline, and the commands to type next."""
     models = json.loads((args.output / "table.json").read_text())["models"]
     models = {model["row"]: model for model in models}
-    # Adding 0 turns -0.0 into 0.0.
-    gains = [
-        f"{name} AP {round(models['student'][kind]['AP'] - models['control'][kind]['AP'], 1) + 0:+}"
-        for kind, name in (("bbox", "box"), ("segm", "mask"), ("keypoints", "keypoint"))
-        if "control" in models and kind in models["control"]
-    ]
+    titles, lines = {"control": "its control", "baseline": "LR without a teacher"}, []
+    for other in [name for name in titles if name in models]:
+        gains = [
+            # Adding 0 turns -0.0 into 0.0.
+            f"{name} AP {round(models['student'][kind]['AP'] - models[other][kind]['AP'], 1) + 0:+}"
+            for kind, name in (("bbox", "box"), ("segm", "mask"), ("keypoints", "keypoint"))
+            if kind in models[other]
+        ]
+        lines.append(f"The student against {titles[other]}, one seed: {', '.join(gains)}")
     weights = args.output / "student" / f"seed_{SEED}" / "model_final.pth"
     model = ["--config-file", args.output / "configs" / "control.yaml", "--weights", weights]
 
@@ -214,7 +228,7 @@ def summarize(args, cfg):
         commands.append(command("export_model", *onnx))
     return "\n".join(
         [
-            f"The student against its control, one seed: {', '.join(gains)}" if gains else "",
+            *lines,
             f"The exported student is in '{args.output / 'export'}', a picture in "
             f"'{args.output / 'scenes.png'}'. Next:",
             *commands,
@@ -231,6 +245,7 @@ def parse_arguments(arguments=None):
     add("--output", required=True, type=Path, help="folder of configs, runs and results")
     add("--weights", help="the trained high-resolution detector, which the teacher starts from")
     add("--teacher", metavar="FILE", help="a teacher that this command trained; trains none")
+    add("--baseline", metavar="FILE", help="a detector of the student's resolution to compare with")
     add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
     add("--no-control", dest="control", action="store_false", help="leave the control out")
     add("--detections", type=study.natural, default=100, help="an image, to measure costs at")
@@ -248,10 +263,11 @@ def main(arguments=None):
         os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
     )
     try:
-        for name in ("weights", "teacher"):
+        for name in ("weights", "teacher", "baseline"):
             if path := getattr(args, name):
                 setattr(args, name, os.path.abspath(fetch(path, f"--{name}")))
         configs = make_configs(args, split_roles(args.opts))
+        check_weights(args, configs)
         grid = make_grid(args, configs)
         print(describe(configs))
     except InputError as error:

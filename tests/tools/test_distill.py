@@ -81,6 +81,7 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
         (["--config-file", "nowhere.yaml"], "'nowhere.yaml' is no file and not in the model zoo"),
         (["--config-file", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"], "Python config"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--baseline", "nowhere.pth"], "--baseline"),
         (["judge:SOLVER.MAX_ITER", "3"], "there is no role 'judge'"),
         (["SOLVER.MAX_ITER"], "'SOLVER.MAX_ITER' has no value"),
         (["--scale", "3"], "3"),
@@ -94,6 +95,13 @@ def test_what_is_wrong_ends_in_one_sentence(config_files, tmp_path, arguments, w
     with pytest.raises(SystemExit, match="^distill.py: ") as end:
         load_tool("tools.distill").main([*given, *arguments])
     assert words in str(end.value) and "\n" not in str(end.value)
+
+
+def test_a_baseline_of_another_kind_is_refused_before_anything_is_trained(hr_of, tmp_path):
+    config, weights = hr_of("retinanet")  # which makes its last levels from others than at LR
+    given = ["--config-file", config, "--output", str(tmp_path), "--baseline", str(weights)]
+    with pytest.raises(SystemExit, match="does not fit the config '.*control.yaml' of --baseline"):
+        load_tool("tools.distill").main([*given, "--dry-run"])
 
 
 def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
@@ -188,6 +196,7 @@ def test_what_is_derived_of_the_model_zoo_trains_a_step_on_coco(name, tmp_path):
 def test_killed_and_typed_again_it_ends_with_a_table(detector, hr_of, tmp_path):
     config, weights = hr_of(detector)
     command = ["tools/distill.py", "--config-file", config, "--weights", str(weights)]
+    command += ["--baseline", str(weights)] * (detector == "mask_rcnn")  # has the same levels
     command += ["--output", str(tmp_path / "out"), "SOLVER.MAX_ITER", "4"]
     first = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ)
     checkpoint = tmp_path / "out" / "teacher" / "seed_1" / "model_final.pth"
@@ -199,10 +208,14 @@ def test_killed_and_typed_again_it_ends_with_a_table(detector, hr_of, tmp_path):
     first.wait()
     made = checkpoint.stat().st_mtime_ns
     done = run_script(*command)
-    assert "high resolution" in done.stdout and "against its control" in done.stdout
+    assert "high resolution" in done.stdout
+    others = {"baseline": "LR without a teacher", "control": "its control"}
+    others = others if "--baseline" in command else {"control": others["control"]}
+    for other in others.values():
+        assert re.search(rf"The student against {other}, one seed: box AP [+-]", done.stdout)
     assert checkpoint.stat().st_mtime_ns == made  # it went on
     table = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [x["row"] for x in table["models"]] == ["hr", "teacher", "control", "student"]
+    assert [x["row"] for x in table["models"]] == ["hr", "teacher", *others, "student"]
     grid = yaml.safe_load((tmp_path / "out" / "grid.yaml").read_text())
     assert grid["rows"]["hr"]["checkpoint"] == str(weights)
     for made in ("scenes.png", "ap_cost.png", "data/sizes.png", "export/config.yaml"):
