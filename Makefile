@@ -5,23 +5,36 @@ PYTHON ?= python3
 ARGS ?=
 RUN = .venv/bin/python
 
-.PHONY: help demo demo-full study test test-long lint clean
+.PHONY: help demo nuclei demo-full study test test-long lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@echo "make TARGET [PYTHON=python3.11] [ARGS='...' for demo and study]"
+	@echo "make TARGET [PYTHON=python3.11] [ARGS='...' for demo, nuclei and study]"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
 SHAPES = projects/Shapes/checkpoints
 demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes on a CPU
-	$(RUN) projects/Shapes/generate.py --output "$${DETECTRON2_DATASETS:-datasets}/shapes" --train 300 \
-	    --val 1000 --classes 5 --difficulty 0.1 --hue-spread 50 --min-radius 6 --max-radius 30 --max-shapes 8
-	$(RUN) tools/distill.py --config-file configs/Shapes/demo.yaml --weights $(SHAPES)/hr.pth \
-	    --teacher $(SHAPES)/teacher_multi_size.pth --detections 10 --output output/shapes/demo $(ARGS) \
-	    student:KD.LOSSES "[{name: l1, weight: 0.6, warmup_iters: 100}, \
+	$(RUN) projects/Shapes/generate.py --output "$${DETECTRON2_DATASETS:-datasets}/shapes_384" --train 120 \
+	    --val 200 --size 384 --classes 5 --difficulty 0.1 --hue-spread 50 --min-radius 2 --max-radius 10 \
+	    --min-shapes 12 --max-shapes 40
+	$(RUN) tools/distill.py --config-file configs/Shapes/demo.yaml --weights $(SHAPES)/hr_384.pth \
+	    --teacher $(SHAPES)/teacher_384.pth --baseline $(SHAPES)/lr_384.pth --detections 30 \
+	    --output output/shapes/demo $(ARGS) student:KD.LOSSES \
+	    "[{name: l1, weight: 0.6, warmup_iters: 100}, \
 	        {name: ssim, weight: 10.0, levels: [p2], warmup_iters: 100}]"
 
-demo-full: .venv/.ready ## the same, with high resolution and teacher trained too, in hours
+NUCLEI = projects/Nuclei/checkpoints
+ZIP = stage1_train.zip
+nuclei: .venv/.ready ## the same on real images, labels for 10 % of them, within an hour: ZIP=FILE
+	@[ -d "$${DETECTRON2_DATASETS:-datasets}/nuclei" ] || $(RUN) projects/Nuclei/prepare.py $(ZIP) \
+	    --output "$${DETECTRON2_DATASETS:-datasets}/nuclei"
+	$(RUN) tools/distill.py --config-file configs/Nuclei/demo.yaml --weights $(NUCLEI)/hr_10.pth \
+	    --teacher $(NUCLEI)/teacher_10.pth --baseline $(NUCLEI)/lr_10.pth --detections 100 \
+	    --output output/nuclei/demo $(ARGS) student:DATASETS.UNLABELED "[nuclei_train]" \
+	    student:SOLVER.UNLABELED_PER_BATCH 4 student:KD.UNLABELED.PSEUDO_LABELS True student:KD.LOSSES \
+	    "[{name: roi_class, weight: 1.0}, {name: roi_box, weight: 1.0}, {name: roi_mask, weight: 1.0}]"
+
+demo-full: .venv/.ready ## every model of the demo trained, with three seeds of the students, in hours
 	$(RUN) projects/study/run.py --grid projects/Shapes/demo_full.yaml $(ARGS)
 
 study: .venv/.ready ## every method against every control on several seeds, in hours; resumable
