@@ -62,7 +62,7 @@ def export_traced(cfg, model, args):
     metadata = describe_model(cfg, model, args.format, resize=resize)
     images = read_images(cfg, args.images, args.count)
     pixels = at_three_sizes(images[0], metadata)[0]
-    path = os.path.join(args.output, FILES[args.format])
+    path = os.path.join(args.output, f"unchecked_{FILES[args.format]}")
     export = {"onnx": export_onnx, "torchscript": export_torchscript}[args.format]
     export(detector, torch.as_tensor(pixels).float(), path, metadata)
     loaded = OnnxDetector(path, 1) if args.format == "onnx" else as_arrays(torch.jit.load(path))
@@ -90,12 +90,27 @@ def export_model(args):
         write_json(os.path.join(args.output, "parity.json"), report)
         print(table(report))
     write_json(os.path.join(args.output, "metadata.json"), metadata)
-    if report and not report["passed"]:
-        words = ", ".join(
-            f"{k} {v:.3g} ({report['limits'][k]})" for k, v in report["largest"].items()
-        )
-        raise InputError(f"the exported model differs from PyTorch's; largest (limit): {words}")
+    if report:
+        take_if_equal(report, args.output, FILES[args.format])
     return report
+
+
+def take_if_equal(report, folder, name):
+    """Give a traced model its own name if it passed; otherwise say how much it differs.
+
+    A model of an earlier export is removed then, so that nobody takes it for this one.
+    """
+    path, unchecked = os.path.join(folder, name), os.path.join(folder, f"unchecked_{name}")
+    if report["passed"]:
+        os.replace(unchecked, path)
+        return
+    if os.path.exists(path):
+        os.remove(path)
+    words = ", ".join(f"{k} {v:.3g} ({report['limits'][k]})" for k, v in report["largest"].items())
+    raise InputError(
+        f"the exported model differs from PyTorch's; largest (limit): {words}; it is kept as "
+        f"'{unchecked}'"
+    )
 
 
 def positive(text):

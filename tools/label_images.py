@@ -24,7 +24,6 @@ from detectron2.data import DatasetCatalog, MapDataset, MetadataCatalog
 from detectron2.data.build import trivial_batch_collator
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from msad_kd import KDTrainer
@@ -36,7 +35,7 @@ from msad_kd.data.coco_format import load_folder
 from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
-from msad_kd.evaluation.rle import instances_to_coco_json
+from msad_kd.evaluation.rle import coco_annotations
 from msad_kd.utils.errors import InputError, input_error_of, nearest
 from msad_kd.utils.hashes import hash_file, split_hash
 from msad_kd.utils.unpickle import TrustFiles
@@ -90,15 +89,7 @@ def annotations_of(found: Instances, image_id, classes: int, min_score: float) -
     keep = (found.scores >= min_score) & (found.pred_classes < classes)
     if found.has("pred_masks"):
         keep &= found.pred_masks.flatten(1).any(dim=1)
-    annotations = instances_to_coco_json(found[keep], image_id)
-    for entry in annotations:
-        entry["category_id"] += 1
-        entry["iscrowd"], entry["area"] = 0, entry["bbox"][2] * entry["bbox"][3]
-        if "segmentation" in entry:
-            entry["area"] = float(mask_util.area(entry["segmentation"]))
-        if points := entry.get("keypoints"):
-            points[2::3] = [2] * (len(points) // 3)  # visible; the model gives a score here
-    return annotations
+    return coco_annotations(found[keep], image_id)
 
 
 @torch.no_grad()

@@ -11,11 +11,10 @@ from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import VisImage, Visualizer
 from PIL import Image
-from pycocotools import mask as mask_util
 
 from msad_kd import InputError
 from msad_kd.checkpoint.files import write_json
-from msad_kd.evaluation.rle import instances_to_coco_json
+from msad_kd.evaluation.rle import coco_annotations
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
@@ -185,18 +184,9 @@ class CocoFile:
         height, width = instances.image_size
         image_id = len(images) + 1
         images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for found in instances_to_coco_json(instances, image_id):
-            area = found["bbox"][2] * found["bbox"][3]
-            if mask := found.get("segmentation"):
-                area = float(mask_util.area(mask)) or area
-                if not mask_util.area(mask):  # COCO format has no mask of nothing
-                    del found["segmentation"]
-            if points := found.get("keypoints"):  # COCO format has no scores here, but visibilities
-                found["keypoint_scores"], found["num_keypoints"] = points[2::3], len(points) // 3
-                points[2::3] = [2] * (len(points) // 3)
-            self.classes = max(self.classes, found["category_id"] + 1)
-            found["category_id"] += 1  # ids begin at 1
-            annotations.append({"id": len(annotations) + 1, **found, "area": area, "iscrowd": 0})
+        for found in coco_annotations(instances, image_id):
+            self.classes = max(self.classes, found["category_id"])
+            annotations.append({"id": len(annotations) + 1, **found})
 
     def write(self, path: str) -> None:
         """Write the file."""

@@ -1,4 +1,4 @@
-"""Masks as COCO's compressed RLE: pycocotools' own bits in a fifth of its time."""
+"""Detections as COCO has them; masks become RLE in a fifth of pycocotools' time, to the bit."""
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -21,6 +21,29 @@ def instances_to_coco_json(found: Instances, image_id: int) -> list[dict]:
         rles = encode(masks.numpy(), found.pred_boxes.tensor.numpy())
         results = [{**result, "segmentation": rle} for result, rle in zip(results, rles)]
     return results
+
+
+def coco_annotations(found: Instances, image_id: int) -> list[dict]:
+    """Return detections as annotations of COCO format, without ids.
+
+    Classes begin at 1. There is no segmentation where a mask has no pixel. All keypoints count as
+    visible; their scores are in "keypoint_scores".
+
+    Args:
+        found: the detections of an image, on the CPU; their keypoints are changed in place.
+        image_id: the image's id.
+    """
+    annotations = []
+    for entry in instances_to_coco_json(found, image_id):
+        area = entry["bbox"][2] * entry["bbox"][3]
+        if (mask := entry.pop("segmentation", None)) and (pixels := float(mask_util.area(mask))):
+            entry["segmentation"], area = mask, pixels
+        if points := entry.get("keypoints"):
+            entry["keypoint_scores"], entry["num_keypoints"] = points[2::3], len(points) // 3
+            points[2::3] = [2] * entry["num_keypoints"]
+        entry["category_id"] += 1
+        annotations.append({**entry, "area": area, "iscrowd": 0})
+    return annotations
 
 
 def encode(masks: np.ndarray, boxes: np.ndarray) -> list[dict]:

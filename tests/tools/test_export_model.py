@@ -78,7 +78,9 @@ def test_a_model_that_differs_exits_with_1(export, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="differs from PyTorch's.* scores 0.0") as stop:
         export("torchscript")
     assert isinstance(stop.value.code, str)  # Python prints it and exits with 1
-    assert not json.loads((tmp_path / "exported" / "parity.json").read_text())["passed"]
+    folder = tmp_path / "exported"
+    assert not json.loads((folder / "parity.json").read_text())["passed"]
+    assert (folder / "unchecked_model.ts").exists() and not (folder / "model.ts").exists()
 
 
 @pytest.mark.parametrize(
