@@ -157,7 +157,7 @@ def test_student_and_control_differ_in_the_distillation_alone():
 def test_the_other_grids_can_be_read(name, tmp_path):
     grid = read_grid(f"projects/Shapes/{name}.yaml")
     cells = make_cells(grid, tmp_path)
-    ((folder, data),) = grid.data.items()
+    ((folder, data), *_) = grid.data.items()
     for cell in cells.values():
         cfg = build_config(cell.row.config, ["MODEL.DEVICE", "cpu"])
-        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == data["classes"] and {*cell.data} == {folder}
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == data["classes"] and folder in cell.data

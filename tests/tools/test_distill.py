@@ -18,6 +18,8 @@ from helpers import NO_TEST, ROOT, load_tool, run_script, train
 
 from msad_kd.config.build import build_config
 from msad_kd.utils.flat_config import flatten_config
+from projects.study.cells import make_cells
+from projects.study.grid import read_grid
 
 COCO = ROOT.parent / "shared" / "data" / "coco_100"
 
@@ -122,19 +124,37 @@ def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
     assert said == [False, False, True]
 
 
-def test_the_demo_trains_what_the_study_measured(tmp_path):
-    """`make demo` derives the student and the control of the study."""
-    said = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
+@pytest.mark.parametrize(
+    ("target", "grid", "rows"),
+    [
+        ("demo", "Shapes/demo_full", {"student": "student/1", "control": "control/1"}),
+        (
+            *("nuclei", "Nuclei/study"),
+            {"student": "student-unlabeled-10/1", "control": "control-10/1"},
+        ),
+    ],
+)
+def test_make_trains_what_the_study_measured(target, grid, rows, tmp_path, monkeypatch):
+    """`make demo` and `make nuclei` derive the student and the control of a study."""
+    said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True).stdout
     (words,) = (x for x in said.replace("\\\n", "").splitlines() if "distill.py" in x)
     words = shlex.split(words)[2:]
     words[words.index("--output") + 1] = str(tmp_path)
     run_script("tools/distill.py", "--dry-run", *words)
-    for role, config in (("student", "student_multi_size"), ("control", "control")):
-        derived, shipped = (
-            flatten_config(build_config(str(path), ["MODEL.DEVICE", "cpu"]))
-            for path in (tmp_path / f"configs/{role}.yaml", ROOT / f"configs/Shapes/{config}.yaml")
+    monkeypatch.chdir(ROOT)
+    cells = make_cells(read_grid(ROOT / f"projects/{grid}.yaml"), tmp_path)
+    for role, row in rows.items():
+        cell, cpu = cells[row], ["MODEL.DEVICE", "cpu"]
+        derived = flatten_config(build_config(str(tmp_path / f"configs/{role}.yaml"), cpu))
+        shipped = flatten_config(build_config(cell.row.config, [*cell.options, *cpu]))
+        other = (
+            "WEIGHTS",
+            "CONFIG_FILE",
+            "OUTPUT_DIR",
+            "KD.TEACHER.EVAL",
+            "TEST.AUG",
+            "DATASETS.TEST",
         )
-        other = ("WEIGHTS", "CONFIG_FILE", "OUTPUT_DIR", "KD.GRADIENT_RATIO_PERIOD", "TEST.AUG")
         for key in [key for key in shipped if not any(x in key for x in other)]:
             ours, theirs = (json.loads(json.dumps(x[key])) for x in (derived, shipped))  # lists
             assert ours == theirs, key
