@@ -91,7 +91,7 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.KD.SCALE = 2
     # The distillation losses (L_KD), a list of dicts:
     #   name: a loss in DISTILL_LOSS_REGISTRY (between feature maps), ROI_LOSS_REGISTRY (between
-    #     what the RoI heads of student and teacher predict for the student's proposals) or
+    #     what the RoI heads of student and teacher predict for the same proposals) or
     #     DENSE_LOSS_REGISTRY (between what dense heads or RPNs predict at every anchor).
     #   weight: its weight in the total loss; feature losses are summed over their levels.
     #   warmup_iters: the iterations over which the weight rises linearly from 0; default 0.
