@@ -13,15 +13,19 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
 SHAPES = projects/Shapes/checkpoints
+SCENES = --size 384 --classes 5 --difficulty 0.1 --hue-spread 50 --min-radius 2 --max-radius 10 \
+    --min-shapes 12 --max-shapes 40
+ROIS = {name: roi_class, weight: 1.0}, {name: roi_box, weight: 1.0}, {name: roi_mask, weight: 1.0}
 demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes on a CPU
-	$(RUN) projects/Shapes/generate.py --output "$${DETECTRON2_DATASETS:-datasets}/shapes_384" --train 120 \
-	    --val 200 --size 384 --classes 5 --difficulty 0.1 --hue-spread 50 --min-radius 2 --max-radius 10 \
-	    --min-shapes 12 --max-shapes 40
+	$(RUN) projects/Shapes/generate.py --output "$${DETECTRON2_DATASETS:-datasets}/shapes_384" \
+	    --train 120 --val 200 $(SCENES)
+	$(RUN) projects/Shapes/generate.py --output "$${DETECTRON2_DATASETS:-datasets}/shapes_384_unlabeled" \
+	    --train 480 --val 1 --seed 2 $(SCENES)
 	$(RUN) tools/distill.py --config-file configs/Shapes/demo.yaml --weights $(SHAPES)/hr_384.pth \
 	    --teacher $(SHAPES)/teacher_384.pth --baseline $(SHAPES)/lr_384.pth --detections 30 \
-	    --output output/shapes/demo $(ARGS) student:KD.LOSSES \
-	    "[{name: l1, weight: 0.6, warmup_iters: 100}, \
-	        {name: ssim, weight: 10.0, levels: [p2], warmup_iters: 100}]"
+	    --output output/shapes/demo $(ARGS) student:DATASETS.UNLABELED "[shapes_384_unlabeled]" \
+	    student:SOLVER.UNLABELED_PER_BATCH 2 student:KD.UNLABELED.PSEUDO_LABELS True \
+	    student:KD.LOSSES "[$(ROIS)]"
 
 NUCLEI = projects/Nuclei/checkpoints
 ZIP = stage1_train.zip
@@ -31,8 +35,8 @@ nuclei: .venv/.ready ## the same on real images, labels for 10 % of them, within
 	$(RUN) tools/distill.py --config-file configs/Nuclei/demo.yaml --weights $(NUCLEI)/hr_10.pth \
 	    --teacher $(NUCLEI)/teacher_10.pth --baseline $(NUCLEI)/lr_10.pth --detections 100 \
 	    --output output/nuclei/demo $(ARGS) student:DATASETS.UNLABELED "[nuclei_train]" \
-	    student:SOLVER.UNLABELED_PER_BATCH 4 student:KD.UNLABELED.PSEUDO_LABELS True student:KD.LOSSES \
-	    "[{name: roi_class, weight: 1.0}, {name: roi_box, weight: 1.0}, {name: roi_mask, weight: 1.0}]"
+	    student:SOLVER.UNLABELED_PER_BATCH 4 student:KD.UNLABELED.PSEUDO_LABELS True \
+	    student:KD.LOSSES "[$(ROIS)]"
 
 demo-full: .venv/.ready ## every model of the demo trained, with three seeds of the students, in hours
 	$(RUN) projects/study/run.py --grid projects/Shapes/demo_full.yaml $(ARGS)
@@ -54,9 +58,10 @@ lint: .venv/.ready ## check the style of the code
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-clean: ## remove .venv, caches, output, datasets/shapes and datasets/shapes_fresh
-	@echo "Removing .venv, caches, output, datasets/shapes and datasets/shapes_fresh"
-	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info output datasets/shapes datasets/shapes_fresh
+MADE = $(addprefix datasets/,shapes shapes_fresh shapes_384 shapes_384_unlabeled shapes_384_fresh)
+clean: ## remove .venv, caches, output and the generated data sets
+	@echo "Removing .venv, caches, output, $(MADE)"
+	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info output $(MADE)
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.ready: requirements.txt tools/install_detectron2.py
