@@ -30,8 +30,7 @@ demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes 
 NUCLEI = projects/Nuclei/checkpoints
 ZIP = stage1_train.zip
 nuclei: .venv/.ready ## the same on real images, labels for 10 % of them, within an hour: ZIP=FILE
-	@[ -d "$${DETECTRON2_DATASETS:-datasets}/nuclei" ] || $(RUN) projects/Nuclei/prepare.py $(ZIP) \
-	    --output "$${DETECTRON2_DATASETS:-datasets}/nuclei"
+	@[ -d "$${DETECTRON2_DATASETS:-datasets}/nuclei" ] || $(RUN) projects/Nuclei/prepare.py $(ZIP)
 	$(RUN) tools/distill.py --config-file configs/Nuclei/demo.yaml --weights $(NUCLEI)/hr_10.pth \
 	    --teacher $(NUCLEI)/teacher_10.pth --baseline $(NUCLEI)/lr_10.pth --detections 100 \
 	    --output output/nuclei/demo $(ARGS) student:DATASETS.UNLABELED "[nuclei_train]" \
