@@ -38,6 +38,20 @@ def test_every_result_belongs_to_a_cell_of_the_study(study):
     assert len(found) == 224 and found == {key: cells[key].fingerprint for key in found}
 
 
+@pytest.mark.parametrize(
+    ("grid", "folder"),
+    [("Shapes/demo_full", "Shapes/results/384"), ("Nuclei/study", "Nuclei/results")],
+)
+def test_the_results_of_other_grids_belong_to_their_cells(grid, folder, tmp_path):
+    cells = make_cells(read_grid(f"projects/{grid}.yaml"), tmp_path)
+    results = json.loads((ROOT / "projects" / folder / "results.json").read_text())
+    found = {key: result["fingerprint"] for key, result in results["cells"].items()}
+    assert len(found) > 5 and found == {key: cells[key].fingerprint for key in found}
+    reports.write(read_grid(f"projects/{grid}.yaml"), cells, results, tmp_path)
+    tables = (ROOT / "projects" / folder / "tables.md").read_text()
+    assert tables == (tmp_path / "tables.md").read_text()
+
+
 def test_the_tables_are_made_of_the_results(study, tmp_path):
     grid, cells, results, _ = study
     reports.write(grid, cells, results, tmp_path)
