@@ -37,6 +37,8 @@ def at_the_root(monkeypatch):
 def test_a_step_and_a_prediction(path, data, tmp_path):
     names = ["DATASETS.COCO_FORMAT", coco_format(data, "tiny")]
     names += ["DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ()]
+    if models().get(path) and models()[path].DATASETS.UNLABELED:
+        names += ["DATASETS.UNLABELED", ("tiny_train",)]
     trainer = train(build_config(str(path), [*tiny_options(path, tmp_path), *names]))
     assert trainer.iter == 1
     inputs = next(iter(KDTrainer.build_test_loader(trainer.cfg, "tiny_val")))
@@ -58,7 +60,7 @@ def test_every_student_equals_an_lr_baseline_but_for_the_distillation():
     students = {p: c for p, c in models().items() if "Distilled" in c.MODEL.META_ARCHITECTURE}
     assert len(students) >= 11
     differing = ("KD.", "OUTPUT_DIR", "MODEL.META_ARCHITECTURE", "MODEL.WEIGHTS")
-    differing += ("MODEL.TIMM.PRETRAINED",)
+    differing += ("MODEL.TIMM.PRETRAINED", "DATASETS.UNLABELED", "SOLVER.UNLABELED_PER_BATCH")
     for path, student in students.items():
         baselines = [
             without(cfg, *differing)
