@@ -29,13 +29,13 @@ demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes 
 
 NUCLEI = projects/Nuclei/checkpoints
 ZIP = stage1_train.zip
-nuclei: .venv/.ready ## the same on real images, labels for 10 % of them, within an hour: ZIP=FILE
+nuclei: .venv/.ready ## the same on real images, labels for 10 % of them, from ZIP=FILE
 	@[ -d "$${DETECTRON2_DATASETS:-datasets}/nuclei" ] || $(RUN) projects/Nuclei/prepare.py $(ZIP)
 	$(RUN) tools/distill.py --config-file configs/Nuclei/demo.yaml --weights $(NUCLEI)/hr_10.pth \
 	    --teacher $(NUCLEI)/teacher_10.pth --baseline $(NUCLEI)/lr_10.pth --detections 100 \
 	    --output output/nuclei/demo $(ARGS) student:DATASETS.UNLABELED "[nuclei_train]" \
 	    student:SOLVER.UNLABELED_PER_BATCH 4 student:KD.UNLABELED.PSEUDO_LABELS True \
-	    student:KD.LOSSES "[$(ROIS)]"
+	    student:KD.LOSSES "[$(ROIS)]" student:SOLVER.WARMUP_ITERS 100 control:SOLVER.WARMUP_ITERS 100
 
 demo-full: .venv/.ready ## every model of the demo trained, with three seeds of the students, in hours
 	$(RUN) projects/study/run.py --grid projects/Shapes/demo_full.yaml $(ARGS)
