@@ -128,15 +128,15 @@ class Teacher:
             return backbone(low if high is None else high)
 
     @torch.no_grad()
-    def detect(self, batched_inputs: list[dict], pyramid: Pyramid, above=0.0) -> list[Instances]:
+    def detect(self, inputs: list[dict], pyramid: Pyramid, above: float = 0.0) -> list[Instances]:
         """Return the detections in a student's batch, in the frame of its ``image``.
 
         Args:
-            batched_inputs: as for ``pyramid``.
+            inputs: as for ``pyramid``.
             pyramid: what ``pyramid`` returned for them; the backbone is not run again.
             above: what a score has to exceed, if the model's own threshold is lower.
         """
-        model, sizes = self.model, [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        model, sizes = self.model, [tuple(x["image"].shape[-2:]) for x in inputs]
         mine = [tuple(self.image_scale * side for side in size) for size in sizes]
         images = ImageList(next(x for x in pyramid.values() if x is not None), mine)
         frames = [{"height": height, "width": width} for height, width in sizes]

@@ -32,9 +32,10 @@ def answering(module: nn.Module, output: Any):
 
 @contextmanager
 def scoring_above(detector: nn.Module, score: float):
-    """Let a detector return no detections of lower scores, nor compute their masks.
+    """Let a detector return only detections with more than this score, in [0, 1].
 
-    Suppression and the limit per image go by score, so the others stay the same.
+    The masks of others are not computed. Suppression and the limit per image keep the best scores,
+    so those that are returned stay the same. A higher threshold of the model's own stays in place.
     """
     with ExitStack() as raised:
         for part in detector.modules():  # a dense detector itself, or each box predictor
