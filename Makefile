@@ -23,9 +23,7 @@ demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes 
 	    --train 480 --val 1 --seed 2 $(SCENES)
 	$(RUN) tools/distill.py --config-file configs/Shapes/demo.yaml --weights $(SHAPES)/hr_384.pth \
 	    --teacher $(SHAPES)/teacher_384.pth --baseline $(SHAPES)/lr_384.pth --detections 30 \
-	    --output output/shapes/demo $(ARGS) student:DATASETS.UNLABELED "[shapes_384_unlabeled]" \
-	    student:SOLVER.UNLABELED_PER_BATCH 2 student:KD.UNLABELED.PSEUDO_LABELS True \
-	    student:KD.LOSSES "[$(ROIS)]"
+	    --unlabeled shapes_384_unlabeled --output output/shapes/demo $(ARGS) student:KD.LOSSES "[$(ROIS)]"
 
 NUCLEI = projects/Nuclei/checkpoints
 ZIP = stage1_train.zip
@@ -33,9 +31,8 @@ nuclei: .venv/.ready ## the same on real images, labels for 10 % of them, from Z
 	@[ -d "$${DETECTRON2_DATASETS:-datasets}/nuclei" ] || $(RUN) projects/Nuclei/prepare.py $(ZIP)
 	$(RUN) tools/distill.py --config-file configs/Nuclei/demo.yaml --weights $(NUCLEI)/hr_10.pth \
 	    --teacher $(NUCLEI)/teacher_10.pth --baseline $(NUCLEI)/lr_10.pth --detections 100 \
-	    --output output/nuclei/demo $(ARGS) student:DATASETS.UNLABELED "[nuclei_train]" \
-	    student:SOLVER.UNLABELED_PER_BATCH 4 student:KD.UNLABELED.PSEUDO_LABELS True \
-	    student:KD.LOSSES "[$(ROIS)]" student:SOLVER.WARMUP_ITERS 100 control:SOLVER.WARMUP_ITERS 100
+	    --unlabeled nuclei_train --output output/nuclei/demo $(ARGS) student:KD.LOSSES "[$(ROIS)]" \
+	    student:SOLVER.WARMUP_ITERS 100 control:SOLVER.WARMUP_ITERS 100
 
 demo-full: .venv/.ready ## every model of the demo trained, with three seeds of the students, in hours
 	$(RUN) projects/study/run.py --grid projects/Shapes/demo_full.yaml $(ARGS)

@@ -11,6 +11,8 @@ same command goes on where it was. KEY VALUE pairs change CONFIG; role:KEY VALUE
 is derived, with teacher, student or control as the role. SOLVER.STEPS follow a role's MAX_ITER.
 
     ... SOLVER.IMS_PER_BATCH 8 teacher:SOLVER.MAX_ITER 3000 student:SOLVER.BASE_LR 0.002
+
+By --unlabeled the student's batches have as many images besides, which the teacher labels.
 """
 
 import argparse
@@ -93,6 +95,17 @@ def write_config(cfg, path, options):
     return cfg
 
 
+def add_unlabeled(cfg, images):
+    """Let a student learn from images without labels: a folder, or a data set that has a name."""
+    known = cfg.DATASETS.COCO_FORMAT
+    if os.path.isdir(images) and images not in [entry["name"] for entry in known]:
+        folder, images = os.path.abspath(images), "unlabeled"
+        cfg.DATASETS.COCO_FORMAT = [*known, {"name": images, "images": folder}]
+    cfg.DATASETS.UNLABELED = (images,)
+    cfg.SOLVER.UNLABELED_PER_BATCH = cfg.SOLVER.IMS_PER_BATCH
+    cfg.KD.UNLABELED.PSEUDO_LABELS = True
+
+
 def make_configs(args, options) -> dict[str, CfgNode]:
     """Write OUTPUT/configs, and return the configs by the name of their row."""
     folder = args.output / "configs"
@@ -113,10 +126,10 @@ def make_configs(args, options) -> dict[str, CfgNode]:
     configs["student"].MODEL.WEIGHTS = ""  # starts from the teacher's
     configs["student"].KD.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
     configs["student"].KD.TEACHER.WEIGHTS = teacher
-    return {
-        name: write_config(cfg, folder / f"{name}.yaml", options.get(name, []))
-        for name, cfg in configs.items()
-    }
+    if args.unlabeled:
+        add_unlabeled(configs["student"], args.unlabeled)
+    paths = {name: folder / f"{name}.yaml" for name in configs}
+    return {x: write_config(cfg, paths[x], options.get(x, [])) for x, cfg in configs.items()}
 
 
 def check_weights(args, configs):
@@ -165,6 +178,7 @@ def describe(configs):
         sizes, solver = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER
         sides = f"{min(sizes)} to {max(sizes)} px" if len({*sizes}) > 1 else f"{sizes[0]} px"
         losses = [f"{term['name']} {term['weight']:g}" for term in cfg.KD.LOSSES]
+        losses += [f"labels of the teacher on {images}" for images in cfg.DATASETS.UNLABELED]
         cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
         table.append([*cells, ", ".join(losses) if name == "student" else "-"])
     headers = ["", "short side, training", "test", "iterations", "rate", "losses"]
@@ -246,6 +260,7 @@ def parse_arguments(arguments=None):
     add("--weights", help="the trained high-resolution detector, which the teacher starts from")
     add("--teacher", metavar="FILE", help="a teacher that this command trained; trains none")
     add("--baseline", metavar="FILE", help="a detector of the student's resolution to compare with")
+    add("--unlabeled", metavar="IMAGES", help="a folder or data set for the student to learn from")
     add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
     add("--no-control", dest="control", action="store_false", help="leave the control out")
     add("--detections", type=study.natural, default=100, help="an image, to measure costs at")

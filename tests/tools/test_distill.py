@@ -77,6 +77,25 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
     assert "student and control differ in SOLVER.MAX_ITER, SOLVER.STEPS:" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("catalogs")
+@pytest.mark.parametrize(("images", "name"), [("val", "unlabeled"), ("tiny_val", "tiny_val")])
+def test_images_without_labels(images, name, data, hr_of, tmp_path, capsys, monkeypatch):
+    """A folder, named from where one stands, or a data set joins the student's batches alone."""
+    config, _ = hr_of("mask_rcnn")
+    words = ["--config-file", config, "--output", str(tmp_path), "--unlabeled", images]
+    monkeypatch.chdir(data)
+    load_tool("tools.distill").main([*words, "--dry-run", "SOLVER.MAX_ITER", "1"])
+    monkeypatch.chdir(tmp_path)
+    assert capsys.readouterr().out.rstrip().endswith(f"labels of the teacher on {name}")
+    roles = ("teacher", "control", "student")
+    configs = {x: build_config(str(tmp_path / "configs" / f"{x}.yaml"), []) for x in roles}
+    logged = {role: train(cfg).storage.histories() for role, cfg in configs.items()}
+    assert {"loss_cls_unlabeled", "loss_kd_roi_box_unlabeled"} < set(logged["student"])
+    assert not any("unlabeled" in key for key in logged["control"])
+    solver = configs["student"].SOLVER
+    assert solver.UNLABELED_PER_BATCH == solver.IMS_PER_BATCH
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -90,6 +109,7 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
         (["DATASETS.TEST", "()"], "DATASETS.TRAIN and DATASETS.TEST"),
         (["student:KD.LOSSES", "[{name: l3, weight: 1.0}]"], "there is no loss 'l3'"),
         (["student:TEST.PATIENCE", "2"], "TEST.PATIENCE is 2"),
+        (["--unlabeled", "nowhere"], "DATASETS.UNLABELED: 'nowhere' is not"),
     ],
 )
 def test_what_is_wrong_ends_in_one_sentence(config_files, tmp_path, arguments, words):
