@@ -35,7 +35,8 @@ from detectron2.utils.events import EventStorage
 from msad_kd import DistilledMixin, InputError, KDTrainer, TwoResolutionMapper, build_config
 from msad_kd.checkpoint.files import write_json
 from msad_kd.data.loader import explain_missing_data
-from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.distill.teacher import Teacher
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.evaluation.cost import device_name, fix_detections, time_models
 from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx

@@ -15,7 +15,8 @@ from msad_kd.distill.focus import boxes_of, check_scores, score_focus
 from msad_kd.distill.gradient_ratio import gradient_ratio
 from msad_kd.distill.regions import recording_regions
 from msad_kd.distill.roi_distiller import RoIDistiller
-from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.distill.teacher import Teacher
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.distill.unlabeled import UnlabeledImages, ignoring, kept_apart
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording

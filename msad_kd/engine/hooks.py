@@ -7,7 +7,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from msad_kd.data.classes import model_classes
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.modeling.batch_statistics import share_statistics
 from msad_kd.modeling.classes import number_of_classes
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer

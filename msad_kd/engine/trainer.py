@@ -21,7 +21,8 @@ from msad_kd.data.classes import align_classes, with_classes_of
 from msad_kd.data.loader import build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
-from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.distill.teacher import Teacher
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.engine.accumulate import accumulating
 from msad_kd.engine.best import EndOfTraining, KeepBest
 from msad_kd.engine.hook_order import add_hooks, find_hook

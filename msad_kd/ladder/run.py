@@ -21,7 +21,7 @@ from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.config.changes import neutral_config
 from msad_kd.config.stages import STUDENT, Stage, read_stages, stage_config
 from msad_kd.distill.student import DistilledMixin, check_losses
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.engine.run_folder import lock_folder, move_aside, release_folder
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.modeling.classes import is_a

@@ -21,7 +21,7 @@ from msad_kd.checkpoint.checkpointer import find_checkpoint
 from msad_kd.checkpoint.reading import read_checkpoint
 from msad_kd.checkpoint.strip import strip_checkpoint
 from msad_kd.config.build import build_config
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.ladder.run import run_ladder
 from msad_kd.utils import unpickle
 from msad_kd.utils.errors import InputError

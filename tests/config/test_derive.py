@@ -11,7 +11,7 @@ from msad_kd.config.build import build_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.config.derive import default_losses, derive_configs
 from msad_kd.distill.student import check_losses
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.flat_config import flatten_config
 

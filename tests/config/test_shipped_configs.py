@@ -13,7 +13,7 @@ from shipped import FILES, name_of, tiny_options
 
 from msad_kd.config.build import build_config
 from msad_kd.distill.student import check_losses
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.flat_config import flatten_config
 

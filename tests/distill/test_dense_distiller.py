@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from msad_kd.distill.dense_distiller import Head, predict_across
 from msad_kd.distill.student import check_losses
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
 
 LOSSES = ("cross_head", "dense_class", "dense_box")

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from msad_kd.distill.dense_distiller import Head
 from msad_kd.distill.focus import box_focus, cell_weights, score_focus
 from msad_kd.distill.student import check_losses
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.losses import DISTILL_LOSS_REGISTRY, read_losses
 from msad_kd.losses.feature import generator
 from msad_kd.utils.errors import InputError

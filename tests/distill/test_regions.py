@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from msad_kd.distill.regions import recording_regions
 from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.student import check_losses
-from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.distill.teacher import Teacher
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
 from msad_kd.utils.errors import InputError

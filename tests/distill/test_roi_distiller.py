@@ -11,7 +11,8 @@ from msad_kd import attach_teacher
 from msad_kd.distill.regions import predict_regions, recording_regions
 from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.student import check_losses
-from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.distill.teacher import Teacher
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY
 from msad_kd.losses.terms import LossTerm
 from msad_kd.modeling.capture import recording

@@ -9,7 +9,8 @@ import torch
 from detectron2.modeling import build_model
 from helpers import build_student, differing, losses_of
 
-from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.distill.teacher import Teacher
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.losses.feature import l1, pkd, ssim
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.replaced import replaced

@@ -13,7 +13,7 @@ from helpers import evaluate, train
 from msad_kd import KDTrainer
 from msad_kd.config.build import build_config
 from msad_kd.data.classes import align_classes, class_names, with_classes_of
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.evaluation import coco as module
 from msad_kd.evaluation.coco import IMPLEMENTATIONS
 from msad_kd.utils.errors import InputError

@@ -13,7 +13,7 @@ from ladders import MGD, students
 from msad_kd.config.build import build_config
 from msad_kd.config.changes import neutral_config
 from msad_kd.config.stages import read_stages, stage_config
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.ladder import run as ladder
 from msad_kd.ladder.run import STATE, run_ladder
 from msad_kd.utils.errors import InputError

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from msad_kd import TwoResolutionMapper
 from msad_kd.distill.regions import predict_regions, recording_regions
 from msad_kd.distill.student import check_losses
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.engine.validation import ValidationLoss
 from msad_kd.losses.roi import roi_keypoint

@@ -11,7 +11,7 @@ from helpers import ROOT, run_script
 
 from msad_kd.config import stages
 from msad_kd.config.build import build_config
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
 from projects.MTPD import controls
 

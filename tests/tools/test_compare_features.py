@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from helpers import load_tool, run_script
 
 from msad_kd.checkpoint.start import init_from_teacher
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 
 tool = load_tool("compare_features")
 

@@ -34,7 +34,8 @@ from tabulate import tabulate
 
 from msad_kd import InputError, build_config
 from msad_kd.checkpoint.checkpoint import check_exists
-from msad_kd.distill.teacher import Teacher, TeacherSpec
+from msad_kd.distill.teacher import Teacher
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 
 TARGET, START = "target", "teacher, LR branch"

@@ -27,7 +27,7 @@ from ladder_pool import STUDENT, Entry, build_student, evaluate, known_aps, read
 from ladder_report import report
 
 from msad_kd import InputError, build_config
-from msad_kd.distill.teacher import TeacherSpec
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.modeling.pyramid import in_high_resolution
 
 
