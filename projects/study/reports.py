@@ -5,8 +5,7 @@ import pandas as pd
 from msad_kd.checkpoint.files import replacing, write_json
 from projects.study import pictures
 
-KINDS = {"bbox": "box", "segm": "mask"}
-ALL_KINDS = {**KINDS, "keypoints": "keypoint"}
+KINDS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 FACTS = {"gmacs": "GMACs", "detections": "detections", "params_m": "params (M)"}
 FACTS |= {"iterations": "iterations", "training_seconds": "training (s)"}
@@ -29,7 +28,8 @@ same images. Machine: {}.
 
 def frame(cells, results):
     """Return the cells that are done as a DataFrame, one line each, in the grid's order."""
-    aps = [(kind, metric) for kind in KINDS for metric in METRICS]
+    found = {kind for result in results["cells"].values() for kind in result}
+    aps = [(kind, metric) for kind in KINDS if kind in found for metric in METRICS]
     columns = ["row", "seed", *(f"{KINDS[kind]} {metric}" for kind, metric in aps), *FACTS.values()]
     lines = []
     for key, cell in cells.items():
@@ -68,9 +68,9 @@ def differences(grid, data, table, row, kind):
 
 
 def kinds_of(data, rows):
-    """Return which of "box" and "mask" AP was measured for rows."""
-    aps = data[data["row"].isin(rows)]
-    return [kind for kind in KINDS.values() if aps[f"{kind} AP"].notna().any()]
+    """Return which of "box", "mask" and "keypoint" AP was measured for rows."""
+    aps = data[data["row"].isin(rows)].dropna(axis="columns", how="all")
+    return [kind for kind in KINDS.values() if f"{kind} AP" in aps]
 
 
 def table_text(grid, data, table):
@@ -140,7 +140,7 @@ def write_comparison(folder, lines, measured):
 
     `lines` has title, AP, cost and latency of each model, `measured` what measure.py says.
     """
-    kinds = {kind: name for kind, name in ALL_KINDS.items() if all(kind in line for line in lines)}
+    kinds = {kind: name for kind, name in KINDS.items() if all(kind in line for line in lines)}
     table = []
     for line in lines:
         times = line["latency_ms"]

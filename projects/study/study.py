@@ -127,7 +127,7 @@ class Study:
         """Record what measure.py has found of a cell."""
         measured = json.loads((folder / "results.json").read_text())
         result = measured["models"][cell.key]
-        kinds = {kind: name for kind, name in reports.ALL_KINDS.items() if kind in result}
+        kinds = {kind: name for kind, name in reports.KINDS.items() if kind in result}
         said = ", ".join(f"{name} AP {result[kind]['AP']:.1f}" for kind, name in kinds.items())
         if cell.row.recorded:
             verify(cell, result)

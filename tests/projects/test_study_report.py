@@ -128,6 +128,9 @@ def test_files(grid, cells, results, tmp_path):
         del cell["segm"]
     reports.write(grid, cells, results, tmp_path)
     assert "mask" not in (tmp_path / "tables.md").read_text()
+    results["cells"]["control/1"]["keypoints"] = {"AP": 12.5}  # of a detector of keypoints
+    reports.write(grid, cells, results, tmp_path)
+    assert "keypoint AP" in (text := (tmp_path / "tables.md").read_text()) and "12.5" in text
 
 
 def test_differences_are_drawn_to_the_control(grid, cells, results):

@@ -68,7 +68,8 @@ def test_all_files_agree(swept):
     assert "10 detections" in content["note"] and "PARTIAL" not in content["note"]
     with open(folder / "sweep.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert table == [{name: str(value) for name, value in row.items()} for row in content["rows"]]
+    written = [{name: row[name] for name in report.HEADINGS} for row in content["rows"]]
+    assert table == [{k: "" if v is None else str(v) for k, v in row.items()} for row in written]
     text = (folder / "sweep.md").read_text()
     assert text == report.markdown(content["rows"], content["note"]) and text in process.stdout
     assert cv2.imread(str(folder / "sweep.png")).std() > 10
@@ -77,15 +78,18 @@ def test_all_files_agree(swept):
 
 
 def test_a_model_without_masks_and_an_unfinished_sweep(tmp_path):
-    row = dict.fromkeys(report.HEADINGS, 1.0) | {"model": "boxes", "side": "32", "mask_ap": None}
+    row = dict.fromkeys(report.HEADINGS, 1.0) | {"model": "boxes", "side": "32"}
+    row |= {"mask_ap": None, "keypoint_ap": None}
     report.write_files(str(tmp_path), [row], "a note", 1)
     header, _, line = (tmp_path / "sweep.md").read_text().splitlines()[:3]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, line)]
     shown = dict(zip(*cells))
-    assert (shown["model"], shown["box AP"], shown["mask AP"]) == ("boxes", "1.00", "-")
+    assert (shown["model"], shown["box AP"]) == ("boxes", "1.00") and "mask AP" not in shown
     assert "PARTIAL" not in (tmp_path / "sweep.md").read_text()
     alone = cv2.imread(str(tmp_path / "sweep.png")).shape[1]
     report.write_files(str(tmp_path), [row, {**row, "model": "masks", "mask_ap": 2.0}], "", 3)
+    assert "| boxes " in (text := (tmp_path / "sweep.md").read_text()) and " - |" in text
+    assert "keypoint" not in text
     for name in ("sweep.md", "sweep.json"):
         assert "PARTIAL: 2 of 3 rows" in (tmp_path / name).read_text()
     assert cv2.imread(str(tmp_path / "sweep.png")).shape[1] == 2 * alone

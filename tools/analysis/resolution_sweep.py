@@ -24,7 +24,7 @@ from arguments import TrustFiles, positive, run
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
-from sweep_report import markdown, write_files
+from sweep_report import APS, markdown, write_files
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
@@ -116,8 +116,7 @@ def measure_costs(candidates, dicts, bar):
                 "model": candidate.name,
                 "size": candidate.size,
                 "side": input_sides(inputs[index][0], branch),
-                "box_ap": None,
-                "mask_ap": None,
+                **dict.fromkeys(APS.values()),
                 "gmacs": count_gmacs(candidate.cost_model, inputs[index]),
                 "latency_ms": latency[index]["median"],
                 "latency_low_ms": latency[index]["low"],
@@ -143,7 +142,7 @@ class CountedLoader:
 
 
 def average_precision(candidate, bar):
-    """Return box and mask AP in percent: 0 if nothing is found, None for a model without masks.
+    """Return APs in percent by column: 0 if nothing is found, None for what it does not predict.
 
     Args:
         candidate: the model and its config.
@@ -154,8 +153,8 @@ def average_precision(candidate, bar):
     loader = KDTrainer.build_test_loader(cfg, name)
     evaluator = KDTrainer.build_evaluator(cfg, name)
     metrics = inference_on_dataset(candidate.model, CountedLoader(loader, bar), evaluator)
-    aps = (metrics.get(task, {}).get("AP") for task in ("bbox", "segm"))
-    return [None if ap is None else ap if math.isfinite(ap) else 0.0 for ap in aps]
+    aps = {column: metrics.get(kind, {}).get("AP") for kind, column in APS.items()}
+    return {x: ap if ap is None or math.isfinite(ap) else 0.0 for x, ap in aps.items()}
 
 
 def sweep(args):
@@ -183,7 +182,7 @@ def sweep(args):
             rows = measure_costs(candidates, timed, bar)
             for done, (row, candidate) in enumerate(zip(rows, candidates), start=1):
                 bar.set_description(f"{candidate.name}, {candidate.size} px")
-                row["box_ap"], row["mask_ap"] = average_precision(candidate, bar)
+                row.update(average_precision(candidate, bar))
                 write_files(args.output, rows[:done], note, len(rows))
     return rows, note
 

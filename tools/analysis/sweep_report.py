@@ -18,11 +18,17 @@ HEADINGS = {
     "side": "images seen (px)",
     "box_ap": "box AP",
     "mask_ap": "mask AP",
+    "keypoint_ap": "keypoint AP",
     "gmacs": "GMACs",
     "latency_ms": "latency (ms)",
     "latency_low_ms": "25 %",
     "latency_high_ms": "75 %",
 }
+APS = {"bbox": "box_ap", "segm": "mask_ap", "keypoints": "keypoint_ap"}  # by the evaluator's name
+
+
+def _measured(rows: list[dict]) -> list[str]:
+    return [ap for ap in APS.values() if any(row[ap] is not None for row in rows)]
 
 
 def _cell(value) -> str:
@@ -33,16 +39,17 @@ def _cell(value) -> str:
 
 def markdown(rows: list[dict], note: str) -> str:
     """Return the rows as a Markdown table with the note below."""
-    cells = [[_cell(row[name]) for name in HEADINGS] for row in rows]
-    align = ["left", *["right"] * (len(HEADINGS) - 1)]
-    headings = list(HEADINGS.values())
+    names = [name for name in HEADINGS if name not in APS.values() or name in _measured(rows)]
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    align = ["left", *["right"] * (len(names) - 1)]
+    headings = [HEADINGS[name] for name in names]
     table = tabulate(cells, headings, "pipe", colalign=align, disable_numparse=True)
     return f"{table}\n\n{note}\n"
 
 
 def draw(path: str, rows: list[dict], note: str) -> None:
     """Draw AP against latency: a line a model, a point a size, whiskers between the quartiles."""
-    kinds = [kind for kind in ("box_ap", "mask_ap") if any(row[kind] is not None for row in rows)]
+    kinds = _measured(rows)
     figure = Figure(figsize=(4.2 * len(kinds), 4), layout="constrained")
     places = itertools.cycle([(5, -11, "left"), (-4, 5, "right"), (5, 4, "left")])
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
