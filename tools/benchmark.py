@@ -16,138 +16,32 @@ import argparse
 import copy
 import os
 import platform
-import re
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for projects.Shapes
 
 import torch
-from benchmark_report import PARTS, draw, markdown
+from benchmark_report import draw, markdown
+from benchmark_sides import Clock, PlainTeacher, Side
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from detectron2.utils.events import EventStorage
 
-from msad_kd import DistilledMixin, InputError, KDTrainer, TwoResolutionMapper, build_config
+from msad_kd import DistilledMixin, InputError, build_config
 from msad_kd.checkpoint.files import write_json
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.distill.teacher import Teacher
-from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.evaluation.cost import device_name, fix_detections, time_models
 from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx
 from msad_kd.export.tracing import ExportableDetector
 from msad_kd.utils.replaced import replaced
-from msad_kd.utils.seed import seed_all
 from projects.Shapes.generate import generate
 
-MAPPINGS = 3  # mapping takes so little that it is repeated
-ITERATION = 10**6  # past every warm-up; no diagnostics are due
 STUDENT = "configs/COCO/mask_rcnn_R_50_FPN_student_1x.yaml"
 QUICK = {"config_file": "configs/Shapes/student_multi_size.yaml", "image_sizes": (128, 64)}
-
-
-class PlainTeacher(Teacher):
-    """A teacher that computes pyramids with the backbone as it was loaded, in fp32."""
-
-    def prepared(self):
-        """Return the backbone itself."""
-        self.amp = ""
-        return self.model.backbone
-
-
-class Clock:
-    """Adds up the seconds of parts; it waits for the GPU before it looks."""
-
-    def __init__(self, cuda, cpu_time):
-        self.cuda, self.parts = cuda, defaultdict(float)
-        self.now = time.process_time if cpu_time else time.perf_counter
-
-    @contextmanager
-    def part(self, name):
-        """Time the block."""
-        start = self.read()
-        yield
-        self.parts[name] += self.read() - start
-
-    def read(self):
-        """Return the time in seconds."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        return self.now()
-
-    def timing(self, target, method, name):
-        """Let the calls of a method be timed for a while."""
-        function = getattr(target, method)
-
-        def timed(*args, **kwargs):
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return replaced(target, **{method: timed})
-
-    def start_memory(self):
-        """Watch the peak memory from now on; return the memory in use, in bytes."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        elif os.path.exists("/proc/self/clear_refs"):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux then starts VmHWM anew
-        return self.peak_memory()
-
-    def peak_memory(self):
-        """Return the peak memory in bytes, of CUDA or of the process; 0 where it is not known."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status")
-        found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-        return 1024 * int(found[1]) if found else 0
-
-
-class Side:
-    """A model in training: stock, or a student of a teacher of the class ``teacher``."""
-
-    def __init__(self, cfg, teacher=None):
-        seed_all(0)
-        self.cfg, self.teacher, self.model = cfg, None, build_model(cfg).train()
-        self.mapper = DatasetMapper(cfg, True)
-        if teacher:
-            self.mapper = TwoResolutionMapper(cfg, True, frame="lr")
-            spec = TeacherSpec.from_config(cfg)
-            keys = {"branch": spec.branch, "scale": spec.cfg.KD.SCALE, "amp": spec.amp}
-            self.teacher = teacher(build_model(spec.cfg), **keys)
-            self.model.set_teacher(self.teacher)
-        self.optimizer = KDTrainer.build_optimizer(cfg, self.model)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.rounds = []
-
-    def step(self, dicts, seed, clock):
-        """Train a step; append the seconds of its parts and its memory in bytes to ``rounds``."""
-        model, parts, in_use = self.model, clock.parts, clock.start_memory()
-        parts.clear()
-        for _ in range(MAPPINGS):
-            seed_all(seed)
-            with clock.part("mapper"):
-                batch = [self.mapper(copy.deepcopy(x)) for x in dicts]
-        parts["mapper"] /= MAPPINGS
-        with EventStorage(ITERATION), ExitStack() as timings, clock.part("student forward"):
-            if self.teacher:
-                timings.enter_context(clock.timing(self.teacher, "pyramid", "teacher"))
-                for each in (model.distiller, model.roi_distiller, model.dense_distiller):
-                    timings.enter_context(clock.timing(each, "forward", "losses"))
-            loss = sum(model(batch).values())
-        parts["student forward"] -= parts["teacher"] + parts["losses"]
-        with clock.part("backward"):
-            loss.backward()
-        with clock.part("optimizer"):
-            self.optimizer.step()
-        memory = clock.peak_memory() - in_use
-        self.optimizer.zero_grad(set_to_none=True)
-        self.rounds.append({**{part: parts[part] for part in PARTS}, "memory": memory})
 
 
 def sized(cfg, side, scale, *opts):
@@ -232,11 +126,13 @@ def measure(args):
     with explain_missing_data(cfg.DATASETS.TRAIN):
         dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
     clock = Clock(cfg.MODEL.DEVICE.startswith("cuda"), args.cpu_time)
-    for turn in range(-1, args.rounds):  # the first is a warm-up
+    for turn in range(-2, args.rounds):  # the first is a warm-up
         batch = [dicts[(turn * args.batch + i) % len(dicts)] for i in range(args.batch)]
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            sides[name].step(batch, turn + 1, clock)
+        for side in (sides[name] for name in names[first:] + names[:first]):
+            # Memory has a turn of its own, as giving it back to the system takes time.
+            step = side.measure_memory if turn == -1 else side.step
+            step(batch, turn + 2, clock)
     threads, versions = f"{args.threads} thread(s)", f"torch {torch.__version__}"
     machine = [platform.machine(), f"{os.cpu_count()} cores", threads, device_name(cfg), versions]
     return {
@@ -247,6 +143,7 @@ def measure(args):
         "batch": args.batch,
         "clock": "CPU time" if args.cpu_time else "wall time",
         "rounds": {name: side.rounds[1:] for name, side in sides.items()},
+        "memory": {name: side.memory for name, side in sides.items()},
         "latency_ms": time_inference(sides, dicts, args),
     }
 

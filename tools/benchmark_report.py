@@ -24,17 +24,17 @@ def markdown(result):
     for name, entries in rounds.items():
         times = [1000 * median(x[part] for x in entries) for part in PARTS]
         step = 1000 * median(sum(x[part] for part in PARTS) for x in entries)
-        memory = median(x["memory"] for x in entries) / 2**20
-        numbers = [f"{number:.0f}" for number in (*times, step, memory)]
+        memory = [result["memory"][name][x] / 2**20 for x in ("held", "step")]
+        numbers = [f"{number:.0f}" for number in (*times, step, *memory)]
         rows.append([name, *numbers, ratio(rounds, name, "LR")])
-    headings = ["ms", *PARTS, "step", "memory (MiB)", "step / LR step"]
+    headings = ["ms", *PARTS, "step", "held (MiB)", "peak (MiB)", "step / LR step"]
     sides = ", ".join(f"{n}: {x} px" for n, x in zip(rounds, result["image_sizes"]))
     lines = [
         " ".join(map(str, (result["config"], *result["options"]))),
         "",
         f"{result['machine']}. {sides}; batch {result['batch']}. {result['clock']}, medians and "
-        f"(least-greatest) of {len(rounds['LR'])} rounds. Memory is what a step takes beyond what "
-        "the models hold.",
+        f"(least-greatest) of {len(rounds['LR'])} rounds. Held: weights of student and teacher, "
+        "and the optimizer's state. Peak: what a step takes on top, at the most.",
         "",
         tabulate(rows, headings, "pipe", disable_numparse=True),
         "",

@@ -29,8 +29,11 @@ def test_quick_run(tmp_path, no_shapes, capsys):
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
     result = json.loads((tmp_path / "benchmark.json").read_text())
     assert result["image_sizes"] == [64, 128, 64, 64]
+    held = {name: x["held"] for name, x in result["memory"].items()}
+    # The teacher's weights, and those of the copy that runs.
+    assert held["LR"] == held["HR"] < held["plain teacher"] < held["student"]
     for name, (parts,) in result["rounds"].items():
-        assert parts.pop("memory") >= 0
+        assert result["memory"][name]["step"] > 2**20
         assert {part for part, time in parts.items() if time > 0} == (
             parts.keys()
             if "teacher" in name or name == "student"
@@ -42,12 +45,11 @@ def test_ratios_are_taken_within_a_round():
     report = load_tool("benchmark_report")
     times = {"LR": [1.0, 4.0, 2.0], "student": [3.0, 4.0, 3.0], "plain teacher": [6.0, 8.0, 3.0]}
 
-    def entry(time):
-        return {**dict.fromkeys(report.PARTS, time), "memory": 2**20}
-
-    rounds = {name: [entry(time) for time in values] for name, values in times.items()}
+    rounds = {name: [dict.fromkeys(report.PARTS, x) for x in xs] for name, xs in times.items()}
     result = {"config": "c", "options": ["KEY", 1], "machine": "m", "image_sizes": [4, 4, 4]}
+    memory = {name: {"held": 2**20, "step": 2**21} for name in times}
     result |= {"batch": 1, "clock": "wall time", "rounds": rounds, "latency_ms": {}}
+    result["memory"] = memory
     lines = report.markdown(result).splitlines()
     assert lines[0] == "c KEY 1"
     assert lines[-2:] == [
