@@ -41,21 +41,42 @@ def test_quick_run(tmp_path, no_shapes, capsys):
         )
 
 
-def test_ratios_are_taken_within_a_round():
-    report = load_tool("benchmark_report")
-    times = {"LR": [1.0, 4.0, 2.0], "student": [3.0, 4.0, 3.0], "plain teacher": [6.0, 8.0, 3.0]}
-
-    rounds = {name: [dict.fromkeys(report.PARTS, x) for x in xs] for name, xs in times.items()}
+def results(**times):
+    """A benchmark.json whose sides take these seconds for each part, a number a round."""
+    parts = load_tool("benchmark_report").PARTS
+    rounds = {name: [dict.fromkeys(parts, x) for x in xs] for name, xs in times.items()}
     result = {"config": "c", "options": ["KEY", 1], "machine": "m", "image_sizes": [4, 4, 4]}
-    memory = {name: {"held": 2**20, "step": 2**21} for name in times}
     result |= {"batch": 1, "clock": "wall time", "rounds": rounds, "latency_ms": {}}
-    result["memory"] = memory
-    lines = report.markdown(result).splitlines()
+    return {**result, "memory": {name: {"held": 2**29, "step": 2**30} for name in times}}
+
+
+TIMES = {"LR": [1.0, 4.0, 2.0], "student": [3.0, 4.0, 3.0], "plain teacher": [6.0, 8.0, 3.0]}
+
+
+def test_ratios_are_taken_within_a_round():
+    lines = load_tool("benchmark_report").markdown(results(**TIMES)).splitlines()
     assert lines[0] == "c KEY 1"
     assert lines[-2:] == [
         "teacher / plain teacher: 0.50 (0.50-1.00)",
         "student step / LR step: 1.50 (1.00-3.00)",
     ]
+
+
+def test_runs_are_compared(tmp_path, capsys):
+    for name, result in {"one": results(**TIMES), "old": {"rounds": {}}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    main = load_tool("compare_benchmarks").main
+    given = ["--output", str(tmp_path / "out"), f"k = 2=={tmp_path / 'one.json'}"]
+    main([*given, f"again={tmp_path / 'one.json'}"])
+    lines = (tmp_path / "out" / "growth.md").read_text().splitlines()
+    assert lines == capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == ["k = 2=", "12.0 s", "2.00 (1.50-6.00)", "1.50 (1.00-3.00)", "1.5", "-", "1.5"]
+    assert (tmp_path / "out" / "growth.png").stat().st_size > 1000
+    for words in ("one.json", "x=gone.json", f"x={tmp_path / 'old.json'}"):
+        with pytest.raises(SystemExit):
+            main([words])
+        assert f"'{words}' is no LABEL=FILE of a benchmark.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
