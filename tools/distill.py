@@ -37,6 +37,7 @@ from msad_kd.checkpoint.files import replacing
 from msad_kd.checkpoint.reading import fetch
 from msad_kd.config.build import build_config
 from msad_kd.config.derive import derive_configs, fit_warmups
+from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
 from projects.study import run as study
 
@@ -177,7 +178,7 @@ def describe(configs):
     for name, cfg in configs.items():
         sizes, solver = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER
         sides = f"{min(sizes)} to {max(sizes)} px" if len({*sizes}) > 1 else f"{sizes[0]} px"
-        losses = [f"{term['name']} {term['weight']:g}" for term in cfg.KD.LOSSES]
+        losses = [f"{term.name} {term.weight:g}" for term in read_losses(cfg.KD.LOSSES)]
         losses += [f"labels of the teacher on {images}" for images in cfg.DATASETS.UNLABELED]
         cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
         table.append([*cells, ", ".join(losses) if name == "student" else "-"])

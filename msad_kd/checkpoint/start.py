@@ -22,8 +22,8 @@ def init_from_teacher(student: nn.Module, teacher: nn.Module, *, backbone=True) 
         backbone: whether to copy the backbone's bottom-up path too.
 
     Returns:
-        The student's keys that were not copied, which one warning names: without those of its
-        ``distiller``, nor without ``backbone`` those of its bottom-up path.
+        The student's keys that were not copied, which one warning names. Keys of its ``distiller``
+        do not count; nor, if ``backbone`` is False, do those of its bottom-up path.
 
     Raises:
         InputError: if the bottom-up path should be copied but differs from the teacher's.

@@ -96,7 +96,8 @@ def stage_config(cfg: CfgNode, stages: list[Stage], index: int) -> CfgNode:
     if stage.base_lr is not None:
         stage_cfg.SOLVER.BASE_LR = float(stage.base_lr)
     if stage_cfg.SEED >= 0:
-        # Each stage sees the data in another order, which no other ladder has.
+        # Each stage needs an order of the data of its own. A step of 1000 keeps it apart from the
+        # stages of ladders with a neighbouring seed.
         stage_cfg.SEED += 1000 * index
     stage_cfg.OUTPUT_DIR = str(stage.folder(cfg.OUTPUT_DIR, index))
     stage_cfg.freeze()

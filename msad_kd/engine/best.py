@@ -49,7 +49,9 @@ class KeepBest(BestCheckpointer):
         def read():
             try:
                 record = json.loads(self.record.read_text())
-                best = float(record["value"]), int(record["iteration"])
+                best = record["value"], record["iteration"]
+                if best[0] is not None:  # it is until an evaluation finds something
+                    best = float(best[0]), int(best[1])
                 since = [x for x in map(int, record["since"]) if x <= done]
                 if self._val_metric in ("", record["metric"]):
                     self._val_metric, self.since = record["metric"], since

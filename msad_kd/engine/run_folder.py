@@ -87,7 +87,7 @@ def take_folder(cfg: CfgNode, *, resume: bool) -> str | None:
 
 
 def lock_folder(folder: str) -> None:
-    """Lock OUTPUT_DIR until ``release_folder``, or the process's end; the main process does.
+    """Lock OUTPUT_DIR, in the main process, until ``release_folder`` or the end of the process.
 
     Raises:
         InputError: in all processes, if another process has locked it.

@@ -35,9 +35,9 @@ def build_evaluator(
         "masks": has_masks(cfg),
         "keypoints": cfg.MODEL.KEYPOINT_ON,
         "invalid": cfg.DATASETS.INVALID_ANNOTATIONS,
-        # COCO's 100, unless the model may keep more: an image may have more objects than that.
         "classes": model_classes(cfg)[0],
         "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        # COCO's 100, unless the model may keep more: an image may have more objects than that.
         "max_dets_per_image": max(100, cfg.TEST.DETECTIONS_PER_IMAGE),
     }
     if kind == "coco":

@@ -80,7 +80,8 @@ def _make_cell(row, seed, sources, folder, data, extra):
         stages = _build(row.config, options).KD.LADDER.STAGES
         stages = [{**stage, "opts": [*stage.get("opts", ()), *extra]} for stage in stages]
         options += ["KD.TEACHER.OPTS", extra, "KD.LADDER.STAGES", stages]
-    tested = {key: value for key, value in row.options.items() if not _trains(key)}
+    # A multi-resolution teacher is measured at its scale, too.
+    tested = {k: v for k, v in row.options.items() if k == "KD.SCALE" or not _trains(k)}
     test_options = list(map(str, [*_flat(tested), *extra]))
     # In a fingerprint a checkpoint is known by how it was made, not by its path.
     origins = {name: cell.fingerprint for name, cell in sources.items()}

@@ -132,6 +132,8 @@ def _complete(name, grid, pending=()):
 def _check(grid):
     uses = [(f"row '{row.name}'", row.references()) for row in grid.rows.values()]
     for table in grid.tables:
+        if table.picture and not table.control:
+            raise InputError(f"table '{table.name}' has a picture, but no control to compare with")
         uses.append((f"table '{table.name}'", table.all_rows()))
     for curve in grid.curves:
         rows = [*sum(curve.lines.values(), []), *curve.levels.values()]

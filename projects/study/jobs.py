@@ -137,13 +137,15 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                 if process.poll() is None:
                     continue
                 del running[name]
-                if process.returncode:
-                    failures[name] = _failure(job, process.returncode)
-                    screen.say(failures[name])
-                else:
-                    finished.add(name)
+                try:
+                    if process.returncode:
+                        raise InputError(_failure(job, process.returncode))
                     screen.say(f"{name}: done in {clock(time.monotonic() - began)}")
                     job.done()
+                    finished.add(name)
+                except InputError as error:
+                    failures[name] = str(error)
+                    screen.say(failures[name])
             screen.status(lambda: f"{', '.join(running)}: {overall()}")
             time.sleep(POLL_SECONDS if running else 0)
     finally:

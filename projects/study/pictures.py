@@ -16,14 +16,14 @@ def _figure(title, panels, height, extra=1.5):
 def draw_differences(title, control, gains):
     """Draw rows' differences to the control: a bar for the mean, a dot per seed.
 
-    `gains` has, by the row's title, a series of differences in box AP and one in mask AP.
+    `gains` has, by "box" and the like and by the row's title, a series of differences in AP.
     """
-    panels = max(map(len, gains.values()))
-    figure, axes = _figure(title, panels, 1.4 + 0.3 * len(gains), extra=5)
+    rows = list(next(iter(gains.values())))
+    figure, axes = _figure(title, len(gains), 1.4 + 0.3 * len(rows), extra=5)
     note = f"AP less that of '{control}' (dots: seeds; hatched: beyond the axis)"
     figure.supxlabel(note, fontsize="medium")
-    for panel, axis in enumerate(axes):
-        for place, values in enumerate(series[panel] for series in gains.values()):
+    for axis, (kind, series) in zip(axes, gains.items()):
+        for place, values in enumerate(series.values()):
             if len(values):
                 mean = values.mean()
                 near, colour = (
@@ -35,10 +35,10 @@ def draw_differences(title, control, gains):
                 text = f"{mean:+.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
                 axis.text(1.75 * REACH, place, text, ha="right", va="center", fontsize="small")
         axis.axvline(0, color="black", lw=1)
-        axis.set_yticks(range(len(gains)), gains if panel == 0 else [""] * len(gains))
+        axis.set_yticks(range(len(rows)), rows if axis is axes[0] else [""] * len(rows))
         axis.set_xticks(range(-int(REACH), int(REACH) + 1))
         axis.set_xlim(-REACH, 1.8 * REACH)
-        axis.set_title(("box AP", "mask AP")[panel], fontsize="medium")
+        axis.set_title(f"{kind} AP", fontsize="medium")
         axis.invert_yaxis()
     return figure
 

@@ -111,9 +111,11 @@ def write(grid, cells, results, folder):
     for table in (table for table in grid.tables if kinds_of(data, table.rows)):
         text += table_text(grid, data, table)
         if table.picture:
-            gains, kinds = {}, kinds_of(data, table.rows)
-            for row in (grid.rows[name] for name in table.rows if name != table.control):
-                gains[row.title] = [differences(grid, data, table, row.name, k) for k in kinds]
+            rows = [grid.rows[name] for name in table.rows if name != table.control]
+            gains = {
+                kind: {row.title: differences(grid, data, table, row.name, kind) for row in rows}
+                for kind in kinds_of(data, table.rows)
+            }
             figure = pictures.draw_differences(table.title, grid.rows[table.control].title, gains)
             _save(figure, folder / f"bars_{table.name}.png")
     (folder / "tables.md").write_text(text + NOTES.format("; ".join(machines)))

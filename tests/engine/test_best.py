@@ -144,6 +144,17 @@ def test_patience_ends_a_run_as_its_last_iteration_would(config, evaluations, ca
     assert record(cfg)["since"] == [2, 3, 4]
 
 
+def test_evaluations_that_found_nothing_count_after_a_resume(config, evaluations):
+    evaluations(NAN, NAN)
+    cfg = config("lr", *EACH, "SOLVER.MAX_ITER", 2, "TEST.PATIENCE", 3)
+    train(cfg)
+    assert record(cfg) == {"metric": "segm/AP", "value": None, "iteration": None, "since": [1, 2]}
+    made = evaluations(NAN, NAN, NAN)
+    more = ["SOLVER.MAX_ITER", 8, "OUTPUT_DIR", cfg.OUTPUT_DIR]
+    train(config("lr", *EACH, "TEST.PATIENCE", 3, *more), resume=True)
+    assert record(cfg)["since"] == [1, 2, 3] and len(made) == 1
+
+
 def test_expected_results_are_verified_when_patience_ends_a_run(config, evaluations):
     evaluations(5.0, 4.0)
     expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 9.0, 0.1]]"]

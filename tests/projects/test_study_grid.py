@@ -77,6 +77,12 @@ def test_cells_of_a_grid(cells_of, tmp_path):
     assert again.row.test_config == LR and again.test_options == []
 
 
+def test_a_teacher_is_measured_at_its_scale(cells_of):
+    grid = content()
+    grid["rows"]["teacher"]["options"] = {"KD.SCALE": 4, "KD.DIAGNOSTICS_PERIOD": 3}
+    assert cells_of(grid)["teacher/0"].test_options == ["KD.SCALE", "4"]
+
+
 def test_checkpoints_of_a_row_are_measured_on_other_images(cells_of):
     grid = content()
     ladder = {"title": "L", "config": "projects/MTPD/configs/Shapes/ladder.yaml", "seeds": [1]}
@@ -168,6 +174,7 @@ def test_a_grid_on_the_base_of_another(written):
     assert grid.rows["again"].config == STUDENT
 
 
+TABLE = {"name": "t", "title": "T", "rows": ["lr"]}
 CURVE = {"name": "c", "title": "C"}
 
 
@@ -187,6 +194,7 @@ CURVE = {"name": "c", "title": "C"}
         (("rows", "an lr"), {"title": "x", "config": "x"}, "row 'an lr' needs .* plain name"),
         (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{nothing}"}, "refers to the row 'nothing'"),
         (("tables", 0, "control"), "base", "table 't' refers to the row 'base'"),
+        (("tables", 0), {**TABLE, "picture": True}, "table 't' has a picture, but no control"),
         (("comparison",), ["base"], "the comparison refers to the row 'base'"),
         (("seeds",), [1, 0], "seeds are whole numbers of 1 or more"),
         (("rows", "teacher", "checkpoint"), "t.pth", "'teacher': there is no checkpoint 't.pth'"),

@@ -66,17 +66,24 @@ write("end")
 
 def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
     threads = "import os; print(os.environ['OMP_NUM_THREADS'])"
+
+    def refuse():
+        raise InputError("another AP than recorded")
+
     failing = [
         Job("bad", python("raise KeyError('x')"), tmp_path / "bad"),
         Job("killed", python("import os; os.kill(os.getpid(), 9)"), tmp_path / "killed"),
         Job("after bad", python(""), tmp_path / "after", after=("bad",)),
         Job("after that", python(""), tmp_path / "that", after=("after bad",)),
+        Job("wrong", python(""), tmp_path / "wrong", done=refuse),
+        Job("after wrong", python(""), tmp_path / "after", after=("wrong",)),
         Job("good", python(threads), tmp_path / "good"),
     ]
     expected = (
         r"bad failed; the end of its log '.*bad/console.txt': KeyError: 'x'; "
         "after bad could not be run; after that could not be run; "
-        "killed was ended by signal 9, perhaps because memory ran out"
+        "killed was ended by signal 9, perhaps because memory ran out; its log is '[^']*'; "
+        "another AP than recorded; after wrong could not be run"
     )
     with pytest.raises(InputError, match=expected):
         run_jobs(failing, 1, Screen())

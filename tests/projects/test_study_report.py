@@ -116,7 +116,7 @@ def test_rows_are_compared_by_seed_unless_they_are_teachers(lines, grid, results
     assert lines()["the student"][2] == "-"  # no equal seed
 
 
-def test_files(grid, cells, results, tmp_path):
+def test_files(grid, cells, results, tmp_path, monkeypatch):
     reports.write(grid, cells, results, tmp_path)
     assert "Machine: this one." in (tmp_path / "tables.md").read_text()
     csv = (tmp_path / "cells.csv").read_text().splitlines()
@@ -130,13 +130,23 @@ def test_files(grid, cells, results, tmp_path):
     assert "mask" not in (tmp_path / "tables.md").read_text()
     results["cells"]["control/1"]["keypoints"] = {"AP": 12.5}  # of a detector of keypoints
     reports.write(grid, cells, results, tmp_path)
+    results["cells"]["student/1"]["keypoints"] = {"AP": 14.5}
+    drawn = []
+    monkeypatch.setattr(reports, "_save", lambda figure, path: drawn.append(figure))
+    for kinds in (["box", "keypoint"], ["box", "mask", "keypoint"]):
+        drawn.clear()
+        reports.write(grid, cells, results, tmp_path)
+        axes = drawn[0].axes
+        assert [axis.get_title() for axis in axes] == [f"{kind} AP" for kind in kinds]
+        assert [text.get_text() for text in axes[-1].texts] == ["+2.0"]
+        results["cells"]["control/1"]["segm"] = {"AP": 3.0}
     assert "keypoint AP" in (text := (tmp_path / "tables.md").read_text()) and "12.5" in text
 
 
 def test_differences_are_drawn_to_the_control(grid, cells, results):
     data, table = reports.frame(cells, results), grid.tables[0]
-    gains = {n: [reports.differences(grid, data, table, n, "box")] for n in ("hr", "student")}
-    (axis,) = draw_differences("T", "the control", gains).axes
+    gains = {n: reports.differences(grid, data, table, n, "box") for n in ("hr", "student")}
+    (axis,) = draw_differences("T", "the control", {"box": gains}).axes
     bars = [bar.get_width() for bar in axis.patches]
     assert bars == [3.0, 2.0] and axis.patches[0].get_hatch()  # the axis ends at 3
     assert sorted(axis.lines[1].get_xdata()) == [1.0, 3.0]  # seeds 3 and 1

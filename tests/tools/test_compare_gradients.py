@@ -23,7 +23,17 @@ def test_summary():
     expected = {"in_boxes": 0.5, "in_tenth": 0.55, "norm": pytest.approx((0.5 + 2.0) / 2)}
     assert tool.summary([few, many], detection) == expected
     nothing = torch.zeros(4, 2)
-    assert set(tool.summary([nothing], [nothing]).values()) == {None}
+    assert set((none := tool.summary([nothing], [nothing])).values()) == {None}
+    result = {"levels": {"p2": {"cells": 0.5, "losses": {"l1": none}}}, "weights": ""}
+    line = tool.markdown({**result, "batches": 1, "images": 2}).splitlines()[2]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "p2",
+        "l1",
+        "-",
+        "0.50",
+        "-",
+        "-",
+    ]
 
 
 def test_where_the_losses_of_a_student_pull(config_files, teacher_weights, tmp_path):

@@ -74,5 +74,5 @@ def test_on_a_student(config_files, teacher_weights, tmp_path, capsys):
 def test_a_config_without_roi_losses(config_files, teacher_weights):
     args = SimpleNamespace(config_file=str(config_files["student"]), weights="", batches=1)
     args.opts = ["KD.TEACHER.WEIGHTS", str(teacher_weights)]
-    with pytest.raises(InputError, match="student.yaml' has no roi_class, roi_box or roi_mask"):
+    with pytest.raises(InputError, match="student.yaml' has no roi_ loss"):
         tool.measure(args)

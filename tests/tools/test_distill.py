@@ -49,7 +49,7 @@ def test_a_dry_run_writes_configs_that_train_net_runs(hr_of, tmp_path, capsys):
     load_tool("tools.distill").main(
         ["--config-file", config, "--weights", str(weights)]
         + ["--output", str(output), "--dry-run", "SOLVER.MAX_ITER", "2"]
-        + ["teacher:SOLVER.MAX_ITER", "3", "student:KD.LOSSES", "[{name: l1, weight: 0.5}]"]
+        + ["teacher:SOLVER.MAX_ITER", "3", "student:KD.LOSSES", "[{name: l1, weight: 5e-1}]"]
     )
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[-4:]] == ["hr", "teacher", "control", "student"]

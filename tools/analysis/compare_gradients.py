@@ -158,8 +158,8 @@ def markdown(result):
     for level, entry in result["levels"].items():
         for name, loss in entry["losses"].items():
             shares = loss["in_boxes"], entry["cells"], loss["in_tenth"]
-            shares = ["-" if x is None else f"{x:.2f}" for x in shares]
-            rows.append([level, name, *shares, f"{loss['norm']:.2g}"])  # levels differ by powers
+            cells = [*((x, ".2f") for x in shares), (loss["norm"], ".2g")]  # norms differ by powers
+            rows.append([level, name, *("-" if x is None else f"{x:{how}}" for x, how in cells)])
     headings = ["level", "loss", "in boxes", "cells in boxes", "in 10 % of images", "norm"]
     align = ["left", "left", "right", "right", "right", "right"]
     table = tabulate(rows, headings, "pipe", colalign=align, disable_numparse=True)

@@ -30,7 +30,12 @@ from msad_kd import InputError
 from msad_kd.distill.gradient_ratio import gradient_ratio
 from msad_kd.modeling.capture import recording
 
-COLUMNS = {"norm": "norm", "regions": "regions", "objects": "objects", "teacher": "teacher's"}
+COLUMNS = {
+    "norm": "norm",
+    "regions": "regions",
+    "objects": "objects",
+    "teacher": "teacher's objects",
+}
 COLUMNS |= {"kl_fg": "KL fg", "kl_bg": "KL bg", "differ_fg": "differ fg", "differ_bg": "differ bg"}
 COLUMNS |= {"iou_proposed": "IoU", "iou_student": "student's", "iou_teacher": "teacher's"}
 
@@ -80,7 +85,7 @@ def measure(args):
     model, cfg, batches = load_student(args)
     rois, columns = model.roi_distiller, defaultdict(lambda: defaultdict(list))
     if not rois.terms:
-        raise InputError(f"'{args.config_file}' has no roi_class, roi_box or roi_mask in KD.LOSSES")
+        raise InputError(f"'{args.config_file}' has no roi_ loss in KD.LOSSES")
     heads = rois.models[0], rois.models[1].model.roi_heads
     for batch in batches:
         with EventStorage(), recording(rois) as call:
