@@ -27,6 +27,10 @@ from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.flat_config import flatten_config
 from msad_kd.utils.schema import yaml_number
 
+# What reading a config raises; the last three if a file has not the form of one.
+_UNREADABLE = (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError)
+_UNREADABLE += (AttributeError, TypeError, RecursionError)
+
 
 def import_module(name: str) -> None:
     """Import a user's module, which registers models, losses or the like.
@@ -65,15 +69,33 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
             cfg.merge_from_file(config_file, allow_unsafe=False)
         source = ""
         cfg.merge_from_list(_read_lists(cfg, list(opts)))
-    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
-        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
-        if not unknown:
-            raise InputError(f"the config{source} cannot be read: {error}") from error
-        key = unknown[1]
+    except _UNREADABLE as error:
         known = _known_keys(cfg)
+        if unknown := re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error)):
+            key = unknown[1]
+        else:  # Detectron2 looks for SEED.X in the value of SEED
+            of_options = isinstance(error, TypeError) and not source
+            key = next((x for x in opts[::2] if of_options and x not in known), None)
+        if key is None:
+            raise InputError(f"the config{source} cannot be read: {_reason(error)}") from error
         last, last_known = key.rsplit(".", 1)[-1], (name.rsplit(".", 1)[-1] for name in known)
         hint = nearest(key, known) or nearest(last, last_known)
         raise InputError(f"unknown config key{source}: {key}{hint}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return why a config cannot be read, in the words of the error if they say it."""
+    if isinstance(error, RecursionError):
+        return "its _BASE_ leads back to it, or lists are nested too deeply"
+    # Detectron2 would print the whole section.
+    if section := re.search(r"CfgNode'> vs\. .* config key: ([\w.]+)$", str(error), re.DOTALL):
+        return f"{section[1]} is a section, which needs keys below it"
+    if isinstance(error, (AttributeError, TypeError)):
+        return (
+            "it, or its _BASE_, does not consist of sections with keys below them, as "
+            "'MODEL: {MASK_ON: True}' does"
+        )
+    return str(error)
 
 
 def _read_lists(cfg: CfgNode, opts: list) -> list:

@@ -57,6 +57,9 @@ def test_files_and_options_are_merged(config_files):
         (["KD.LOSES", "[]"], "KD.LOSES; did you mean KD.LOSSES"),
         (["SOLVER.MAX_ITERS", "3"], "SOLVER.MAX_ITERS; did you mean SOLVER.MAX_ITER"),
         (["QQQ.XYZZY", "3"], "unknown config key: QQQ.XYZZY$"),
+        (["SEED.X", "3"], "unknown config key: SEED.X; did you mean SEED"),
+        (["MODEL.DEVICE.cuda", "3"], "unknown config key: MODEL.DEVICE.cuda; .*MODEL.DEVICE"),
+        (["MODEL", "3"], "^the config cannot be read: MODEL is a section.*below it$"),
         (["KD.SCALE"], "cannot be read: .*odd length"),
         (["KD.SCALE", "two"], "cannot be read: Type mismatch.*KD.SCALE$"),
         (["KD.SCALE", "3"], "KD.SCALE is 3.*power of two"),
@@ -101,12 +104,18 @@ def test_files_that_are_no_config(file, words):
         build_config(file, [])
 
 
+NO_SECTIONS = ("", "# no key\n", "MODEL:\n", "MODEL: 3\n", "- 1\n- 2\n", "a text\n", "1: 2\n")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("KD:\n  TEECHER:\n    WEIGHTS: x\n", "KD.TEECHER; did you mean KD.TEACHER"),
         ("MODEL:\n  FPNN: 3\n", "MODEL.FPNN; did you mean MODEL.FPN"),
         ("_BASE_: gone.yaml\n", "gone.yaml"),
+        *((text, "'.*my.yaml' cannot .*sections with keys below") for text in NO_SECTIONS),
+        ("INPUT:\n", "'.*my.yaml' cannot be read: INPUT is a section"),
+        ("_BASE_: my.yaml\n", "'.*my.yaml' cannot be read: its _BASE_ leads back"),
         ("KD:\n  LOSSES:\n", "KD.LOSSES: None should be a list of dicts"),
         ("KD:\n  LADDER:\n    STAGES:\n", "KD.LADDER.STAGES: None should be a list of dicts"),
     ],
