@@ -55,21 +55,23 @@ def main(args):
     kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     trainer = kind(create_ddp_model(model, **cfg.train.ddp), loader, optimizer)
     checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    main_process = comm.is_main_process()
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            # Saves before the evaluation, in which a run may be killed.
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+            if main_process
+            else None,
             hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+            hooks.PeriodicWriter(
+                default_writers(cfg.train.output_dir, cfg.train.max_iter), cfg.train.log_period
+            )
+            if main_process
+            else None,
         ]
     )
-    if comm.is_main_process():
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        trainer.register_hooks(
-            [
-                hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-                hooks.PeriodicWriter(writers, period=cfg.train.log_period),
-            ]
-        )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)

@@ -43,7 +43,7 @@ def _tiny_backbone(file):
 
 teacher.config_file = {teacher!r}
 teacher.cfg.opts[1] = {weights!r}
-train.update(device="cpu", output_dir={output!r}, max_iter=3, eval_period=3)
+train.update(device="cpu", output_dir={output!r}, max_iter=3, eval_period=2)
 train.checkpointer.period = 2
 dataloader.train.update(total_batch_size=2, num_workers=0)
 dataloader.train.dataset.names, dataloader.test.dataset.names = "tiny_train", "tiny_val"
@@ -84,6 +84,8 @@ def test_a_tiny_student_is_trained_resumed_and_evaluated(
     model = run(tmp_path / "mine.py")
     metrics = (output / "metrics.json").read_text()
     assert "loss_kd_l1" in metrics and "loss_kd_roi_class" in metrics and "segm/AP" in metrics
+    log = (output / "log.txt").read_text()
+    assert log.index("model_0000001.pth") < log.index("Start inference")
     assert model.state_dict().keys() == build_model(config("lr")).state_dict().keys()
     run(tmp_path / "mine.py", "--resume", "train.max_iter=4")
     assert "Starting training from iteration 3" in (output / "log.txt").read_text()
