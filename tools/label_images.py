@@ -32,6 +32,7 @@ from msad_kd.config.build import build_config, import_module
 from msad_kd.config.changes import neutral_config
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.coco_format import load_folder
+from msad_kd.data.images import size_of
 from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
@@ -112,7 +113,7 @@ def label(arguments: argparse.Namespace) -> None:
     images = [
         {
             **{"id": x["image_id"], "file_name": os.path.relpath(x["file_name"], root or ".")},
-            **{key: x[key] for key in ("height", "width")},
+            **dict(zip(("height", "width"), size_of(x))),
         }
         for x in dicts
     ]

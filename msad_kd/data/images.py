@@ -7,6 +7,7 @@ floating-point numbers from 0 to 1.
 import logging
 import mmap
 import os
+from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -89,12 +90,31 @@ def image_size(file_name: str) -> tuple[int, int]:
         ImageError: if it cannot be opened.
     """
     try:
-        with Image.open(file_name) as image:
+        with Image.open(PathManager.get_local_path(file_name)) as image:
             exif = Image.Image.getexif(image)  # that of PNG images decodes them first
             turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
             return image.size if turned else image.size[::-1]
     except Exception as error:  # Pillow's plugins raise any kind for a broken file
         raise unreadable(file_name, error) from error
+
+
+def size_of(entry: dict) -> tuple[int, int]:
+    """Return height and width of the image of a dict, which Detectron2 does not need in it.
+
+    Raises:
+        ImageError: if they are not there and the image cannot be opened.
+    """
+    if "height" in entry and "width" in entry:
+        return entry["height"], entry["width"]
+    return image_size(entry["file_name"])
+
+
+def is_wide(entry: dict) -> bool:
+    """Return whether the image of a dict is wider than high; False if it cannot be opened."""
+    with suppress(ImageError):  # the mapper will skip it or say what is wrong
+        height, width = size_of(entry)
+        return width > height
+    return False
 
 
 def unreadable(file_name: str, error: Exception) -> ImageError:

@@ -28,6 +28,7 @@ from detectron2.utils import comm
 
 from msad_kd.data.classes import align_classes, annotation_file, warn_of_spare_classes
 from msad_kd.data.dict_checks import check_files, check_objects, check_shapes
+from msad_kd.data.images import is_wide
 from msad_kd.data.mixing import add_mixup
 from msad_kd.data.statistics import warn_of_small_images
 from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
@@ -260,7 +261,7 @@ def _build_loader(
         words = f"{count}, which {world_size} processes cannot share equally"
         raise InputError(f"{key} is {words}")
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    groups = [int(d["width"] > d["height"]) if grouped else 0 for d in dicts]
+    groups = [int(grouped and is_wide(d)) for d in dicts]
     dataset = _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper))
     if mixed:
         drawn = getattr(sampler, "_indexes_subset", range(len(dicts)))

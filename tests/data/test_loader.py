@@ -86,12 +86,19 @@ def test_global_generators_are_untouched(config, workers):
     assert light({"file_name": ""}) == expected
 
 
-def test_a_batch_is_all_portrait_or_all_landscape(config, monkeypatch):
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_batch_is_all_portrait_or_all_landscape(config, monkeypatch, tmp_path, sized):
     def orientation(entry):
-        return entry["width"] > entry["height"]
+        return int(entry["file_name"][-6:-4]) % 3 > 0
 
-    size = {"height": 40, "annotations": [0]}
-    dicts = [{"file_name": str(i), "width": 50 if i % 3 else 30, **size} for i in range(12)]
+    dicts = []
+    for i in range(12):
+        file, width = str(tmp_path / f"{i:02}.png"), 50 if i % 3 else 30
+        dicts.append({"file_name": file, "annotations": [0]})
+        if sized:
+            dicts[i] |= {"height": 40, "width": width}
+        elif i != 9:  # which is missing: that is the mapper's affair
+            cv2.imwrite(file, np.zeros((40, width), np.uint8))
     monkeypatch.setitem(DatasetCatalog.data, "portraits", lambda: dicts)
     keys = ["DATASETS.TRAIN", ("portraits",), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
     keys += ["MODEL.MASK_ON", False]

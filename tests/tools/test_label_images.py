@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import pairwise_iou
 from helpers import TEST_SCENES, build_student, coco_format, load_tool, run_script
 
 from msad_kd import KDTrainer
+from msad_kd.config.build import build_config
 from msad_kd.data.annotations import check_content
 from msad_kd.data.loader import build_train_loader
 from msad_kd.data.mapper import build_mapper
@@ -92,8 +94,17 @@ def test_an_interrupted_run_goes_on(arguments, interrupted, tmp_path, monkeypatc
     assert not part.exists()
 
 
-def test_labels_of_a_file_are_those_of_the_step(arguments, student_config, data, tmp_path):
-    tool.main(arguments())
+def test_labels_of_a_file_are_those_of_the_step(
+    arguments, config_files, student_config, data, tmp_path
+):
+    build_config(str(config_files["teacher"]), [])
+    dicts = DatasetCatalog.get("tiny_val")
+    sizes = [(x.pop("height"), x.pop("width")) for x in dicts]  # Detectron2 needs neither
+    DatasetCatalog.register("unsized", lambda: dicts)
+    MetadataCatalog.get("unsized").image_root = str(data / "val")
+    tool.main(arguments(which=("--dataset", "unsized")))
+    images = json.loads((tmp_path / "labels.json").read_text())["images"]
+    assert [(x["height"], x["width"]) for x in images] == sizes
     entry = {"name": "labels", "json": str(tmp_path / "labels.json"), "images": str(data / "val")}
     keys = [
         "DATASETS.COCO_FORMAT",
