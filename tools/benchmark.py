@@ -37,6 +37,7 @@ from msad_kd.evaluation.cost import device_name, fix_detections, time_models
 from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx
 from msad_kd.export.tracing import ExportableDetector
+from msad_kd.modeling.classes import anchor_sizes
 from msad_kd.utils.replaced import replaced
 from projects.Shapes.generate import generate
 
@@ -78,9 +79,9 @@ def build_sides(args):
             stock = next(x.__name__ for x in kind.__mro__ if not issubclass(x, DistilledMixin))
             plain = sized(cfg, low, scale, "MODEL.META_ARCHITECTURE", stock)
             sides = {"LR": Side(plain)}
-            anchors = [[scale * x for x in level] for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
             if not args.no_hr:
-                sides["HR"] = Side(sized(plain, high, 1, "MODEL.ANCHOR_GENERATOR.SIZES", anchors))
+                anchors = "MODEL.ANCHOR_GENERATOR.SIZES", anchor_sizes(cfg, scale)
+                sides["HR"] = Side(sized(plain, high, 1, *anchors))
             sides["plain teacher"] = Side(sized(cfg, low, scale), PlainTeacher)
         sides[name] = Side(sized(cfg, low, scale), Teacher)
     return sides

@@ -6,6 +6,7 @@ The detector reads images at high resolution, the student images whose sides are
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from msad_kd.modeling.classes import anchor_sizes
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.errors import InputError
 
@@ -136,7 +137,7 @@ def _check(cfg: CfgNode, scale: int) -> None:
             "INPUT.MIN_SIZE_TRAIN or MIN_SIZE_TEST is 0, so images keep their size; name the sizes "
             "of the high resolution"
         )
-    smallest = min(min(sizes) for sizes in model.ANCHOR_GENERATOR.SIZES)
+    smallest = min(map(min, anchor_sizes(cfg)))
     if name != "FCOS" and smallest / scale < 2:
         raise InputError(
             f"the smallest of MODEL.ANCHOR_GENERATOR.SIZES is {smallest:g} px; divided by {scale} "
@@ -170,5 +171,4 @@ def _divide_sizes(cfg: CfgNode, scale: int) -> None:
         inputs.CROP.SIZE = [max(1, int(side) // scale) for side in inputs.CROP.SIZE]
     if cfg.MODEL.META_ARCHITECTURE == "FCOS":
         return  # it has no anchors; its ranges of sizes follow the strides
-    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / scale for size in level] for level in sizes]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = anchor_sizes(cfg, 1 / scale)

@@ -15,7 +15,7 @@ from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.data.classes import model_classes
 from msad_kd.distill.teacher import DTYPES, Teacher, check_branch
 from msad_kd.losses.terms import read_losses
-from msad_kd.modeling.classes import is_a, number_of_classes
+from msad_kd.modeling.classes import anchor_sizes, is_a, number_of_classes
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 from msad_kd.utils.errors import InputError
@@ -152,7 +152,7 @@ def _warn_of_other_sizes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
             f"config '{file}' has INPUT.MIN_SIZE_TRAIN {tuple(trained)}; it is weaker at sizes "
             "that it was not trained on"
         )
-    anchors, theirs = (x.MODEL.ANCHOR_GENERATOR.SIZES for x in (cfg, teacher_cfg))
+    anchors, theirs = map(anchor_sizes, (cfg, teacher_cfg))
     sides, their_sides = (np.concatenate(sizes) for sizes in (anchors, theirs))
     same = sides.shape == their_sides.shape and np.allclose(factor * sides, their_sides)
     if aligned and not is_a(cfg, FCOS) and not same:

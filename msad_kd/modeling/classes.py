@@ -1,4 +1,4 @@
-"""The number of classes, and the masks, that a config's model predicts."""
+"""What a config says of its model: the classes and masks that it predicts, its anchors."""
 
 from operator import attrgetter
 
@@ -30,6 +30,16 @@ def number_of_classes(cfg: CfgNode) -> int | None:
     """Return the number of classes; None for unknown meta-architectures."""
     key = class_key(cfg)
     return attrgetter(key)(cfg) if key else None
+
+
+def anchor_sizes(cfg: CfgNode, factor: float = 1) -> list[list[float]]:
+    """Return MODEL.ANCHOR_GENERATOR.SIZES times a factor, a list for each level or one for all.
+
+    The key may hold the list for all levels itself: [32, 64] means [[32, 64]].
+    """
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    levels = sizes if isinstance(sizes[0], (list, tuple)) else [sizes]
+    return [[factor * size for size in level] for level in levels]
 
 
 def has_masks(cfg: CfgNode) -> bool:

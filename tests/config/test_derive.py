@@ -91,6 +91,13 @@ def test_nuclei_pairs_that_the_readme_derives(name, scale):
     )
 
 
+def test_anchors_of_a_flat_list():
+    keys = "MODEL.ANCHOR_GENERATOR.SIZES", [32, 64]
+    derived = derive_configs(config_of("COCO/mask_rcnn_R_50_FPN_HR_1x.yaml", *keys), 2)
+    sizes = {role: x.MODEL.ANCHOR_GENERATOR.SIZES for role, x in derived.items()}
+    assert sizes == {"teacher": [32, 64], "control": [[16, 32]], "student": [[16, 32]]}
+
+
 def test_a_warmup_fits_the_schedule_and_the_losses_fit_the_heads():
     cfg = config_of("COCO/mask_rcnn_R_50_FPN_HR_1x.yaml", *SHORT)
     derived = derive_configs(cfg, 2)
@@ -115,6 +122,7 @@ def test_a_warmup_fits_the_schedule_and_the_losses_fit_the_heads():
         (["INPUT.MIN_SIZE_TRAIN", (0,)], "name the sizes"),
         (["INPUT.MIN_SIZE_TEST", 0, "INPUT.JITTER.SIZE", 1024], "name the sizes"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[3.0]]], "under 2 px"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [32, 3.0]], "under 2 px"),
     ],
 )
 def test_what_cannot_be_halved_is_refused(changes, words):

@@ -19,7 +19,7 @@ def no_shapes(catalogs):
 def test_quick_run(tmp_path, no_shapes, capsys):
     tool = load_tool("benchmark")
     options = ["--rounds", "1", "--inference", "1", "--onnx", "--output", str(tmp_path)]
-    tool.main(["--quick", *options])
+    tool.main(["--quick", *options, "MODEL.ANCHOR_GENERATOR.SIZES", "[16]"])
     text = capsys.readouterr().out
     assert re.findall("inference of (.*), batch 1", text) == ["LR", "HR", "LR, onnxruntime"]
     number = r"\d+\.\d\d"
