@@ -158,7 +158,10 @@ def _set_levels(cfg: CfgNode, first: int) -> None:
 
 
 def _divide_sizes(cfg: CfgNode, scale: int) -> None:
-    """Divide sizes of images, rounded up as the mapper of two resolutions does, and of anchors."""
+    """Divide sizes of images, rounded up as the mapper of two resolutions does, and of anchors.
+
+    INPUT.CROP stays: it precedes the resize, so it is in pixels of the original.
+    """
     inputs = cfg.INPUT
     inputs.MIN_SIZE_TRAIN = tuple(-(-size // scale) for size in inputs.MIN_SIZE_TRAIN)
     for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
@@ -167,8 +170,6 @@ def _divide_sizes(cfg: CfgNode, scale: int) -> None:
     aug.MIN_SIZES = tuple(-(-size // scale) for size in aug.MIN_SIZES)
     aug.MAX_SIZE = -(-aug.MAX_SIZE // scale)
     inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
-    if inputs.CROP.ENABLED and inputs.CROP.TYPE.startswith("absolute"):
-        inputs.CROP.SIZE = [max(1, int(side) // scale) for side in inputs.CROP.SIZE]
     if cfg.MODEL.META_ARCHITECTURE == "FCOS":
         return  # it has no anchors; its ranges of sizes follow the strides
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = anchor_sizes(cfg, 1 / scale)

@@ -98,6 +98,13 @@ def test_anchors_of_a_flat_list():
     assert sizes == {"teacher": [32, 64], "control": [[16, 32]], "student": [[16, 32]]}
 
 
+@pytest.mark.parametrize("kind", ["absolute", "absolute_range"])
+def test_crops_are_the_detectors(kind):
+    keys = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", kind, "INPUT.CROP.SIZE", [384, 600]]
+    cfg = config_of("COCO/mask_rcnn_R_50_FPN_HR_1x.yaml", *keys)
+    assert all(x.INPUT.CROP == cfg.INPUT.CROP for x in derive_configs(cfg, 2).values())
+
+
 def test_a_warmup_fits_the_schedule_and_the_losses_fit_the_heads():
     cfg = config_of("COCO/mask_rcnn_R_50_FPN_HR_1x.yaml", *SHORT)
     derived = derive_configs(cfg, 2)
