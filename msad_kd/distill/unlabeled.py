@@ -62,11 +62,11 @@ class UnlabeledImages:
                 f"{key}, but the teacher has {theirs} classes and the student {mine}; use a "
                 "teacher with the student's classes"
             )
-        for part, setting in (("mask_on", "MASK_ON"), ("keypoint_on", "KEYPOINT_ON")):
-            mine, theirs = (getattr(x, part, False) for x in heads)
+        for setting, things in (("MASK_ON", "masks"), ("KEYPOINT_ON", "keypoints")):
+            mine, theirs = (getattr(x, setting.lower(), False) for x in heads)
             if mine and not theirs:
                 raise InputError(
-                    f"{key} and MODEL.{setting} too, but the teacher predicts boxes alone; use a "
+                    f"{key} and MODEL.{setting} too, but the teacher predicts no {things}; use a "
                     f"teacher with MODEL.{setting} True"
                 )
         if isinstance(heads[0], CascadeROIHeads) and self.ignore_score < max(self.scores):

@@ -234,7 +234,8 @@ def test_keypoints_of_a_plain_teacher_without_distillation(student_config, confi
 @pytest.mark.parametrize(
     ("role", "keys", "words"),
     [
-        ("faster_rcnn", [], "MODEL.MASK_ON too, but the teacher predicts boxes alone"),
+        ("faster_rcnn", [], "MODEL.MASK_ON too, but the teacher predicts no masks"),
+        ("mask_rcnn", ["MODEL.KEYPOINT_ON", True], "KEYPOINT_ON too, .* predicts no keypoints"),
         ("mask_rcnn", ["MODEL.ROI_HEADS.NUM_CLASSES", 5], "the teacher has 8 classes and .* 5"),
         ("mask_rcnn", ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"], "Cascade.* ignore no boxes"),
     ],
