@@ -11,12 +11,14 @@ split of an image depends on its id alone. The output folder appears only when i
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +49,12 @@ def open_source(source):
         names = [path.relative_to(source).as_posix() for path in source.rglob("*.png")]
         yield names, lambda name: open(source / name, "rb")
     elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            yield archive.namelist(), archive.open
+        try:
+            with zipfile.ZipFile(source) as archive:
+                # Read whole, its checksum is compared.
+                yield archive.namelist(), lambda name: io.BytesIO(archive.read(name))
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise ValueError(f"zip '{source}' is damaged ({error}); download it again") from error
     else:
         raise ValueError(f"'{source}' is neither a folder nor a zip; download stage1_train first")
 

@@ -117,6 +117,22 @@ def test_a_zip_gives_the_same(source, converted, tmp_path):
     assert all(filecmp.cmp(again / name, converted[0] / name, shallow=False) for name in names)
 
 
+@pytest.mark.parametrize("mode", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_with_a_flipped_bit_is_named(source, tmp_path, mode):
+    path, name = tmp_path / "source.zip", f"{TRAIN}/images/{TRAIN}.png"
+    with zipfile.ZipFile(path, "w", mode) as archive:
+        for image in source.rglob("*.png"):
+            archive.write(image, image.relative_to(source))
+    content, info = path.read_bytes(), zipfile.ZipFile(path).getinfo(name)
+    start = info.header_offset + 30 + len(name)
+    for place in (20, info.compress_size // 2):
+        changed = bytearray(content)
+        changed[start + place] ^= 16
+        path.write_bytes(changed)
+        with pytest.raises(SystemExit, match="zip '.*source.zip' is damaged"):
+            nuclei.main([str(path), "--output", str(tmp_path / "nuclei")])
+
+
 def test_split_depends_on_the_id_alone():
     known = {TRAIN: "train", VAL: "val", TEST: "test"}
     assert {image_id: nuclei.split_of(image_id) for image_id in known} == known
