@@ -23,7 +23,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         strip_checkpoint(arguments.source, arguments.target, half=arguments.half)
-    except InputError as error:
+    except (InputError, OSError) as error:  # the second: the target cannot be written
         parser.error(str(error))
     size = os.path.getsize(arguments.target) / 2**20
     print(f"{arguments.target}: {size:.1f} MiB")

@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from fvcore.common.checkpoint import _filter_reused_missing_keys
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from msad_kd.checkpoint.files import replacing_with_checksum
@@ -202,12 +202,16 @@ def save_model(state: dict[str, torch.Tensor], path: str, classes: list[str] | N
         state: the state dict.
         path: the file to write: .safetensors, or else torch's format.
         classes: the names of the classes that the model predicts.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
     extra = {} if classes is None else {"classes": list(classes)}
-    with replacing_with_checksum(path) as part:
+    # By path, the libraries raise errors of their own for what cannot be written.
+    with replacing_with_checksum(path) as part, open(part, "wb") as file:
         if os.fspath(path).endswith(".safetensors"):
             # The format takes no two tensors that share their numbers.
             tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
-            save_file(tensors, part, {key: json.dumps(value) for key, value in extra.items()})
+            file.write(save(tensors, {key: json.dumps(value) for key, value in extra.items()}))
         else:
-            torch.save({"model": state, **extra}, part)
+            torch.save({"model": state, **extra}, file)

@@ -41,7 +41,7 @@ def run(parser, main, arguments=None):
     args = parser.parse_args(arguments)
     try:
         return main(args)
-    except InputError as error:
+    except (InputError, OSError) as error:  # the second: a file cannot be written
         parser.error(str(error))
 
 
