@@ -33,7 +33,7 @@ def find_inputs(words: list[str]) -> tuple[list[str], list[str]]:
         words: files, folders (the images and videos directly in them) and patterns ("**" for
             folders in folders).
     """
-    files, unmatched = [], []
+    files, unmatched = {}, []  # by their absolute paths, as a file has several names
     for word in words:
         if os.path.isdir(word):
             names = (name for name in os.listdir(word) if name.lower().endswith(IMAGES + VIDEOS))
@@ -42,9 +42,10 @@ def find_inputs(words: list[str]) -> tuple[list[str], list[str]]:
             found = [word]
         else:
             found = [x for x in sorted(glob.glob(word, recursive=True)) if os.path.isfile(x)]
-        files += found
+        for file in found:
+            files.setdefault(os.path.abspath(file), file)
         unmatched += [] if found else [word]
-    return list(dict.fromkeys(files)), unmatched
+    return list(files.values()), unmatched
 
 
 def targets_of(files: list[str], output: str) -> tuple[dict[str, str], str]:

@@ -177,12 +177,13 @@ def test_videos(predict, data, suffix, tmp_path):
     assert not (tmp_path / "out" / "predictions.json").exists()
 
 
-def test_files_folders_and_patterns(photos, tmp_path):
+def test_files_folders_and_patterns(photos, monkeypatch):
     (photos / "more").mkdir()
     shutil.copy(photos / "rgba.png", photos / "more" / "rgba.png")
-    words = [str(photos / "*.png"), str(photos), str(photos / "**" / "*.png"), "nowhere.png"]
+    monkeypatch.chdir(photos)
+    words = [str(photos / "*.png"), ".", "grey.bmp", "**/*.png", "nowhere.png"]
     found, unmatched = files.find_inputs(words)
-    names = ["broken.png", "narrow.png", "rgba.png", "grey.bmp", "turned.jpg", "more/rgba.png"]
+    names = ["broken.png", "narrow.png", "rgba.png", "./grey.bmp", "./turned.jpg", "more/rgba.png"]
     assert [path.removeprefix(f"{photos}/") for path in found] == names
     assert unmatched == ["nowhere.png"]
     targets, folder = files.targets_of(found, "out")
