@@ -264,7 +264,7 @@ def parse_arguments(arguments=None):
     add("--unlabeled", metavar="IMAGES", help="a folder or data set for the student to learn from")
     add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
     add("--no-control", dest="control", action="store_false", help="leave the control out")
-    add("--detections", type=study.natural, default=100, help="an image, to measure costs at")
+    add("--detections", type=study.positive, default=100, help="an image, to measure costs at")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")

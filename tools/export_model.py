@@ -25,6 +25,7 @@ from msad_kd.export.stock import lazy_config, stock_config
 from msad_kd.export.tracing import ExportableDetector, export_torchscript
 from msad_kd.modeling.classes import is_a
 from msad_kd.modeling.fcos import FCOS
+from msad_kd.utils.arguments import positive
 from msad_kd.utils.unpickle import TrustFiles
 
 FORMATS = ("detectron2", "torchscript", "onnx")
@@ -111,14 +112,6 @@ def take_if_equal(report, folder, name):
         f"the exported model differs from PyTorch's; largest (limit): {words}; it is kept as "
         f"'{unchecked}'"
     )
-
-
-def positive(text):
-    """Convert a command-line argument to an integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 def main(arguments=None):

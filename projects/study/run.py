@@ -20,6 +20,7 @@ from pathlib import Path
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from msad_kd.utils.arguments import positive
 from msad_kd.utils.errors import InputError
 from projects.study.cells import make_cells
 from projects.study.grid import read_grid
@@ -27,13 +28,6 @@ from projects.study.jobs import Screen, count_cores, locked, run_jobs
 from projects.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def natural(text):
-    """Read a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
-    return int(text)
 
 
 def parse_arguments(arguments=None):
@@ -45,8 +39,8 @@ def parse_arguments(arguments=None):
     add("--output", help="folder of the runs and the results (default: the grid's)")
     add("--tables", nargs="+", metavar="TABLE", help="only the rows of these tables")
     add("--rows", nargs="+", metavar="ROW", help="only these rows")
-    add("--seeds", nargs="+", type=natural, metavar="SEED", help="only these seeds")
-    add("--slots", type=natural, default=count_cores(), help="runs at a time (default: the cores)")
+    add("--seeds", nargs="+", type=positive, metavar="SEED", help="only these seeds")
+    add("--slots", type=positive, default=count_cores(), help="runs at a time (default: the cores)")
     add("--num-gpus", type=int, default=0, help="GPUs of each training (then one runs at a time)")
     add("--reuse", metavar="FILE", help="results.json of another study, to take done cells from")
     add("--report", action="store_true", help="run nothing, only tabulate what is there")

@@ -80,7 +80,7 @@ def test_masks_cost_by_the_number_of_detections(branches):
     ("arguments", "words"),
     [
         (["--weights", "nowhere.pth"], "'nowhere.pth' for the config .* does not exist"),
-        (["--test-images", "0"], "--test-images: 0 is below 1"),
+        (["--test-images", "0"], "--test-images: '0' is no whole number"),
         (["--test-images", "1", "DATASETS.TEST", "()"], "no data set; set DATASETS.TEST"),
     ],
 )

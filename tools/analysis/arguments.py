@@ -3,16 +3,9 @@
 import argparse
 
 from msad_kd.checkpoint.files import write_json
+from msad_kd.utils.arguments import positive as positive  # the tools import it from here
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.unpickle import TrustFiles
-
-
-def positive(text):
-    """Convert a command-line argument to an integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
 
 
 def parser_for(doc, config_help):
