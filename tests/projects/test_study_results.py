@@ -40,7 +40,11 @@ def test_every_result_belongs_to_a_cell_of_the_study(study):
 
 @pytest.mark.parametrize(
     ("grid", "folder"),
-    [("Shapes/demo_full", "Shapes/results/384"), ("Nuclei/study", "Nuclei/results")],
+    [
+        ("Shapes/demo_full", "Shapes/results/384"),
+        ("Nuclei/study", "Nuclei/results"),
+        ("StructuralKD/study", "StructuralKD/results"),
+    ],
 )
 def test_the_results_of_other_grids_belong_to_their_cells(grid, folder, tmp_path):
     cells = make_cells(read_grid(f"projects/{grid}.yaml"), tmp_path)
