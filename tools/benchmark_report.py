@@ -51,16 +51,27 @@ def markdown(result):
     return "\n".join(lines)
 
 
-def draw(result, file):
-    """Draw the parts of each side's step as stacked bars."""
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(result["rounds"]) + 1.5))
-    left = dict.fromkeys(result["rounds"], 0.0)
+def medians(entries):
+    """Return the median seconds of each part over rounds."""
+    return {part: median(x[part] for x in entries) for part in PARTS}
+
+
+def draw_bars(bars, label, file):
+    """Draw stacked bars to a PNG file: ``bars`` has the width of each part by the bar's name."""
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(bars) + 1.5))
+    left = dict.fromkeys(bars, 0.0)
     for part in PARTS:
-        widths = [median(x[part] for x in entries) for entries in result["rounds"].values()]
+        widths = [parts[part] for parts in bars.values()]
         axes.barh(list(left), widths, left=list(left.values()), label=part)
         left = {name: start + width for (name, start), width in zip(left.items(), widths)}
-    axes.set_xlabel(f"seconds a step ({result['clock']})")
+    axes.set_xlabel(label)
     axes.invert_yaxis()
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    figure.savefig(file, bbox_inches="tight", dpi=120)
+    figure.savefig(file, bbox_inches="tight", dpi=120, format="png")
     plt.close(figure)
+
+
+def draw(result, file):
+    """Draw the parts of each side's step."""
+    bars = {name: medians(entries) for name, entries in result["rounds"].items()}
+    draw_bars(bars, f"seconds a step ({result['clock']})", file)

@@ -179,7 +179,7 @@ def describe(configs):
         sizes, solver = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER
         sides = f"{min(sizes)} to {max(sizes)} px" if len({*sizes}) > 1 else f"{sizes[0]} px"
         losses = [f"{term.name} {term.weight:g}" for term in read_losses(cfg.KD.LOSSES)]
-        losses += [f"labels of the teacher on {images}" for images in cfg.DATASETS.UNLABELED]
+        losses += [f"{images} without labels" for images in cfg.DATASETS.UNLABELED]
         cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
         table.append([*cells, ", ".join(losses) if name == "student" else "-"])
     headers = ["", "short side, training", "test", "iterations", "rate", "losses"]

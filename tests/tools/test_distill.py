@@ -86,7 +86,7 @@ def test_images_without_labels(images, name, data, hr_of, tmp_path, capsys, monk
     monkeypatch.chdir(data)
     load_tool("tools.distill").main([*words, "--dry-run", "SOLVER.MAX_ITER", "1"])
     monkeypatch.chdir(tmp_path)
-    assert capsys.readouterr().out.rstrip().endswith(f"labels of the teacher on {name}")
+    assert capsys.readouterr().out.rstrip().endswith(f"{name} without labels")
     roles = ("teacher", "control", "student")
     configs = {x: build_config(str(tmp_path / "configs" / f"{x}.yaml"), []) for x in roles}
     logged = {role: train(cfg).storage.histories() for role, cfg in configs.items()}

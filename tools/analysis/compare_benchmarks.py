@@ -16,7 +16,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmark_report
 
-from benchmark_report import PARTS, plt, ratio
+from benchmark_report import PARTS, draw_bars, medians, ratio
 from tabulate import tabulate
 
 from msad_kd import InputError
@@ -38,40 +38,34 @@ def read_results(pairs):
     return results
 
 
+def lr_step(result):
+    """Return the median seconds of a plain step at low resolution."""
+    return median(sum(x[part] for part in PARTS) for x in result["rounds"]["LR"])
+
+
 def table(results):
     """Return a line for each run, as Markdown: steps, ratios and the memory of a student's step."""
     lines = []
     for label, result in results.items():
         rounds, memory = result["rounds"], result["memory"]
-        lr = median(sum(x[part] for part in PARTS) for x in rounds["LR"])
         ratios = [ratio(rounds, name, "LR") for name in ("plain teacher", "student")]
         gigabytes = [
             f"{sum(memory[name].values()) / 2**30:.1f}" if name in memory else "-"
             for name in ("LR", "HR", "student")
         ]
-        lines.append([label, f"{lr:.1f} s", *ratios, *gigabytes])
+        lines.append([label, f"{lr_step(result):.1f} s", *ratios, *gigabytes])
     headings = ["", "LR step", "plain teacher: step / LR step", "default: step / LR step"]
     headings += [f"{name}, GiB" for name in ("LR", "HR", "student")]
     return tabulate(lines, headings, "pipe", disable_numparse=True)
 
 
 def draw(results, path):
-    """Draw the parts of each run's student step, relative to its LR step, as stacked bars."""
-    figure, axes = plt.subplots(figsize=(7, 0.45 * len(results) + 1.5))
-    left = dict.fromkeys(results, 0.0)
-    for part in PARTS:
-        widths = []
-        for result in results.values():
-            lr = median(sum(x[p] for p in PARTS) for x in result["rounds"]["LR"])
-            widths.append(median(x[part] for x in result["rounds"]["student"]) / lr)
-        axes.barh(list(left), widths, left=list(left.values()), label=part)
-        left = {name: start + width for (name, start), width in zip(left.items(), widths)}
-    axes.axvline(1, color="black", lw=0.8)
-    axes.set_xlabel("student's step, in LR steps")
-    axes.invert_yaxis()
-    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    figure.savefig(path, bbox_inches="tight", dpi=120, format="png")
-    plt.close(figure)
+    """Draw the parts of each run's student step, in LR steps."""
+    bars = {}
+    for label, result in results.items():
+        parts = medians(result["rounds"]["student"])
+        bars[label] = {part: time / lr_step(result) for part, time in parts.items()}
+    draw_bars(bars, "student's step, in LR steps", path)
 
 
 def main(arguments=None):
