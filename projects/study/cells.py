@@ -21,6 +21,19 @@ LOGGING |= {"SOLVER.CHECKPOINT_PERIOD"}
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The labels that the model of another cell gives to images without labels."""
+
+    file: Path
+    command: tuple[str, ...]  # of tools/label_images.py
+
+    @property
+    def title(self):
+        """Return what their job is called."""
+        return f"labels '{self.file}'"
+
+
+@dataclass(frozen=True)
 class Cell:
     """A row with one seed."""
 
@@ -33,6 +46,7 @@ class Cell:
     test_options: list  # KEY VALUE pairs of the measured model
     needs: tuple[str, ...]  # keys of the cells whose checkpoints it uses
     data: tuple[str, ...]  # the folders of `Grid.data` that it reads
+    labels: Labels | None  # to be made before the training
     iterations: int  # all stages of a ladder together; 0 if nothing is trained
     fingerprint: str  # equal for cells that mean the same training, data and measurement
 
@@ -85,7 +99,10 @@ def _make_cell(row, seed, sources, folder, data, extra):
     test_options = list(map(str, [*_flat(tested), *extra]))
     # In a fingerprint a checkpoint is known by how it was made, not by its path.
     origins = {name: cell.fingerprint for name, cell in sources.items()}
-    cfg = _build(row.config, _filled(options, origins))
+    cfg, labels = _build(row.config, _filled(options, origins)), None
+    if row.labels_by and row.trained:
+        labels, changes = _label_images(cfg, row.name, sources[row.labels_by])
+        options += changes
     test_cfg = _build(row.test_config, test_options)
     stages = cfg.KD.LADDER.STAGES
     weights = folder / "model_final.pth"
@@ -100,6 +117,7 @@ def _make_cell(row, seed, sources, folder, data, extra):
     folders = _folders(test_cfg, "TEST", data)
     meaning = {"test": {k: v for k, v in changed_keys(test_cfg).items() if not _trains(k)}}
     if row.trained:
+        meaning |= {"labels": origins[row.labels_by]} if labels else {}
         folders += _folders(cfg, "TRAIN", data) + _folders(cfg, "UNLABELED", data)
         teachers = [stage["weights"] for stage in stages] or [cfg.KD.TEACHER.WEIGHTS]
         files = [cfg.MODEL.WEIGHTS, *teachers]
@@ -120,9 +138,28 @@ def _make_cell(row, seed, sources, folder, data, extra):
         test_options=test_options,
         needs=tuple(cell.key for cell in sources.values()),
         data=tuple(folders),
+        labels=labels,
         iterations=sum(iterations or [cfg.SOLVER.MAX_ITER]) * row.trained,
         fingerprint=hashlib.sha256(meaning.encode()).hexdigest(),
     )
+
+
+def _label_images(cfg, name, source):
+    """Return the labels that a cell gives to the images of a row, and the keys that name them."""
+    entries, unlabeled = cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.UNLABELED
+    images = [x["images"] for x in entries if x["name"] in unlabeled]
+    if len(images) != 1 or len(unlabeled) != 1:
+        words = "DATASETS.UNLABELED should name one data set of DATASETS.COCO_FORMAT"
+        raise InputError(f"row '{name}' has labels_by: {words}")
+    labelled = f"{unlabeled[0]}_labels_of_{source.row.name}"
+    file = (source.folder / f"labels_{unlabeled[0]}_{source.fingerprint[:8]}.json").absolute()
+    words = ["--config-file", source.row.test_config, "--weights", str(source.weights)]
+    words += ["--dataset", unlabeled[0], "--output", str(file), *source.test_options]
+    entries = [*entries, {"name": labelled, "json": str(file), "images": images[0]}]
+    changes = ["DATASETS.COCO_FORMAT", entries, "DATASETS.UNLABELED", [labelled]]
+    # The model's own config may not know the images.
+    words += ["DATASETS.COCO_FORMAT", str(entries[:-1])]
+    return Labels(file, tuple(words)), changes
 
 
 def _build(config, options):

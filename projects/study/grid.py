@@ -29,6 +29,7 @@ class Row:
     # Config KEY to VALUE on top of both. {row} in a value stands for that row's checkpoint of the
     # same seed, or of its first seed if it lacks this one.
     options: dict[str, Any] = field(default_factory=dict)
+    labels_by: str = ""  # a row whose model labels the images of DATASETS.UNLABELED beforehand
     seeds: list[int] = field(default_factory=list)  # of the trainings, if not the grid's
     name: str = ""  # the row's key in the file
 
@@ -39,7 +40,7 @@ class Row:
 
     def references(self):
         """Return the names of the rows whose checkpoints it uses."""
-        names = [self.checkpoint_of] if self.checkpoint_of else []
+        names = [*filter(None, [self.checkpoint_of or self.labels_by])]
         return tuple(dict.fromkeys(names + PLACEHOLDER.findall(json.dumps(self.options))))
 
 

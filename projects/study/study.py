@@ -58,6 +58,10 @@ class Study:
                 waits[key] = ()
                 if not (cell.row.trained and self._is_trained(cell)):
                     waits[key] = tuple(name for needed in cell.needs for name in train(needed))
+                    if cell.labels and not cell.labels.file.exists():
+                        if cell.labels.title not in [job.name for job in jobs]:
+                            jobs.append(self._labelling(cell.labels, waits[key]))
+                        waits[key] = (cell.labels.title, *waits[key])
                     if cell.row.trained:
                         jobs.append(self._training(cell, waits[key]))
                         waits[key] = (cell.title,)
@@ -96,6 +100,10 @@ class Study:
         last, name = cell.weights.with_name("last_checkpoint"), cell.weights.name
         whole = name == "student.pth" or last.is_file() and last.read_text().strip() == name
         return cell.weights.is_file() and whole
+
+    def _labelling(self, labels, after):
+        command = [sys.executable, "tools/label_images.py", *labels.command]
+        return Job(labels.title, command, labels.file.parent, after)
 
     def _training(self, cell, after):
         command = [sys.executable, "train_net.py", "--resume", "--config-file", cell.row.config]

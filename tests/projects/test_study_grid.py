@@ -131,6 +131,30 @@ def test_a_fingerprint_stands_for_the_meaning(cells_of):
     assert all(fingerprints(cells_of(other))[key] != after[key] for key in after)
 
 
+def test_a_row_whose_images_another_row_labels(cells_of, tmp_path):
+    grid = content()
+    folder = {"name": "more", "images": "more"}
+    keys = {"DATASETS.COCO_FORMAT": [folder], "DATASETS.UNLABELED": ["more"]}
+    grid["rows"]["student"]["options"] |= {**keys, "SOLVER.UNLABELED_PER_BATCH": 1}
+    plain = cells_of(grid)
+    grid["rows"]["student"]["labels_by"] = "lr"
+    cells = cells_of(grid)
+    assert cells["student/2"].needs == ("lr/2", "teacher/0")
+    labels, options = cells["student/2"].labels, cells["student/2"].options
+    name = f"labels_more_{cells['lr/2'].fingerprint[:8]}.json"
+    assert labels.file == tmp_path / "runs" / "lr" / "seed_2" / name
+    last = dict(zip(options[::2], options[1::2]))
+    assert last["DATASETS.UNLABELED"] == "['more_labels_of_lr']"
+    assert f"'json': '{labels.file}'" in last["DATASETS.COCO_FORMAT"]
+    assert labels.command[labels.command.index("--weights") + 1] == str(cells["lr/2"].weights)
+    assert cells["fresh/2"].labels is None  # nothing is trained
+    for key in ("student/2", "fresh/2", "again/2"):
+        assert cells[key].fingerprint != plain[key].fingerprint
+    assert cells["lr/2"].fingerprint == plain["lr/2"].fingerprint
+    grid["rows"]["lr"]["options"] = {"SOLVER.MAX_ITER": 3}  # another model labels otherwise
+    assert cells_of(grid)["student/2"].fingerprint != cells["student/2"].fingerprint
+
+
 def test_a_fingerprint_stands_for_the_content_of_checkpoints(cells_of, tmp_path):
     grid, weights = content(), tmp_path / "t.pth"
     stage = {"name": "a", "config_file": TEACHER, "weights": str(weights)}
@@ -201,6 +225,7 @@ CURVE = {"name": "c", "title": "C"}
         (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{lr}"}, "row 'lr' needs its own checkpoint"),
         (("rows", "lr", "options"), {"SOLVER.MAXITER": 3}, "SOLVER.MAXITER; did you mean"),
         (("data", "shapes"), {"trian": 3}, "'shapes' .*'trian'"),
+        (("rows", "student", "labels_by"), "lr", "'student' has labels_by: DATASETS.UNLABELED"),
     ],
 )
 def test_errors_name_the_entry(cells_of, path, value, message):

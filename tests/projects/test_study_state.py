@@ -7,6 +7,7 @@ import pytest
 
 from msad_kd.utils.errors import InputError
 from projects.study import reports
+from projects.study.cells import Labels
 from projects.study.grid import Row
 from projects.study.study import Study, verify
 
@@ -24,7 +25,7 @@ def cell_of(folder, name, fingerprint, needs=(), **fields):
     return SimpleNamespace(
         **{"key": key, "title": name, "row": row, "folder": run, "needs": needs},
         **{"fingerprint": fingerprint, "weights": run / "model_final.pth", "iterations": 100},
-        **{"options": ["SEED", "1"], "test_options": []},
+        **{"options": ["SEED", "1"], "test_options": [], "labels": None},
     )
 
 
@@ -120,6 +121,20 @@ def test_a_cell_waits_for_the_checkpoints_it_uses(tmp_path, study_of):
     assert [job.name for job in study.plan(["branch/0"])] == ["start", "teacher", "branch: AP"]
     last.write_text("model_final.pth")
     assert [job.name for job in study.plan(["branch/0"])] == ["branch: AP"]
+
+
+def test_labels_are_made_once_between_two_trainings(tmp_path, study_of):
+    labels = Labels(tmp_path / "labels.json", ("--output", str(tmp_path / "labels.json")))
+    hr = cell_of(tmp_path, "hr", "a")
+    students = [cell_of(tmp_path, name, name, needs=("hr/1",)) for name in ("one", "other")]
+    for student in students:
+        student.labels = labels
+    study = study_of(hr, *students)
+    after = {job.name: job.after for job in study.plan(["one/1", "other/1"])}
+    assert after[labels.title] == ("hr",) and after["one"] == after["other"]
+    assert after["one"] == (labels.title, "hr") and list(after).count(labels.title) == 1
+    labels.file.touch()
+    assert labels.title not in [job.name for job in study.plan(["one/1"])]
 
 
 def test_the_time_left_is_of_all_trainings(tmp_path, study_of, monkeypatch):

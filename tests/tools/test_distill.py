@@ -79,14 +79,20 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
 
 @pytest.mark.usefixtures("catalogs")
 @pytest.mark.parametrize(("images", "name"), [("val", "unlabeled"), ("tiny_val", "tiny_val")])
-def test_images_without_labels(images, name, data, hr_of, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("labels_by", ["hr", "teacher"])
+def test_images_without_labels(labels_by, images, name, data, hr_of, tmp_path, capsys, monkeypatch):
     """A folder, named from where one stands, or a data set joins the student's batches alone."""
-    config, _ = hr_of("mask_rcnn")
+    config, weights = hr_of("mask_rcnn")
     words = ["--config-file", config, "--output", str(tmp_path), "--unlabeled", images]
+    words += ["--weights", str(weights)] * (labels_by == "hr")
     monkeypatch.chdir(data)
     load_tool("tools.distill").main([*words, "--dry-run", "SOLVER.MAX_ITER", "1"])
     monkeypatch.chdir(tmp_path)
-    assert capsys.readouterr().out.rstrip().endswith(f"{name} without labels")
+    said = capsys.readouterr().out
+    if labels_by == "hr":
+        (line,) = (line for line in said.splitlines() if "label_images.py" in line)
+        load_tool("tools.label_images").main(shlex.split(line)[2:] + ["--min-score", "0"])
+    assert f"images of {name}{'_by_hr' * (labels_by == 'hr')}" in said
     roles = ("teacher", "control", "student")
     configs = {x: build_config(str(tmp_path / "configs" / f"{x}.yaml"), []) for x in roles}
     logged = {role: train(cfg).storage.histories() for role, cfg in configs.items()}
@@ -94,6 +100,22 @@ def test_images_without_labels(images, name, data, hr_of, tmp_path, capsys, monk
     assert not any("unlabeled" in key for key in logged["control"])
     solver = configs["student"].SOLVER
     assert solver.UNLABELED_PER_BATCH == solver.IMS_PER_BATCH
+
+
+@pytest.mark.usefixtures("catalogs")
+def test_labels_that_a_model_has_given_are_kept(data, hr_of, tmp_path, capsys):
+    config, weights = hr_of("mask_rcnn")
+    content = json.loads((data / "annotations" / "instances_val.json").read_text())
+    content["annotations"] = [{**x, "score": 1.0} for x in content["annotations"]]
+    (tmp_path / "scored.json").write_text(json.dumps(content))
+    with_scores = {"name": "scored", "json": str(tmp_path / "scored.json")}
+    entries = build_config(config, []).DATASETS.COCO_FORMAT
+    entries = [*entries, {**with_scores, "images": str(data / "val")}]
+    load_tool("tools.distill").main(
+        ["--config-file", config, "--output", str(tmp_path), "--weights", str(weights)]
+        + ["--unlabeled", "scored", "--dry-run", "DATASETS.COCO_FORMAT", str(entries)]
+    )
+    assert capsys.readouterr().out.rstrip().endswith("images of scored")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +132,7 @@ def test_images_without_labels(images, name, data, hr_of, tmp_path, capsys, monk
         (["student:KD.LOSSES", "[{name: l3, weight: 1.0}]"], "there is no loss 'l3'"),
         (["student:TEST.PATIENCE", "2"], "TEST.PATIENCE is 2"),
         (["--unlabeled", "nowhere"], "DATASETS.UNLABELED: 'nowhere' is not"),
+        (["--unlabeled", "tiny_val", "--labels-by", "hr"], "--weights should name"),
     ],
 )
 def test_what_is_wrong_ends_in_one_sentence(config_files, tmp_path, arguments, words):
@@ -138,10 +161,18 @@ def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
     args = argparse.Namespace(output=tmp_path)
     (tmp_path / "data").mkdir()
     with pytest.raises(SystemExit):
-        tool.check_data(args)
+        tool.check_data(args, "student")
     for _ in range(2):
-        tool.check_data(args)
+        tool.check_data(args, "student")
     assert said == [False, False, True]
+
+
+def unlabeled(cfg):
+    """Return the folders of a flat config's images without labels, and if a file has labels."""
+    entries = {x["name"]: x for x in cfg["DATASETS.COCO_FORMAT"]}
+    entries = [entries[name] for name in cfg["DATASETS.UNLABELED"]]
+    root = os.environ["DETECTRON2_DATASETS"]
+    return [(os.path.join(ROOT, root, x["images"]), "json" in x) for x in entries]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +181,7 @@ def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
         ("demo", "Shapes/demo_full", {"student": "student/1", "control": "control/1"}),
         (
             *("nuclei", "Nuclei/study"),
-            {"student": "student-unlabeled-10/1", "control": "control-10/1"},
+            {"student": "student-unlabeled-10-hr/1", "control": "control-10/1"},
         ),
     ],
 )
@@ -169,7 +200,8 @@ def test_make_trains_what_the_study_measured(target, grid, rows, tmp_path, monke
         shipped = flatten_config(build_config(cell.row.config, [*cell.options, *cpu]))
         # A study measures val and test; it and distill.py leave the same evaluations out.
         other = ["DATASETS.TEST", "KD.TEACHER.EVAL", "TEST.AUG"]
-        other += ["WEIGHTS", "CONFIG_FILE", "OUTPUT_DIR"]
+        other += ["WEIGHTS", "CONFIG_FILE", "OUTPUT_DIR", "DATASETS.COCO_FORMAT", "DATASETS.UNLAB"]
+        assert unlabeled(derived) == unlabeled(shipped)
         for key in [key for key in shipped if not any(x in key for x in other)]:
             ours, theirs = (json.loads(json.dumps(x[key])) for x in (derived, shipped))  # lists
             assert ours == theirs, key

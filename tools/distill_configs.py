@@ -1,0 +1,203 @@
+"""Derive the configs of teacher, control and student for distill.py, and the grid of all."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from tabulate import tabulate
+
+from msad_kd import KDTrainer
+from msad_kd.checkpoint.files import replacing
+from msad_kd.config.build import build_config
+from msad_kd.config.derive import derive_configs, fit_warmups
+from msad_kd.losses.terms import read_losses
+from msad_kd.utils.errors import InputError
+from msad_kd.utils.hashes import hash_file
+
+ROLES = ("teacher", "student", "control")
+SEED = 1
+LABELS = "labels_by_hr_"  # what the names of files of HR's labels begin with
+
+
+def split_roles(pairs):
+    """Split KEY VALUE pairs into those of CONFIG and those of each role."""
+    if len(pairs) % 2:
+        raise InputError(f"KEY VALUE pairs: '{pairs[-1]}' has no value")
+    options = {"": [], **{role: [] for role in ROLES}}
+    for key, value in zip(pairs[::2], pairs[1::2]):
+        role, _, name = key.rpartition(":")
+        if role not in options:
+            raise InputError(f"'{key}': there is no role '{role}'; use {', '.join(ROLES)}")
+        options[role] += [name, value]
+    return options
+
+
+def find_config(name, folder):
+    """Return the path of a config: a file, or one of Detectron2's model zoo, which is copied."""
+    if os.path.exists(name) or name.endswith(".py"):  # build_config says what a .py file lacks
+        return name
+    try:
+        # Those of RetinaNet compute their anchors in YAML, which other files may not.
+        cfg = model_zoo.get_config(name)
+    except RuntimeError:
+        raise InputError(f"--config-file: '{name}' is no file and not in the model zoo") from None
+    path = folder / "model_zoo.yaml"
+    with replacing(path) as part:
+        part.write_text(cfg.dump())
+    return str(path)
+
+
+def write_config(cfg, path, options):
+    """Check a config with KEY VALUE pairs on top, and write it whole."""
+    with replacing(path) as part:
+        part.write_text(cfg.dump())
+        given = dict(zip(options[::2], options[1::2]))
+        length = given.get("SOLVER.MAX_ITER", "")
+        if length.isdigit() and "SOLVER.STEPS" not in given:  # the rate falls as late as before
+            steps = tuple(x * int(length) // cfg.SOLVER.MAX_ITER for x in cfg.SOLVER.STEPS)
+            options = [*options, "SOLVER.STEPS", steps]
+        cfg = build_config(str(part), options)
+        if cfg.TEST.PATIENCE:
+            raise InputError(
+                f"TEST.PATIENCE is {cfg.TEST.PATIENCE}, but distill.py evaluates after the last "
+                "iteration alone, since a model chosen by the images of the table would look too "
+                "good; set it to 0, or train by train_net.py"
+            )
+        if "SOLVER.MAX_ITER" in given and not {"SOLVER.WARMUP_ITERS", "KD.LOSSES"} & set(given):
+            fit_warmups(cfg)
+        part.write_text(cfg.dump())
+    return cfg
+
+
+def has_labels(name):
+    """Return whether a registered data set has labels of a model, which have scores."""
+    file = MetadataCatalog.get(name).get("json_file")
+    if not file or not os.path.isfile(file):  # a folder; or missing, which its reader will say
+        return False
+    labels = (label for x in DatasetCatalog.get(name) for label in x.get("annotations", ()))
+    return any("score" in label for label in labels)
+
+
+def add_unlabeled(args, configs):
+    """Let the student learn from images without labels: a folder, or a data set that has a name.
+
+    Unless they have labels of a model, HR labels them once, if it is there and no one else is asked
+    for: `label_command` makes the file that is named here. Else the teacher does, in each step.
+    """
+    name, student, root = args.unlabeled, configs["student"], ""
+    if os.path.isdir(name) and name not in [x["name"] for x in student.DATASETS.COCO_FORMAT]:
+        root, name = os.path.abspath(name), "unlabeled"
+        for cfg in configs.values():
+            cfg.DATASETS.COCO_FORMAT = [*cfg.DATASETS.COCO_FORMAT, {"name": name, "images": root}]
+    elif name in DatasetCatalog.list():
+        root = MetadataCatalog.get(name).get("image_root", "")
+    if root and args.labels_by == "hr" and not has_labels(name):
+        hr = configs["hr"]
+        meaning = [hash_file(args.weights), name, root, hr.INPUT.dump(), hr.MODEL.dump()]
+        digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:8]
+        labels, name = args.output / f"{LABELS}{name}_{digest}.json", f"{name}_by_hr"
+        entry = {"name": name, "json": str(labels), "images": root}
+        student.DATASETS.COCO_FORMAT = [*student.DATASETS.COCO_FORMAT, entry]
+    student.DATASETS.UNLABELED = (name,)
+    student.SOLVER.UNLABELED_PER_BATCH = student.SOLVER.IMS_PER_BATCH
+    student.KD.UNLABELED.PSEUDO_LABELS = True
+
+
+def label_command(args, student):
+    """Return the words of label_images.py that make the labels by HR; None if there are not any."""
+    for entry in student.DATASETS.COCO_FORMAT:
+        labels = Path(entry.get("json", ""))
+        if entry["name"] in student.DATASETS.UNLABELED and labels.name.startswith(LABELS):
+            name = entry["name"].removesuffix("_by_hr")
+            config = args.output / "configs" / "hr.yaml"
+            words = ["--config-file", config, "--weights", args.weights, "--dataset", name]
+            return [*words, "--output", labels]
+    return None
+
+
+def make_configs(args, options) -> dict[str, CfgNode]:
+    """Write OUTPUT/configs, and return the configs by the name of their row."""
+    folder = args.output / "configs"
+    source = build_config(find_config(args.config_file, folder), options[""])
+    if not source.DATASETS.TRAIN or not source.DATASETS.TEST:
+        raise InputError("DATASETS.TRAIN and DATASETS.TEST of the config should both name data")
+    configs = {"hr": source.clone(), **derive_configs(source, args.scale)}
+    weights = {role: args.output / role / f"seed_{SEED}" / "model_final.pth" for role in ROLES}
+    teacher = str(args.teacher or weights["teacher"])
+    for name, cfg in configs.items():
+        cfg.defrost()
+        cfg.SEED = SEED
+        cfg.OUTPUT_DIR = str(args.output / name / f"seed_{SEED}")
+    start = args.weights or source.MODEL.WEIGHTS
+    start = os.path.abspath(start) if os.path.isfile(start) else start
+    configs["hr"].MODEL.WEIGHTS = configs["teacher"].MODEL.WEIGHTS = start
+    configs["control"].MODEL.WEIGHTS = teacher
+    configs["student"].MODEL.WEIGHTS = ""  # starts from the teacher's
+    configs["student"].KD.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
+    configs["student"].KD.TEACHER.WEIGHTS = teacher
+    if args.unlabeled:
+        add_unlabeled(args, configs)
+    paths = {name: folder / f"{name}.yaml" for name in configs}
+    return {x: write_config(cfg, paths[x], options.get(x, [])) for x, cfg in configs.items()}
+
+
+def check_weights(args, configs):
+    """Check that the checkpoints that are named fit the configs that they are measured with."""
+    for option, role in (("weights", "hr"), ("teacher", "teacher"), ("baseline", "control")):
+        if path := getattr(args, option):
+            config = args.output / "configs" / f"{role}.yaml"
+            KDTrainer.load_model(configs[role], path, f"the config '{config}' of --{option}")
+
+
+def make_grid(args, configs):
+    """Write OUTPUT/grid.yaml, the study of teacher, control and student, and return its path."""
+    rows = {
+        "hr": {"title": "high resolution", "checkpoint": args.weights},
+        "teacher": {"title": "teacher, fused branch", "checkpoint": args.teacher or ""},
+        "baseline": {"title": "LR without a teacher", "checkpoint": args.baseline},
+        "control": {"title": "control", "options": {"MODEL.WEIGHTS": "{teacher}"}},
+        "student": {"title": "student", "options": {"KD.TEACHER.WEIGHTS": "{teacher}"}},
+    }
+    for name, row in rows.items():
+        config = "control" if name == "baseline" else name
+        row["config"] = str(args.output / "configs" / f"{config}.yaml")
+    rows["student"]["test_config"] = rows["control"]["config"]
+    given = {"hr": args.weights, "baseline": args.baseline, "control": args.control}
+    rows = {name: row for name, row in rows.items() if given.get(name, True)}
+    grid = {
+        "output": str(args.output),
+        "seeds": [SEED],
+        "detections": min(args.detections, configs["student"].TEST.DETECTIONS_PER_IMAGE),
+        "rows": rows,
+        "comparison": list(rows),
+        "scenes": {
+            rows[name]["title"]: name for name in ("hr", "control", "student") if name in rows
+        },
+    }
+    path = args.output / "grid.yaml"
+    with replacing(path) as part:
+        part.write_text(yaml.safe_dump(grid, sort_keys=False))
+    return path
+
+
+def describe(configs):
+    """Return a table of what was derived, and a warning if the comparison would not be fair."""
+    table = []
+    for name, cfg in configs.items():
+        sizes, solver = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER
+        sides = f"{min(sizes)} to {max(sizes)} px" if len({*sizes}) > 1 else f"{sizes[0]} px"
+        losses = [f"{term.name} {term.weight:g}" for term in read_losses(cfg.KD.LOSSES)]
+        losses += [f"images of {name}" for name in cfg.DATASETS.UNLABELED]
+        cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
+        table.append([*cells, ", ".join(losses) if name == "student" else "-"])
+    headers = ["", "short side, training", "test", "iterations", "rate", "losses"]
+    names = "MAX_ITER", "STEPS", "IMS_PER_BATCH", "ACCUMULATE", "BASE_LR", "OPTIMIZER"
+    solvers = [configs[role].SOLVER for role in ("student", "control")]
+    other = [f"SOLVER.{name}" for name in names if solvers[0][name] != solvers[1][name]]
+    words = f"\nWarning: student and control differ in {', '.join(other)}: not a fair comparison"
+    return tabulate(table, headers, "plain", floatfmt=".3g") + words * bool(other)
