@@ -32,7 +32,6 @@ from distill_configs import (
     SEED,
     check_weights,
     describe,
-    label_command,
     make_configs,
     make_grid,
     split_roles,
@@ -41,6 +40,7 @@ from distill_configs import (
 from msad_kd.checkpoint.reading import fetch
 from msad_kd.utils.errors import InputError
 from projects.study import run as study
+from projects.study.jobs import locked
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -52,27 +52,32 @@ def command_line(tool, words):
 
 def run_tool(name, *arguments):
     """Run another command of this folder, and end with its failure."""
-    done = subprocess.run([sys.executable, TOOLS / name, *map(str, arguments)], cwd=TOOLS.parent)
+    command = [sys.executable, TOOLS / name, *map(str, arguments)]
+    try:
+        done = subprocess.run(command, cwd=TOOLS.parent)
+    except KeyboardInterrupt:
+        sys.exit("distill.py: interrupted; the same command goes on")
     if done.returncode:
         sys.exit(
             f"distill.py: {name} stopped; its last lines say why. Mend it, and type this again"
         )
 
 
-def check_data(args, name):
-    """Check the data of a config; once they were sound, without reading every pixel again."""
-    folder, config = args.output / "data", args.output / "configs" / f"{name}.yaml"
+def check_data(args):
+    """Check all data sets; once they were sound, without reading every pixel again."""
+    folder, config = args.output / "data", args.output / "configs" / "student.yaml"
     sound = folder / "SOUND"
     quick = ["--quick"] if sound.exists() else []
     run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
     sound.touch()
 
 
-def label_images(words):
+def label_images(args, words):
     """Label the images without labels, unless that is done."""
-    if not words[-1].exists():
-        print("Labelling the images without labels by the high-resolution detector", flush=True)
-        run_tool("label_images.py", *words)
+    with locked(args.output):
+        if not words[-1].exists():
+            print("HR labels the images without labels:", flush=True)
+            run_tool("label_images.py", *words)
 
 
 def export_student(args, cfg):
@@ -126,7 +131,11 @@ def parse_arguments(arguments=None):
     add("--teacher", metavar="FILE", help="a teacher that this command trained; trains none")
     add("--baseline", metavar="FILE", help="a detector of the student's resolution to compare with")
     add("--unlabeled", metavar="IMAGES", help="a folder or data set for the student to learn from")
-    add("--labels-by", choices=("hr", "teacher"), help="whose labels they get (default: hr's)")
+    add(
+        "--labels-by",
+        choices=("hr", "teacher"),
+        help="who labels them (default: hr, if --weights is given)",
+    )
     add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
     add("--no-control", dest="control", action="store_false", help="leave the control out")
     add("--detections", type=study.positive, default=100, help="an image, to measure costs at")
@@ -147,23 +156,22 @@ def main(arguments=None):
         for name in ("weights", "teacher", "baseline"):
             if path := getattr(args, name):
                 setattr(args, name, os.path.abspath(fetch(path, f"--{name}")))
-        if args.labels_by == "hr" and not args.weights:
-            raise InputError("--labels-by hr: --weights should name the high-resolution detector")
-        args.labels_by = args.labels_by or ("hr" if args.weights else "teacher")
-        configs = make_configs(args, split_roles(args.opts))
+        if args.labels_by and not (args.unlabeled and (args.weights or args.labels_by != "hr")):
+            raise InputError("--labels-by needs --unlabeled IMAGES, and hr needs --weights FILE")
+        configs, labels = make_configs(args, split_roles(args.opts))
         check_weights(args, configs)
         grid = make_grid(args, configs)
         print(describe(configs))
     except InputError as error:
         sys.exit(f"distill.py: {error}")
-    labels = label_command(args, configs["student"])
     if args.dry_run:
         if labels:
-            print(command_line("label_images", labels), "makes the student's labels", sep="\n")
+            print("Before the student is trained, make its labels:")
+            print(command_line("label_images", labels))
         return
-    check_data(args, "control" if labels else "student")
+    check_data(args)
     if labels:
-        label_images(labels)
+        label_images(args, labels)
     study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
     export_student(args, configs["student"])
     print(summarize(args, configs["student"]))

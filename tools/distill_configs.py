@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import yaml
 from detectron2 import model_zoo
@@ -15,13 +14,14 @@ from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import replacing
 from msad_kd.config.build import build_config
 from msad_kd.config.derive import derive_configs, fit_warmups
+from msad_kd.data.images import list_images
+from msad_kd.data.loader import explain_missing_data
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.hashes import hash_file
 
 ROLES = ("teacher", "student", "control")
 SEED = 1
-LABELS = "labels_by_hr_"  # what the names of files of HR's labels begin with
 
 
 def split_roles(pairs):
@@ -74,54 +74,64 @@ def write_config(cfg, path, options):
     return cfg
 
 
-def has_labels(name):
-    """Return whether a registered data set has labels of a model, which have scores."""
-    file = MetadataCatalog.get(name).get("json_file")
-    if not file or not os.path.isfile(file):  # a folder; or missing, which its reader will say
-        return False
-    labels = (label for x in DatasetCatalog.get(name) for label in x.get("annotations", ()))
-    return any("score" in label for label in labels)
+def read_images(name):
+    """Return the folder of a registered data set and its dicts, none if a file is missing."""
+    metadata = MetadataCatalog.get(name)
+    root = os.path.abspath(metadata.get("image_root") or metadata.get("image_dir") or "")
+    if not os.path.exists(metadata.get("json_file", root)):  # its reader will say so
+        return root, []
+    with explain_missing_data((name,)):
+        return root, DatasetCatalog.get(name)
 
 
 def add_unlabeled(args, configs):
     """Let the student learn from images without labels: a folder, or a data set that has a name.
 
-    Unless they have labels of a model, HR labels them once, if it is there and no one else is asked
-    for: `label_command` makes the file that is named here. Else the teacher does, in each step.
+    Unless they have labels of a model, with scores, HR labels them once, if it is there and the
+    teacher is not asked for. Else the teacher does, in each step.
+
+    Returns:
+        The words of label_images.py that make HR's labels; None if HR makes none.
     """
-    name, student, root = args.unlabeled, configs["student"], ""
+    name, hr, student = args.unlabeled, configs["hr"], configs["student"]
+    entry, words, dicts = None, ["--dataset", name], []
     if os.path.isdir(name) and name not in [x["name"] for x in student.DATASETS.COCO_FORMAT]:
         root, name = os.path.abspath(name), "unlabeled"
-        for cfg in configs.values():
-            cfg.DATASETS.COCO_FORMAT = [*cfg.DATASETS.COCO_FORMAT, {"name": name, "images": root}]
+        words, entry = ["--images", root], {"name": name, "images": root}
+        dicts = [{"file_name": file} for file in list_images(root)]
     elif name in DatasetCatalog.list():
-        root = MetadataCatalog.get(name).get("image_root", "")
-    if root and args.labels_by == "hr" and not has_labels(name):
-        hr = configs["hr"]
-        meaning = [hash_file(args.weights), name, root, hr.INPUT.dump(), hr.MODEL.dump()]
+        root, dicts = read_images(name)
+    labelled = any("score" in label for x in dicts for label in x.get("annotations", ()))
+    if labelled and args.labels_by:
+        raise InputError(f"--labels-by: '{name}' has labels of a model already; leave it out")
+    by_hr = args.weights and args.labels_by != "teacher" and not labelled
+    if by_hr and (entry or name in DatasetCatalog.list()):
+        model = hr.MODEL.clone()  # labels do not depend on where it is and runs
+        model.WEIGHTS, model.DEVICE = "", ""
+        meaning = [hash_file(args.weights), model.dump(), hr.INPUT.dump(), root]
+        meaning += [hr.TEST.DETECTIONS_PER_IMAGE, [x["file_name"] for x in dicts]]
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:8]
-        labels, name = args.output / f"{LABELS}{name}_{digest}.json", f"{name}_by_hr"
-        entry = {"name": name, "json": str(labels), "images": root}
+        file, name = args.output / f"labels_by_hr_{digest}.json", f"{name}_by_hr"
+        entry = {"name": name, "json": str(file), "images": root}
+        config = args.output / "configs" / "hr.yaml"
+        words += ["--config-file", config, "--weights", args.weights, "--output", file]
+    else:
+        words = None
+    if entry:
         student.DATASETS.COCO_FORMAT = [*student.DATASETS.COCO_FORMAT, entry]
     student.DATASETS.UNLABELED = (name,)
     student.SOLVER.UNLABELED_PER_BATCH = student.SOLVER.IMS_PER_BATCH
     student.KD.UNLABELED.PSEUDO_LABELS = True
+    return words
 
 
-def label_command(args, student):
-    """Return the words of label_images.py that make the labels by HR; None if there are not any."""
-    for entry in student.DATASETS.COCO_FORMAT:
-        labels = Path(entry.get("json", ""))
-        if entry["name"] in student.DATASETS.UNLABELED and labels.name.startswith(LABELS):
-            name = entry["name"].removesuffix("_by_hr")
-            config = args.output / "configs" / "hr.yaml"
-            words = ["--config-file", config, "--weights", args.weights, "--dataset", name]
-            return [*words, "--output", labels]
-    return None
+def make_configs(args, options) -> tuple[dict[str, CfgNode], list | None]:
+    """Write OUTPUT/configs.
 
-
-def make_configs(args, options) -> dict[str, CfgNode]:
-    """Write OUTPUT/configs, and return the configs by the name of their row."""
+    Returns:
+        The configs by the name of their row, and the words of label_images.py that make the labels
+        of the student's images without labels; None if there are no such labels.
+    """
     folder = args.output / "configs"
     source = build_config(find_config(args.config_file, folder), options[""])
     if not source.DATASETS.TRAIN or not source.DATASETS.TEST:
@@ -140,10 +150,13 @@ def make_configs(args, options) -> dict[str, CfgNode]:
     configs["student"].MODEL.WEIGHTS = ""  # starts from the teacher's
     configs["student"].KD.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
     configs["student"].KD.TEACHER.WEIGHTS = teacher
-    if args.unlabeled:
-        add_unlabeled(args, configs)
+    words = add_unlabeled(args, configs) if args.unlabeled else None
+    names = configs["student"].DATASETS.UNLABELED
     paths = {name: folder / f"{name}.yaml" for name in configs}
-    return {x: write_config(cfg, paths[x], options.get(x, [])) for x, cfg in configs.items()}
+    configs = {x: write_config(cfg, paths[x], options.get(x, [])) for x, cfg in configs.items()}
+    student = configs["student"]  # role:KEY VALUE pairs may have chosen other images, or no labels
+    used = {*student.DATASETS.UNLABELED} == {*names} and student.KD.UNLABELED.PSEUDO_LABELS
+    return configs, words if used else None
 
 
 def check_weights(args, configs):

@@ -11,8 +11,11 @@ and the same command goes on after an interruption. See docs/unlabeled.md.
 import argparse
 import hashlib
 import json
+import logging
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, os.getcwd())  # for --import
@@ -57,6 +60,21 @@ def find_images(cfg: CfgNode, data_set: str | None, folder: str | None) -> tuple
         dicts = [{**x, "annotations": []} for x in DatasetCatalog.get(data_set)]
     metadata = MetadataCatalog.get(data_set)
     return dicts, metadata.get("image_root") or metadata.get("image_dir") or ""
+
+
+@dataclass
+class Readable:
+    """A mapper that leaves out, with a warning, the images that cannot be used."""
+
+    mapper: Callable[[dict], dict]
+
+    def __call__(self, image: dict) -> dict:
+        """Return the mapper's sample, or an empty one."""
+        try:
+            return self.mapper(image)
+        except InputError as error:
+            logging.getLogger(__name__).warning("%s; it gets no labels", error)
+            return {}
 
 
 def read_partial(file: Path, run: str) -> list[list[dict]]:
@@ -122,8 +140,11 @@ def label(arguments: argparse.Namespace) -> None:
     partial = output.with_name(f"{output.name}.partial")
     done = read_partial(partial, hashlib.sha256(run.encode()).hexdigest())
     rest = dicts[len(done) * size :]
+    mapper = build_mapper(cfg, is_train=False)
+    if cfg.DATASETS.INVALID_ANNOTATIONS == "drop":
+        mapper = Readable(mapper)
     batches = torchdata.DataLoader(
-        MapDataset(rest, build_mapper(cfg, is_train=False)),
+        MapDataset(rest, mapper),
         batch_size=size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
@@ -131,8 +152,8 @@ def label(arguments: argparse.Namespace) -> None:
     bar = tqdm(total=len(dicts), initial=len(dicts) - len(rest), unit="image")
     with bar, open(partial, "a") as file:
         for batch in batches:
-            found = []
-            for sample, prediction in zip(batch, model(batch)):
+            found, samples = [], list(filter(None, batch))
+            for sample, prediction in zip(samples, model(samples) if samples else ()):
                 detections = prediction["instances"].to("cpu")
                 found += annotations_of(detections, sample["image_id"], len(names), min_score)
             file.write(json.dumps(found) + "\n")

@@ -101,7 +101,7 @@ def _make_cell(row, seed, sources, folder, data, extra):
     origins = {name: cell.fingerprint for name, cell in sources.items()}
     cfg, labels = _build(row.config, _filled(options, origins)), None
     if row.labels_by and row.trained:
-        labels, changes = _label_images(cfg, row.name, sources[row.labels_by])
+        labels, changes = _label_images(cfg, row, sources[row.labels_by], data)
         options += changes
     test_cfg = _build(row.test_config, test_options)
     stages = cfg.KD.LADDER.STAGES
@@ -144,22 +144,27 @@ def _make_cell(row, seed, sources, folder, data, extra):
     )
 
 
-def _label_images(cfg, name, source):
+def _label_images(cfg, row, source, data):
     """Return the labels that a cell gives to the images of a row, and the keys that name them."""
-    entries, unlabeled = cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.UNLABELED
-    images = [x["images"] for x in entries if x["name"] in unlabeled]
-    if len(images) != 1 or len(unlabeled) != 1:
+    names = list(cfg.DATASETS.UNLABELED)
+    entries = [x for x in cfg.DATASETS.COCO_FORMAT if x["name"] in names]
+    if len(entries) != 1 or len(names) != 1 or not cfg.KD.UNLABELED.PSEUDO_LABELS:
         words = "DATASETS.UNLABELED should name one data set of DATASETS.COCO_FORMAT"
-        raise InputError(f"row '{name}' has labels_by: {words}")
-    labelled = f"{unlabeled[0]}_labels_of_{source.row.name}"
-    file = (source.folder / f"labels_{unlabeled[0]}_{source.fingerprint[:8]}.json").absolute()
-    words = ["--config-file", source.row.test_config, "--weights", str(source.weights)]
-    words += ["--dataset", unlabeled[0], "--output", str(file), *source.test_options]
-    entries = [*entries, {"name": labelled, "json": str(file), "images": images[0]}]
-    changes = ["DATASETS.COCO_FORMAT", entries, "DATASETS.UNLABELED", [labelled]]
+        words += ", and KD.UNLABELED.PSEUDO_LABELS be True"
+        raise InputError(f"row '{row.name}' has labels_by: {words}")
+    images = {name: data[name] for name in _folders(cfg, "UNLABELED", data)}
+    meaning = json.dumps([source.fingerprint, entries, images], sort_keys=True)
+    digest = hashlib.sha256(meaning.encode()).hexdigest()[:8]
+    file = (source.folder / f"labels_{digest}" / "labels.json").absolute()
     # The model's own config may not know the images.
-    words += ["DATASETS.COCO_FORMAT", str(entries[:-1])]
-    return Labels(file, tuple(words)), changes
+    known = _build(source.row.test_config, source.test_options).DATASETS.COCO_FORMAT
+    known = [*(x for x in known if x["name"] not in names), *entries]
+    words = ["--config-file", source.row.test_config, "--weights", str(source.weights)]
+    words += ["--dataset", names[0], "--output", str(file), *source.test_options]
+    words += ["DATASETS.COCO_FORMAT", str(known)]
+    labelled = {**entries[0], "name": f"{names[0]}_labels_of_{source.row.name}", "json": str(file)}
+    changes = ["DATASETS.COCO_FORMAT", [*cfg.DATASETS.COCO_FORMAT, labelled]]
+    return Labels(file, tuple(words)), [*changes, "DATASETS.UNLABELED", [labelled["name"]]]
 
 
 def _build(config, options):

@@ -133,16 +133,16 @@ def test_a_fingerprint_stands_for_the_meaning(cells_of):
 
 def test_a_row_whose_images_another_row_labels(cells_of, tmp_path):
     grid = content()
-    folder = {"name": "more", "images": "more"}
+    folder = {"name": "more", "images": "shapes_more/train"}
     keys = {"DATASETS.COCO_FORMAT": [folder], "DATASETS.UNLABELED": ["more"]}
-    grid["rows"]["student"]["options"] |= {**keys, "SOLVER.UNLABELED_PER_BATCH": 1}
+    keys |= {"SOLVER.UNLABELED_PER_BATCH": 1, "KD.UNLABELED.PSEUDO_LABELS": True}
+    grid["rows"]["student"]["options"] |= keys
     plain = cells_of(grid)
     grid["rows"]["student"]["labels_by"] = "lr"
     cells = cells_of(grid)
     assert cells["student/2"].needs == ("lr/2", "teacher/0")
     labels, options = cells["student/2"].labels, cells["student/2"].options
-    name = f"labels_more_{cells['lr/2'].fingerprint[:8]}.json"
-    assert labels.file == tmp_path / "runs" / "lr" / "seed_2" / name
+    assert labels.file.parents[1] == tmp_path / "runs" / "lr" / "seed_2"
     last = dict(zip(options[::2], options[1::2]))
     assert last["DATASETS.UNLABELED"] == "['more_labels_of_lr']"
     assert f"'json': '{labels.file}'" in last["DATASETS.COCO_FORMAT"]
@@ -151,8 +151,14 @@ def test_a_row_whose_images_another_row_labels(cells_of, tmp_path):
     for key in ("student/2", "fresh/2", "again/2"):
         assert cells[key].fingerprint != plain[key].fingerprint
     assert cells["lr/2"].fingerprint == plain["lr/2"].fingerprint
-    grid["rows"]["lr"]["options"] = {"SOLVER.MAX_ITER": 3}  # another model labels otherwise
+    assert "'shapes_train'" in labels.command[-1] and "'more'" in labels.command[-1]
+    # Another model labels otherwise, and other images get other labels.
+    grid["rows"]["lr"]["options"] = {"SOLVER.MAX_ITER": 3}
     assert cells_of(grid)["student/2"].fingerprint != cells["student/2"].fingerprint
+    files = set()
+    for grid["data"]["shapes_more"] in ({"train": 3, "val": 1}, {"train": 4, "val": 1}):
+        files.add(cells_of(grid)["student/2"].labels.file)
+    assert len(files) == 2
 
 
 def test_a_fingerprint_stands_for_the_content_of_checkpoints(cells_of, tmp_path):

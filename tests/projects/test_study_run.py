@@ -37,8 +37,19 @@ rows:
     like: lr
     config: configs/Shapes/student_one_size.yaml
     test_config: configs/Shapes/lr.yaml
-    options: {KD.TEACHER.WEIGHTS: "{teacher}", KD.GRADIENT_RATIO_PERIOD: 20,
-              SOLVER.CHECKPOINT_PERIOD: 5, SOLVER.MAX_ITER: 40}
+    labels_by: teacher
+    options:
+      KD.TEACHER.WEIGHTS: "{teacher}"
+      KD.GRADIENT_RATIO_PERIOD: 20
+      SOLVER.CHECKPOINT_PERIOD: 5
+      SOLVER.MAX_ITER: 40
+      DATASETS.COCO_FORMAT:
+        - {name: shapes_train, json: shapes/annotations/instances_train.json, images: shapes/train}
+        - {name: shapes_val, json: shapes/annotations/instances_val.json, images: shapes/val}
+        - {name: shapes_more, images: shapes_fresh/train}
+      DATASETS.UNLABELED: [shapes_more]
+      SOLVER.UNLABELED_PER_BATCH: 1
+      KD.UNLABELED.PSEUDO_LABELS: true
   fresh:
     title: the teacher elsewhere
     checkpoint_of: teacher
@@ -112,6 +123,10 @@ def test_stopped_and_resumed(place, stopped):
     cells = json.loads((place / "runs" / "results.json").read_text())["cells"]
     assert cells.keys() == {"teacher/0", "lr/1", "student/1", "fresh/0"}
     assert "KD.TEACHER.WEIGHTS" in cells["student/1"]["command"]
+    (labels,) = (place / "runs" / "teacher").glob("*/labels_*/labels.json")
+    assert len(json.loads(labels.read_text())["annotations"]) > 0
+    assert f"'json': '{labels}'" in cells["student/1"]["command"].replace("'\"'\"'", "'")
+    assert "And on 4 images without labels: shapes_more_labels_of_teacher" in log
     assert cells["student/1"]["gradient_ratio"] > 0 == len(cells["teacher/0"]["command"])
     assert cells["lr/1"]["gradient_ratio"] is None and cells["lr/1"]["iterations"] == 2
     text = (place / "runs" / "tables.md").read_text()

@@ -111,11 +111,13 @@ def test_labels_that_a_model_has_given_are_kept(data, hr_of, tmp_path, capsys):
     with_scores = {"name": "scored", "json": str(tmp_path / "scored.json")}
     entries = build_config(config, []).DATASETS.COCO_FORMAT
     entries = [*entries, {**with_scores, "images": str(data / "val")}]
-    load_tool("tools.distill").main(
-        ["--config-file", config, "--output", str(tmp_path), "--weights", str(weights)]
-        + ["--unlabeled", "scored", "--dry-run", "DATASETS.COCO_FORMAT", str(entries)]
-    )
+    words = ["--config-file", config, "--output", str(tmp_path), "--weights", str(weights)]
+    words += ["--unlabeled", "scored", "--dry-run"]
+    entries = ["DATASETS.COCO_FORMAT", str(entries)]
+    load_tool("tools.distill").main([*words, *entries])
     assert capsys.readouterr().out.rstrip().endswith("images of scored")
+    with pytest.raises(SystemExit, match="'scored' has labels of a model already"):
+        load_tool("tools.distill").main([*words, "--labels-by", "hr", *entries])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,8 @@ def test_labels_that_a_model_has_given_are_kept(data, hr_of, tmp_path, capsys):
         (["student:KD.LOSSES", "[{name: l3, weight: 1.0}]"], "there is no loss 'l3'"),
         (["student:TEST.PATIENCE", "2"], "TEST.PATIENCE is 2"),
         (["--unlabeled", "nowhere"], "DATASETS.UNLABELED: 'nowhere' is not"),
-        (["--unlabeled", "tiny_val", "--labels-by", "hr"], "--weights should name"),
+        (["--unlabeled", "tiny_val", "--labels-by", "hr"], "hr needs --weights FILE"),
+        (["--labels-by", "teacher"], "--labels-by needs --unlabeled IMAGES"),
     ],
 )
 def test_what_is_wrong_ends_in_one_sentence(config_files, tmp_path, arguments, words):
@@ -161,9 +164,9 @@ def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
     args = argparse.Namespace(output=tmp_path)
     (tmp_path / "data").mkdir()
     with pytest.raises(SystemExit):
-        tool.check_data(args, "student")
+        tool.check_data(args)
     for _ in range(2):
-        tool.check_data(args, "student")
+        tool.check_data(args)
     assert said == [False, False, True]
 
 

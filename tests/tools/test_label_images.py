@@ -1,6 +1,7 @@
 """tools/label_images.py: a model's detections as a file in COCO format."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def test_a_folder_by_a_process(arguments, data, tmp_path):
     assert check_content(content).problems == []
 
 
+def test_a_broken_image_ends_the_run_or_gets_no_labels(arguments, data, tmp_path):
+    folder = shutil.copytree(data / "val", tmp_path / "images")
+    broken = sorted(folder.iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:-40])  # its header is whole
+    words = arguments(which=("--images", folder))
+    with pytest.raises(SystemExit, match=broken.name):
+        tool.main(words)
+    (tmp_path / "labels.json.partial").unlink()
+    tool.main([*words, "DATASETS.INVALID_ANNOTATIONS", "drop"])
+    content = json.loads((tmp_path / "labels.json").read_text())
+    (first,) = (x["id"] for x in content["images"] if x["file_name"] == broken.name)
+    others = {x["id"] for x in content["images"]} - {first}
+    assert {x["image_id"] for x in content["annotations"]} == others
+
+
 def test_an_interrupted_run_goes_on(arguments, interrupted, tmp_path, monkeypatch):
     tool.main(arguments(name="whole.json"))
     for count in (1, 1):
@@ -125,7 +141,8 @@ def test_labels_of_a_file_are_those_of_the_step(
     kinds = set()
     for one, other in zip(mine, theirs, strict=True):
         one, other = one["instances"], other["instances"]
-        assert len(one) == len(other) > 0
+        # The scores of an untrained teacher are within 1e-3, so rounding chooses which is the last.
+        assert abs(len(one) - len(other)) <= 1 and len(other) > 1
         best = pairwise_iou(one.gt_boxes, other.gt_boxes).max(dim=1)
         # An object of a pixel or so may have lost it at one of the resolutions.
         found = best.values > 0.99
