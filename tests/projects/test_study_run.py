@@ -194,16 +194,19 @@ def test_a_study_stops_where_a_checkpoint_is_not_what_was_recorded(place, stoppe
 
 
 @pytest.mark.long
-def test_a_full_demo_trains_its_teacher(place, stopped):
-    settings = ["--set", "SOLVER.MAX_ITER", "2", "--set", "SOLVER.IMS_PER_BATCH", "2"]
+def test_a_full_demo_trains_every_model(place):
+    settings = ["--set", "SOLVER.MAX_ITER", "2", "--rows", "hr", "teacher", "control", "student"]
     grid = yaml.safe_load((ROOT / "projects/Shapes/demo_full.yaml").read_text())
-    (place / "full.yaml").write_text(yaml.safe_dump({**grid, "data": {"shapes": DATA}}))
-    status, printed = finish(place, start(place, *settings, grid="full.yaml", output="full"))
+    grid["data"] = {name: {**x, "train": 4, "val": 3} for name, x in grid["data"].items()}
+    (place / "full.yaml").write_text(yaml.safe_dump(grid))
+    status, printed = finish(
+        place, start(place, *settings, "--seeds", "1", grid="full.yaml", output="full")
+    )
     assert status == 0, printed
-    summary = json.loads((place / "full" / "table.json").read_text())
-    rows = {model["row"]: model for model in summary["models"]}
-    assert list(rows) == ["hr", "teacher-multi-size", "control", "student"]
-    assert "teacher-one-size/seed_2" in rows["teacher-multi-size"]["command"]
+    cells = json.loads((place / "full" / "results.json").read_text())["cells"]
+    assert cells.keys() == {f"{row}/1" for row in ("hr", "teacher", "control", "student")}
+    assert "teacher/seed_1" in cells["control/1"]["command"]
+    assert len(list((place / "full" / "hr" / "seed_1").glob("labels_*/labels.json"))) == 1
     metrics = "seed_1/metrics.json"
     assert "loss_kd" in (place / "full" / "student" / metrics).read_text()
     assert "loss_kd" not in (place / "full" / "control" / metrics).read_text()
