@@ -74,10 +74,13 @@ def check_data(args):
 
 def label_images(args, words):
     """Label the images without labels, unless that is done."""
-    with locked(args.output):
-        if not words[-1].exists():
-            print("HR labels the images without labels:", flush=True)
-            run_tool("label_images.py", *words)
+    try:
+        with locked(args.output):
+            if not words[-1].exists():
+                print("HR labels the images without labels:", flush=True)
+                run_tool("label_images.py", *words)
+    except InputError as error:  # another run is at work there
+        sys.exit(f"distill.py: {error}")
 
 
 def export_student(args, cfg):

@@ -152,6 +152,18 @@ def test_a_baseline_of_another_kind_is_refused_before_anything_is_trained(hr_of,
         load_tool("tools.distill").main([*given, "--dry-run"])
 
 
+def test_labels_are_made_once_and_by_one_run(tmp_path, monkeypatch):
+    tool, said = load_tool("tools.distill"), []
+    monkeypatch.setattr(tool, "run_tool", lambda *words: said.append(words))
+    args, words = argparse.Namespace(output=tmp_path), ["--output", tmp_path / "labels.json"]
+    tool.label_images(args, words)
+    with tool.locked(tmp_path), pytest.raises(SystemExit, match="distill.py: another run"):
+        tool.label_images(args, words)
+    (tmp_path / "labels.json").touch()
+    tool.label_images(args, words)
+    assert said == [("label_images.py", *words)]
+
+
 def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
     tool, said = load_tool("tools.distill"), []
 
