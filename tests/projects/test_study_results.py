@@ -44,6 +44,7 @@ def test_every_result_belongs_to_a_cell_of_the_study(study):
         ("Shapes/demo_full", "Shapes/results/384"),
         ("Nuclei/study", "Nuclei/results"),
         ("StructuralKD/study", "StructuralKD/results"),
+        ("MTPD/study", "MTPD/results"),
     ],
 )
 def test_the_results_of_other_grids_belong_to_their_cells(grid, folder, tmp_path):
