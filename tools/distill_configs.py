@@ -77,7 +77,10 @@ def write_config(cfg, path, options):
 def read_images(name):
     """Return the folder of a registered data set and its dicts, none if a file is missing."""
     metadata = MetadataCatalog.get(name)
-    root = os.path.abspath(metadata.get("image_root") or metadata.get("image_dir") or "")
+    root = metadata.get("image_root") or metadata.get("image_dir")
+    if not root:
+        raise InputError(f"--unlabeled: '{name}' does not say where its images are; name a folder")
+    root = os.path.abspath(root)
     if not os.path.exists(metadata.get("json_file", root)):  # its reader will say so
         return root, []
     with explain_missing_data((name,)):

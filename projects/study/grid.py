@@ -40,7 +40,8 @@ class Row:
 
     def references(self):
         """Return the names of the rows whose checkpoints it uses."""
-        names = [*filter(None, [self.checkpoint_of or self.labels_by])]
+        other = self.checkpoint_of or self.labels_by
+        names = [other] if other else []
         return tuple(dict.fromkeys(names + PLACEHOLDER.findall(json.dumps(self.options))))
 
 

@@ -79,11 +79,14 @@ def table_text(grid, data, table):
     step, length = (of_row(data, table.baseline, c).mean() for c in ("training (s)", "iterations"))
     step = step / length
     for row in map(grid.rows.get, table.rows):
-        line = {"row": f"`{row.name}`", "model": row.title, "seeds": "-"}
-        for kind in kinds_of(data, table.rows):
-            values = of_row(data, row.name, f"{kind} AP", table.seeds)
-            line["seeds"] = len(values) if row.seeds else "-"
-            line[f"{kind} AP"] = spread(values) if len(values) else "not run"
+        kinds = kinds_of(data, table.rows)
+        aps = {kind: of_row(data, row.name, f"{kind} AP", table.seeds) for kind in kinds}
+        count = max(map(len, aps.values()))
+        # A model without masks has no AP of these.
+        missing = "-" if count else "not run"
+        line = {"row": f"`{row.name}`", "model": row.title, "seeds": count if row.seeds else "-"}
+        for kind, values in aps.items():
+            line[f"{kind} AP"] = spread(values) if len(values) else missing
             if table.control:
                 gains = differences(grid, data, table, row.name, kind)
                 text = spread(gains, "+") if len(gains) and row.name != table.control else "-"

@@ -99,6 +99,12 @@ def test_a_table(lines, grid, results):
     assert found["the control"][:2] == ["1", "40.0"] and found["the hr"][2] == "+10.0"
 
 
+def test_a_row_without_masks_among_others(lines, results):
+    for seed in (1, 3):
+        del results["cells"][f"student/{seed}"]["segm"]
+    assert lines()["the student"][:5] == ["2", "42.5 ± 0.7", "+2.0 ± 1.4 (2/2)", "-", "-"]
+
+
 def test_rows_are_compared_by_seed_unless_they_are_teachers(lines, grid, results, cells):
     # A row that was trained once, with a seed that the control happens to have, too.
     results["cells"]["hr/1"] = results["cells"].pop("hr/0")

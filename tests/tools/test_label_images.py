@@ -140,11 +140,13 @@ def test_labels_of_a_file_are_those_of_the_step(
     )
     kinds = set()
     for one, other in zip(mine, theirs, strict=True):
-        one, other = one["instances"], other["instances"]
-        # The scores of an untrained teacher are within 1e-3, so rounding chooses which is the last.
-        assert abs(len(one) - len(other)) <= 1 and len(other) > 1
-        best = pairwise_iou(one.gt_boxes, other.gt_boxes).max(dim=1)
         # An object of a pixel or so may have lost it at one of the resolutions.
+        one, other = (
+            x["instances"][x["instances"].gt_masks.tensor.flatten(1).sum(dim=1) > 2]
+            for x in (one, other)
+        )
+        assert len(one) == len(other) > 0
+        best = pairwise_iou(one.gt_boxes, other.gt_boxes).max(dim=1)
         found = best.values > 0.99
         assert found.float().mean() > 0.9
         assert torch.equal(one.gt_classes[found], other.gt_classes[best.indices[found]])
