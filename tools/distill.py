@@ -39,6 +39,7 @@ from distill_configs import (
 
 from msad_kd.checkpoint.reading import fetch
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.signals import Stopped, on_signal, stop
 from projects.study import run as study
 from projects.study.jobs import locked
 
@@ -54,9 +55,11 @@ def run_tool(name, *arguments):
     """Run another command of this folder, and end with its failure."""
     command = [sys.executable, TOOLS / name, *map(str, arguments)]
     try:
-        done = subprocess.run(command, cwd=TOOLS.parent)
-    except KeyboardInterrupt:
-        sys.exit("distill.py: interrupted; the same command goes on")
+        with on_signal(stop):  # which also ends the command
+            done = subprocess.run(command, cwd=TOOLS.parent)
+    except Stopped:
+        print("distill.py: interrupted; the same command goes on", file=sys.stderr)
+        raise
     if done.returncode:
         sys.exit(
             f"distill.py: {name} stopped; its last lines say why. Mend it, and type this again"

@@ -77,8 +77,8 @@ class Readable:
             return {}
 
 
-def read_partial(file: Path, run: str) -> list[list[dict]]:
-    """Return the annotations of each batch that an interrupted run has done, or begin its file.
+def read_partial(file: Path, run: str) -> dict[str, list[dict]]:
+    """Return the annotations that an interrupted run has made by image, or begin its file.
 
     A line that was not written to its end is cut off.
 
@@ -90,14 +90,14 @@ def read_partial(file: Path, run: str) -> list[list[dict]]:
         file.write_text(json.dumps(run) + "\n")
     content = file.read_bytes()
     end = content.rindex(b"\n") + 1
-    first, *done = map(json.loads, content[:end].splitlines())
+    first, *batches = map(json.loads, content[:end].splitlines())
     if first != run:
         raise InputError(
-            f"'{file}' is of an interrupted run with another model, config, option or other "
-            "images; give the same, or remove it to begin anew"
+            f"'{file}' is of an interrupted run with another model, config or option; give the "
+            "same, or remove it to begin anew"
         )
     os.truncate(file, end)
-    return done
+    return {image: found for batch in batches for image, found in batch.items()}
 
 
 def annotations_of(found: Instances, image_id, classes: int, min_score: float) -> list[dict]:
@@ -128,18 +128,20 @@ def label(arguments: argparse.Namespace) -> None:
     names, _ = model_classes(with_classes_of(cfg, model))
     if not names:
         raise InputError("the model's classes have no names; set DATASETS.CLASSES")
-    images = [
-        {
+    images = {
+        x["image_id"]: {
             **{"id": x["image_id"], "file_name": os.path.relpath(x["file_name"], root or ".")},
             **dict(zip(("height", "width"), size_of(x))),
         }
         for x in dicts
-    ]
+    }
+    # An image is known by name and size: its id changes when another one is removed.
+    keys = {i: json.dumps(list(image.values())[1:]) for i, image in images.items()}
     weights = hash_file(PathManager.get_local_path(split_hash(weights)[0]))
-    run = json.dumps([weights, neutral_config(cfg).dump(), images, min_score, size])
+    run = json.dumps([weights, neutral_config(cfg).dump(), min_score, size])
     partial = output.with_name(f"{output.name}.partial")
     done = read_partial(partial, hashlib.sha256(run.encode()).hexdigest())
-    rest = dicts[len(done) * size :]
+    rest = [x for x in dicts if keys[x["image_id"]] not in done]
     mapper = build_mapper(cfg, is_train=False)
     if cfg.DATASETS.INVALID_ANNOTATIONS == "drop":
         mapper = Readable(mapper)
@@ -151,22 +153,27 @@ def label(arguments: argparse.Namespace) -> None:
     )
     bar = tqdm(total=len(dicts), initial=len(dicts) - len(rest), unit="image")
     with bar, open(partial, "a") as file:
-        for batch in batches:
-            found, samples = [], list(filter(None, batch))
+        for number, batch in enumerate(batches):
+            found = {keys[x["image_id"]]: [] for x in rest[number * size : (number + 1) * size]}
+            samples = list(filter(None, batch))
             for sample, prediction in zip(samples, model(samples) if samples else ()):
-                detections = prediction["instances"].to("cpu")
-                found += annotations_of(detections, sample["image_id"], len(names), min_score)
+                detections, i = prediction["instances"].to("cpu"), sample["image_id"]
+                found[keys[i]] = annotations_of(detections, i, len(names), min_score)
             file.write(json.dumps(found) + "\n")
             file.flush()
-            done.append(found)
+            done |= found
             bar.update(len(batch))
-    annotations = [entry for found in done for entry in found]
+    annotations = [{**x, "image_id": i} for i, key in keys.items() for x in done[key]]
     annotations = [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)]
     points = {}
     if cfg.MODEL.KEYPOINT_ON:
         points["keypoints"] = list(read_keypoints(cfg)["keypoint_names"])
     categories = [{"id": i, "name": x, **points} for i, x in enumerate(names, start=1)]
-    content = {"images": images, "categories": categories, "annotations": annotations}
+    content = {
+        "images": list(images.values()),
+        "categories": categories,
+        "annotations": annotations,
+    }
     write_json(output, content, indent=None)
     partial.unlink()
     print(f"{output}: {len(annotations)} labels in {len(images)} images of '{root}'")

@@ -32,6 +32,12 @@ class Labels:
         """Return what their job is called."""
         return f"labels '{self.file}'"
 
+    def so_far(self):
+        """Return how many images are labelled, while that goes on."""
+        partial = self.file.with_name(f"{self.file.name}.partial")
+        lines = partial.read_text().count("\n") if partial.exists() else 1  # the first is no image
+        return f" ({lines - 1} images)"
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -29,6 +29,7 @@ class Job:
     folder: Path  # what the command prints goes to CONSOLE in it
     after: tuple[str, ...] = ()  # names of jobs that must be done first
     done: Callable[[], None] = lambda: None  # called once the command has succeeded
+    so_far: Callable[[], str] = lambda: ""  # how far it is, where `overall` of run_jobs is not
 
 
 def count_cores():
@@ -146,12 +147,17 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                 except InputError as error:
                     failures[name] = str(error)
                     screen.say(failures[name])
-            screen.status(lambda: f"{', '.join(running)}: {overall()}")
+            screen.status(lambda: f"{', '.join(map(_described, running.values()))}: {overall()}")
             time.sleep(POLL_SECONDS if running else 0)
     finally:
         _stop([process for _, process, _ in running.values()])
     if failures:
         raise InputError("; ".join(failures.values()))
+
+
+def _described(running):
+    job, _, _ = running
+    return job.name + job.so_far()
 
 
 def _failure(job, code):

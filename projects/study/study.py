@@ -103,7 +103,7 @@ class Study:
 
     def _labelling(self, labels, after):
         command = [sys.executable, "tools/label_images.py", *labels.command]
-        return Job(labels.title, command, labels.file.parent, after)
+        return Job(labels.title, command, labels.file.parent, after, so_far=labels.so_far)
 
     def _training(self, cell, after):
         command = [sys.executable, "train_net.py", "--resume", "--config-file", cell.row.config]

@@ -64,6 +64,14 @@ write("end")
     assert events.index(["end", "c"]) < events.index(["start", "b"])
 
 
+def test_the_status_names_what_runs_and_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "SECONDS_BETWEEN_LINES", 0)
+    code = "import time; time.sleep(0.1)"
+    job = Job("labels", python(code), tmp_path, so_far=lambda: " (3 images)")
+    run_jobs([job], 1, Screen(), overall=lambda: "1/2 iterations")
+    assert "labels (3 images): 1/2 iterations" in capsys.readouterr().out
+
+
 def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
     threads = "import os; print(os.environ['OMP_NUM_THREADS'])"
 

@@ -162,6 +162,24 @@ def test_labels_are_made_once_and_by_one_run(tmp_path, monkeypatch):
     assert said == [("label_images.py", *words)]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_that_is_at_work(number, tmp_path, monkeypatch, capsys):
+    tool = load_tool("tools.distill")
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, sys, time\n"
+        "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        f"os.kill(os.getppid(), {int(number)})\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(tool, "TOOLS", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        tool.run_tool("slow.py", tmp_path / "pid")
+    assert ended.value.code == 128 + number
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
     tool, said = load_tool("tools.distill"), []
 

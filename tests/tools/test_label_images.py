@@ -68,19 +68,25 @@ def test_a_folder_by_a_process(arguments, data, tmp_path):
     assert check_content(content).problems == []
 
 
-def test_a_broken_image_ends_the_run_or_gets_no_labels(arguments, data, tmp_path):
+def test_a_broken_image_gets_no_labels_or_ends_the_run_until_it_is_removed(
+    arguments, data, tmp_path
+):
     folder = shutil.copytree(data / "val", tmp_path / "images")
-    broken = sorted(folder.iterdir())[0]
+    broken = sorted(folder.iterdir())[1]
     broken.write_bytes(broken.read_bytes()[:-40])  # its header is whole
-    words = arguments(which=("--images", folder))
-    with pytest.raises(SystemExit, match=broken.name):
-        tool.main(words)
-    (tmp_path / "labels.json.partial").unlink()
-    tool.main([*words, "DATASETS.INVALID_ANNOTATIONS", "drop"])
-    content = json.loads((tmp_path / "labels.json").read_text())
-    (first,) = (x["id"] for x in content["images"] if x["file_name"] == broken.name)
-    others = {x["id"] for x in content["images"]} - {first}
+    which = ("--images", folder)
+    tool.main(arguments("DATASETS.INVALID_ANNOTATIONS", "drop", which=which, name="dropped.json"))
+    content = json.loads((tmp_path / "dropped.json").read_text())
+    (without,) = (x["id"] for x in content["images"] if x["file_name"] == broken.name)
+    others = {x["id"] for x in content["images"]} - {without}
     assert {x["image_id"] for x in content["annotations"]} == others
+    with pytest.raises(SystemExit, match=broken.name):
+        tool.main(arguments(which=which))
+    assert len((tmp_path / "labels.json.partial").read_text().splitlines()) == 2
+    broken.unlink()  # what was done counts, though the images after it have other ids
+    tool.main(arguments(which=which))
+    tool.main(arguments(which=which, name="whole.json"))
+    assert (tmp_path / "labels.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
 def test_an_interrupted_run_goes_on(arguments, interrupted, tmp_path, monkeypatch):
@@ -93,10 +99,10 @@ def test_an_interrupted_run_goes_on(arguments, interrupted, tmp_path, monkeypatc
     part = tmp_path / "labels.json.partial"
     assert len(part.read_text().splitlines()) == 3  # what it is, and two images
     with pytest.raises(
-        SystemExit, match="is of an interrupted run with another model, config, option"
+        SystemExit, match="is of an interrupted run with another model, config or option"
     ):
         tool.main(arguments(**{"min-score": 0.1}))
-    part.write_text(part.read_text() + '[{"image_id": 3, "sco')  # killed while writing
+    part.write_text(part.read_text() + '{"[\\"000003.jp')  # killed while writing
     interrupted(1)  # one image is left
     monkeypatch.setattr(
         tool, "write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
