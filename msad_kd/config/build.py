@@ -139,6 +139,15 @@ def build_config(config_file: str, opts: list) -> CfgNode:
     cfg = get_cfg()
     add_msad_kd_config(cfg)
     merge_config(cfg, config_file, opts)
+    return check_config(cfg)
+
+
+def check_config(cfg: CfgNode) -> CfgNode:
+    """Check a config and return that of the run, as ``build_config`` does with one it has read.
+
+    Raises:
+        InputError: if a key or value cannot be used; the message names it.
+    """
     check_numbers(cfg)
     level_shift(cfg.KD.SCALE)
     read_losses(cfg.KD.LOSSES)

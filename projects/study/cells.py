@@ -4,12 +4,13 @@ import hashlib
 import importlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from detectron2.config import get_cfg
 
 from msad_kd.checkpoint.files import hash_file
-from msad_kd.config.build import build_config
+from msad_kd.config.build import check_config, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.flat_config import flatten_config
@@ -68,6 +69,7 @@ def make_cells(grid, folder, extra=()):
     Runs go to ROW/seed_SEED in `folder`. `extra` are KEY VALUE pairs for all trainings, teachers
     and measurements, for a trial.
     """
+    _read.cache_clear()  # files may have changed since
     cells, data = {}, {}
     for name, arguments in grid.data.items():
         try:
@@ -174,8 +176,19 @@ def _label_images(cfg, row, source, data):
 
 
 def _build(config, options):
+    cfg = _read(config).clone()
     # On the CPU, so that a cell means the same on every machine.
-    return build_config(config, [*map(str, options), "MODEL.DEVICE", "cpu"])
+    merge_config(cfg, "", [*map(str, options), "MODEL.DEVICE", "cpu"])
+    return check_config(cfg)
+
+
+@lru_cache
+def _read(config):
+    """Return a file's config, which is read once for all rows: most of the time is YAML's."""
+    cfg = get_cfg()
+    add_msad_kd_config(cfg)
+    merge_config(cfg, config, [])
+    return cfg
 
 
 def _folders(cfg, split, data):
@@ -189,9 +202,7 @@ def changed_keys(cfg):
 
     Defaults are left out, so that a key which a later version adds changes no fingerprint.
     """
-    default = get_cfg()
-    add_msad_kd_config(default)
-    default = flatten_config(default)
+    default = flatten_config(_read(""))
     return {
         k: v for k, v in flatten_config(cfg).items() if k not in LOGGING and v != default.get(k)
     }
