@@ -14,10 +14,11 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path):
-    """The modules that a file imports, wherever its import statements stand."""
+def imported(path, at_once=False):
+    """The modules that a file imports: all, or those which it imports when it is imported."""
     modules, names = {name_of(module) for module in MODULES}, set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -78,6 +79,13 @@ def test_the_library_knows_nothing_of_what_is_built_on_it(path):
 def test_a_project_stands_by_itself(path):
     others = {name for name in imported(path) if name.split(".")[0] == "projects"}
     assert {name.split(".")[1] for name in others} <= {path.parent.name}
+
+
+def test_only_a_config_with_a_timm_backbone_imports_timm():
+    for path in MODULES:
+        if path.name != "timm_backbone.py":
+            names = imported(path, at_once=True)
+            assert not any("timm" in name for name in names), f"{path} imports {names}"
 
 
 def test_no_import_circle():

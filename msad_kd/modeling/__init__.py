@@ -8,6 +8,5 @@ from msad_kd.modeling.multi_resolution import (
     MultiResolutionRCNN,
     MultiResolutionRetinaNet,
 )
-from msad_kd.modeling.timm_backbone import TimmBackbone
 
 __all__ = [name for name in globals() if not name.startswith("_")]

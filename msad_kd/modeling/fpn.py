@@ -127,3 +127,22 @@ def build_five_level_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
 def build_aligned_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AlignedFPN:
     """Build a ResNet FPN with levels p2..p6 at low resolution and m more at high."""
     return build_aligned_fpn(cfg, build_resnet_backbone(cfg, input_shape))
+
+
+def _build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    # Here, as importing timm takes more time than all of msad_kd.
+    from msad_kd.modeling.timm_backbone import TimmBackbone
+
+    return TimmBackbone(cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Build an FPN on ``MODEL.TIMM``: p2..p6, or p3..p7 when FPN.IN_FEATURES lacks res2."""
+    return build_five_level_fpn(cfg, _build_timm_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_aligned_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AlignedFPN:
+    """Build the FPN of a multi-resolution teacher: m = log2 k levels more."""
+    return build_aligned_fpn(cfg, _build_timm_backbone(cfg, input_shape))

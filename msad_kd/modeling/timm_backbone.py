@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling import Backbone
 from timm.layers import LayerNorm2d, convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook
 
-from msad_kd.modeling.fpn import AlignedFPN, build_aligned_fpn, build_five_level_fpn
 from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.hashes import check_hash, split_hash
 from msad_kd.utils.unpickle import check_torch_format, trusted
@@ -237,15 +236,3 @@ def _load(body: nn.Module, name: str, path: str) -> None:
                 f"one of them only or differ in shape, e.g. {', '.join(wrong[:3])}"
             )
     body.load_state_dict(state, strict=False)
-
-
-@BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build an FPN on ``MODEL.TIMM``: p2..p6, or p3..p7 when FPN.IN_FEATURES lacks res2."""
-    return build_five_level_fpn(cfg, TimmBackbone(cfg, input_shape))
-
-
-@BACKBONE_REGISTRY.register()
-def build_aligned_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AlignedFPN:
-    """Build the FPN of a multi-resolution teacher: m = log2 k levels more."""
-    return build_aligned_fpn(cfg, TimmBackbone(cfg, input_shape))
