@@ -59,6 +59,7 @@ def test_killed_in_the_second_stage_and_resumed_is_bitwise_the_whole(
     assert files_read == [str(config_files["teacher"])] * 2
 
 
+@pytest.mark.long
 def test_what_comes_after_a_stage_that_was_run_again_is_trained_anew(
     trained, ladder_config, stages, monkeypatch, resume
 ):

@@ -178,9 +178,8 @@ def test_a_study_stops_where_a_checkpoint_is_not_what_was_recorded(place, stoppe
     grid = yaml.safe_load(GRID)
     grid["rows"]["teacher"]["recorded"] = "fused"  # of a thousand scenes, not of three
     (place / "recorded.yaml").write_text(yaml.safe_dump(grid))
-    status, printed = finish(
-        place, start(place, "--slots", "2", grid="recorded.yaml", output="recorded")
-    )
+    words = ["--slots", "2", "--rows", "teacher", "lr"]
+    status, printed = finish(place, start(place, *words, grid="recorded.yaml", output="recorded"))
     assert status == 1
     end = printed.splitlines()[-1]
     assert re.match(r"run.py: the teacher has \w+ AP .* here, but", end)
