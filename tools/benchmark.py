@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for projects.Sha
 
 import torch
 from benchmark_report import draw, markdown
-from benchmark_sides import Clock, PlainTeacher, Side
+from benchmark_sides import Clock, PlainTeacher, Side, measure_product
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
@@ -127,6 +127,7 @@ def measure(args):
     with explain_missing_data(cfg.DATASETS.TRAIN):
         dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
     clock = Clock(cfg.MODEL.DEVICE.startswith("cuda"), args.cpu_time)
+    speeds, work = [], []  # of a matrix product, and what the teacher computes, in each round
     for turn in range(-2, args.rounds):  # the first is a warm-up
         batch = [dicts[(turn * args.batch + i) % len(dicts)] for i in range(args.batch)]
         first = turn % len(names)
@@ -134,6 +135,9 @@ def measure(args):
             # Memory has a turn of its own, as giving it back to the system takes time.
             step = side.measure_memory if turn == -1 else side.step
             step(batch, turn + 2, clock)
+        if turn >= 0:
+            speeds.append(measure_product(cfg.MODEL.DEVICE, clock))
+            work.append(sides["plain teacher"].count_teacher(batch))
     threads, versions = f"{args.threads} thread(s)", f"torch {torch.__version__}"
     machine = [platform.machine(), f"{os.cpu_count()} cores", threads, device_name(cfg), versions]
     return {
@@ -144,6 +148,8 @@ def measure(args):
         "batch": args.batch,
         "clock": "CPU time" if args.cpu_time else "wall time",
         "rounds": {name: side.rounds[1:] for name, side in sides.items()},
+        "product_gflops": speeds,
+        "teacher_gflop": work,
         "memory": {name: side.memory for name, side in sides.items()},
         "latency_ms": time_inference(sides, dicts, args),
     }

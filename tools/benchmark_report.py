@@ -14,8 +14,29 @@ PARTS = ("mapper", "student forward", "teacher", "losses", "backward", "optimize
 def ratio(rounds, one, other, parts=PARTS):
     """Return median, least and greatest ratio of two sides within a round, as text."""
     pairs = zip(rounds[one], rounds[other])
-    values = [sum(a[p] for p in parts) / sum(b[p] for p in parts) for a, b in pairs]
+    return spread([sum(a[p] for p in parts) / sum(b[p] for p in parts) for a, b in pairs])
+
+
+def spread(values):
+    """Return median, least and greatest of some numbers as text."""
     return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def bound(result):
+    """Return what the teacher computes, how fast, and what a faster one could gain at most.
+
+    No convolution of the teacher is taken to be faster than a plain product of fp32 matrices.
+    """
+    rounds, ideal, steps = result["rounds"], [], []
+    pairs = zip(result["teacher_gflop"], result["product_gflops"])
+    seconds = [gflop / speed for gflop, speed in pairs]
+    for time, student, lr in zip(seconds, rounds["student"], rounds["LR"]):
+        ideal.append(time / student["teacher"])
+        steps.append((sum(student.values()) - student["teacher"] + time) / sum(lr.values()))
+    return (
+        f"teacher: {median(result['teacher_gflop']):.3g} GFLOP at {spread(ideal)} of the speed of "
+        f"a plain product of matrices; at its full speed, the next ratio would be {spread(steps)}"
+    )
 
 
 def markdown(result):
@@ -41,12 +62,13 @@ def markdown(result):
     ]
     for count, latency in result["latency_ms"].items():
         for name, x in latency.items():
-            spread = f"{x['median']:.0f} ms ({x['low']:.0f}-{x['high']:.0f})"
-            lines.append(f"inference of {name}, batch {count}: {spread}")
+            time = f"{x['median']:.0f} ms ({x['low']:.0f}-{x['high']:.0f})"
+            lines.append(f"inference of {name}, batch {count}: {time}")
     if "HR" in rounds:
         lines.append(f"student mapper / HR mapper: {ratio(rounds, 'student', 'HR', ['mapper'])}")
     teachers = ratio(rounds, "student", "plain teacher", ["teacher"])
     lines.append(f"teacher / plain teacher: {teachers}")
+    lines.append(bound(result))
     lines.append(f"student step / LR step: {ratio(rounds, 'student', 'LR')}")
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from benchmark_report import PARTS
 from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torch.utils.flop_counter import FlopCounterMode
 
 from msad_kd import KDTrainer, TwoResolutionMapper
 from msad_kd.distill.teacher import Teacher
@@ -22,6 +23,7 @@ from msad_kd.utils.replaced import replaced
 from msad_kd.utils.seed import seed_all
 
 MAPPINGS = 3  # mapping takes so little that it is repeated
+SQUARE = 2048  # rows of the matrices whose product shows what the machine can do
 ITERATION = 10**6  # past every warm-up; no diagnostics are due
 
 
@@ -32,6 +34,15 @@ class PlainTeacher(Teacher):
         """Return the backbone itself."""
         self.amp = ""
         return self.model.backbone
+
+
+def measure_product(device, clock):
+    """Return the GFLOP/s of a product of two fp32 matrices."""
+    matrix = torch.ones(SQUARE, SQUARE, device=device)
+    clock.parts.clear()
+    with clock.part("product"):
+        matrix @ matrix
+    return 2 * SQUARE**3 / clock.parts["product"] / 1e9
 
 
 class Clock:
@@ -123,6 +134,14 @@ class Side:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.rounds.append({part: parts[part] for part in PARTS})
+
+    def count_teacher(self, dicts):
+        """Return the GFLOP of the teacher's pyramid, each multiply-add being two operations."""
+        batch = [self.mapper(copy.deepcopy(x)) for x in dicts]
+        padded = tuple(self.model.preprocess_image(batch).tensor.shape[-2:])
+        with FlopCounterMode(display=False) as counter:
+            self.teacher.pyramid(batch, padded)
+        return counter.get_total_flops() / 1e9
 
     def measure_memory(self, dicts, seed, clock):
         """Train a step that counts for memory alone, in bytes: held before it, and its own peak."""

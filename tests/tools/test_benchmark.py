@@ -29,6 +29,7 @@ def test_quick_run(tmp_path, no_shapes, capsys):
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
     result = json.loads((tmp_path / "benchmark.json").read_text())
     assert result["image_sizes"] == [64, 128, 64, 64]
+    assert result["product_gflops"][0] > 0.1 < result["teacher_gflop"][0] < 5
     held = {name: x["held"] for name, x in result["memory"].items()}
     # The teacher's weights, and those of the copy that runs.
     assert held["LR"] == held["HR"] < held["plain teacher"] < held["student"]
@@ -47,6 +48,7 @@ def results(**times):
     rounds = {name: [dict.fromkeys(parts, x) for x in xs] for name, xs in times.items()}
     result = {"config": "c", "options": ["KEY", 1], "machine": "m", "image_sizes": [4, 4, 4]}
     result |= {"batch": 1, "clock": "wall time", "rounds": rounds, "latency_ms": {}}
+    result |= {"product_gflops": [2.0, 4.0, 1.0], "teacher_gflop": [4.0, 4.0, 4.0]}
     return {**result, "memory": {name: {"held": 2**29, "step": 2**30} for name in times}}
 
 
@@ -56,8 +58,11 @@ TIMES = {"LR": [1.0, 4.0, 2.0], "student": [3.0, 4.0, 3.0], "plain teacher": [6.
 def test_ratios_are_taken_within_a_round():
     lines = load_tool("benchmark_report").markdown(results(**TIMES)).splitlines()
     assert lines[0] == "c KEY 1"
-    assert lines[-2:] == [
+    # Six parts take 3, 4 and 3 s each; at the product's rate the teacher would take 2, 1 and 4 s.
+    assert lines[-3:] == [
         "teacher / plain teacher: 0.50 (0.50-1.00)",
+        "teacher: 4 GFLOP at 0.67 (0.25-1.33) of the speed of a plain product of matrices; at its "
+        "full speed, the next ratio would be 1.58 (0.88-2.83)",
         "student step / LR step: 1.50 (1.00-3.00)",
     ]
 
