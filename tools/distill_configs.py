@@ -113,6 +113,7 @@ def add_unlabeled(args, configs):
         model.WEIGHTS, model.DEVICE = "", ""
         meaning = [hash_file(args.weights), model.dump(), hr.INPUT.dump(), root]
         meaning += [hr.TEST.DETECTIONS_PER_IMAGE, [x["file_name"] for x in dicts]]
+        meaning += [hr.TEST.AUG.dump()] * hr.TEST.AUG.ENABLED
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:8]
         file, name = args.output / f"labels_by_hr_{digest}.json", f"{name}_by_hr"
         entry = {"name": name, "json": str(file), "images": root}
@@ -182,6 +183,8 @@ def make_grid(args, configs):
     for name, row in rows.items():
         config = "control" if name == "baseline" else name
         row["config"] = str(args.output / "configs" / f"{config}.yaml")
+        # AP is compared without test-time augmentation, as costs are. HR's labels may have it.
+        row.setdefault("options", {})["TEST.AUG.ENABLED"] = False
     rows["student"]["test_config"] = rows["control"]["config"]
     given = {"hr": args.weights, "baseline": args.baseline, "control": args.control}
     rows = {name: row for name, row in rows.items() if given.get(name, True)}

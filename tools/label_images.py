@@ -4,8 +4,9 @@
     python tools/label_images.py --config-file my/teacher.yaml --dataset mine_unlabeled \
         --weights output/mine/teacher/model_final.pth --output datasets/mine/labels.json
 
-A multi-resolution teacher predicts with its TEST_BRANCH. What is done is kept beside the output,
-and the same command goes on after an interruption. See docs/unlabeled.md.
+A multi-resolution teacher predicts with its TEST_BRANCH. TEST.AUG.ENABLED True applies Detectron2's
+test-time augmentation. What is done is kept beside the output, and the same command goes on after
+an interruption. See docs/unlabeled.md.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch.utils.data as torchdata
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MapDataset, MetadataCatalog
 from detectron2.data.build import trivial_batch_collator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
@@ -39,6 +41,7 @@ from msad_kd.data.images import size_of
 from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
+from msad_kd.evaluation.build import check_augmentation
 from msad_kd.evaluation.rle import coco_annotations
 from msad_kd.utils.errors import InputError, input_error_of, nearest
 from msad_kd.utils.hashes import hash_file, split_hash
@@ -122,10 +125,11 @@ def label(arguments: argparse.Namespace) -> None:
     if output.exists():
         raise InputError(f"--output: '{output}' exists already; remove it, or name another file")
     cfg = build_config(arguments.config_file, arguments.opts)
+    check_augmentation(cfg)
     dicts, root = find_images(cfg, arguments.dataset, arguments.images)
     weights = arguments.weights
     model = KDTrainer.load_model(cfg, weights, f"the config '{arguments.config_file}'")
-    names, _ = model_classes(with_classes_of(cfg, model))
+    names, _ = model_classes(cfg := with_classes_of(cfg, model))
     if not names:
         raise InputError("the model's classes have no names; set DATASETS.CLASSES")
     images = {
@@ -152,6 +156,8 @@ def label(arguments: argparse.Namespace) -> None:
         collate_fn=trivial_batch_collator,
     )
     bar = tqdm(total=len(dicts), initial=len(dicts) - len(rest), unit="image")
+    if cfg.TEST.AUG.ENABLED:
+        model = GeneralizedRCNNWithTTA(cfg, model)
     with bar, open(partial, "a") as file:
         for number, batch in enumerate(batches):
             found = {keys[x["image_id"]]: [] for x in rest[number * size : (number + 1) * size]}

@@ -68,7 +68,9 @@ def evaluate(models, detections, folder):
     results = {}
     for key, each in models.items():
         cfg, model = load(each, folder)
-        metrics = KDTrainer.test(cfg, model)
+        augmented = cfg.TEST.AUG.ENABLED
+        metrics = (KDTrainer.test_with_TTA if augmented else KDTrainer.test)(cfg, model)
+        metrics = {kind.removesuffix("_TTA"): found for kind, found in metrics.items()}
         results[key] = {kind: tidy_metrics(found) for kind, found in metrics.items()}
         results[key] |= measure_cost(*load(each, folder, detections))
     return {"machine": machine(cost.device_name(cfg)), "models": results}

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 
+from msad_kd import KDTrainer, build_config
 from projects.study import measure, reports
 from projects.study.grid import Curve, Grid, Row, Table
 from projects.study.pictures import draw_ap_cost, draw_curves, draw_differences
@@ -218,6 +220,17 @@ def test_nothing_found_is_ap_0_and_nothing_there_is_none():
     assert measure.tidy_metrics(metrics)["APl"] is None
     nothing = dict.fromkeys(metrics, float("nan"))
     assert set(measure.tidy_metrics(nothing).values()) == {0.0}
+
+
+@pytest.mark.usefixtures("catalogs")
+def test_a_row_with_test_time_augmentation_is_measured_by_it(config_files, tmp_path):
+    options = "TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES (32,40) TEST.AUG.MAX_SIZE 128".split()
+    config, weights = str(config_files["lr"]), tmp_path / "lr.pth"
+    torch.save(KDTrainer.build_model(build_config(config, [])).state_dict(), weights)
+    models = {"row": {"config": config, "options": options, "weights": str(weights)}}
+    result = measure.evaluate(models, 4, tmp_path)["models"]["row"]
+    assert {"bbox", "segm", "gmacs"} <= result.keys()
+    assert list(tmp_path.glob("inference_TTA/coco_instances_results.json"))
 
 
 def test_help_of_the_measuring_program(capsys):

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import NO_TEST, ROOT, load_tool, run_script, train
 
 from msad_kd.config.build import build_config
@@ -97,6 +98,24 @@ def test_images_without_labels(labels_by, images, name, data, hr_of, tmp_path, c
     assert not any("unlabeled" in key for key in logged["control"])
     solver = configs["student"].SOLVER
     assert solver.UNLABELED_PER_BATCH == solver.IMS_PER_BATCH
+
+
+@pytest.mark.usefixtures("catalogs")
+def test_time_augmentation_is_for_labels_alone(hr_of, tmp_path, capsys):
+    config, weights = hr_of("mask_rcnn")
+    words = ["--config-file", config, "--output", str(tmp_path), "--weights", str(weights)]
+    words += ["--unlabeled", "tiny_val", "--dry-run", "TEST.AUG.ENABLED"]
+    files = set()
+    for enabled in ("True", "False"):
+        load_tool("tools.distill").main([*words, enabled])
+        for catalog in (DatasetCatalog, MetadataCatalog):  # as in a process of its own
+            catalog.remove("tiny_val_by_hr")
+        files |= set(re.findall(r"labels_by_hr_\w+\.json", capsys.readouterr().out))
+        hr = build_config(str(tmp_path / "configs" / "hr.yaml"), [])
+        assert str(hr.TEST.AUG.ENABLED) == enabled
+        rows = yaml.safe_load((tmp_path / "grid.yaml").read_text())["rows"]
+        assert {row["options"]["TEST.AUG.ENABLED"] for row in rows.values()} == {False}
+    assert len(files) == 2
 
 
 @pytest.mark.usefixtures("catalogs")

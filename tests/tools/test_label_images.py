@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import pairwise_iou
 from helpers import TEST_SCENES, build_student, coco_format, load_tool, run_script
 
@@ -114,6 +115,31 @@ def test_an_interrupted_run_goes_on(arguments, interrupted, tmp_path, monkeypatc
     tool.main(arguments())
     assert (tmp_path / "labels.json").read_text() == (tmp_path / "whole.json").read_text()
     assert not part.exists()
+
+
+def test_by_test_time_augmentation(arguments, config_files, tmp_path):
+    augmented = "TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES (32,40) TEST.AUG.MAX_SIZE 128".split()
+    cfg = build_config(str(config_files["lr"]), augmented)
+    torch.manual_seed(0)
+    model = KDTrainer.build_model(cfg).eval()
+    torch.save(model.state_dict(), tmp_path / "lr.pth")
+    files = {"config-file": config_files["lr"], "weights": tmp_path / "lr.pth"}
+    for name, words in (("plain", []), ("augmented", augmented)):
+        tool.main(arguments(*words, name=f"{name}.json", **files))
+    plain, labels = (
+        json.loads((tmp_path / f"{name}.json").read_text())["annotations"]
+        for name in ("plain", "augmented")
+    )
+    mapper, dicts = build_mapper(cfg, is_train=False), DatasetCatalog.get("tiny_val")
+    with torch.no_grad():
+        found = GeneralizedRCNNWithTTA(cfg, model)([mapper(dict(x)) for x in dicts])
+    found = [x["instances"] for x in found]
+    found = [x[x.pred_masks.flatten(1).any(dim=1)].scores.tolist() for x in found]
+    scores = [score for scores in found for score in scores if score >= 0.05]
+    assert plain and labels and labels != plain
+    assert sorted(x["score"] for x in labels) == pytest.approx(sorted(scores), abs=1e-5)
+    with pytest.raises(SystemExit, match="TEST.AUG.ENABLED is True, but a MultiResolutionRCNN"):
+        tool.main(arguments(*augmented, name="no.json"))
 
 
 def test_labels_of_a_file_are_those_of_the_step(
