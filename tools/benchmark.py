@@ -135,9 +135,8 @@ def measure(args):
             # Memory has a turn of its own, as giving it back to the system takes time.
             step = side.measure_memory if turn == -1 else side.step
             step(batch, turn + 2, clock)
-        if turn >= 0:
-            speeds.append(measure_product(cfg.MODEL.DEVICE, clock))
-            work.append(sides["plain teacher"].count_teacher(batch))
+        speeds.append(measure_product(cfg.MODEL.DEVICE, clock))
+        work.append(sides["plain teacher"].count_teacher(batch))
     threads, versions = f"{args.threads} thread(s)", f"torch {torch.__version__}"
     machine = [platform.machine(), f"{os.cpu_count()} cores", threads, device_name(cfg), versions]
     return {
@@ -148,8 +147,9 @@ def measure(args):
         "batch": args.batch,
         "clock": "CPU time" if args.cpu_time else "wall time",
         "rounds": {name: side.rounds[1:] for name, side in sides.items()},
-        "product_gflops": speeds,
-        "teacher_gflop": work,
+        "fp32_on_cpu": cfg.MODEL.DEVICE == "cpu" and not sides["student"].teacher.amp,
+        "product_gflops": speeds[2:],
+        "teacher_gflop": work[2:],
         "memory": {name: side.memory for name, side in sides.items()},
         "latency_ms": time_inference(sides, dicts, args),
     }

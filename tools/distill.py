@@ -55,12 +55,15 @@ def run_tool(name, *arguments):
     """Run another command of this folder, and end with its failure."""
     command = [sys.executable, TOOLS / name, *map(str, arguments)]
     try:
-        with on_signal(stop):  # which also ends the command
-            done = subprocess.run(command, cwd=TOOLS.parent)
+        with on_signal(stop), subprocess.Popen(command, cwd=TOOLS.parent) as process:
+            try:
+                code = process.wait()
+            finally:
+                process.terminate()  # does nothing if it has ended
     except Stopped:
         print("distill.py: interrupted; the same command goes on", file=sys.stderr)
         raise
-    if done.returncode:
+    if code:
         sys.exit(
             f"distill.py: {name} stopped; its last lines say why. Mend it, and type this again"
         )

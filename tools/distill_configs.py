@@ -16,6 +16,7 @@ from msad_kd.config.build import build_config
 from msad_kd.config.derive import derive_configs, fit_warmups
 from msad_kd.data.images import list_images
 from msad_kd.data.loader import explain_missing_data
+from msad_kd.evaluation.build import check_augmentation
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.hashes import hash_file
@@ -109,6 +110,7 @@ def add_unlabeled(args, configs):
         raise InputError(f"--labels-by: '{name}' has labels of a model already; leave it out")
     by_hr = args.weights and args.labels_by != "teacher" and not labelled
     if by_hr and (entry or name in DatasetCatalog.list()):
+        check_augmentation(hr)
         model = hr.MODEL.clone()  # labels do not depend on where it is and runs
         model.WEIGHTS, model.DEVICE = "", ""
         meaning = [hash_file(args.weights), model.dump(), hr.INPUT.dump(), root]

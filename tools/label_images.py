@@ -80,38 +80,28 @@ class Readable:
             return {}
 
 
-def read_partial(file: Path, run: str) -> dict[str, list[dict]]:
-    """Return the annotations that an interrupted run has made by image, or begin its file.
+def read_partial(file: Path) -> dict[str, list[dict]]:
+    """Return the annotations that an interrupted run has made by image.
 
     A line that was not written to its end is cut off.
-
-    Raises:
-        InputError: if the file is of another run.
     """
-    if not file.exists() or b"\n" not in file.read_bytes():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(run) + "\n")
-    content = file.read_bytes()
-    end = content.rindex(b"\n") + 1
-    first, *batches = map(json.loads, content[:end].splitlines())
-    if first != run:
-        raise InputError(
-            f"'{file}' is of an interrupted run with another model, config or option; give the "
-            "same, or remove it to begin anew"
-        )
-    os.truncate(file, end)
+    content = file.read_bytes() if file.exists() else b""
+    end = content.rfind(b"\n") + 1
+    if content:
+        os.truncate(file, end)
+    batches = map(json.loads, content[:end].splitlines())
     return {image: found for batch in batches for image, found in batch.items()}
 
 
-def annotations_of(found: Instances, image_id, classes: int, min_score: float) -> list[dict]:
-    """Return an image's detections as annotations in COCO format, without ids.
+def annotations_of(found: Instances, classes: int, min_score: float) -> list[dict]:
+    """Return an image's detections as annotations in COCO format, without their own ids.
 
     Those with less score, without a pixel, or of a class without a name are left out.
     """
     keep = (found.scores >= min_score) & (found.pred_classes < classes)
     if found.has("pred_masks"):
         keep &= found.pred_masks.flatten(1).any(dim=1)
-    return coco_annotations(found[keep], image_id)
+    return coco_annotations(found[keep], image_id=0)  # it is known when all are labelled
 
 
 @torch.no_grad()
@@ -132,25 +122,29 @@ def label(arguments: argparse.Namespace) -> None:
     names, _ = model_classes(cfg := with_classes_of(cfg, model))
     if not names:
         raise InputError("the model's classes have no names; set DATASETS.CLASSES")
-    images = {
-        x["image_id"]: {
+    images = [
+        {
             **{"id": x["image_id"], "file_name": os.path.relpath(x["file_name"], root or ".")},
             **dict(zip(("height", "width"), size_of(x))),
         }
         for x in dicts
-    }
-    # An image is known by name and size: its id changes when another one is removed.
-    keys = {i: json.dumps(list(image.values())[1:]) for i, image in images.items()}
+    ]
+    # An interrupted run is known by what makes its labels, and an image by its path and size: ids
+    # change when another image is removed.
+    neutral = neutral_config(cfg)
+    neutral.DATASETS.pop("INVALID_ANNOTATIONS", None)
     weights = hash_file(PathManager.get_local_path(split_hash(weights)[0]))
-    run = json.dumps([weights, neutral_config(cfg).dump(), min_score, size])
-    partial = output.with_name(f"{output.name}.partial")
-    done = read_partial(partial, hashlib.sha256(run.encode()).hexdigest())
-    rest = [x for x in dicts if keys[x["image_id"]] not in done]
+    run = json.dumps([weights, neutral.dump(), os.path.abspath(root), min_score, size])
+    partial = output.with_name(f"labels_{hashlib.sha256(run.encode()).hexdigest()[:8]}.partial")
+    sides = [f"{image['width']} x {image['height']}" for image in images]
+    keys = [f"{os.path.abspath(x['file_name'])}, {side}" for x, side in zip(dicts, sides)]
+    done = read_partial(partial)
+    rest = [(x, key) for x, key in zip(dicts, keys) if key not in done]
     mapper = build_mapper(cfg, is_train=False)
     if cfg.DATASETS.INVALID_ANNOTATIONS == "drop":
         mapper = Readable(mapper)
     batches = torchdata.DataLoader(
-        MapDataset(rest, mapper),
+        MapDataset([x for x, _ in rest], mapper),
         batch_size=size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
@@ -158,28 +152,31 @@ def label(arguments: argparse.Namespace) -> None:
     bar = tqdm(total=len(dicts), initial=len(dicts) - len(rest), unit="image")
     if cfg.TEST.AUG.ENABLED:
         model = GeneralizedRCNNWithTTA(cfg, model)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with bar, open(partial, "a") as file:
-        for number, batch in enumerate(batches):
-            found = {keys[x["image_id"]]: [] for x in rest[number * size : (number + 1) * size]}
-            samples = list(filter(None, batch))
-            for sample, prediction in zip(samples, model(samples) if samples else ()):
-                detections, i = prediction["instances"].to("cpu"), sample["image_id"]
-                found[keys[i]] = annotations_of(detections, i, len(names), min_score)
+        for start, batch in zip(range(0, len(rest), size), batches):
+            paths = [key for _, key in rest[start : start + size]]
+            found = {key: [] for key in paths}
+            readable = {key: sample for key, sample in zip(paths, batch) if sample}
+            predictions = model([*readable.values()]) if readable else ()
+            for key, prediction in zip(readable, predictions):
+                detections = prediction["instances"].to("cpu")
+                found[key] = annotations_of(detections, len(names), min_score)
             file.write(json.dumps(found) + "\n")
             file.flush()
             done |= found
             bar.update(len(batch))
-    annotations = [{**x, "image_id": i} for i, key in keys.items() for x in done[key]]
+    annotations = [
+        {**entry, "image_id": image["id"]}
+        for image, key in zip(images, keys)
+        for entry in done[key]
+    ]
     annotations = [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)]
     points = {}
     if cfg.MODEL.KEYPOINT_ON:
         points["keypoints"] = list(read_keypoints(cfg)["keypoint_names"])
     categories = [{"id": i, "name": x, **points} for i, x in enumerate(names, start=1)]
-    content = {
-        "images": list(images.values()),
-        "categories": categories,
-        "annotations": annotations,
-    }
+    content = {"images": images, "categories": categories, "annotations": annotations}
     write_json(output, content, indent=None)
     partial.unlink()
     print(f"{output}: {len(annotations)} labels in {len(images)} images of '{root}'")

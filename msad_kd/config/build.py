@@ -143,7 +143,9 @@ def build_config(config_file: str, opts: list) -> CfgNode:
 
 
 def check_config(cfg: CfgNode) -> CfgNode:
-    """Check a config and return that of the run, as ``build_config`` does with one it has read.
+    """Check a config that was read, and return that of the run; see ``build_config``.
+
+    The config is changed in place (MODEL.DEVICE, SOLVER.AMP), and its data sets are registered.
 
     Raises:
         InputError: if a key or value cannot be used; the message names it.

@@ -62,7 +62,7 @@ def check_augmentation(cfg: CfgNode) -> None:
     supported &= not (cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS)
     if cfg.TEST.AUG.ENABLED and not supported:
         raise InputError(
-            f"TEST.AUG.ENABLED is True, but a {cfg.MODEL.META_ARCHITECTURE} cannot be evaluated "
+            f"TEST.AUG.ENABLED is True, but a {cfg.MODEL.META_ARCHITECTURE} cannot be run "
             "with test-time augmentation, only Faster and Mask R-CNN of one resolution without "
             "keypoints and precomputed proposals; set it to False"
         )

@@ -1,5 +1,6 @@
 """The cells of a grid. A cell is a row with one seed: one training, or one checkpoint."""
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -12,6 +13,7 @@ from detectron2.config import get_cfg
 from msad_kd.checkpoint.files import hash_file
 from msad_kd.config.build import check_config, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.evaluation.build import check_augmentation
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.flat_config import flatten_config
 from projects.study.grid import PLACEHOLDER, Row
@@ -35,9 +37,12 @@ class Labels:
 
     def so_far(self):
         """Return how many images are labelled, while that goes on."""
-        partial = self.file.with_name(f"{self.file.name}.partial")
-        lines = partial.read_text().count("\n") if partial.exists() else 1  # the first is no image
-        return f" ({lines - 1} images)"
+        done = 0
+        with contextlib.suppress(FileNotFoundError):  # it may end at any moment
+            for partial in self.file.parent.glob("*.partial"):
+                with open(partial, "rb") as lines:
+                    done += sum(1 for _ in lines)  # a line for each image
+        return f" ({done} images)" if done else ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ def _make_cell(row, seed, sources, folder, data, extra):
         labels, changes = _label_images(cfg, row, sources[row.labels_by], data)
         options += changes
     test_cfg = _build(row.test_config, test_options)
+    check_augmentation(test_cfg)
     stages = cfg.KD.LADDER.STAGES
     weights = folder / "model_final.pth"
     if row.checkpoint_of:

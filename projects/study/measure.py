@@ -64,7 +64,10 @@ def measure_cost(cfg, model):
 
 
 def evaluate(models, detections, folder):
-    """Return AP on the test set of its config, and cost, of each model."""
+    """Return AP on the test set of its config, and cost, of each model.
+
+    AP is with test-time augmentation where TEST.AUG is enabled. Costs are of one pass without it.
+    """
     results = {}
     for key, each in models.items():
         cfg, model = load(each, folder)

@@ -148,10 +148,10 @@ def test_a_row_whose_images_another_row_labels(cells_of, tmp_path):
     assert f"'json': '{labels.file}'" in last["DATASETS.COCO_FORMAT"]
     assert labels.command[labels.command.index("--weights") + 1] == str(cells["lr/2"].weights)
     assert cells["fresh/2"].labels is None  # nothing is trained
-    assert labels.so_far() == " (0 images)"
+    assert labels.so_far() == ""
     labels.file.parent.mkdir(parents=True)
-    labels.file.with_name("labels.json.partial").write_text("the run\nan image\nano")
-    assert labels.so_far() == " (1 images)"
+    (labels.file.parent / "labels_12.partial").write_text("an image\nanother\n")
+    assert labels.so_far() == " (2 images)"
     for key in ("student/2", "fresh/2", "again/2"):
         assert cells[key].fingerprint != plain[key].fingerprint
     assert cells["lr/2"].fingerprint == plain["lr/2"].fingerprint

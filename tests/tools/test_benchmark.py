@@ -29,7 +29,9 @@ def test_quick_run(tmp_path, no_shapes, capsys):
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
     result = json.loads((tmp_path / "benchmark.json").read_text())
     assert result["image_sizes"] == [64, 128, 64, 64]
-    assert result["product_gflops"][0] > 0.1 < result["teacher_gflop"][0] < 5
+    assert (
+        result["fp32_on_cpu"] and result["product_gflops"][0] > 0.1 < result["teacher_gflop"][0] < 5
+    )
     held = {name: x["held"] for name, x in result["memory"].items()}
     # The teacher's weights, and those of the copy that runs.
     assert held["LR"] == held["HR"] < held["plain teacher"] < held["student"]
@@ -48,7 +50,11 @@ def results(**times):
     rounds = {name: [dict.fromkeys(parts, x) for x in xs] for name, xs in times.items()}
     result = {"config": "c", "options": ["KEY", 1], "machine": "m", "image_sizes": [4, 4, 4]}
     result |= {"batch": 1, "clock": "wall time", "rounds": rounds, "latency_ms": {}}
-    result |= {"product_gflops": [2.0, 4.0, 1.0], "teacher_gflop": [4.0, 4.0, 4.0]}
+    result |= {
+        "fp32_on_cpu": True,
+        "product_gflops": [2.0, 4.0, 1.0],
+        "teacher_gflop": [4.0, 4.0, 4.0],
+    }
     return {**result, "memory": {name: {"held": 2**29, "step": 2**30} for name in times}}
 
 
@@ -65,6 +71,11 @@ def test_ratios_are_taken_within_a_round():
         "full speed, the next ratio would be 1.58 (0.88-2.83)",
         "student step / LR step: 1.50 (1.00-3.00)",
     ]
+
+
+def test_another_precision_is_not_compared_with_an_fp32_product():
+    lines = load_tool("benchmark_report").markdown({**results(**TIMES), "fp32_on_cpu": False})
+    assert "GFLOP" not in lines and lines.endswith("student step / LR step: 1.50 (1.00-3.00)")
 
 
 def test_runs_are_compared(tmp_path, capsys):

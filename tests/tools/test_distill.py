@@ -191,8 +191,12 @@ def test_a_signal_ends_the_command_that_is_at_work(number, tmp_path, monkeypatch
         "time.sleep(60)\n"
     )
     monkeypatch.setattr(tool, "TOOLS", tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        tool.run_tool("slow.py", tmp_path / "pid")
+    before = signal.signal(number, signal.default_int_handler)  # not ignored, as in a background
+    try:
+        with pytest.raises(SystemExit) as ended:
+            tool.run_tool("slow.py", tmp_path / "pid")
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == 128 + number
     assert "interrupted; the same command goes on" in capsys.readouterr().err
     with pytest.raises(ProcessLookupError):

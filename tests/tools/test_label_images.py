@@ -55,6 +55,11 @@ def interrupted(monkeypatch):
     return call
 
 
+def partial_of(folder):
+    (partial,) = folder.glob("labels_*.partial")
+    return partial
+
+
 def test_a_folder_by_a_process(arguments, data, tmp_path):
     folder = data / "val"
     run_script("tools/label_images.py", *arguments(which=("--images", folder), **{"batch-size": 2}))
@@ -83,26 +88,30 @@ def test_a_broken_image_gets_no_labels_or_ends_the_run_until_it_is_removed(
     assert {x["image_id"] for x in content["annotations"]} == others
     with pytest.raises(SystemExit, match=broken.name):
         tool.main(arguments(which=which))
-    assert len((tmp_path / "labels.json.partial").read_text().splitlines()) == 2
+    assert len(partial_of(tmp_path).read_text().splitlines()) == 1
     broken.unlink()  # what was done counts, though the images after it have other ids
     tool.main(arguments(which=which))
     tool.main(arguments(which=which, name="whole.json"))
     assert (tmp_path / "labels.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
-def test_an_interrupted_run_goes_on(arguments, interrupted, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(arguments, interrupted, data, tmp_path, monkeypatch):
     tool.main(arguments(name="whole.json"))
     for count in (1, 1):
         interrupted(count)
         with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
             tool.main(arguments())
         monkeypatch.undo()
-    part = tmp_path / "labels.json.partial"
-    assert len(part.read_text().splitlines()) == 3  # what it is, and two images
-    with pytest.raises(
-        SystemExit, match="is of an interrupted run with another model, config or option"
-    ):
-        tool.main(arguments(**{"min-score": 0.1}))
+    part = partial_of(tmp_path)
+    assert len(part.read_text().splitlines()) == 2
+    whole = json.loads((tmp_path / "whole.json").read_text())["annotations"]
+    others = shutil.copytree(data / "val", tmp_path / "others")  # images of the same names
+    for score, options in ((0.1, {"min-score": 0.1}), (0, {"which": ("--images", others)})):
+        tool.main(arguments(name="other.json", **options))  # neither takes nor removes what is done
+        annotations = json.loads((tmp_path / "other.json").read_text())["annotations"]
+        expected = [x["score"] for x in whole if x["score"] >= score]
+        assert [x["score"] for x in annotations] == expected
+        (tmp_path / "other.json").unlink()
     part.write_text(part.read_text() + '{"[\\"000003.jp')  # killed while writing
     interrupted(1)  # one image is left
     monkeypatch.setattr(
