@@ -127,7 +127,7 @@ def measure(args):
     with explain_missing_data(cfg.DATASETS.TRAIN):
         dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
     clock = Clock(cfg.MODEL.DEVICE.startswith("cuda"), args.cpu_time)
-    speeds, work = [], []  # of a matrix product, and what the teacher computes, in each round
+    speeds, work = [], []  # GFLOP/s of a plain product, and GFLOP of the teacher
     for turn in range(-2, args.rounds):  # the first is a warm-up
         batch = [dicts[(turn * args.batch + i) % len(dicts)] for i in range(args.batch)]
         first = turn % len(names)
@@ -136,7 +136,8 @@ def measure(args):
             step = side.measure_memory if turn == -1 else side.step
             step(batch, turn + 2, clock)
         speeds.append(measure_product(cfg.MODEL.DEVICE, clock))
-        work.append(sides["plain teacher"].count_teacher(batch))
+        if turn >= 0:
+            work.append(sides["plain teacher"].count_teacher(batch))
     threads, versions = f"{args.threads} thread(s)", f"torch {torch.__version__}"
     machine = [platform.machine(), f"{os.cpu_count()} cores", threads, device_name(cfg), versions]
     return {
@@ -149,7 +150,7 @@ def measure(args):
         "rounds": {name: side.rounds[1:] for name, side in sides.items()},
         "fp32_on_cpu": cfg.MODEL.DEVICE == "cpu" and not sides["student"].teacher.amp,
         "product_gflops": speeds[2:],
-        "teacher_gflop": work[2:],
+        "teacher_gflop": work,
         "memory": {name: side.memory for name, side in sides.items()},
         "latency_ms": time_inference(sides, dicts, args),
     }
