@@ -29,6 +29,7 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
+from torch import nn
 from tqdm import tqdm
 
 from msad_kd import KDTrainer
@@ -104,6 +105,16 @@ def annotations_of(found: Instances, classes: int, min_score: float) -> list[dic
     return coco_annotations(found[keep], image_id=0)  # it is known when all are labelled
 
 
+def detect(model: nn.Module, batch: dict[str, dict], classes: int, min_score: float) -> dict:
+    """Return the annotations of each image of a batch by its key; none where a sample is empty."""
+    readable = {key: sample for key, sample in batch.items() if sample}
+    predictions = model([*readable.values()]) if readable else ()
+    found = {key: [] for key in batch}
+    for key, prediction in zip(readable, predictions):
+        found[key] = annotations_of(prediction["instances"].to("cpu"), classes, min_score)
+    return found
+
+
 @torch.no_grad()
 def label(arguments: argparse.Namespace) -> None:
     """Label all images, or those that an interrupted run has left, and write the file.
@@ -156,12 +167,7 @@ def label(arguments: argparse.Namespace) -> None:
     with bar, open(partial, "a") as file:
         for start, batch in zip(range(0, len(rest), size), batches):
             paths = [key for _, key in rest[start : start + size]]
-            found = {key: [] for key in paths}
-            readable = {key: sample for key, sample in zip(paths, batch) if sample}
-            predictions = model([*readable.values()]) if readable else ()
-            for key, prediction in zip(readable, predictions):
-                detections = prediction["instances"].to("cpu")
-                found[key] = annotations_of(detections, len(names), min_score)
+            found = detect(model, dict(zip(paths, batch)), len(names), min_score)
             file.write(json.dumps(found) + "\n")
             file.flush()
             done |= found
@@ -178,7 +184,7 @@ def label(arguments: argparse.Namespace) -> None:
     categories = [{"id": i, "name": x, **points} for i, x in enumerate(names, start=1)]
     content = {"images": images, "categories": categories, "annotations": annotations}
     write_json(output, content, indent=None)
-    partial.unlink()
+    partial.unlink(missing_ok=True)  # another run of the same settings may have ended
     print(f"{output}: {len(annotations)} labels in {len(images)} images of '{root}'")
 
 

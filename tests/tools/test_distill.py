@@ -184,12 +184,9 @@ def test_labels_are_made_once_and_by_one_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_that_is_at_work(number, tmp_path, monkeypatch, capsys):
     tool = load_tool("tools.distill")
-    (tmp_path / "slow.py").write_text(
-        "import os, signal, sys, time\n"
-        "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
-        f"os.kill(os.getppid(), {int(number)})\n"
-        "time.sleep(60)\n"
-    )
+    code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); "
+    code += f"os.kill(os.getppid(), {int(number)}); time.sleep(60)"
+    (tmp_path / "slow.py").write_text(code)
     monkeypatch.setattr(tool, "TOOLS", tmp_path)
     before = signal.signal(number, signal.default_int_handler)  # not ignored, as in a background
     try:
