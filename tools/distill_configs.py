@@ -69,8 +69,8 @@ def write_config(cfg, path, options):
                 "iteration alone, since a model chosen by the images of the table would look too "
                 "good; set it to 0, or train by train_net.py"
             )
-        if "SOLVER.MAX_ITER" in given and not {"SOLVER.WARMUP_ITERS", "KD.LOSSES"} & set(given):
-            fit_warmups(cfg)
+        if "SOLVER.MAX_ITER" in given and "SOLVER.WARMUP_ITERS" not in given:
+            fit_warmups(cfg, losses="KD.LOSSES" not in given)
         part.write_text(cfg.dump())
     return cfg
 
@@ -217,7 +217,15 @@ def describe(configs):
         cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
         table.append([*cells, ", ".join(losses) if name == "student" else "-"])
     headers = ["", "short side, training", "test", "iterations", "rate", "losses"]
-    names = "MAX_ITER", "STEPS", "IMS_PER_BATCH", "ACCUMULATE", "BASE_LR", "OPTIMIZER"
+    names = (
+        "MAX_ITER",
+        "WARMUP_ITERS",
+        "STEPS",
+        "IMS_PER_BATCH",
+        "ACCUMULATE",
+        "BASE_LR",
+        "OPTIMIZER",
+    )
     solvers = [configs[role].SOLVER for role in ("student", "control")]
     other = [f"SOLVER.{name}" for name in names if solvers[0][name] != solvers[1][name]]
     words = f"\nWarning: student and control differ in {', '.join(other)}: not a fair comparison"

@@ -88,12 +88,17 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     return configs
 
 
-def fit_warmups(cfg: CfgNode) -> None:
-    """Shorten the warm-ups of a config, in place, to WARMUP_SHARE of its schedule."""
+def fit_warmups(cfg: CfgNode, losses: bool = True) -> None:
+    """Shorten the warm-ups of a config, in place, to WARMUP_SHARE of its schedule.
+
+    Args:
+        cfg: the config.
+        losses: whether those of a student's distillation losses, too.
+    """
     most = int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER)
     cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, max(1, most))
     student = any(cfg.MODEL.META_ARCHITECTURE == name for name, _ in KINDS.values())
-    for term in cfg.KD.LOSSES if student else ():
+    for term in cfg.KD.LOSSES if student and losses else ():
         term["warmup_iters"] = min(term.get("warmup_iters", 0), most)
 
 
