@@ -76,7 +76,7 @@ def check_numbers(cfg: CfgNode) -> None:
 
 def _check_schedule(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
-    cfg = cfg.clone()
+    cfg = CfgNode({"SOLVER": solver})  # a copy of the part that is read: a whole one takes long
     cfg.defrost()
     # Detectron2 leaves out later steps, with a warning.
     cfg.SOLVER.STEPS = tuple(step for step in solver.STEPS if step <= solver.MAX_ITER)
