@@ -74,7 +74,7 @@ clean: ## remove .venv, caches, output and the generated data sets
 	fi
 	@echo "Installing the packages of requirements.txt (some minutes and 5 GB the first time)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check pip==25.3
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@echo "Installing Detectron2"
 	@$(RUN) tools/install_detectron2.py
 	@echo "Installing msad_kd in place"

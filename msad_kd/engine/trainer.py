@@ -1,6 +1,7 @@
 """Detectron2's ``DefaultTrainer`` with two resolutions, a teacher and repeatable steps."""
 
 import contextlib
+import functools
 import logging
 import os
 
@@ -179,7 +180,11 @@ class KDTrainer(DefaultTrainer):
     def state_dict(self) -> dict:
         """Return the state for a checkpoint, with optimizer, batch size and config."""
         images = images_per_step(self.cfg)
-        return {**trainer_state(self), "images_per_batch": images, "config": self.cfg.dump()}
+        return {**trainer_state(self), "images_per_batch": images, "config": self._config_text}
+
+    @functools.cached_property
+    def _config_text(self) -> str:
+        return self.cfg.dump()
 
     def check_state_dict(self, state_dict: dict) -> str:
         """Check a checkpoint's state before anything is loaded; see ``engine.resume``."""

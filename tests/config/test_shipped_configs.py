@@ -9,7 +9,7 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from helpers import ROOT, coco_format, train
-from shipped import FILES, name_of, tiny_options
+from shipped import FILES, NARROW, name_of, tiny_options
 
 from msad_kd.config.build import build_config
 from msad_kd.distill.student import check_losses
@@ -33,7 +33,30 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("path", TRIED, ids=name_of)
+@functools.cache
+def models():
+    return {path: build_config(str(path), []) for path in FILES}
+
+
+def without(cfg, *prefixes):
+    return {k: v for k, v in flatten_config(cfg).items() if not k.startswith(prefixes)}
+
+
+def seldom(paths):
+    """Pytest's parameters for files, of which only the first of equal networks is no long test."""
+    seen = set()
+    other = ("SOLVER", "DATASETS", "INPUT", "TEST", "OUTPUT_DIR", "SEED", "KD.TEACHER.CONFIG_FILE")
+    other += ("MODEL.WEIGHTS", "MODEL.PIXEL", "MODEL.ANCHOR_GENERATOR.SIZES", "KD.TEACHER.WEIGHTS")
+    other += tuple(NARROW[::2])
+    for path in paths:
+        cfg = build_config(str(path), [])
+        network = repr((without(cfg, *other), bool(cfg.DATASETS.UNLABELED), cfg.INPUT.MIXUP))
+        marks = [pytest.mark.long] * (network in seen)
+        seen.add(network)
+        yield pytest.param(path, marks=marks, id=name_of(path))
+
+
+@pytest.mark.parametrize("path", [*seldom(TRIED)])
 def test_a_step_and_a_prediction(path, data, tmp_path):
     names = ["DATASETS.COCO_FORMAT", coco_format(data, "tiny")]
     names += ["DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ()]
@@ -45,15 +68,6 @@ def test_a_step_and_a_prediction(path, data, tmp_path):
     with torch.no_grad():
         (prediction,) = trainer.model.eval()(inputs)
     assert prediction["instances"].image_size == (inputs[0]["height"], inputs[0]["width"])
-
-
-@functools.cache
-def models():
-    return {path: build_config(str(path), []) for path in FILES}
-
-
-def without(cfg, *prefixes):
-    return {k: v for k, v in flatten_config(cfg).items() if not k.startswith(prefixes)}
 
 
 def test_every_student_equals_an_lr_baseline_but_for_the_distillation():

@@ -96,6 +96,7 @@ def test_the_evaluation_in_the_run_is_that_of_its_checkpoint(whole, config_files
     assert found == expected != []
 
 
+@pytest.mark.long
 def test_two_processes_of_torchrun_are_the_launchers(
     config_files, whole, teacher_weights, tmp_path
 ):

@@ -90,13 +90,16 @@ GROUPED += ["SOLVER.BIAS_LR_FACTOR", 2.0]
 @pytest.mark.parametrize(
     ("optimizer", "keys"),
     [
-        ("SGD", ["SOLVER.BASE_LR", 0.5]),
+        pytest.param("SGD", ["SOLVER.BASE_LR", 0.5], marks=pytest.mark.long),
         ("ADAMW", ["SOLVER.BASE_LR", 0.5]),
-        ("ADAMW", ["SOLVER.WEIGHT_DECAY", 0.125]),
+        pytest.param("ADAMW", ["SOLVER.WEIGHT_DECAY", 0.125], marks=pytest.mark.long),
         ("SGD", ["SOLVER.MOMENTUM", 0.5]),
         ("SGD", ["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (2,), "SOLVER.GAMMA", 0.25]),
-        ("ADAMW", ["SOLVER.WARMUP_ITERS", 6, "SOLVER.WARMUP_FACTOR", 0.5]),
-        ("SGD", ["SOLVER.CLIP_GRADIENTS.ENABLED", True]),
+        pytest.param(
+            *("ADAMW", ["SOLVER.WARMUP_ITERS", 6, "SOLVER.WARMUP_FACTOR", 0.5]),
+            marks=pytest.mark.long,
+        ),
+        pytest.param("SGD", ["SOLVER.CLIP_GRADIENTS.ENABLED", True], marks=pytest.mark.long),
         ("SGD", GROUPED),  # which groups the parameters in another way
         ("ADAMW", GROUPED),
     ],

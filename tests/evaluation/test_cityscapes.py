@@ -223,6 +223,7 @@ except ModuleNotFoundError as error:
 """
 
 
+@pytest.mark.long
 def test_the_scripts_are_found_where_git_main_imports_them(tree, tmp_path):
     package = "deeplearning.projects.cityscapesApi.cityscapesscripts"
     skipped = shutil.ignore_patterns("configs", "projects")

@@ -12,8 +12,9 @@ from msad_kd import InputError
 from msad_kd.export.parity import differences
 from msad_kd.export.tracing import ExportableDetector, resize, traceable
 
-DETECTORS = ["mask_rcnn", "retinanet", "fcos", f"faster_rcnn on {MOBILE}"]
-MORE = [*DETECTORS, "faster_rcnn", "mask_rcnn on tf_efficientnet_lite0"]
+DETECTORS = ["mask_rcnn", "retinanet", "fcos"]
+ON_TIMM = f"faster_rcnn on {MOBILE}"
+MORE = [*DETECTORS, ON_TIMM, "faster_rcnn", "mask_rcnn on tf_efficientnet_lite0"]
 SIZES = [(32, 48), (75, 33), (150, 201)]  # the first is that of the traced image
 
 
@@ -39,7 +40,7 @@ def check(model, run, image, size=None, atol=5e-3):
     return len(scores)
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", [*DETECTORS, pytest.param(ON_TIMM, marks=pytest.mark.long)])
 def test_parity(exported, detector):
     model, onnx, traced = exported(detector)
     for size in SIZES:  # more candidates than TOPK_CANDIDATES_TEST only in the last

@@ -69,7 +69,9 @@ def test_a_finished_stage_whose_teachers_config_changed_is_refused(
         run_ladder(cfg, resume=True)
 
 
-@pytest.mark.parametrize("key", ["start", "start#", "MODEL.WEIGHTS"])
+@pytest.mark.parametrize(
+    "key", [pytest.param("start", marks=pytest.mark.long), "start#", "MODEL.WEIGHTS"]
+)
 def test_a_finished_stage_whose_start_changed_is_refused(
     ladder_config, stages, tmp_path, teacher_weights, resume, key
 ):

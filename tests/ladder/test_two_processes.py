@@ -36,6 +36,7 @@ def whole_ladder(run_ladder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_two_processes_climb_a_ladder(whole_ladder):
     state = json.loads((whole_ladder / "ladder_state.json").read_text())
     assert {name: entry["folder"] for name, entry in state.items()} == STAGES

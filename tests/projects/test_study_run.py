@@ -40,9 +40,9 @@ rows:
     labels_by: teacher
     options:
       KD.TEACHER.WEIGHTS: "{teacher}"
-      KD.GRADIENT_RATIO_PERIOD: 20
+      KD.GRADIENT_RATIO_PERIOD: 10
       SOLVER.CHECKPOINT_PERIOD: 5
-      SOLVER.MAX_ITER: 40
+      SOLVER.MAX_ITER: 20
       DATASETS.COCO_FORMAT:
         - {name: shapes_train, json: shapes/annotations/instances_train.json, images: shapes/train}
         - {name: shapes_val, json: shapes/annotations/instances_val.json, images: shapes/val}

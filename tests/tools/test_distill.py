@@ -77,8 +77,10 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("catalogs")
-@pytest.mark.parametrize(("images", "name"), [("val", "unlabeled"), ("tiny_val", "tiny_val")])
-@pytest.mark.parametrize("labels_by", ["hr", "teacher"])
+@pytest.mark.parametrize(
+    ("labels_by", "images", "name"),
+    [("hr", "val", "unlabeled"), ("teacher", "tiny_val", "tiny_val")],
+)
 def test_images_without_labels(labels_by, images, name, data, hr_of, tmp_path, capsys, monkeypatch):
     """A folder, named from where one stands, or a data set joins the student's batches alone."""
     config, weights = hr_of("mask_rcnn")

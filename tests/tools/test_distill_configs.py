@@ -5,7 +5,10 @@ from helpers import load_tool
 from msad_kd.config.build import build_config
 
 
-def test_given_losses_leave_the_rates_of_student_and_control_alike(config_files, tmp_path, capsys):
+def test_given_losses_leave_the_rates_of_student_and_control_alike(
+    config_files, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "datasets")  # undo what the command does to it
     words = ["--config-file", str(config_files["hr"]), "--output", str(tmp_path), "--dry-run"]
     words += ["SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "100"]
     words += ["student:SOLVER.MAX_ITER", "20", "control:SOLVER.MAX_ITER", "20"]
