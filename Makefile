@@ -74,6 +74,7 @@ clean: ## remove .venv, caches, output and the generated data sets
 	fi
 	@echo "Installing the packages of requirements.txt (some minutes and 5 GB the first time)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check pip==25.3
+	@# pip would compile every file, which takes a minute; Python compiles those that it imports.
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@echo "Installing Detectron2"
 	@$(RUN) tools/install_detectron2.py
