@@ -115,7 +115,7 @@ class TestARun:
         with pytest.raises(InputError, match="no checkpoint in"):
             train(cfg, resume=True)
 
-    @pytest.mark.parametrize("part", ["weights", "start"])
+    @pytest.mark.parametrize("part", ["weights", pytest.param("start", marks=pytest.mark.long)])
     def test_a_stage_of_its_ladder(self, bomb, config, config_files, teacher_weights, name, part):
         losses = [{"name": "l1", "weight": 1}]
         stage = {"name": "a", "config_file": str(config_files["teacher"]), "losses": losses}

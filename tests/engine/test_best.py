@@ -162,7 +162,8 @@ def test_expected_results_are_verified_when_patience_ends_a_run(config, evaluati
         train(config("lr", *EACH, "TEST.PATIENCE", 1, *expected))
 
 
-@pytest.mark.parametrize("recorded", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.long
+@pytest.mark.parametrize("recorded", [True, False])
 def test_a_run_killed_after_its_evaluation_misses_none(config, evaluations, tmp_path, recorded):
     """Killed after step 2: with the record of its evaluation, or before it was written."""
     made = evaluations(4.0, 6.0, 5.0, 1.0)

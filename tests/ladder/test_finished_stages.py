@@ -70,7 +70,8 @@ def test_a_finished_stage_whose_teachers_config_changed_is_refused(
 
 
 @pytest.mark.parametrize(
-    "key", [pytest.param("start", marks=pytest.mark.long), "start#", "MODEL.WEIGHTS"]
+    "key",
+    [*(pytest.param(x, marks=pytest.mark.long) for x in ("start", "MODEL.WEIGHTS")), "start#"],
 )
 def test_a_finished_stage_whose_start_changed_is_refused(
     ladder_config, stages, tmp_path, teacher_weights, resume, key

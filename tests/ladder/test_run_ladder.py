@@ -77,6 +77,7 @@ def test_what_comes_after_a_stage_that_was_run_again_is_trained_anew(
         assert differing(one, other) == []
 
 
+@pytest.mark.long
 def test_a_ladder_begun_again_and_killed_does_not_resume_from_the_old_one(
     trained, ladder_config, stages, monkeypatch, resume
 ):
@@ -87,6 +88,7 @@ def test_a_ladder_begun_again_and_killed_does_not_resume_from_the_old_one(
     assert resume(cfg).count("Starting training from iteration 0") == 2
 
 
+@pytest.mark.long
 def test_one_teacher_at_a_time(ladder_config, stages, monkeypatch):
     del stages[2:]
     alive, init = [], Teacher.__init__

@@ -38,6 +38,7 @@ def test_distances():
     assert tool.distances(target + 1, target) == {"distance": 1.0, "r2": pytest.approx(1 - 6 / 14)}
 
 
+@pytest.mark.long
 def test_plain_models(config_files, weights, tmp_path):
     arguments = ["--config-file", config_files["student"], "--split", "train"]
     arguments += ["--json", tmp_path / "new" / "f.json"]

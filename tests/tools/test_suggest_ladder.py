@@ -118,6 +118,7 @@ def test_invalid_arguments(tool, pool, config_files, arguments, message):
         tool(*pool["student"], *pool["fused"], *pool["output"], *arguments)
 
 
+@pytest.mark.long
 def test_when_the_ap_cannot_be_measured(tool, pool, config):
     wrong = ["MODEL.ROI_HEADS.NUM_CLASSES", "3"]
     torch.save({"model": build_model(config("hr", *wrong)).state_dict()}, pool["plain"][3])
