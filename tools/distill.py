@@ -28,8 +28,8 @@ if not __package__:  # run as a script, which does not put the repository on the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from detectron2.data import MetadataCatalog
 from distill_configs import (
-    SEED,
     check_weights,
     describe,
     make_configs,
@@ -38,7 +38,10 @@ from distill_configs import (
 )
 
 from msad_kd.checkpoint.reading import fetch
+from msad_kd.distill.student import check_losses
+from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.hashes import hash_file
 from msad_kd.utils.signals import Stopped, on_signal, stop
 from projects.study import run as study
 from projects.study.jobs import locked
@@ -69,13 +72,27 @@ def run_tool(name, *arguments):
         )
 
 
-def check_data(args):
+def check_data(args, cfg):
     """Check all data sets; once they were sound, without reading every pixel again."""
     folder, config = args.output / "data", args.output / "configs" / "student.yaml"
-    sound = folder / "SOUND"
+    sound, hashes = folder / "SOUND", hash_annotations(cfg)
+    if sound.exists() and (before := sound.read_text()) not in ("", hashes):
+        lines = {*before.splitlines()} ^ {*hashes.splitlines()}
+        file = min(line.split(maxsplit=1)[1] for line in lines)
+        sys.exit(
+            f"distill.py: '{file}' has changed since '{args.output}' was begun, whose models and "
+            "AP are of the old one; choose another --output, or delete this one"
+        )
     quick = ["--quick"] if sound.exists() else []
     run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
-    sound.touch()
+    sound.write_text(hashes)
+
+
+def hash_annotations(cfg):
+    """Return the annotation files of a config's labelled data sets, as lines of sha256sum."""
+    names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    files = filter(None, (MetadataCatalog.get(name).get("json_file") for name in names))
+    return "".join(f"{hash_file(file)}  {file}\n" for file in map(os.path.abspath, files))
 
 
 def label_images(args, words):
@@ -92,6 +109,10 @@ def label_images(args, words):
 def export_student(args, cfg):
     """Export the student for stock Detectron2, or as ONNX if that cannot build its backbone."""
     stock = cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
+    if not stock and cfg.MODEL.KEYPOINT_ON:
+        name = cfg.MODEL.BACKBONE.NAME
+        print(f"Not exported: Detectron2 has no {name}, and ONNX cannot take keypoints")
+        return
     config, weights = args.output / "configs" / "control.yaml", Path(cfg.OUTPUT_DIR)
     run_tool(
         *("export_model.py", "--config-file", config, "--weights", weights / "model_final.pth"),
@@ -112,21 +133,17 @@ def summarize(args, cfg):
             if kind in models[other]
         ]
         lines.append(f"The student against {titles[other]}, one seed: {', '.join(gains)}")
-    weights = args.output / "student" / f"seed_{SEED}" / "model_final.pth"
+    weights = Path(cfg.OUTPUT_DIR) / "model_final.pth"
     model = ["--config-file", args.output / "configs" / "control.yaml", "--weights", weights]
 
     commands = [command_line("predict", [*model, "IMAGES", "--output", args.output / "found"])]
     if not cfg.MODEL.KEYPOINT_ON:  # keypoints cannot be traced
         onnx = ["--format", "onnx", "--output", args.output / "onnx"]
         commands.append(command_line("export_model", [*model, *onnx]))
-    return "\n".join(
-        [
-            *lines,
-            f"The exported student is in '{args.output / 'export'}', a picture in "
-            f"'{args.output / 'scenes.png'}'. Next:",
-            *commands,
-        ]
-    )
+    export = args.output / "export"
+    lines += [f"The exported student is in '{export}'."] if export.exists() else []
+    lines.append(f"A picture is in '{args.output / 'scenes.png'}'. Next:")
+    return "\n".join([*lines, *commands])
 
 
 def parse_arguments(arguments=None):
@@ -167,9 +184,11 @@ def main(arguments=None):
                 setattr(args, name, os.path.abspath(fetch(path, f"--{name}")))
         if args.labels_by and not (args.unlabeled and (args.weights or args.labels_by != "hr")):
             raise InputError("--labels-by needs --unlabeled IMAGES, and hr needs --weights FILE")
-        configs, labels = make_configs(args, split_roles(args.opts))
-        check_weights(args, configs)
-        grid = make_grid(args, configs)
+        with locked(args.output):  # a run at work there reads what is written here
+            configs, labels = make_configs(args, split_roles(args.opts))
+            check_weights(args, configs)
+            check_losses(configs["student"], TeacherSpec.from_config(configs["student"]))
+            grid = make_grid(args, configs)
         print(describe(configs))
     except InputError as error:
         sys.exit(f"distill.py: {error}")
@@ -178,7 +197,7 @@ def main(arguments=None):
             print("Before the student is trained, make its labels:")
             print(command_line("label_images", labels))
         return
-    check_data(args)
+    check_data(args, configs["control"])
     if labels:
         label_images(args, labels)
     study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])

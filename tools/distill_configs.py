@@ -22,7 +22,14 @@ from msad_kd.utils.errors import InputError
 from msad_kd.utils.hashes import hash_file
 
 ROLES = ("teacher", "student", "control")
-SEED = 1
+SEED = 1  # unless another is given
+# What belongs to the comparison: key to how it is set.
+FIXED = {
+    "SEED": "SEED without a role is that of all",
+    "OUTPUT_DIR": "--output is the folder of all",
+    "KD.TEACHER.WEIGHTS": "--teacher names a trained one",
+    "KD.TEACHER.CONFIG_FILE": "teacher:KEY VALUE changes it",
+}
 
 
 def split_roles(pairs):
@@ -34,6 +41,8 @@ def split_roles(pairs):
         role, _, name = key.rpartition(":")
         if role not in options:
             raise InputError(f"'{key}': there is no role '{role}'; use {', '.join(ROLES)}")
+        if role and name in FIXED:
+            raise InputError(f"'{key}' cannot be chosen: {FIXED[name]}")
         options[role] += [name, value]
     return options
 
@@ -128,6 +137,8 @@ def add_unlabeled(args, configs):
     student.DATASETS.UNLABELED = (name,)
     student.SOLVER.UNLABELED_PER_BATCH = student.SOLVER.IMS_PER_BATCH
     student.KD.UNLABELED.PSEUDO_LABELS = True
+    if student.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":  # which can ignore no boxes
+        student.KD.UNLABELED.IGNORE_SCORE = max(student.KD.UNLABELED.SCORE)
     return words
 
 
@@ -140,15 +151,20 @@ def make_configs(args, options) -> tuple[dict[str, CfgNode], list | None]:
     """
     folder = args.output / "configs"
     source = build_config(find_config(args.config_file, folder), options[""])
+    # What is given for a role is meant for as many processes as will train it.
+    source = KDTrainer.auto_scale_workers(source, max(args.num_gpus, 1))
     if not source.DATASETS.TRAIN or not source.DATASETS.TEST:
         raise InputError("DATASETS.TRAIN and DATASETS.TEST of the config should both name data")
     configs = {"hr": source.clone(), **derive_configs(source, args.scale)}
-    weights = {role: args.output / role / f"seed_{SEED}" / "model_final.pth" for role in ROLES}
+    seed = source.SEED if "SEED" in options[""] else SEED
+    if seed < 1:
+        raise InputError(f"SEED is {seed}; give a number from 1")
+    weights = {role: args.output / role / f"seed_{seed}" / "model_final.pth" for role in ROLES}
     teacher = str(args.teacher or weights["teacher"])
     for name, cfg in configs.items():
         cfg.defrost()
-        cfg.SEED = SEED
-        cfg.OUTPUT_DIR = str(args.output / name / f"seed_{SEED}")
+        cfg.SEED = seed
+        cfg.OUTPUT_DIR = str(args.output / name / f"seed_{seed}")
     start = args.weights or source.MODEL.WEIGHTS
     start = os.path.abspath(start) if os.path.isfile(start) else start
     configs["hr"].MODEL.WEIGHTS = configs["teacher"].MODEL.WEIGHTS = start
@@ -192,7 +208,7 @@ def make_grid(args, configs):
     rows = {name: row for name, row in rows.items() if given.get(name, True)}
     grid = {
         "output": str(args.output),
-        "seeds": [SEED],
+        "seeds": [configs["student"].SEED],
         "detections": min(args.detections, configs["student"].TEST.DETECTIONS_PER_IMAGE),
         "rows": rows,
         "comparison": list(rows),

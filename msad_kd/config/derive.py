@@ -54,6 +54,7 @@ def derive_configs(cfg: CfgNode, scale: int) -> dict[str, CfgNode]:
     base = cfg.clone()
     base.defrost()
     base.KD.SCALE = scale
+    base.TEST.EXPECTED_RESULTS = []  # of the detector that they are derived from
     if kind == "resnet":
         base.MODEL.RESNETS.OUT_FEATURES = STAGES
     base.MODEL.FPN.IN_FEATURES = STAGES

@@ -51,10 +51,8 @@ def test_a_dry_run_writes_configs_that_train_net_runs(hr_of, tmp_path, capsys):
     )
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[-4:]] == ["hr", "teacher", "control", "student"]
-    assert "l1 0.5" in said[-1] and sorted(x.name for x in output.iterdir()) == [
-        "configs",
-        "grid.yaml",
-    ]
+    assert "l1 0.5" in said[-1]
+    assert sorted(x.name for x in output.iterdir()) == [".lock", "configs", "grid.yaml"]
     steps = {}
     for role in ("teacher", "student", "control"):  # what the files say is enough to train them
         cfg = build_config(str(output / "configs" / f"{role}.yaml"), [])
@@ -147,10 +145,13 @@ def test_labels_that_a_model_has_given_are_kept(data, hr_of, tmp_path, capsys):
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--baseline", "nowhere.pth"], "--baseline"),
         (["judge:SOLVER.MAX_ITER", "3"], "there is no role 'judge'"),
+        (["SEED", "0"], "SEED is 0; give a number from 1"),
+        (["student:SEED", "3"], "'student:SEED' cannot be chosen: SEED without a role is that of"),
         (["SOLVER.MAX_ITER"], "'SOLVER.MAX_ITER' has no value"),
         (["--scale", "3"], "3"),
         (["DATASETS.TEST", "()"], "DATASETS.TRAIN and DATASETS.TEST"),
         (["student:KD.LOSSES", "[{name: l3, weight: 1.0}]"], "there is no loss 'l3'"),
+        (["student:KD.LOSSES", "[{name: dense_box, weight: 1.0}]"], "dense_box"),
         (["student:TEST.PATIENCE", "2"], "TEST.PATIENCE is 2"),
         (["--unlabeled", "nowhere"], "DATASETS.UNLABELED: 'nowhere' is not"),
         (["--unlabeled", "tiny_val", "--labels-by", "hr"], "hr needs --weights FILE"),
@@ -200,24 +201,6 @@ def test_a_signal_ends_the_command_that_is_at_work(number, tmp_path, monkeypatch
     assert "interrupted; the same command goes on" in capsys.readouterr().err
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
-
-
-def test_data_are_read_whole_until_they_were_sound(tmp_path, monkeypatch):
-    tool, said = load_tool("tools.distill"), []
-
-    def run(*arguments):
-        said.append("--quick" in arguments)
-        if len(said) == 1:
-            sys.exit("a fault")
-
-    monkeypatch.setattr(tool, "run_tool", run)
-    args = argparse.Namespace(output=tmp_path)
-    (tmp_path / "data").mkdir()
-    with pytest.raises(SystemExit):
-        tool.check_data(args)
-    for _ in range(2):
-        tool.check_data(args)
-    assert said == [False, False, True]
 
 
 SMALL = "INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 192 INPUT.MIN_SIZE_TEST 128 "

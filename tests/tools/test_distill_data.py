@@ -1,0 +1,52 @@
+"""What distill.py reads and writes: the data once they are sound, and no folder of another run."""
+
+import argparse
+import sys
+
+import pytest
+from helpers import load_tool
+
+from msad_kd.config.build import build_config
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """A list of whether a check of the data was quick; the first one fails."""
+    quick = []
+
+    def run(*arguments):
+        quick.append("--quick" in arguments)
+        if len(quick) == 1:
+            sys.exit("a fault")
+
+    monkeypatch.setattr(load_tool("tools.distill"), "run_tool", run)
+    return quick
+
+
+@pytest.mark.usefixtures("catalogs")
+def test_data_are_read_whole_until_they_were_sound(said, config_files, data, tmp_path):
+    tool, args = load_tool("tools.distill"), argparse.Namespace(output=tmp_path)
+    (tmp_path / "data").mkdir()
+    copy = tmp_path / "train.json"
+    copy.write_bytes((data / "annotations" / "instances_train.json").read_bytes())
+    entries = [{"name": "copy", "json": str(copy), "images": str(data / "train")}]
+    keys = ["DATASETS.COCO_FORMAT", entries, "DATASETS.TRAIN", ["copy"], "DATASETS.TEST", ["copy"]]
+    cfg = build_config(str(config_files["lr"]), keys)
+    with pytest.raises(SystemExit):
+        tool.check_data(args, cfg)
+    for _ in range(2):
+        tool.check_data(args, cfg)
+    assert said == [False, False, True]
+    with open(copy, "a") as file:
+        file.write(" ")
+    with pytest.raises(SystemExit, match=f"'{copy}' has changed since .* was begun.*--output"):
+        tool.check_data(args, cfg)
+    assert len(said) == 3
+
+
+def test_nothing_is_written_where_a_run_is_at_work(config_files, tmp_path):
+    tool = load_tool("tools.distill")
+    words = ["--config-file", str(config_files["hr"]), "--output", str(tmp_path), "--dry-run"]
+    with tool.locked(tmp_path), pytest.raises(SystemExit, match="distill.py: another run"):
+        tool.main(words)
+    assert [x.name for x in tmp_path.iterdir()] == [".lock"]
