@@ -94,6 +94,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=EXAMPLES)
+    parser.set_defaults(dist_url="auto")  # Detectron2's is the same for all runs of a user
     (options,) = [action for action in parser._actions if action.dest == "opts"]
     options.help = "KEY VALUE pairs on top of the config file"  # Detectron2's names LazyConfig
     parser.add_argument(

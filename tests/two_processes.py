@@ -11,7 +11,7 @@ TERMS = [
     {"name": "mgd", "weight": 1e-4, "levels": ["p2", "p3"]},
 ]
 TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-LAUNCHED = ("--num-gpus", 2, "--dist-url", "auto")
+LAUNCHED = ("--num-gpus", 2)
 
 
 def start(config_file, folder, *arguments, by=LAUNCHED, launcher=None, **options):

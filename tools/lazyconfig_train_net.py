@@ -79,7 +79,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")  # Detectron2's is the same for all runs of a user
+    arguments = parser.parse_args()
     machines = {"num_machines": arguments.num_machines, "machine_rank": arguments.machine_rank}
     try:
         launch(main, arguments.num_gpus, **machines, dist_url=arguments.dist_url, args=(arguments,))

@@ -2,6 +2,7 @@
 
 import logging
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter, PreciseBN
 
@@ -58,6 +59,13 @@ def add_hooks(trainer, hooks: list[HookBase]) -> list[HookBase]:
         *others,  # before the writers, so that they write their results too
         *hooks[writing:],
     ]
+
+
+def resume_precise_bn(hook: PreciseBN | None, cfg: CfgNode, iteration: int) -> None:
+    """Let a hook go on after the images that it has taken up to an iteration."""
+    loader, period = getattr(hook, "_data_loader", None), cfg.TEST.EVAL_PERIOD
+    if loader is not None and period:
+        loader.start = iteration // period * cfg.TEST.PRECISE_BN.NUM_ITER
 
 
 def _place(hooks: list[HookBase], kinds: type | tuple[type, ...]) -> int:

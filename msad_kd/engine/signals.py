@@ -49,7 +49,7 @@ class StopOnSignal(HookBase):
         with on_signal(self._receive):
             try:
                 yield
-            except (Stopped, RuntimeError) as error:
+            except (Stopped, Exception) as error:
                 if self._unsaved is not None:
                     for buffers, before in self._unsaved:
                         buffers.update(before)

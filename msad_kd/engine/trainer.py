@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
@@ -26,7 +27,7 @@ from msad_kd.distill.teacher import Teacher
 from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.engine.accumulate import accumulating
 from msad_kd.engine.best import EndOfTraining, KeepBest
-from msad_kd.engine.hook_order import add_hooks, find_hook
+from msad_kd.engine.hook_order import add_hooks, find_hook, resume_precise_bn
 from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.optimizer import build_optimizer
 from msad_kd.engine.resume import check_state, images_per_step, restore_state
@@ -140,6 +141,10 @@ class KDTrainer(DefaultTrainer):
             super().run_step()
         except FloatingPointError as e:  # of the losses: in the main process alone
             error = str(e)
+        except AssertionError as e:
+            if "bad box" not in str(e):
+                raise
+            error = str(e)  # of fvcore's GIoU, for boxes that are not finite
         if (error and losses.in_forward) or stop.agree(bool(error)):
             raise losses.explain(error)
 
@@ -157,6 +162,7 @@ class KDTrainer(DefaultTrainer):
         if found := self.checkpointer.find() if resume else None:
             self.checkpointer.resume(found)
             self.data_loader.start = self.start_iter = self.iter + 1
+            resume_precise_bn(find_hook(self, PreciseBN), self.cfg, self.start_iter)
             best = find_hook(self, KeepBest)
             if best is not None and best.resume(self.start_iter):
                 self.max_iter = self.start_iter

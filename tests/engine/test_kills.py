@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long
 KILLS, STEPS = 10, 120
 SLOW = 300  # seconds that a start or a step may take on a busy machine
 TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ALONE, TWO = [], ["--num-gpus=2", "--dist-url=auto"]
+ALONE, TWO = [], ["--num-gpus=2"]
 
 
 @pytest.fixture

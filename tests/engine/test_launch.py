@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils import comm
-from helpers import ROOT, TEST_SCENES, cut_off, differing
+from helpers import ROOT, TEST_SCENES, cut_off, differing, run_script
 from two_processes import TERMS, TORCHRUN_2, start
 
 from msad_kd import KDTrainer
@@ -41,6 +41,12 @@ def test_arguments_that_do_not_fit(monkeypatch, environment, arguments, words):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words):
         launch(pytest.fail, *arguments)
+
+
+def test_several_machines_need_an_address(config_files):
+    flags = ["--num-machines", 2, "--config-file", config_files["lr"]]
+    said = run_script("train_net.py", *flags, "OUTPUT_DIR", "nowhere", code=1).stderr
+    assert said.splitlines()[-1].startswith("train_net.py: several machines need --dist-url tcp:")
 
 
 def test_one_process_of_torchrun_needs_no_others(monkeypatch):

@@ -7,6 +7,7 @@ from helpers import NO_TEST, train
 from msad_kd import KDTrainer
 from msad_kd.engine.signals import StopOnSignal
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY
+from msad_kd.modeling.fcos import FCOS
 from msad_kd.utils.errors import InputError, NotFiniteError
 
 STEPS = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1, *NO_TEST]
@@ -53,6 +54,20 @@ def test_a_detector_that_raises_it_itself_before_its_losses_are_known(config, mo
     monkeypatch.setattr(RPN, "predict_proposals", diverged)
     monkeypatch.setattr(StopOnSignal, "agree", lambda *_: pytest.fail("it waited for the others"))
     with pytest.raises(NotFiniteError, match="at iteration 0: Predicted boxes") as error:
+        train(config("lr", *STEPS))
+    assert str(error.value).count("/train/") == 2
+
+
+@pytest.mark.parametrize("detector", ["fcos"], indirect=True)
+def test_boxes_that_are_not_finite(config, monkeypatch):
+    losses = FCOS.losses
+
+    def spoiled(self, anchors, logits, classes, deltas, boxes, centerness):
+        deltas = [float("nan") * x for x in deltas]
+        return losses(self, anchors, logits, classes, deltas, boxes, centerness)
+
+    monkeypatch.setattr(FCOS, "losses", spoiled)
+    with pytest.raises(NotFiniteError, match="at iteration 0: bad box") as error:
         train(config("lr", *STEPS))
     assert str(error.value).count("/train/") == 2
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import NO_TEST, differing, train
+from helpers import NO_TEST, cut_off, differing, tensors_of, train
 
 from msad_kd import KDTrainer
 from msad_kd.config.build import build_config
@@ -263,3 +263,12 @@ def test_a_fresh_run_in_an_old_folder_is_not_mixed_with_it(config, caplog):
     }
     assert len((folder / "metrics.json").read_text().splitlines()) == 1
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+def test_precise_statistics_are_of_the_same_images(config, tmp_path):
+    keys = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 1]
+    whole = train(config("lr", *keys, *NO_TEST))
+    folder = cut_off(whole.cfg.OUTPUT_DIR, tmp_path / "cut_off")
+    again = train(config("lr", *keys, *NO_TEST, "OUTPUT_DIR", folder), resume=True)
+    assert again.start_iter == 2
+    assert differing(tensors_of(whole.model), tensors_of(again.model)) == []

@@ -10,6 +10,7 @@ from detectron2.engine import HookBase
 from helpers import NO_TEST, differing, tensors_of, train
 
 from msad_kd import KDTrainer
+from msad_kd.utils.errors import InputError
 from msad_kd.utils.signals import Stopped
 
 RARE = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 100]
@@ -98,15 +99,16 @@ def test_an_evaluation_ends_at_once_and_the_step_before_it_is_saved(config, monk
     check_resumed(cfg, whole)
 
 
-def test_an_evaluation_that_fails_loses_no_step(config, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, InputError])
+def test_an_evaluation_that_fails_loses_no_step(config, monkeypatch, error):
     """So it does in a process whose partner was ended in the evaluation."""
 
     def fail(cls, cfg, model, evaluators=None):
-        raise RuntimeError("Connection closed by peer")
+        raise error("Connection closed by peer")
 
     monkeypatch.setattr(KDTrainer, "test", classmethod(fail))
     cfg = config("lr", *RARE, "TEST.EVAL_PERIOD", 2)
-    with pytest.raises(RuntimeError, match="Connection closed"):
+    with pytest.raises(error, match="Connection closed"):
         train(cfg)
     assert models(cfg) == ["model_0000001.pth"]
 
