@@ -88,6 +88,8 @@ def unlabeled_dicts(cfg: CfgNode) -> list[dict]:
     dicts = []
     for name in cfg.DATASETS.UNLABELED:
         found = DatasetCatalog.get(name)
+        if not cfg.KD.UNLABELED.PSEUDO_LABELS:
+            found = [{k: v for k, v in entry.items() if k != "annotations"} for entry in found]
         if any("score" in label for entry in found for label in entry.get("annotations", ())):
             align_classes(cfg, [name])
             found = DatasetCatalog.get(name)
@@ -110,7 +112,7 @@ def unlabeled_dicts(cfg: CfgNode) -> list[dict]:
             labels = entry.get("annotations", ())
             # A copy, since a catalog may return the same dicts to whoever needs their labels.
             entry = {key: value for key, value in entry.items() if key not in _LABELS}
-            if scored and cfg.KD.UNLABELED.PSEUDO_LABELS:
+            if scored:
                 kept = (_by_score(label, cfg.KD.UNLABELED) for label in labels if "score" in label)
                 entry["annotations"] = [label for label in kept if label is not None]
             dicts.append(entry)

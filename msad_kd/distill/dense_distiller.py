@@ -165,7 +165,14 @@ class DenseDistiller(Distiller):
                 f"{teacher.scale} times the student's strides {strides}, and its strides are "
                 f"{theirs} in pixels of the high-resolution image; use an aligned teacher"
             )
-        return set(self.heads[1].levels)
+        mine, theirs = (torch.cat(list(head.anchors.cell_anchors)) for head in self.heads)
+        if mine.is_meta or torch.allclose(teacher.image_scale * mine, theirs.to(mine), rtol=1e-3):
+            return set(self.heads[1].levels)
+        raise InputError(
+            f"KD.LOSSES: '{self.terms[0].name}' needs a teacher with {teacher.image_scale} times "
+            "the student's anchors, in the same order; set MODEL.ANCHOR_GENERATOR.SIZES and "
+            "ASPECT_RATIOS so"
+        )
 
     def recording(self):
         """Record the student's head during a training step; see ``recording_head``."""

@@ -157,6 +157,8 @@ class DistilledMixin:
                 losses = {}
                 self.backbone(self.preprocess_image(batched_inputs).tensor)
         teacher, iteration = self.teacher, get_event_storage().iter
+        if not self.reads_teacher():
+            return losses, {}
         if pyramid is None:
             pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
         looks = {}
@@ -171,6 +173,10 @@ class DistilledMixin:
         if dense:
             distillation |= dense(anchors, pyramid, iteration)
         return losses, distillation
+
+    def reads_teacher(self) -> bool:
+        """Return whether a loss does; with its labels alone, the teacher need not run."""
+        return any(distiller.terms for distiller in self._distillers())
 
     def _distillers(self) -> list[Distiller]:
         return [self.distiller, self.roi_distiller, self.dense_distiller]

@@ -80,16 +80,18 @@ class UnlabeledImages:
 
     def label(
         self, inputs: list[dict], student: nn.Module, teacher: Teacher
-    ) -> tuple[list[dict], Pyramid]:
-        """Give images labels, and return them with the teacher's pyramid.
+    ) -> tuple[list[dict], Pyramid | None]:
+        """Give images labels, and return them with the teacher's pyramid, if it is needed.
 
         With ``pseudo_labels``, images without labels from a file get what the teacher detects.
         Otherwise all get none.
         """
-        padded = tuple(student.preprocess_image(inputs).tensor.shape[-2:])
-        pyramid = teacher.pyramid(inputs, padded)
         labels = [x.get("instances") if self.pseudo_labels else _no_labels(x) for x in inputs]
-        if any(x is None for x in labels):
+        bare, pyramid = any(x is None for x in labels), None
+        if bare or student.reads_teacher():
+            padded = tuple(student.preprocess_image(inputs).tensor.shape[-2:])
+            pyramid = teacher.pyramid(inputs, padded)
+        if bare:
             heads = getattr(student, "roi_heads", None)
             parts = getattr(heads, "mask_on", False), getattr(heads, "keypoint_on", False)
             above = self.ignore_score - 1e-6  # `select` keeps a score that is equal to it

@@ -131,13 +131,14 @@ def cwd(
     """Return tau^2 KL(T || S) of each channel's softmax over cells, averaged (CWD, ICCV 2021).
 
     It compares where a channel is strong, whatever its offset. ``tau``, above 0, divides the maps.
+    With ``weights`` w it is the sum of w (t log(t / s) - t + s), which is least for s = t, too.
     """
     if not tau > 0:
         raise ValueError(f"tau is {tau}; it has to be above 0")
     log_s, log_t = ((x.float().flatten(2) / tau).log_softmax(-1) for x in (student, teacher))
     losses = F.kl_div(log_s, log_t, log_target=True, reduction="none")
     if weights is not None:
-        losses = weights.flatten(2) * losses
+        losses = weights.flatten(2) * (losses - log_t.exp() + log_s.exp())
     return tau**2 * losses.sum(-1).mean()
 
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from detectron2.modeling import FPN
 from torch import nn
 
 from msad_kd.utils.replaced import replaced
@@ -50,6 +51,9 @@ def computing(backbone: nn.Module, levels: Iterable[str]):
 
     It saves time: p2's output convolution alone is a quarter of the multiply-adds of an R-50 FPN.
     """
+    if not isinstance(backbone, FPN):  # such as C4, of which there is nothing to leave out
+        yield
+        return
     names, needed = list(backbone.output_shape()), set(levels)
     top_block = getattr(backbone, "top_block", None)
     top = names[-top_block.num_levels :] if top_block else []

@@ -62,6 +62,20 @@ def test_a_folder_is_a_data_set_of_its_images_in_order(data, bare, config, tmp_p
         assert image_size(str(tmp_path / "photo.jpg")) == expected
 
 
+def test_labels_that_are_not_used_may_be_of_any_classes(config, data, tmp_path):
+    content = json.loads((data / "annotations" / "instances_val.json").read_text())
+    content["annotations"] = [{**x, "score": 0.9} for x in content["annotations"]]
+    for category in content["categories"]:
+        category["name"] += " of others"
+    (tmp_path / "others.json").write_text(json.dumps(content))
+    entry = {"name": "others", "json": str(tmp_path / "others.json"), "images": str(data / "val")}
+    keys = ["DATASETS.COCO_FORMAT", [*coco_format(data, "tiny"), entry]]
+    keys += ["DATASETS.UNLABELED", ["others"], "SOLVER.UNLABELED_PER_BATCH", 1]
+    build_train_loader(config("student", *keys), None)
+    with pytest.raises(InputError, match="others"):
+        build_train_loader(config("student", *keys, "KD.UNLABELED.PSEUDO_LABELS", True), None)
+
+
 def test_they_follow_the_labelled_samples_which_stay_the_same(config, bare):
     found = samples(config("student", *JITTER, *bare(3)), 6)
     expected = samples(config("student", *JITTER), 6)

@@ -185,6 +185,13 @@ def test_heads_that_cannot_be_compared(student_config, losses, opts, words):
         check_losses(cfg, TeacherSpec.from_config(cfg))
 
 
+@pytest.mark.parametrize("name", ["rpn_class", "rpn_box"])
+def test_anchors_that_are_not_the_teachers(student_config, name):
+    ratios = ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[2.0, 1.0, 0.5]]]  # in another order
+    with pytest.raises(InputError, match=f"'{name}' needs a teacher with 2 times .* anchors"):
+        build_student(student_config("KD.LOSSES", terms(name), *ratios))
+
+
 def test_instances_are_not_needed_for_a_value(student_config, batch):
     """The same value with any ground truth: it is the teacher that decides what matters."""
     cfg = student_config("KD.LOSSES", terms("rpn_class"))

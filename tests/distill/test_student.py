@@ -134,6 +134,14 @@ def test_every_loss_is_one_override_away(student_config, batch, name):
     assert {key for key in logged if key.startswith("kd/") and key[-3:-1] != "_p"} == own
 
 
+def test_without_a_loss_the_teacher_does_not_run(student_config, config, batch, monkeypatch):
+    cfg = student_config("KD.LOSSES", [])
+    model, inputs = build_student(cfg), batch(cfg, "lr")
+    monkeypatch.setattr(model.teacher, "pyramid", lambda *_: pytest.fail("it has run"))
+    found, expected = losses_of(model, inputs), losses_of(build(config("lr")), inputs)
+    assert found == expected
+
+
 def test_any_detector_becomes_a_student_in_three_lines(student_config, batch):
     class Louder(GeneralizedRCNN):
         def forward(self, batched_inputs):

@@ -37,6 +37,14 @@ def test_both_end_when_the_block_fails(manager):
     assert not module._forward_hooks and "forward" not in vars(module)
 
 
+def test_a_backbone_without_a_pyramid_computes_what_it_has():
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.update(RES2_OUT_CHANNELS=8, STEM_OUT_CHANNELS=8, WIDTH_PER_GROUP=8)
+    backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))  # of C4
+    with computing(backbone, ["res4"]):
+        assert backbone(torch.rand(1, 3, 32, 32))["res4"].shape == (1, 32, 2, 2)
+
+
 @pytest.mark.parametrize("top_block", [LastLevelP6P7(8, 8, "p5"), LastLevelsConv(8, 8, 2, "p5")])
 @pytest.mark.parametrize("levels", [["p3"], ["p5"], ["p6"], ["p7"], ["p4", "p6"]])
 def test_an_fpn_computes_the_levels_that_are_read(top_block, levels):
