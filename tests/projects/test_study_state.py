@@ -163,3 +163,16 @@ def test_a_checkpoint_has_the_recorded_ap(tmp_path):
     for mask in (40.0, float("nan")):
         with pytest.raises(InputError, match=f"teacher has mask AP {mask:.1f} here, but .* 43.0"):
             verify(cell, {"bbox": {"AP": 44.5}, "segm": {"AP": mask}})
+
+
+@pytest.mark.parametrize(("iterations", "period"), [(100, "500"), (90_000, "9000")])
+def test_a_training_keeps_few_checkpoints_and_the_grid_has_the_last_word(
+    tmp_path, study_of, iterations, period
+):
+    cell = cell_of(tmp_path, "lr", "a" * 64)
+    cell.iterations = iterations
+    training, _ = study_of(cell).plan(["lr/1"])
+    words = training.command
+    assert words[words.index("SOLVER.CHECKPOINT_PERIOD") + 1] == period
+    assert words.index("SOLVER.CHECKPOINT_PERIOD") < words.index("SEED")
+    assert words[words.index("TEST.EXPECTED_RESULTS") + 1] == "[]"
