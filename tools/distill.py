@@ -37,6 +37,7 @@ from distill_configs import (
     split_roles,
 )
 
+from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.reading import fetch
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
@@ -76,23 +77,23 @@ def check_data(args, cfg):
     """Check all data sets; once they were sound, without reading every pixel again."""
     folder, config = args.output / "data", args.output / "configs" / "student.yaml"
     sound, hashes = folder / "SOUND", hash_annotations(cfg)
-    if sound.exists() and (before := sound.read_text()) not in ("", hashes):
-        lines = {*before.splitlines()} ^ {*hashes.splitlines()}
-        file = min(line.split(maxsplit=1)[1] for line in lines)
-        sys.exit(
-            f"distill.py: '{file}' has changed since '{args.output}' was begun, whose models and "
-            "AP are of the old one; choose another --output, or delete this one"
-        )
+    before = json.loads(sound.read_text() or "{}") if sound.exists() else {}
+    for file in hashes:
+        if before.get(file, hashes[file]) != hashes[file]:
+            sys.exit(
+                f"distill.py: '{file}' has changed since '{args.output}' was begun, whose models "
+                "and AP are of the old one; choose another --output, or delete this one"
+            )
     quick = ["--quick"] if sound.exists() else []
     run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
-    sound.write_text(hashes)
+    write_json(sound, {**before, **hashes})
 
 
 def hash_annotations(cfg):
-    """Return the annotation files of a config's labelled data sets, as lines of sha256sum."""
-    names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-    files = filter(None, (MetadataCatalog.get(name).get("json_file") for name in names))
-    return "".join(f"{hash_file(file)}  {file}\n" for file in map(os.path.abspath, files))
+    """Return annotation file to SHA-256 of a config's labelled data sets."""
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    files = {os.path.abspath(MetadataCatalog.get(name).get("json_file", "")) for name in names}
+    return {file: hash_file(file) for file in sorted(files) if os.path.isfile(file)}
 
 
 def label_images(args, words):
