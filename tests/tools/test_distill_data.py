@@ -50,3 +50,11 @@ def test_nothing_is_written_where_a_run_is_at_work(config_files, tmp_path):
     with tool.locked(tmp_path), pytest.raises(SystemExit, match="distill.py: another run"):
         tool.main(words)
     assert [x.name for x in tmp_path.iterdir()] == [".lock"]
+
+
+def test_keypoints_on_a_backbone_of_timm_are_not_exported(config_files, tmp_path, capsys):
+    keys = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.KEYPOINT_ON", True]
+    cfg = build_config(str(config_files["lr"]), keys)
+    load_tool("tools.distill").export_student(argparse.Namespace(output=tmp_path), cfg)
+    said = capsys.readouterr().out
+    assert said.startswith("Not exported: Detectron2 has no build_timm_fpn_backbone")
