@@ -74,7 +74,10 @@ def run_tool(name, *arguments):
 
 
 def check_data(args, cfg):
-    """Check all data sets; once they were sound, without reading every pixel again."""
+    """Check all data sets; once they were sound, without reading every pixel again.
+
+    End the command if an annotation file has changed since: models and AP would be of the old one.
+    """
     folder, config = args.output / "data", args.output / "configs" / "student.yaml"
     sound, hashes = folder / "SOUND", hash_annotations(cfg)
     before = json.loads(sound.read_text() or "{}") if sound.exists() else {}
@@ -90,7 +93,7 @@ def check_data(args, cfg):
 
 
 def hash_annotations(cfg):
-    """Return annotation file to SHA-256 of a config's labelled data sets."""
+    """Return the SHA-256 of each annotation file of a config's labelled data sets, by its path."""
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     files = {os.path.abspath(MetadataCatalog.get(name).get("json_file", "")) for name in names}
     return {file: hash_file(file) for file in sorted(files) if os.path.isfile(file)}
@@ -185,7 +188,7 @@ def main(arguments=None):
                 setattr(args, name, os.path.abspath(fetch(path, f"--{name}")))
         if args.labels_by and not (args.unlabeled and (args.weights or args.labels_by != "hr")):
             raise InputError("--labels-by needs --unlabeled IMAGES, and hr needs --weights FILE")
-        with locked(args.output):  # a run at work there reads what is written here
+        with locked(args.output):  # else a run that is at work there would read other configs
             configs, labels = make_configs(args, split_roles(args.opts))
             check_weights(args, configs)
             check_losses(configs["student"], TeacherSpec.from_config(configs["student"]))

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import replacing
-from msad_kd.config.build import build_config
+from msad_kd.config.build import build_config, scale_to_processes
 from msad_kd.config.derive import derive_configs, fit_warmups
 from msad_kd.data.images import list_images
 from msad_kd.data.loader import explain_missing_data
@@ -23,7 +23,7 @@ from msad_kd.utils.hashes import hash_file
 
 ROLES = ("teacher", "student", "control")
 SEED = 1  # unless another is given
-# What belongs to the comparison: key to how it is set.
+# Keys that no role may choose, with what to do instead.
 FIXED = {
     "SEED": "SEED without a role is that of all",
     "OUTPUT_DIR": "--output is the folder of all",
@@ -152,7 +152,7 @@ def make_configs(args, options) -> tuple[dict[str, CfgNode], list | None]:
     folder = args.output / "configs"
     source = build_config(find_config(args.config_file, folder), options[""])
     # What is given for a role is meant for as many processes as will train it.
-    source = KDTrainer.auto_scale_workers(source, max(args.num_gpus, 1))
+    source = scale_to_processes(source, max(args.num_gpus, 1))
     if not source.DATASETS.TRAIN or not source.DATASETS.TEST:
         raise InputError("DATASETS.TRAIN and DATASETS.TEST of the config should both name data")
     configs = {"hr": source.clone(), **derive_configs(source, args.scale)}
@@ -233,15 +233,7 @@ def describe(configs):
         cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
         table.append([*cells, ", ".join(losses) if name == "student" else "-"])
     headers = ["", "short side, training", "test", "iterations", "rate", "losses"]
-    names = (
-        "MAX_ITER",
-        "WARMUP_ITERS",
-        "STEPS",
-        "IMS_PER_BATCH",
-        "ACCUMULATE",
-        "BASE_LR",
-        "OPTIMIZER",
-    )
+    names = "MAX_ITER WARMUP_ITERS STEPS IMS_PER_BATCH ACCUMULATE BASE_LR OPTIMIZER".split()
     solvers = [configs[role].SOLVER for role in ("student", "control")]
     other = [f"SOLVER.{name}" for name in names if solvers[0][name] != solvers[1][name]]
     words = f"\nWarning: student and control differ in {', '.join(other)}: not a fair comparison"

@@ -173,7 +173,7 @@ def check_config(cfg: CfgNode) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
         cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP needs a GPU
-    return _scale_to_world(cfg)
+    return scale_to_processes(cfg, comm.get_world_size())
 
 
 def _check_name(key: str, name: str, registry) -> None:
@@ -194,31 +194,39 @@ def check_parts(cfg: CfgNode) -> None:
     _check_name("MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY)
 
 
-def _scale_to_world(cfg: CfgNode) -> CfgNode:
-    reference, world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
+def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
+    """Scale batch, learning rate and schedule to a number of processes, as Detectron2 does.
+
+    Returns:
+        A new config; the same one if SOLVER.REFERENCE_WORLD_SIZE is 0 or this number.
+
+    Raises:
+        InputError: if the images of a step cannot be divided among REFERENCE_WORLD_SIZE processes.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     for key in ("IMS_PER_BATCH", "UNLABELED_PER_BATCH"):
         if reference and cfg.SOLVER[key] % reference:
             raise InputError(
                 f"SOLVER.{key} is {cfg.SOLVER[key]}, which cannot be divided among the {reference} "
                 "processes of SOLVER.REFERENCE_WORLD_SIZE; change one, or set it to 0"
             )
-    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
     if scaled is cfg:
         return cfg
     solver = scaled.SOLVER
     logging.getLogger(__name__).warning(
         "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d",
-        *(reference, world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
+        *(reference, processes, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
     )
     scaled.defrost()
-    solver.UNLABELED_PER_BATCH = cfg.SOLVER.UNLABELED_PER_BATCH // reference * world_size
+    solver.UNLABELED_PER_BATCH = cfg.SOLVER.UNLABELED_PER_BATCH // reference * processes
     # Rounding to 0 would be an error in the one, and in the other mean never.
     solver.CHECKPOINT_PERIOD = max(1, solver.CHECKPOINT_PERIOD)
     if cfg.TEST.EVAL_PERIOD:
         scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD)
 
     def rescaled(losses):  # copies: with a YAML alias, several keys hold the same dict
-        factor = reference / world_size
+        factor = reference / processes
         return [{**x, "warmup_iters": round(x.get("warmup_iters", 0) * factor)} for x in losses]
 
     scaled.KD.LOSSES = rescaled(scaled.KD.LOSSES)
@@ -226,8 +234,8 @@ def _scale_to_world(cfg: CfgNode) -> CfgNode:
         if stage.get("losses"):
             stage["losses"] = rescaled(stage["losses"])
         if stage.get("iterations"):
-            stage["iterations"] = max(1, round(stage["iterations"] * reference / world_size))
+            stage["iterations"] = max(1, round(stage["iterations"] * reference / processes))
         if stage.get("base_lr"):
-            stage["base_lr"] = yaml_number(stage["base_lr"]) * world_size / reference
+            stage["base_lr"] = yaml_number(stage["base_lr"]) * processes / reference
     check_numbers(scaled)
     return scaled

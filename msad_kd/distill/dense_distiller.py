@@ -166,13 +166,15 @@ class DenseDistiller(Distiller):
                 f"{theirs} in pixels of the high-resolution image; use an aligned teacher"
             )
         mine, theirs = (torch.cat(list(head.anchors.cell_anchors)) for head in self.heads)
-        if mine.is_meta or torch.allclose(teacher.image_scale * mine, theirs.to(mine), rtol=1e-3):
-            return set(self.heads[1].levels)
-        raise InputError(
-            f"KD.LOSSES: '{self.terms[0].name}' needs a teacher with {teacher.image_scale} times "
-            "the student's anchors, in the same order; set MODEL.ANCHOR_GENERATOR.SIZES and "
-            "ASPECT_RATIOS so"
-        )
+        scale = teacher.image_scale
+        # On torch's meta device anchors have no values.
+        if not mine.is_meta and not torch.allclose(scale * mine, theirs.to(mine), rtol=1e-3):
+            raise InputError(
+                f"KD.LOSSES: '{self.terms[0].name}' needs a teacher whose anchors are {scale} "
+                "times the student's, in the same order; change MODEL.ANCHOR_GENERATOR.SIZES or "
+                "ASPECT_RATIOS of one of them"
+            )
+        return set(self.heads[1].levels)
 
     def recording(self):
         """Record the student's head during a training step; see ``recording_head``."""

@@ -175,7 +175,7 @@ class DistilledMixin:
         return losses, distillation
 
     def reads_teacher(self) -> bool:
-        """Return whether a loss does; with its labels alone, the teacher need not run."""
+        """Return whether any loss compares with the teacher; else it need not run in each step."""
         return any(distiller.terms for distiller in self._distillers())
 
     def _distillers(self) -> list[Distiller]:

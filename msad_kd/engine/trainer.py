@@ -141,10 +141,10 @@ class KDTrainer(DefaultTrainer):
             super().run_step()
         except FloatingPointError as e:  # of the losses: in the main process alone
             error = str(e)
-        except AssertionError as e:
+        except AssertionError as e:  # fvcore's GIoU raises it for boxes that are not finite
             if "bad box" not in str(e):
                 raise
-            error = str(e)  # of fvcore's GIoU, for boxes that are not finite
+            error = str(e)
         if (error and losses.in_forward) or stop.agree(bool(error)):
             raise losses.explain(error)
 

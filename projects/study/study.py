@@ -14,8 +14,8 @@ from projects.study.jobs import Job, clock, run_jobs
 
 CELL = "cell.json"
 TOLERANCE = 0.2  # AP
-CHECKPOINTS = 10  # of a training at most, which a stop may cost a tenth
-CHECKPOINT_PERIOD = 500  # iterations between them at least
+CHECKPOINTS = 10  # a training writes at most so many, so a stop may cost a tenth of it
+CHECKPOINT_PERIOD = 500  # and waits at least so many iterations between two
 
 
 class Study:

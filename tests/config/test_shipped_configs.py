@@ -49,7 +49,7 @@ def seldom(paths):
     other += ("MODEL.WEIGHTS", "MODEL.PIXEL", "MODEL.ANCHOR_GENERATOR.SIZES", "KD.TEACHER.WEIGHTS")
     other += tuple(NARROW[::2])
     for path in paths:
-        cfg = build_config(str(path), [])
+        cfg = models().get(path) or build_config(str(path), [])
         network = repr((without(cfg, *other), bool(cfg.DATASETS.UNLABELED), cfg.INPUT.MIXUP))
         marks = [pytest.mark.long] * (network in seen)
         seen.add(network)

@@ -22,12 +22,6 @@ from msad_kd.config.build import build_config
 COCO = ROOT.parent / "shared" / "data" / "coco_100"
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """Undo what the command does to the environment."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", os.getenv("DETECTRON2_DATASETS", "datasets"))
-
-
 @pytest.fixture(scope="module")
 def hr_of(files_of, tmp_path_factory):
     """hr_of(detector): config and checkpoint of a stock model that was trained for a few steps."""

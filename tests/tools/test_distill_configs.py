@@ -1,18 +1,9 @@
 """The configs that distill.py derives: student and control stay comparable."""
 
-import os
-
-import pytest
 import yaml
 from helpers import load_tool
 
 from msad_kd.config.build import build_config
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """Undo what the command does to the environment."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
 def test_given_losses_leave_the_rates_of_student_and_control_alike(config_files, tmp_path, capsys):
