@@ -123,11 +123,12 @@ def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: 
     """
     masks = {}
     for name, feature in pyramid.items():
-        rows, columns = feature.shape[-2:]
-        mask = feature.new_zeros(len(sizes), 1, rows, columns)
+        mask = feature.new_zeros(len(sizes), 1, *feature.shape[-2:])
+        # Strides are powers of two. A level's last cells may reach beyond the padded image.
+        spans = [padded[i] / mask.shape[i - 2] for i in (0, 1)]
+        stride = 2 ** math.ceil(math.log2(max(spans)))
         for slot, (height, width) in zip(mask, sizes):
-            # Ceiling division by the stride, which is padded[0] / rows.
-            slot[:, : -(-height * rows // padded[0]), : -(-width * columns // padded[1])] = 1
+            slot[:, : -(-height // stride), : -(-width // stride)] = 1
         masks[name] = mask
     return masks
 

@@ -75,6 +75,14 @@ def test_valid_masks_of_odd_sizes():
     assert masks["p2"].all() and masks["p2"].shape == (1, 1, 16, 24)  # no padding
 
 
+def test_the_last_cell_of_a_level_may_reach_beyond_the_padded_image():
+    # 320 px have three cells of 128 px, as p7 has. An image of 250 px touches two of them.
+    pyramid = {"p6": torch.zeros(2, 1, 1, 5), "p7": torch.zeros(2, 1, 1, 3)}
+    masks = valid_masks([(64, 250), (64, 300)], (64, 320), pyramid)
+    assert masks["p6"].tolist() == [[[[1, 1, 1, 1, 0]]], [[[1] * 5]]]
+    assert masks["p7"].tolist() == [[[[1, 1, 0]]], [[[1, 1, 1]]]]
+
+
 def test_cells_that_boxes_touch():
     boxes = torch.tensor([[0.0, 0.0, 4.0, 3.0], [7.0, 5.0, 13.0, 6.0]])
     assert cells_in_boxes(boxes, 4, 2, 4).int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 1]]
