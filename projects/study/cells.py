@@ -22,6 +22,8 @@ from projects.study.grid import PLACEHOLDER, Row
 # Config keys that change no weight of the trained model.
 LOGGING = {"OUTPUT_DIR", "KD.DIAGNOSTICS_PERIOD", "KD.GRADIENT_RATIO_PERIOD"}
 LOGGING |= {"SOLVER.CHECKPOINT_PERIOD"}
+CHECKPOINTS = 10  # a training writes about so many, so a stop may cost a tenth of it
+CHECKPOINT_PERIOD = 500  # and waits so many iterations between two, unless its config asks for less
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Cell:
     data: tuple[str, ...]  # the folders of `Grid.data` that it reads
     labels: Labels | None  # to be made before the training
     iterations: int  # all stages of a ladder together; 0 if nothing is trained
+    saved_every: int  # iterations between two checkpoints
     fingerprint: str  # equal for cells that mean the same training, data and measurement
 
     @property
@@ -143,6 +146,8 @@ def _make_cell(row, seed, sources, folder, data, extra):
     meaning |= {"data": {name: data[name] for name in folders}}
     meaning = json.dumps(meaning, sort_keys=True, default=str)
     iterations = [stage.get("iterations") or cfg.SOLVER.MAX_ITER for stage in stages]
+    iterations = sum(iterations or [cfg.SOLVER.MAX_ITER]) * row.trained
+    period = max(CHECKPOINT_PERIOD, iterations // CHECKPOINTS)
     return Cell(
         key=f"{row.name}/{seed}",
         row=row,
@@ -154,7 +159,8 @@ def _make_cell(row, seed, sources, folder, data, extra):
         needs=tuple(cell.key for cell in sources.values()),
         data=tuple(folders),
         labels=labels,
-        iterations=sum(iterations or [cfg.SOLVER.MAX_ITER]) * row.trained,
+        iterations=iterations,
+        saved_every=min(cfg.SOLVER.CHECKPOINT_PERIOD, period),
         fingerprint=hashlib.sha256(meaning.encode()).hexdigest(),
     )
 

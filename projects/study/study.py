@@ -14,8 +14,6 @@ from projects.study.jobs import Job, clock, run_jobs
 
 CELL = "cell.json"
 TOLERANCE = 0.2  # AP
-CHECKPOINTS = 10  # a training writes at most so many, so a stop may cost a tenth of it
-CHECKPOINT_PERIOD = 500  # and waits at least so many iterations between two
 
 
 class Study:
@@ -109,8 +107,7 @@ class Study:
     def _training(self, cell, after):
         command = [sys.executable, "train_net.py", "--resume", "--config-file", cell.row.config]
         command += ["--num-gpus", str(self.num_gpus)] * bool(self.num_gpus)
-        period = max(CHECKPOINT_PERIOD, cell.iterations // CHECKPOINTS)
-        command += ["SOLVER.CHECKPOINT_PERIOD", str(period), *cell.options]
+        command += ["SOLVER.CHECKPOINT_PERIOD", str(cell.saved_every), *cell.options]
         command += ["KD.TEACHER.EVAL_BEFORE_TRAIN", "False", "DATASETS.TEST", "()"]
         command += ["TEST.EXPECTED_RESULTS", "[]"]  # nothing is tested yet
         command += ["OUTPUT_DIR", str(cell.folder)]

@@ -83,6 +83,16 @@ def test_a_teacher_is_measured_at_its_scale(cells_of):
     assert cells_of(grid)["teacher/0"].test_options == ["KD.SCALE", "4"]
 
 
+@pytest.mark.parametrize(
+    ("length", "asked", "period"), [(100, 10**5, 500), (90_000, 10**5, 9000), (90_000, 70, 70)]
+)
+def test_how_often_a_training_saves(cells_of, length, asked, period):
+    grid = content()
+    options = {"SOLVER.MAX_ITER": length, "SOLVER.CHECKPOINT_PERIOD": asked}
+    grid["rows"]["lr"]["options"] = options
+    assert cells_of(grid)["lr/1"].saved_every == period
+
+
 def test_checkpoints_of_a_row_are_measured_on_other_images(cells_of):
     grid = content()
     ladder = {"title": "L", "config": "projects/MTPD/configs/Shapes/ladder.yaml", "seeds": [1]}
