@@ -43,6 +43,11 @@ def split_roles(pairs):
             raise InputError(f"'{key}': there is no role '{role}'; use {', '.join(ROLES)}")
         if role and name in FIXED:
             raise InputError(f"'{key}' cannot be chosen: {FIXED[name]}")
+        if role == "student" and (name.startswith("TEST.") or "_TEST" in name):
+            raise InputError(
+                f"'{key}' cannot be chosen: the student is tested by its control's config; give "
+                f"control:{name} for both"
+            )
         options[role] += [name, value]
     return options
 
