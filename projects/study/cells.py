@@ -12,7 +12,7 @@ from pathlib import Path
 from detectron2.config import get_cfg
 
 from msad_kd.checkpoint.files import hash_file
-from msad_kd.config.build import check_config, merge_config
+from msad_kd.config.build import check_config, merge_config, scale_to_processes
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.utils.errors import InputError
@@ -63,7 +63,7 @@ class Cell:
     data: tuple[str, ...]  # the folders of `Grid.data` that it reads
     labels: Labels | None  # to be made before the training
     iterations: int  # all stages of a ladder together; 0 if nothing is trained
-    saved_every: int  # iterations between two checkpoints
+    saved_every: int  # SOLVER.CHECKPOINT_PERIOD
     fingerprint: str  # equal for cells that mean the same training, data and measurement
 
     @property
@@ -72,11 +72,11 @@ class Cell:
         return f"{self.row.name}, seed {self.seed}" if len(self.row.seeds) > 1 else self.row.name
 
 
-def make_cells(grid, folder, extra=()):
+def make_cells(grid, folder, extra=(), processes=1):
     """Return all cells of a grid by key, each after those it needs.
 
     Runs go to ROW/seed_SEED in `folder`. `extra` are KEY VALUE pairs for all trainings, teachers
-    and measurements, for a trial.
+    and measurements, for a trial. `processes` is how many train each cell.
     """
     _read.cache_clear()  # files may have changed since
     cells, data = {}, {}
@@ -96,7 +96,7 @@ def make_cells(grid, folder, extra=()):
                 known = seed if seed in other.seeds else (other.seeds or [0])[0]
                 sources[other.name] = add(other, known, (*pending, row.name))
             run = Path(folder) / row.name / f"seed_{seed}"
-            cells[key] = _make_cell(row, seed, sources, run, data, list(extra))
+            cells[key] = _make_cell(row, seed, sources, run, data, list(extra), processes)
         return cells[key]
 
     for row in grid.rows.values():
@@ -105,12 +105,13 @@ def make_cells(grid, folder, extra=()):
     return cells
 
 
-def _make_cell(row, seed, sources, folder, data, extra):
+def _make_cell(row, seed, sources, folder, data, extra, processes):
     options = [*_flat(row.options), *extra, *(["SEED", seed] if row.seeds else [])]
     if extra:  # a student has to build its teachers as they were trained
-        stages = _build(row.config, options).KD.LADDER.STAGES
-        stages = [{**stage, "opts": [*stage.get("opts", ()), *extra]} for stage in stages]
-        options += ["KD.TEACHER.OPTS", extra, "KD.LADDER.STAGES", stages]
+        kd = _build(row.config, options).KD
+        stages = [{**x, "opts": [*x.get("opts", ()), *extra]} for x in kd.LADDER.STAGES]
+        opts = [*kd.TEACHER.OPTS, *extra]
+        options += ["KD.TEACHER.OPTS", opts, "KD.LADDER.STAGES", stages]
     # A multi-resolution teacher is measured at its scale, too.
     tested = {k: v for k, v in row.options.items() if k == "KD.SCALE" or not _trains(k)}
     test_options = list(map(str, [*_flat(tested), *extra]))
@@ -122,6 +123,12 @@ def _make_cell(row, seed, sources, folder, data, extra):
         options += changes
     test_cfg = _build(row.test_config, test_options)
     check_augmentation(test_cfg)
+    if len(test_cfg.DATASETS.TEST) != 1:
+        names = ", ".join(test_cfg.DATASETS.TEST) or "nothing"
+        raise InputError(
+            f"row '{row.name}': DATASETS.TEST of '{row.test_config}' is {names}; name one data "
+            "set, and measure on another by a row with checkpoint_of"
+        )
     stages = cfg.KD.LADDER.STAGES
     weights = folder / "model_final.pth"
     if row.checkpoint_of:
@@ -145,9 +152,10 @@ def _make_cell(row, seed, sources, folder, data, extra):
         meaning |= {"checkpoint": origins.get(row.checkpoint_of) or hash_file(weights)}
     meaning |= {"data": {name: data[name] for name in folders}}
     meaning = json.dumps(meaning, sort_keys=True, default=str)
-    iterations = [stage.get("iterations") or cfg.SOLVER.MAX_ITER for stage in stages]
-    iterations = sum(iterations or [cfg.SOLVER.MAX_ITER]) * row.trained
-    period = max(CHECKPOINT_PERIOD, iterations // CHECKPOINTS)
+    written = cfg  # a schedule that is not of one process, each training scales by itself
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        written = _build(row.config, [*options, "SOLVER.REFERENCE_WORLD_SIZE", 0])
+    period = max(CHECKPOINT_PERIOD, _length(written) // CHECKPOINTS)
     return Cell(
         key=f"{row.name}/{seed}",
         row=row,
@@ -159,10 +167,16 @@ def _make_cell(row, seed, sources, folder, data, extra):
         needs=tuple(cell.key for cell in sources.values()),
         data=tuple(folders),
         labels=labels,
-        iterations=iterations,
-        saved_every=min(cfg.SOLVER.CHECKPOINT_PERIOD, period),
+        iterations=_length(scale_to_processes(cfg, processes)) * row.trained,
+        saved_every=min(written.SOLVER.CHECKPOINT_PERIOD, period),
         fingerprint=hashlib.sha256(meaning.encode()).hexdigest(),
     )
+
+
+def _length(cfg):
+    """Return the iterations of a training, all stages of a ladder together."""
+    stages = cfg.KD.LADDER.STAGES or [{}]
+    return sum(stage.get("iterations") or cfg.SOLVER.MAX_ITER for stage in stages)
 
 
 def _label_images(cfg, row, source, data):

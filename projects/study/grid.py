@@ -90,27 +90,19 @@ class Grid:
     # Rows whose models, of their first seeds, are timed in turn for a table of AP and cost
     comparison: list[str] = field(default_factory=list)
     scenes: dict[str, str] = field(default_factory=dict)  # title of a picture's column to its row
-    base: str = ""  # a grid file beside this one, whose entries this one replaces
 
 
 def read_grid(path):
     """Read a grid file; an InputError names the entry that is unknown, missing or wrong."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Grid), _load(Path(path)))
+        content = yaml.safe_load(Path(path).read_text()) or {}
+        merged = OmegaConf.merge(OmegaConf.structured(Grid), content)
         grid = OmegaConf.to_object(merged)
         grid.rows = {name: _complete(name, grid) for name in grid.rows}
         _check(grid)
     except (OSError, yaml.YAMLError, OmegaConfBaseException, InputError) as error:
         raise InputError(f"the grid '{path}': {error}") from error
     return grid
-
-
-def _load(path):
-    content = yaml.safe_load(path.read_text())
-    if "base" not in content:
-        return content
-    base = _load(path.parent / content["base"])
-    return {**base, **content, "rows": {**base["rows"], **content.get("rows", {})}}
 
 
 def _complete(name, grid, pending=()):

@@ -144,7 +144,7 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                     screen.say(f"{name}: done in {clock(time.monotonic() - began)}")
                     job.done()
                     finished.add(name)
-                except InputError as error:
+                except (InputError, OSError) as error:  # the other jobs go on
                     failures[name] = str(error)
                     screen.say(failures[name])
             screen.status(lambda: f"{', '.join(map(_described, running.values()))}: {overall()}")

@@ -1,5 +1,6 @@
 """Reads how far a training is from the files that Detectron2 writes into its folder."""
 
+import contextlib
 import json
 
 
@@ -8,15 +9,19 @@ def stage_folders(folder):
     return sorted(folder.glob("stage_*")) or [folder]
 
 
-def last_metrics(folder, name="total_loss"):
-    """Return the last line of metrics.json that has a metric, or {} if there is none yet."""
+def read_metrics(folder, name="total_loss"):
+    """Yield the lines of metrics.json that have a metric, the last one first."""
     path = folder / "metrics.json"
     for line in reversed(path.read_text().splitlines() if path.is_file() else []):
-        # A line that is being written has no end yet.
-        metrics = json.loads(line) if line.endswith("}") else {}
-        if name in metrics:
-            return metrics
-    return {}
+        # A line that is being written, or that a full disk cut, is no JSON.
+        with contextlib.suppress(ValueError):
+            if name in (metrics := json.loads(line)):
+                yield metrics
+
+
+def last_metrics(folder, name="total_loss"):
+    """Return the last line of metrics.json that has a metric, or {} if there is none yet."""
+    return next(read_metrics(folder, name), {})
 
 
 def iterations_done(folder):
@@ -27,8 +32,14 @@ def iterations_done(folder):
 
 def training_seconds(folder):
     """Return the time that a training's steps took, all stages of a ladder together."""
-    logs = [last_metrics(stage, "time") for stage in stage_folders(folder)]
-    return sum(log["time"] * (log["iteration"] + 1) for log in logs if log)
+    seconds = 0
+    for stage in stage_folders(folder):
+        # Each line has the median of the steps since the one before. Steps that were done again
+        # after a stop count once.
+        times = {x["iteration"]: x["time"] for x in reversed([*read_metrics(stage, "time")])}
+        steps = sorted(times)
+        seconds += sum((b - a) * times[b] for a, b in zip([-1, *steps], steps))
+    return seconds
 
 
 def gradient_ratio(folder):

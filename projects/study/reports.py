@@ -54,7 +54,7 @@ def spread(values, sign=""):
 def unpaired(grid):
     """Return the names of rows that are not compared seed by seed: checkpoints and teachers."""
     used = {name for row in grid.rows.values() if row.trained for name in row.references()}
-    names = {n for n, row in grid.rows.items() if not row.seeds or row.seeds[0] != grid.seeds[0]}
+    names = {name for name, row in grid.rows.items() if not row.seeds}
     names |= {name for name in used if len(grid.rows[name].seeds) == 1}
     return names | {row.name for row in grid.rows.values() if row.checkpoint_of in names}
 
@@ -62,7 +62,8 @@ def unpaired(grid):
 def differences(grid, data, table, row, kind):
     """Return a row's AP less the control's: a series by seed, or of one number without a name."""
     values, control = (of_row(data, r, f"{kind} AP", table.seeds) for r in (row, table.control))
-    if {row, table.control} & unpaired(grid):
+    seeds = [{*grid.rows[name].seeds} for name in (row, table.control)]
+    if {row, table.control} & unpaired(grid) or seeds[0].isdisjoint(seeds[1]):
         return pd.Series([values.mean() - control.mean()]).dropna()
     return (values - control).dropna().rename("by seed")
 

@@ -42,7 +42,6 @@ def parse_arguments(arguments=None):
     add("--seeds", nargs="+", type=positive, metavar="SEED", help="only these seeds")
     add("--slots", type=positive, default=count_cores(), help="runs at a time (default: the cores)")
     add("--num-gpus", type=int, default=0, help="GPUs of each training (then one runs at a time)")
-    add("--reuse", metavar="FILE", help="results.json of another study, to take done cells from")
     add("--report", action="store_true", help="run nothing, only tabulate what is there")
     add("--overwrite", action="store_true", help="replace data sets made with other arguments")
     add("--set", nargs=2, action="extend", default=[], metavar=("KEY", "VALUE"), dest="settings",
@@ -64,10 +63,10 @@ def choose(cells, grid, args):
             seeds = grid.rows[row].seeds or [0]
             wanted |= {(row, seed) for seed in seeds if seed in [0, *(table.seeds or seeds)]}
     keys = [key for key, cell in cells.items() if (cell.row.name, cell.seed) in wanted]
-    keys = [key for key in keys if not args.seeds or cells[key].seed in [0, *args.seeds]]
-    if not keys:
-        raise InputError("no row that was chosen has such a seed")
-    return keys
+    known = {cells[key].seed for key in keys}
+    if unknown := {*(args.seeds or ())} - known:
+        raise InputError(f"no row that was chosen has the seed {min(unknown)}")
+    return [key for key in keys if not args.seeds or cells[key].seed in [0, *args.seeds]]
 
 
 def make_data(grid, cells, keys, overwrite, screen):
@@ -90,12 +89,10 @@ def run(args, screen):
     """Run a study from its data to its tables."""
     grid = read_grid(args.grid)
     folder = Path(args.output or grid.output)
-    cells = make_cells(grid, folder, args.settings)
+    cells = make_cells(grid, folder, args.settings, max(args.num_gpus, 1))
     keys = choose(cells, grid, args)
     with contextlib.nullcontext() if args.report else locked(folder):
         study = Study(grid, cells, folder, screen, args.num_gpus)
-        if args.reuse:
-            study.take(args.reuse)
         if args.report:
             study.write(results=False)
         else:
@@ -121,7 +118,7 @@ def main(arguments=None):
             signal.signal(number, lambda *_: sys.exit(stopped))
     try:
         run(args, Screen())
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"run.py: {error}")
     except KeyboardInterrupt:
         sys.exit(stopped)

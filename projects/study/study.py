@@ -31,19 +31,18 @@ class Study:
         self.results = {"cells": {}, "other": []}
         self.resumed_at = {}  # key of each cell to train: the iterations before this run
         if self.path.is_file():
-            self.take(self.path)
+            self._read_results()
 
-    def take(self, path):
-        """Take over results that the grid means; from the study's own file all others, too."""
+    def _read_results(self):
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(self.path.read_text())
             for key, result in [*content["cells"].items(), *content.get("other", ())]:
                 if key in self.cells and result["fingerprint"] == self.cells[key].fingerprint:
                     self.results["cells"].setdefault(key, result)
-                elif Path(path) == self.path and [key, result] not in self.results["other"]:
+                elif [key, result] not in self.results["other"]:
                     self.results["other"].append([key, result])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"'{path}' is no results.json of a study: {error}") from error
+            raise InputError(f"'{self.path}' is no results.json of a study: {error}") from error
 
     def plan(self, keys):
         """Return the jobs that the cells of these keys still need, in the order of the keys."""
@@ -145,15 +144,22 @@ class Study:
         if cell.row.trained:
             command = ["python", "train_net.py", "--config-file", cell.row.config, *cell.options]
             facts |= {"command": shlex.join(command), "iterations": cell.iterations}
-            before = (self.results["cells"].get(key, {}) for key in cell.needs)
-            facts["training_seconds"] = own = progress.training_seconds(cell.folder)
-            facts["total_seconds"] = own + sum(x.get("total_seconds") or 0 for x in before)
+            facts["training_seconds"] = progress.training_seconds(cell.folder)
+            facts["total_seconds"] = self._total_seconds(cell)
             facts["gradient_ratio"] = progress.gradient_ratio(cell.folder)
             for old in cell.folder.glob("**/model_0*.pth*"):
                 if not old.parent.name.startswith("previous_run"):
                     old.unlink()  # no longer needed to resume
         self.results["cells"][cell.key] = {**facts, **result}
         self.write()
+
+    def _total_seconds(self, cell):
+        """Return how long a cell's training took, and those of the checkpoints that it uses."""
+        before = 0
+        for needed in map(self.cells.get, cell.needs):
+            known = self.results["cells"].get(needed.key, {}).get("total_seconds")
+            before += known or self._total_seconds(needed)
+        return before + cell.row.trained * progress.training_seconds(cell.folder)
 
     def compare(self):
         """Measure the comparison's models in turn, if all are done; write and return its table."""
@@ -195,7 +201,12 @@ def verify(cell, result):
     record = cell.weights.with_suffix(".json")
     if not record.is_file():
         raise InputError(f"'{record}', which says what AP the checkpoint has, is missing")
-    for kind, recorded in json.loads(record.read_text())["results"][cell.row.recorded].items():
+    results = json.loads(record.read_text())["results"]
+    if cell.row.recorded not in results:
+        raise InputError(
+            f"'{record}' has no results of '{cell.row.recorded}': {', '.join(results)}"
+        )
+    for kind, recorded in results[cell.row.recorded].items():
         here, there = result[kind]["AP"], recorded["AP"]
         if not abs(here - there) <= TOLERANCE:
             raise InputError(

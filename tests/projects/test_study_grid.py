@@ -190,8 +190,21 @@ def test_a_fingerprint_stands_for_the_content_of_checkpoints(cells_of, tmp_path)
     assert changed == {"student", "again", "fresh"}
 
 
+def test_the_schedule_is_that_of_the_processes(written):
+    grid = content()
+    grid["rows"]["lr"]["options"] = {"SOLVER.MAX_ITER": 8000, "SOLVER.REFERENCE_WORLD_SIZE": 4}
+    path, found = written(grid), {}
+    for processes, iterations in ((1, 32_000), (2, 16_000), (4, 8000)):
+        cell = found[processes] = make_cells(read_grid(path), "runs", (), processes)["lr/1"]
+        # The training scales the period, too.
+        assert (cell.iterations, cell.saved_every) == (iterations, 800)
+    assert len({cell.fingerprint for cell in found.values()}) == 1
+
+
 def test_settings_hold_for_teachers_too(cells_of):
     grid, extra = content(), ["MODEL.FPN.OUT_CHANNELS", "128"]
+    own = ["MODEL.ROI_BOX_HEAD.FC_DIM", 64]
+    grid["rows"]["student"]["options"]["KD.TEACHER.OPTS"] = own
     stages = [
         {"name": name, "config_file": "configs/Shapes/hr.yaml", "weights": weights}
         for name, weights in (("a", "{teacher}"), ("b", "{lr}"))
@@ -203,19 +216,8 @@ def test_settings_hold_for_teachers_too(cells_of):
         cfg = build_config(cells[key].row.config, cells[key].options)
         assert cfg.MODEL.FPN.OUT_CHANNELS == 128
         opts = [cfg.KD.TEACHER.OPTS, *(stage["opts"] for stage in cfg.KD.LADDER.STAGES)]
-        assert opts == [extra] * (1 if key == "student/1" else 3)
+        assert opts == [[*own, *extra], *[extra] * 2][: 1 if key == "student/1" else 3]
     assert cells["lr/1"].test_options == extra
-
-
-def test_a_grid_on_the_base_of_another(written):
-    written(content(), "base.yaml")
-    rows = {"lr": {"title": "new", "config": LR, "seeds": [3]}}
-    grid = read_grid(written({"base": "base.yaml", "output": "here", "rows": rows}))
-    with pytest.raises(InputError, match="the grid '.*study.yaml': .*nowhere.yaml"):
-        read_grid(written({"base": "nowhere.yaml"}))
-    assert grid.output == "here" and grid.seeds == [1, 2]
-    assert grid.rows["lr"].title == "new" and grid.rows["lr"].seeds == [3]
-    assert grid.rows["again"].config == STUDENT
 
 
 TABLE = {"name": "t", "title": "T", "rows": ["lr"]}
@@ -245,6 +247,11 @@ CURVE = {"name": "c", "title": "C"}
         (("rows", "lr", "options"), {"MODEL.WEIGHTS": "{lr}"}, "row 'lr' needs its own checkpoint"),
         (("rows", "lr", "options"), {"SOLVER.MAXITER": 3}, "SOLVER.MAXITER; did you mean"),
         (("data", "shapes"), {"trian": 3}, "'shapes' .*'trian'"),
+        (
+            ("rows", "lr", "options"),
+            {"DATASETS.TEST": ["shapes_val", "shapes_fresh_val"]},
+            "row 'lr': DATASETS.TEST of 'configs/Shapes/lr.yaml' is shapes_val, shapes_fresh_val;",
+        ),
         (("rows", "student", "labels_by"), "lr", "'student' has labels_by: DATASETS.UNLABELED"),
     ],
 )
@@ -255,6 +262,13 @@ def test_errors_name_the_entry(cells_of, path, value, message):
     node[path[-1]] = value
     with pytest.raises(InputError, match=message):
         cells_of(grid)
+
+
+def test_an_empty_grid(written):
+    path = written({})
+    path.write_text("")
+    with pytest.raises(InputError, match="the grid '.*study.yaml': .*mandatory value: rows"):
+        read_grid(path)
 
 
 def test_the_command_line_chooses_cells(cells_of, written, capsys):
@@ -275,7 +289,8 @@ def test_the_command_line_chooses_cells(cells_of, written, capsys):
         *("teacher/0", "student/2", "again/2", "again/3"),
     ]
     for arguments, message in (
-        (["--rows", "lr", "--seeds", "7"], "no row that was chosen has such a seed"),
+        (["--rows", "lr", "--seeds", "1", "7"], "no row that was chosen has the seed 7"),
+        (["--rows", "teacher", "--seeds", "1"], "no row that was chosen has the seed 1"),
         (["--rows", "studnt"], "there is no row 'studnt'; known: teacher, lr, student"),
         (["--tables", "none"], "there is no table 'none'; known: t, one"),
     ):

@@ -78,6 +78,9 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
     def refuse():
         raise InputError("another AP than recorded")
 
+    def fill():
+        raise OSError("no space left")
+
     failing = [
         Job("bad", python("raise KeyError('x')"), tmp_path / "bad"),
         Job("killed", python("import os; os.kill(os.getpid(), 9)"), tmp_path / "killed"),
@@ -85,13 +88,14 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
         Job("after that", python(""), tmp_path / "that", after=("after bad",)),
         Job("wrong", python(""), tmp_path / "wrong", done=refuse),
         Job("after wrong", python(""), tmp_path / "after", after=("wrong",)),
+        Job("full", python(""), tmp_path / "full", done=fill),
         Job("good", python(threads), tmp_path / "good"),
     ]
     expected = (
         r"bad failed; the end of its log '.*bad/console.txt': KeyError: 'x'; "
         "after bad could not be run; after that could not be run; "
         "killed was ended by signal 9, perhaps because memory ran out; its log is '[^']*'; "
-        "another AP than recorded; after wrong could not be run"
+        "another AP than recorded; after wrong could not be run; no space left"
     )
     with pytest.raises(InputError, match=expected):
         run_jobs(failing, 1, Screen())
@@ -175,7 +179,12 @@ def test_the_state_of_a_training(tmp_path):
     # The last line is being written, the one before is an evaluation's.
     log(tmp_path, first, last, {"bbox/AP": 3.0}, end='\n{"iteration": 79, "total_lo')
     assert iterations_done(tmp_path) == 60 and gradient_ratio(tmp_path) == 0.2
-    assert training_seconds(tmp_path) == pytest.approx(30)
+    assert training_seconds(tmp_path) == pytest.approx(40 * 0.3 + 20 * 0.5)
+    # A full disk cut a line, which the resumed training completed. Steps done again count once.
+    again = {**last, "iteration": 49, "time": 1.0}
+    log(tmp_path, first, last, again, end='\n{"iteration": 79, "to{"iteration": 59, "time": 9}\n')
+    assert training_seconds(tmp_path) == pytest.approx(40 * 0.3 + 10 * 1.0 + 10 * 0.5)
+    assert iterations_done(tmp_path) == 50 and gradient_ratio(tmp_path) == 0.2
     # The stages of a ladder count together; its gradient ratio is that of the last.
     log(tmp_path / "stage_01_a", last)
     log(tmp_path / "stage_02_b", {**first, "kd/gradient_ratio": 0.0})

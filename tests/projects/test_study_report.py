@@ -113,6 +113,11 @@ def test_rows_are_compared_by_seed_unless_they_are_teachers(lines, grid, results
     cells["hr/1"] = SimpleNamespace(row=grid.rows["hr"], seed=1)
     grid.rows["hr"] = row("hr", [1])
     assert lines()["the hr"][2] == "+10.0 (1/1)"
+    grid.rows["hr"].seeds = [5]
+    assert lines()["the hr"][2] == "+9.0"  # the control has no such seed
+    grid.rows["hr"].seeds = [1, 4]  # its first seed need not be the grid's
+    assert lines()["the hr"][2] == "+10.0 (1/1)"
+    grid.rows["hr"].seeds = [1]
     grid.rows["later"].options["KD.TEACHER.WEIGHTS"] = "{hr}"
     assert lines()["the hr"][2] == "+9.0"  # it is a teacher
     grid.rows["later"].options["MODEL.WEIGHTS"] = "{student}"

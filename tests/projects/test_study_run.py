@@ -163,12 +163,12 @@ def test_a_report_changes_no_result(place, stopped):
     assert (results.read_bytes(), tables.read_text()) == before
 
 
-def test_done_cells_are_taken_over_but_other_data_are_not_replaced(place, stopped):
-    reuse = ["--rows", "lr", "--reuse", str(place / "runs" / "results.json")]
-    status, printed = finish(place, start(place, *reuse, output="taken"))
+def test_done_cells_are_kept_and_other_data_are_not_replaced(place, stopped):
+    status, printed = finish(place, start(place, "--rows", "lr"))
     assert status == 0 and "1 cells, 1 of them done" in printed
     (place / "other.yaml").write_text(GRID.replace("train: 4", "train: 5"))
-    status, printed = finish(place, start(place, *reuse, grid="other.yaml", output="other"))
+    words = ["--rows", "lr"]
+    status, printed = finish(place, start(place, *words, grid="other.yaml", output="other"))
     assert status == 1
     assert re.search(r"run.py: .*other arguments.*--overwrite.*DETECTRON2_DATASETS", printed)
 

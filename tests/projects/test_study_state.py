@@ -93,15 +93,27 @@ def test_files_of_unknown_origin_are_not_removed(tmp_path, study_of):
         study_of(cell_of(tmp_path, "lr", "a" * 64)).plan(["lr/1"])
 
 
-def test_results_of_others_are_taken_where_they_fit(tmp_path, study_of):
-    result = {"fingerprint": "a" * 64}
-    (tmp_path / "o.json").write_text(json.dumps({"cells": {"lr/1": result, "hr/1": result}}))
-    study = study_of(cell_of(tmp_path, "lr", "a" * 64), folder=tmp_path / "runs")
-    study.take(tmp_path / "o.json")
-    assert study.results == {"cells": {"lr/1": result}, "other": []}
-    (tmp_path / "o.json").write_text("# a README")
-    with pytest.raises(InputError, match="o.json' is no results.json of a study"):
-        study.take(tmp_path / "o.json")
+def test_a_file_in_place_of_the_results(tmp_path, study_of):
+    (tmp_path / "results.json").write_text("# a README")
+    with pytest.raises(InputError, match="results.json' is no results.json of a study"):
+        study_of(cell_of(tmp_path, "lr", "a" * 64))
+
+
+def test_the_total_time_has_trainings_that_were_not_measured(tmp_path, study_of):
+    start = cell_of(tmp_path, "start", "a")
+    teacher = cell_of(tmp_path, "teacher", "b", needs=("start/1",))
+    branch = cell_of(tmp_path, "branch", "c", needs=("teacher/1",), checkpoint_of="teacher")
+    student = cell_of(tmp_path, "student", "d", needs=("branch/0",))
+    for cell, time in ((start, 1), (teacher, 10), (student, 100)):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "metrics.json").write_text(json.dumps({"iteration": 1, "time": time}))
+    study = study_of(start, teacher, branch, student)
+    (tmp_path / "found").mkdir()
+    found = {"machine": "m", "models": {"student/1": {"bbox": {"AP": 1.0}}}}
+    (tmp_path / "found" / "results.json").write_text(json.dumps(found))
+    study.finish(student, tmp_path / "found")
+    result = study.results["cells"]["student/1"]
+    assert (result["training_seconds"], result["total_seconds"]) == (200, 222)
 
 
 def test_a_cell_waits_for_the_checkpoints_it_uses(tmp_path, study_of):
@@ -160,6 +172,8 @@ def test_a_checkpoint_has_the_recorded_ap(tmp_path):
     text = json.dumps({"results": {"fused": record}})
     cell.weights.with_suffix(".json").write_text(text)
     verify(cell, {"bbox": {"AP": 44.5}, "segm": {"AP": 43.1}})
+    with pytest.raises(InputError, match="has no results of 'lr': fused"):
+        verify(cell_of(tmp_path, "teacher", "a", checkpoint="t.pth", recorded="lr"), {})
     for mask in (40.0, float("nan")):
         with pytest.raises(InputError, match=f"teacher has mask AP {mask:.1f} here, but .* 43.0"):
             verify(cell, {"bbox": {"AP": 44.5}, "segm": {"AP": mask}})
