@@ -163,7 +163,7 @@ def parse_arguments(arguments=None):
     add("--config-file", required=True, help="the student's config; its teacher is trained")
     add("--output", required=True, type=Path, help="folder of runs and results")
     add("--losses", type=Path, metavar="FILE", help="candidates as YAML; see above")
-    add("--iterations", type=positive, help="of each run (default: a quarter of SOLVER.MAX_ITER)")
+    add("--iterations", type=positive, help="a run's MAX_ITER (default: a quarter of it)")
     add("--seeds", type=positive, default=1, help="runs of each candidate (default: 1)")
     add("--ratio", type=float, default=0.2, help="gradient of ssim / of detection (default: 0.2)")
     add("--batches", type=positive, default=8, help="to measure gradients on (default: 8)")
@@ -178,7 +178,8 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     args.output = args.output.absolute()  # the runs start in the repository
     try:
-        cfg = build_config(args.config_file, args.opts)
+        # Each training scales its schedule to the processes that it has.
+        cfg = build_config(args.config_file, ["SOLVER.REFERENCE_WORLD_SIZE", 0, *args.opts])
         args.iterations = args.iterations or max(1, cfg.SOLVER.MAX_ITER // 4)
         args.output.mkdir(parents=True, exist_ok=True)
         candidates = read_candidates(args, cfg)
