@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from msad_kd import InputError, build_config
 from msad_kd.data.images import REMEDY, ImageError, read_image
+from msad_kd.utils.signals import Stopped, on_signal, stop
 from msad_kd.utils.unpickle import TrustFiles
 
 
@@ -149,19 +150,21 @@ def predict(args) -> Run:
         for word in unmatched:
             run.warn(f"no image or video matches '{word}'")
         found = CocoFile(folder, predictor.classes, run.name)
-        for path in files:
-            if path in videos:
-                frames = CocoFile(folder, predictor.classes, run.name)
-                run.video(videos[path], path, frames)
-                if args.json and frames.content["images"]:
-                    frames.write(f"{targets[path]}.json")
-            else:
-                file_name = os.path.relpath(os.path.abspath(path), folder)
-                run.image(path, file_name, targets[path], found)
+        try:
+            for path in files:
+                if path in videos:
+                    frames = CocoFile(folder, predictor.classes, run.name)
+                    run.video(videos[path], path, frames)
+                    if args.json and frames.content["images"]:
+                        frames.write(f"{targets[path]}.json")
+                else:
+                    file_name = os.path.relpath(os.path.abspath(path), folder)
+                    run.image(path, file_name, targets[path], found)
+        finally:  # also of a run that is stopped
+            if args.json and found.content["images"]:
+                found.write(os.path.join(args.output, "predictions.json"))
     if not run.done:
         raise InputError(f"none of the {len(files)} inputs could be read")
-    if args.json and found.content["images"]:
-        found.write(os.path.join(args.output, "predictions.json"))
     return run
 
 
@@ -180,10 +183,16 @@ def main(arguments=None):
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help=options)
     add("--trust-files", action=TrustFiles)
     args = parser.parse_args(arguments)
+    if not 0 <= args.score <= 1:
+        parser.error(f"--score {args.score:g} should be from 0 to 1")
     try:
-        run = predict(args)
+        with on_signal(stop):
+            run = predict(args)
     except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"{parser.prog}: {error}")
+    except Stopped:
+        print(f"{parser.prog}: stopped; what was done is in '{args.output}'", file=sys.stderr)
+        raise
     print(f"{run.summary()}\nWritten to {args.output}")
 
 

@@ -1,8 +1,10 @@
 """tools/predict.py by its main(): images of all kinds, videos, COCO-format JSON, and ONNX."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import cv2
 import numpy as np
@@ -236,6 +238,23 @@ def test_mistakes_end_in_one_sentence(predict, photos, tmp_path, words):
     message = predict(*(photos if word == "PHOTOS" else word for word in MISTAKES[words]))[0]
     assert isinstance(message, str) and "\n" not in message
     assert re.search(words, message)
+
+
+def test_a_share_is_meant_by_a_score(predict, photos):
+    code, _, error = predict(photos, "--score", 50)
+    assert code == 2 and "--score 50 should be from 0 to 1" in error
+
+
+def test_a_stopped_run_keeps_what_it_found(predict, photos, tmp_path, monkeypatch):
+    def write(*arguments):
+        files.write_picture(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(tool, "write_picture", write)
+    code, _, error = predict(photos, "--json", "--score", 0)
+    assert code == 128 + signal.SIGTERM and "stopped; what was done is in" in error
+    (image,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    assert (tmp_path / "out" / f"{image['file_name']}.png").exists()
 
 
 def test_weights_without_a_config(predict, photos):
