@@ -38,6 +38,7 @@ from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx
 from msad_kd.export.tracing import ExportableDetector
 from msad_kd.modeling.classes import anchor_sizes
+from msad_kd.utils.arguments import positive
 from msad_kd.utils.replaced import replaced
 from projects.Shapes.generate import generate
 
@@ -75,6 +76,8 @@ def build_sides(args):
         low = max(cfg.INPUT.MIN_SIZE_TRAIN)
         high, low = args.image_sizes or (cfg.KD.SCALE * low, low)
         scale = high // low
+        if scale < 1 or high % low:
+            raise InputError(f"--image-sizes: {high} is not a multiple of {low}")
         if name == "student":
             stock = next(x.__name__ for x in kind.__mro__ if not issubclass(x, DistilledMixin))
             plain = sized(cfg, low, scale, "MODEL.META_ARCHITECTURE", stock)
@@ -162,16 +165,24 @@ def main(arguments=None):
     add = parser.add_argument
     add("--config-file", default=STUDENT, help="a student's config (default: %(default)s)")
     add("--vs", help="the config of another student to measure beside it")
-    add("--image-sizes", type=int, nargs=2, metavar=("HR", "LR"), help="shorter sides in pixels")
-    add("--batch", type=int, default=1, help="images a step (default: 1)")
+    add(
+        "--image-sizes",
+        type=positive,
+        nargs=2,
+        metavar=("HR", "LR"),
+        help="shorter sides in pixels",
+    )
+    add("--batch", type=positive, default=1, help="images a step (default: 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
-    add("--rounds", type=int, default=5, help="measured steps of each side (default: 5)")
+    add("--threads", type=positive, default=1, help="CPU threads of torch (default: 1)")
+    add("--rounds", type=positive, default=5, help="measured steps of each side (default: 5)")
     add("--cpu-time", action="store_true", help="measure CPU time, for a machine with other load")
     add("--no-hr", action="store_true", help="leave out the HR step, which takes longest")
-    add("--inference", type=int, nargs="*", default=[], help="batch sizes to time inference at")
+    add(
+        "--inference", type=positive, nargs="*", default=[], help="batch sizes to time inference at"
+    )
     add("--onnx", action="store_true", help="time LR in onnxruntime, too; on a CPU")
-    add("--quick", action="store_true", help="a tiny model on generated images; needs no data")
+    add("--quick", action="store_true", help="a tiny model of its own on generated images")
     add("--output", type=Path, default=Path("output/benchmark"), help="folder to write to")
     add("opts", nargs="*", help="KEY VALUE pairs on top of the configs")
     args = parser.parse_args(arguments)
@@ -182,10 +193,10 @@ def main(arguments=None):
             environment = {**os.environ, "DETECTRON2_DATASETS": folder}
             stack.enter_context(replaced(os, environ=environment))
         try:
+            args.output.mkdir(parents=True, exist_ok=True)
             result = measure(args)
-        except InputError as error:
+        except (InputError, OSError) as error:
             parser.error(str(error))
-    args.output.mkdir(parents=True, exist_ok=True)
     write_json(args.output / "benchmark.json", result)
     draw(result, args.output / "benchmark.png")
     (args.output / "benchmark.md").write_text((text := markdown(result)) + "\n")

@@ -40,6 +40,7 @@ from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.data.statistics import MANY, enlarged_share
 from msad_kd.modeling.classes import has_masks
+from msad_kd.utils.arguments import positive
 
 FACTORS = (0.25, 0.375, 0.5, 0.75, 1)
 SHOWN = 10  # faulty images of a data set that are reported one by one
@@ -224,7 +225,12 @@ def main(arguments=None):
     add("--json", help="an annotation file in COCO format, instead of a config")
     add("--images", help="the folder of its images")
     add("--quick", action="store_true", help="read only the headers of the images")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
+    add(
+        "--workers",
+        type=positive,
+        default=min(8, os.cpu_count() or 1),
+        help="threads that read images",
+    )
     add("--output", default="output/check_dataset", help="the folder to write to")
     add("opts", nargs="*", metavar="KEY VALUE", help="pairs on top of the config file")
     args = parser.parse_args(arguments)

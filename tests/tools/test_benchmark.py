@@ -5,7 +5,7 @@ import re
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from helpers import load_tool
+from helpers import ROOT, load_tool
 
 
 @pytest.fixture
@@ -100,9 +100,13 @@ def test_runs_are_compared(tmp_path, capsys):
     [
         (["--config-file", "configs/Shapes/lr.yaml"], "lr.yaml' is a GeneralizedRCNN's config"),
         (["--quick", "--vs", "gone.yaml"], "gone.yaml' does not exist"),
+        (["--image-sizes", "160", "64"], "--image-sizes: 160 is not a multiple of 64"),
+        (["--rounds", "0"], "'0' is no whole number of 1 or more"),
+        (["--quick", "--output", "README.md"], "File exists: 'README.md'"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(arguments, words, no_shapes, capsys):
+def test_what_cannot_be_measured_is_one_sentence(arguments, words, no_shapes, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
         load_tool("benchmark").main(arguments)
     error = capsys.readouterr().err

@@ -236,7 +236,7 @@ def test_data_without_a_file_in_coco_format(check, config_files, mine):
 
 
 def test_mistakes_of_the_command_line(check, mine):
-    for arguments in (["--json", "x.json"], ["--images", "x"], ["--quick"]):
+    for arguments in (["--json", "x.json"], ["--images", "x"], ["--quick"], ["--workers", "0"]):
         assert check(*arguments)[0] == 2
     assert "'nowhere.yaml' does not exist" in check("--config-file", "nowhere.yaml")[0]
     (mine / "out").write_text("")
