@@ -73,6 +73,15 @@ def group_by_image(names):
     return dict(sorted(groups.items()))
 
 
+def read_image(open_file, name, mode):
+    """Return an image in a mode of Pillow; a ValueError names one that is broken."""
+    with open_file(name) as file:
+        try:
+            return Image.open(file).convert(mode)
+        except (OSError, SyntaxError) as error:  # Pillow raises the second for a bad PNG
+            raise ValueError(f"'{name}' cannot be read: {error}") from error
+
+
 def read_masks(names, open_file, shape, report):
     """Yield every usable mask of an image as compressed RLE.
 
@@ -81,8 +90,7 @@ def read_masks(names, open_file, shape, report):
     """
     taken = np.zeros(shape, bool)
     for name in names:
-        with open_file(name) as file:
-            mask = np.asarray(Image.open(file).convert("L")) > 0
+        mask = np.asarray(read_image(open_file, name, "L")) > 0
         if mask.shape != shape:
             report(f"{name}: size {mask.shape} instead of {shape}, mask left out")
             continue
@@ -105,8 +113,7 @@ def write_split(folder, split, groups, open_file, report, progress):
     (folder / split).mkdir()
     for image_id, files in groups.items():
         progress.update()
-        with open_file(files["images"][0]) as file:
-            image = Image.open(file).convert("RGB")  # without the alpha channel
+        image = read_image(open_file, files["images"][0], "RGB")  # without the alpha channel
         masks = list(read_masks(files["masks"], open_file, image.size[::-1], report))
         if not masks:
             report(f"{image_id}: no usable mask, image left out")

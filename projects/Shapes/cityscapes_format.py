@@ -11,6 +11,7 @@ import cv2
 from cityscapesscripts.helpers.annotation import Annotation
 from cityscapesscripts.preparation.json2instanceImg import createInstanceImage
 from cityscapesscripts.preparation.json2labelImg import createLabelImage
+from PIL import Image
 
 THING_CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 # A label that the evaluation ignores, such as `static`, would forgive false positives on it.
@@ -48,7 +49,7 @@ class CityscapesWriter:
         """Write the files of scene `index`."""
         name = f"{self.city}_{index:06d}_{FRAME:06d}"
         height, width = scene.image.shape[:2]
-        cv2.imwrite(str(self.images / f"{name}_leftImg8bit.png"), scene.image[..., ::-1])
+        Image.fromarray(scene.image).save(self.images / f"{name}_leftImg8bit.png", compress_level=1)
         frame = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
         objects = [{"label": BACKGROUND, "polygon": frame}]
         for order, shape in enumerate(scene.shapes):

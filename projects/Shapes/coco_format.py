@@ -4,6 +4,7 @@ import json
 
 import cv2
 import numpy as np
+from PIL import Image
 from pycocotools import mask as mask_util
 
 from projects.Shapes.placement import CLASS_NAMES, SUPERSAMPLING
@@ -74,7 +75,7 @@ class CocoWriter:
         """
         name = f"{index:06d}.png"
         height, width = scene.image.shape[:2]
-        cv2.imwrite(str(self.images / name), scene.image[..., ::-1])
+        Image.fromarray(scene.image).save(self.images / name, compress_level=1)
         self.content["images"].append(
             {"id": index, "file_name": name, "width": width, "height": height}
         )

@@ -180,12 +180,19 @@ def without_image(folder):
     Image.fromarray(square((4, 4), 0, 0)).save(folder / "x" / "masks" / "0.png")
 
 
+def broken_image(folder):
+    write_image(folder, "x", np.zeros((64, 64, 3), np.uint8), [square((64, 64), 0, 0)])
+    file = folder / "x" / "images" / "x.png"
+    file.write_bytes(file.read_bytes()[:50])
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda folder: None, "neither a folder nor a zip"),
         (lambda folder: folder.mkdir(), "should be stage1_train"),
         (without_image, "'x' has 0 images"),
+        (broken_image, "prepare.py: '.*x/images/x.png' cannot be read: "),
     ],
 )
 def test_a_wrong_source_is_one_sentence(make, sentence, tmp_path):
