@@ -12,8 +12,8 @@ is derived, with teacher, student or control as the role. SOLVER.STEPS follow a 
 
     ... SOLVER.IMS_PER_BATCH 8 teacher:SOLVER.MAX_ITER 3000 student:SOLVER.BASE_LR 0.002
 
-By --unlabeled the student's batches have as many images besides. The detector of --weights labels
-them once, or without it the teacher in each step.
+--unlabeled adds as many images without labels to the student's batches. The detector of --weights
+labels them once, or without it the teacher in each step.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def parse_arguments(arguments=None):
     )
     add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
     add("--no-control", dest="control", action="store_false", help="leave the control out")
-    add("--detections", type=study.positive, default=100, help="an image, to measure costs at")
+    add("--detections", type=study.positive, default=100, help="an image, when costs are measured")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")

@@ -11,7 +11,8 @@ def add_msad_kd_config(cfg: CN) -> None:
 
     # Data sets in COCO format to register: a list of {name, json, images}. Relative paths start at
     # the folder that the environment variable DETECTRON2_DATASETS names (./datasets if unset).
-    # An entry without json is a folder of images without labels.
+    # An entry without json is a folder of images without labels. For keypoints an entry may also
+    # have keypoint_names, keypoint_flip_map and skeleton.
     cfg.DATASETS.COCO_FORMAT = []
     # The names of the model's classes, in its order; data sets are mapped to them by name and may
     # have fewer. By default those of the data set in TRAIN that has most and, in an evaluation,
@@ -100,6 +101,8 @@ def add_msad_kd_config(cfg: CN) -> None:
     #     (the default), which means where the channels differ.
     #   focus, background: where the loss looks: "none" (default), "boxes" or "scores", and the
     #     weight of all cells together against that; default 0.5. See distill/focus.py.
+    #   proposals: whose regions a loss of RoI heads compares: "student" (default), "teacher" or
+    #     "both".
     # Any other field is an argument of the loss. Only losses between maps have levels, adapter and
     # focus.
     cfg.KD.LOSSES = [{"name": "l1", "weight": 0.6, "warmup_iters": 500}]

@@ -26,7 +26,7 @@ FPNS = {
 STAGES = ["res2", "res3", "res4", "res5"]
 WARMUP_SHARE = 0.1  # of a schedule, at the most
 # A student starts from the teacher's weights. At the teacher's own rate it loses what they know: on
-# Shapes its control had 1.1 box AP less.
+# Shapes its control had 1.2 box AP less.
 STUDENT_RATE = 1 / 3
 
 

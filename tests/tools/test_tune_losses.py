@@ -1,13 +1,14 @@
 """tools/analysis/tune_losses.py: the candidates, their schedule, and the ranking."""
 
 import json
+import sys
 
 import pytest
 import torch
 import yaml
-from helpers import load_tool
+from helpers import ROOT, load_tool
 
-from msad_kd.config.build import build_config
+from msad_kd.config.build import build_config, scale_to_processes
 from msad_kd.utils.errors import InputError
 from projects.study.cells import make_cells
 from projects.study.grid import read_grid
@@ -74,6 +75,21 @@ def test_the_grid(config_files, teacher_weights, tmp_path):
     options = dict(zip(cells["a/1"].options[::2], cells["a/1"].options[1::2]))
     assert options["SOLVER.STEPS"] == "[4, 5]" and options["SOLVER.WARMUP_ITERS"] == "2"
     assert options["SOLVER.BASE_LR"] == "0.5" and "'warmup_iters': 3" in options["KD.LOSSES"]
+
+
+def test_a_schedule_of_eight_processes_is_scaled_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        tool, "default_candidates", lambda *_: {"a": [{"name": "l1", "weight": 1.0}]}
+    )
+    monkeypatch.setattr(tool.study, "main", lambda words: sys.exit("made"))
+    words = ["--config-file", "configs/COCO/mask_rcnn_R_50_FPN_student_1x.yaml"]
+    with pytest.raises(SystemExit, match="made"):
+        tool.main([*words, "--output", str(tmp_path)])
+    options = yaml.safe_load((tmp_path / "grid.yaml").read_text())["rows"]["a"]["options"]
+    for processes, iterations in ((8, 90_000 // 4), (1, 8 * 90_000 // 4)):
+        cfg = build_config(words[1], [x for pair in options.items() for x in pair])
+        assert scale_to_processes(cfg, processes).SOLVER.MAX_ITER == iterations
 
 
 def test_the_ranking():

@@ -3,7 +3,7 @@
 
     python tools/analysis/precise_statistics.py --batches 40 \
         --config-file configs/Shapes/teacher_one_size.yaml \
-        output/shapes/teacher/model_final.pth output/shapes/teacher/model_precise.pth
+        output/shapes/teacher_one_size/model_final.pth precise.pth
 
 Training keeps exponential averages of the last batches. This tool averages evenly over training
 batches at the final weights. It can also give a teacher that shared its statistics between the
