@@ -43,7 +43,8 @@ def split_roles(pairs):
             raise InputError(f"'{key}': there is no role '{role}'; use {', '.join(ROLES)}")
         if role and name in FIXED:
             raise InputError(f"'{key}' cannot be chosen: {FIXED[name]}")
-        if role == "student" and (name.startswith("TEST.") or "_TEST" in name):
+        tests = name == "DATASETS.TEST" or name.startswith("TEST.") or "_TEST" in name
+        if role == "student" and tests and not name.startswith("TEST.PRECISE_BN."):
             raise InputError(
                 f"'{key}' cannot be chosen: the student is tested by its control's config; give "
                 f"control:{name} for both"
@@ -83,6 +84,9 @@ def write_config(cfg, path, options):
                 "iteration alone, since a model chosen by the images of the table would look too "
                 "good; set it to 0, or train by train_net.py"
             )
+        if len(cfg.DATASETS.TEST) != 1:
+            names = ", ".join(cfg.DATASETS.TEST) or "nothing"
+            raise InputError(f"DATASETS.TEST is {names}; the table is of one data set, so name one")
         if "SOLVER.MAX_ITER" in given and "SOLVER.WARMUP_ITERS" not in given:
             fit_warmups(cfg, losses="KD.LOSSES" not in given)
         part.write_text(cfg.dump())
@@ -158,8 +162,8 @@ def make_configs(args, options) -> tuple[dict[str, CfgNode], list | None]:
     source = build_config(find_config(args.config_file, folder), options[""])
     # What is given for a role is meant for as many processes as will train it.
     source = scale_to_processes(source, max(args.num_gpus, 1))
-    if not source.DATASETS.TRAIN or not source.DATASETS.TEST:
-        raise InputError("DATASETS.TRAIN and DATASETS.TEST of the config should both name data")
+    if not source.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN of the config should name the training images")
     configs = {"hr": source.clone(), **derive_configs(source, args.scale)}
     seed = source.SEED if "SEED" in options[""] else SEED
     if seed < 1:
@@ -214,7 +218,7 @@ def make_grid(args, configs):
     grid = {
         "output": str(args.output),
         "seeds": [configs["student"].SEED],
-        "detections": min(args.detections, configs["student"].TEST.DETECTIONS_PER_IMAGE),
+        "detections": min(args.detections, configs["control"].TEST.DETECTIONS_PER_IMAGE),
         "rows": rows,
         "comparison": list(rows),
         "scenes": {
@@ -235,7 +239,8 @@ def describe(configs):
         sides = f"{min(sizes)} to {max(sizes)} px" if len({*sizes}) > 1 else f"{sizes[0]} px"
         losses = [f"{term.name} {term.weight:g}" for term in read_losses(cfg.KD.LOSSES)]
         losses += [f"images of {name}" for name in cfg.DATASETS.UNLABELED]
-        cells = [name, sides, f"{cfg.INPUT.MIN_SIZE_TEST} px", solver.MAX_ITER, solver.BASE_LR]
+        tested = configs["control" if name == "student" else name].INPUT.MIN_SIZE_TEST
+        cells = [name, sides, f"{tested} px", solver.MAX_ITER, solver.BASE_LR]
         table.append([*cells, ", ".join(losses) if name == "student" else "-"])
     headers = ["", "short side, training", "test", "iterations", "rate", "losses"]
     names = "MAX_ITER WARMUP_ITERS STEPS IMS_PER_BATCH ACCUMULATE BASE_LR OPTIMIZER".split()

@@ -154,9 +154,11 @@ def predict(args) -> Run:
             for path in files:
                 if path in videos:
                     frames = CocoFile(folder, predictor.classes, run.name)
-                    run.video(videos[path], path, frames)
-                    if args.json and frames.content["images"]:
-                        frames.write(f"{targets[path]}.json")
+                    try:
+                        run.video(videos[path], path, frames)
+                    finally:
+                        if args.json and frames.content["images"]:
+                            frames.write(f"{targets[path]}.json")
                 else:
                     file_name = os.path.relpath(os.path.abspath(path), folder)
                     run.image(path, file_name, targets[path], found)
@@ -191,7 +193,8 @@ def main(arguments=None):
     except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"{parser.prog}: {error}")
     except Stopped:
-        print(f"{parser.prog}: stopped; what was done is in '{args.output}'", file=sys.stderr)
+        done = f"; what was done is in '{args.output}'" * os.path.isdir(args.output)
+        print(f"{parser.prog}: stopped{done}", file=sys.stderr)
         raise
     print(f"{run.summary()}\nWritten to {args.output}")
 

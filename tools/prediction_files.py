@@ -184,8 +184,9 @@ class CocoFile:
         images, annotations = self.content["images"], self.content["annotations"]
         height, width = instances.image_size
         image_id = len(images) + 1
+        found_here = [*coco_annotations(instances, image_id)]  # a run may be stopped meanwhile
         images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for found in coco_annotations(instances, image_id):
+        for found in found_here:
             self.classes = max(self.classes, found["category_id"])
             annotations.append({"id": len(annotations) + 1, **found})
 

@@ -118,6 +118,9 @@ def _make_cell(row, seed, sources, folder, data, extra, processes):
     # In a fingerprint a checkpoint is known by how it was made, not by its path.
     origins = {name: cell.fingerprint for name, cell in sources.items()}
     cfg, labels = _build(row.config, _filled(options, origins)), None
+    written = cfg  # a schedule that is not of one process, each training scales by itself
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        written = _build(row.config, [*options, "SOLVER.REFERENCE_WORLD_SIZE", 0])
     if row.labels_by and row.trained:
         labels, changes = _label_images(cfg, row, sources[row.labels_by], data)
         options += changes
@@ -152,10 +155,6 @@ def _make_cell(row, seed, sources, folder, data, extra, processes):
         meaning |= {"checkpoint": origins.get(row.checkpoint_of) or hash_file(weights)}
     meaning |= {"data": {name: data[name] for name in folders}}
     meaning = json.dumps(meaning, sort_keys=True, default=str)
-    written = cfg  # a schedule that is not of one process, each training scales by itself
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
-        written = _build(row.config, [*options, "SOLVER.REFERENCE_WORLD_SIZE", 0])
-    period = max(CHECKPOINT_PERIOD, _length(written) // CHECKPOINTS)
     return Cell(
         key=f"{row.name}/{seed}",
         row=row,
@@ -168,7 +167,7 @@ def _make_cell(row, seed, sources, folder, data, extra, processes):
         data=tuple(folders),
         labels=labels,
         iterations=_length(scale_to_processes(cfg, processes)) * row.trained,
-        saved_every=min(written.SOLVER.CHECKPOINT_PERIOD, period),
+        saved_every=_saved_every(written),
         fingerprint=hashlib.sha256(meaning.encode()).hexdigest(),
     )
 
@@ -177,6 +176,15 @@ def _length(cfg):
     """Return the iterations of a training, all stages of a ladder together."""
     stages = cfg.KD.LADDER.STAGES or [{}]
     return sum(stage.get("iterations") or cfg.SOLVER.MAX_ITER for stage in stages)
+
+
+def _saved_every(cfg):
+    """Return the period of checkpoints: the config's, unless that is Detectron2's or longer."""
+    asked = cfg.SOLVER.CHECKPOINT_PERIOD
+    period = max(CHECKPOINT_PERIOD, _length(cfg) // CHECKPOINTS)
+    return (
+        period if asked == pickle.loads(_read("")).SOLVER.CHECKPOINT_PERIOD else min(asked, period)
+    )
 
 
 def _label_images(cfg, row, source, data):

@@ -97,9 +97,9 @@ def table_text(grid, data, table):
         facts = ("KD gradient", "training (s)", "total (s)")
         ratio, own, total = (of_row(data, row.name, x, table.seeds).mean() for x in facts)
         line["KD gradient"] = f"{ratio:.2f}"
-        line["training"] = f"{own / step:,.0f} ({total / step:,.0f})"
+        line["training"] = f"{own / step:,.0f} ({total / step:,.0f})".replace(" (nan)", "")
         lines.append(line)
-    lines = pd.DataFrame(lines).replace(["nan", "nan (nan)"], "-")
+    lines = pd.DataFrame(lines).replace("nan", "-")
     lines = lines.loc[:, (lines != "-").any()]
     head = f"Control: {grid.rows[table.control].title}.\n\n" if table.control else ""
     return f"## {table.title}\n\n{head}{lines.to_markdown(index=False, disable_numparse=True)}\n\n"

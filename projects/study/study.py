@@ -154,12 +154,16 @@ class Study:
         self.write()
 
     def _total_seconds(self, cell):
-        """Return how long a cell's training took, and those of the checkpoints that it uses."""
-        before = 0
+        """Return how long a training took, with those of the checkpoints that it uses.
+
+        None: one of these was trained elsewhere, and has no log here.
+        """
+        own = progress.training_seconds(cell.folder) if cell.row.trained else 0
+        times = [own or None] if cell.row.trained else []
         for needed in map(self.cells.get, cell.needs):
             known = self.results["cells"].get(needed.key, {}).get("total_seconds")
-            before += known or self._total_seconds(needed)
-        return before + cell.row.trained * progress.training_seconds(cell.folder)
+            times.append(known or self._total_seconds(needed))
+        return None if None in times else sum(times)
 
     def compare(self):
         """Measure the comparison's models in turn, if all are done; write and return its table."""

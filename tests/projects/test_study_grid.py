@@ -84,12 +84,14 @@ def test_a_teacher_is_measured_at_its_scale(cells_of):
 
 
 @pytest.mark.parametrize(
-    ("length", "asked", "period"), [(100, 10**5, 500), (90_000, 10**5, 9000), (90_000, 70, 70)]
+    ("length", "asked", "period"),
+    [(100, 10**5, 500), (90_000, 10**5, 9000), (90_000, 70, 70), (90_000, 5000, 9000)],
 )
-def test_how_often_a_training_saves(cells_of, length, asked, period):
-    grid = content()
-    options = {"SOLVER.MAX_ITER": length, "SOLVER.CHECKPOINT_PERIOD": asked}
-    grid["rows"]["lr"]["options"] = options
+def test_how_often_a_training_saves(cells_of, length, asked, period, tmp_path):
+    grid, config = content(), tmp_path / "lr.yaml"
+    solver = {"MAX_ITER": length, "CHECKPOINT_PERIOD": asked}
+    config.write_text(yaml.safe_dump({"_BASE_": str(ROOT / LR), "SOLVER": solver}))
+    grid["rows"]["lr"]["config"] = str(config)
     assert cells_of(grid)["lr/1"].saved_every == period
 
 
@@ -193,6 +195,12 @@ def test_a_fingerprint_stands_for_the_content_of_checkpoints(cells_of, tmp_path)
 def test_the_schedule_is_that_of_the_processes(written):
     grid = content()
     grid["rows"]["lr"]["options"] = {"SOLVER.MAX_ITER": 8000, "SOLVER.REFERENCE_WORLD_SIZE": 4}
+    # A row whose images another one labels, on two seeds, registers these labels in between.
+    folder = {"name": "more", "images": "shapes_more/train"}
+    keys = {"DATASETS.COCO_FORMAT": [folder], "DATASETS.UNLABELED": ["more"]}
+    keys |= {"SOLVER.UNLABELED_PER_BATCH": 4, "KD.UNLABELED.PSEUDO_LABELS": True}
+    grid["rows"]["student"]["options"] |= {**keys, "SOLVER.REFERENCE_WORLD_SIZE": 4}
+    grid["rows"]["student"]["labels_by"] = "lr"
     path, found = written(grid), {}
     for processes, iterations in ((1, 32_000), (2, 16_000), (4, 8000)):
         cell = found[processes] = make_cells(read_grid(path), "runs", (), processes)["lr/1"]

@@ -163,7 +163,7 @@ def parse_arguments(arguments=None):
     add("--config-file", required=True, help="the student's config; its teacher is trained")
     add("--output", required=True, type=Path, help="folder of runs and results")
     add("--losses", type=Path, metavar="FILE", help="candidates as YAML; see above")
-    add("--iterations", type=positive, help="a run's MAX_ITER (default: a quarter of it)")
+    add("--iterations", type=positive, help="SOLVER.MAX_ITER of a run (default: a quarter)")
     add("--seeds", type=positive, default=1, help="runs of each candidate (default: 1)")
     add("--ratio", type=float, default=0.2, help="gradient of ssim / of detection (default: 0.2)")
     add("--batches", type=positive, default=8, help="to measure gradients on (default: 8)")
