@@ -182,9 +182,8 @@ def _saved_every(cfg):
     """Return the period of checkpoints: the config's, unless that is Detectron2's or longer."""
     asked = cfg.SOLVER.CHECKPOINT_PERIOD
     period = max(CHECKPOINT_PERIOD, _length(cfg) // CHECKPOINTS)
-    return (
-        period if asked == pickle.loads(_read("")).SOLVER.CHECKPOINT_PERIOD else min(asked, period)
-    )
+    default = pickle.loads(_read("")).SOLVER.CHECKPOINT_PERIOD
+    return period if asked == default else min(asked, period)
 
 
 def _label_images(cfg, row, source, data):
