@@ -44,6 +44,7 @@ def split_roles(pairs):
         if role and name in FIXED:
             raise InputError(f"'{key}' cannot be chosen: {FIXED[name]}")
         tests = name == "DATASETS.TEST" or name.startswith("TEST.") or "_TEST" in name
+        # TEST.PRECISE_BN changes the trained model.
         if role == "student" and tests and not name.startswith("TEST.PRECISE_BN."):
             raise InputError(
                 f"'{key}' cannot be chosen: the student is tested by its control's config; give "

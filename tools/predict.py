@@ -149,22 +149,25 @@ def predict(args) -> Run:
         run = Run(predictor, args.score, bar)
         for word in unmatched:
             run.warn(f"no image or video matches '{word}'")
-        found = CocoFile(folder, predictor.classes, run.name)
-        try:
+
+        @contextmanager
+        def detections(target):
+            """Collect detections, and write them in the end, also of a run that is stopped."""
+            found = CocoFile(folder, predictor.classes, run.name)
+            try:
+                yield found
+            finally:
+                if args.json and found.content["images"]:
+                    found.write(target)
+
+        with detections(os.path.join(args.output, "predictions.json")) as found:
             for path in files:
                 if path in videos:
-                    frames = CocoFile(folder, predictor.classes, run.name)
-                    try:
+                    with detections(f"{targets[path]}.json") as frames:
                         run.video(videos[path], path, frames)
-                    finally:
-                        if args.json and frames.content["images"]:
-                            frames.write(f"{targets[path]}.json")
                 else:
                     file_name = os.path.relpath(os.path.abspath(path), folder)
                     run.image(path, file_name, targets[path], found)
-        finally:  # also of a run that is stopped
-            if args.json and found.content["images"]:
-                found.write(os.path.join(args.output, "predictions.json"))
     if not run.done:
         raise InputError(f"none of the {len(files)} inputs could be read")
     return run

@@ -184,9 +184,10 @@ class CocoFile:
         images, annotations = self.content["images"], self.content["annotations"]
         height, width = instances.image_size
         image_id = len(images) + 1
-        found_here = [*coco_annotations(instances, image_id)]  # a run may be stopped meanwhile
+        # First all that takes time, as a run may be stopped meanwhile.
+        detections = [*coco_annotations(instances, image_id)]
         images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for found in found_here:
+        for found in detections:
             self.classes = max(self.classes, found["category_id"])
             annotations.append({"id": len(annotations) + 1, **found})
 

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from grids import CHECKPOINT, LR, UNLABELED, content, fingerprints
 from helpers import ROOT
 
 from msad_kd.config.build import build_config
@@ -10,53 +11,10 @@ from projects.study.cells import make_cells
 from projects.study.grid import read_grid
 from projects.study.run import choose, parse_arguments
 
-STUDENT, LR = "configs/Shapes/student_one_size.yaml", "configs/Shapes/lr.yaml"
-TEACHER = "configs/Shapes/teacher_one_size.yaml"
-CHECKPOINT = "projects/Shapes/checkpoints/teacher_one_size.pth"
-# A teacher's checkpoint, a baseline, a student, a student of it, and the student on fresh scenes.
-CONTENT = f"""
-generator: projects.Shapes.generate
-data: {{shapes: {{train: 6, val: 3}}, shapes_fresh: {{train: 6, val: 3, seed: 1}}}}
-seeds: [1, 2]
-rows:
-  teacher: {{title: T, config: {TEACHER}, checkpoint: {CHECKPOINT}}}
-  lr: {{title: LR, config: {LR}}}
-  student:
-    title: S
-    config: {STUDENT}
-    test_config: {LR}
-    options: {{KD.TEACHER.WEIGHTS: "{{teacher}}", SOLVER.MAX_ITER: 4}}
-  again: {{title: S2, like: student, options: {{MODEL.WEIGHTS: "{{student}}"}}, seeds: [2, 3]}}
-  fresh: {{title: F, checkpoint_of: student, options: {{DATASETS.TEST: [shapes_fresh_val]}}}}
-tables: [{{name: t, title: T, rows: [lr, student], control: lr}}]
-"""
-
 
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-
-
-def content():
-    return yaml.safe_load(CONTENT)
-
-
-@pytest.fixture
-def written(tmp_path):
-    def write(grid, name="study.yaml"):
-        (tmp_path / name).write_text(yaml.safe_dump(grid, sort_keys=False))
-        return tmp_path / name
-
-    return write
-
-
-@pytest.fixture
-def cells_of(written, tmp_path):
-    return lambda grid, extra=(): make_cells(read_grid(written(grid)), tmp_path / "runs", extra)
-
-
-def fingerprints(cells):
-    return {key: cell.fingerprint for key, cell in cells.items()}
 
 
 def test_cells_of_a_grid(cells_of, tmp_path):
@@ -120,35 +78,9 @@ def test_checkpoints_of_a_row_are_measured_on_other_images(cells_of):
     assert all(cell.data == () for cell in cells_of(grid).values())
 
 
-def test_a_fingerprint_stands_for_the_meaning(cells_of):
-    before = fingerprints(cells_of(content()))
-    assert len(set(before.values())) == len(before)
-
-    same = content()
-    same["rows"]["student"]["title"] = "another title"
-    same["rows"]["student"]["options"]["KD.GRADIENT_RATIO_PERIOD"] = 7  # changes no weight
-    same["data"]["shapes"] |= {"classes": 8}  # the default
-    assert fingerprints(cells_of(same)) == before
-    renamed = yaml.safe_load(CONTENT.replace("student}", "pupil}").replace(" student", " pupil"))
-    renamed["tables"][0]["rows"] = ["pupil"]
-    assert set(fingerprints(cells_of(renamed)).values()) == set(before.values())
-
-    other = content()
-    other["rows"]["student"]["options"]["SOLVER.BASE_LR"] = 0.5
-    after = fingerprints(cells_of(other))
-    # What uses a checkpoint that is trained in another way is another cell, too.
-    changed = {key for key in before if before[key] != after[key]}
-    assert changed == {key for key in before if not key.startswith(("teacher", "lr"))}
-    other["data"]["shapes"]["train"] = 7
-    assert all(fingerprints(cells_of(other))[key] != after[key] for key in after)
-
-
 def test_a_row_whose_images_another_row_labels(cells_of, tmp_path):
     grid = content()
-    folder = {"name": "more", "images": "shapes_more/train"}
-    keys = {"DATASETS.COCO_FORMAT": [folder], "DATASETS.UNLABELED": ["more"]}
-    keys |= {"SOLVER.UNLABELED_PER_BATCH": 1, "KD.UNLABELED.PSEUDO_LABELS": True}
-    grid["rows"]["student"]["options"] |= keys
+    grid["rows"]["student"]["options"] |= UNLABELED
     plain = cells_of(grid)
     grid["rows"]["student"]["labels_by"] = "lr"
     cells = cells_of(grid)
@@ -177,29 +109,11 @@ def test_a_row_whose_images_another_row_labels(cells_of, tmp_path):
     assert len(files) == 2
 
 
-def test_a_fingerprint_stands_for_the_content_of_checkpoints(cells_of, tmp_path):
-    grid, weights = content(), tmp_path / "t.pth"
-    stage = {"name": "a", "config_file": TEACHER, "weights": str(weights)}
-    grid["rows"]["student"]["options"] = {"KD.TEACHER.WEIGHTS": str(weights)}
-    grid["rows"]["again"]["options"] = {"KD.LADDER.STAGES": [stage]}
-    # A checkpoint is not changed by what its config would start from.
-    grid["rows"]["teacher"]["options"] = {"MODEL.WEIGHTS": str(weights)}
-    found = []
-    for content_of_file in (b"one", b"other"):
-        weights.write_bytes(content_of_file)
-        found.append(fingerprints(cells_of(grid)))
-    changed = {key.split("/")[0] for key in found[0] if found[0][key] != found[1][key]}
-    assert changed == {"student", "again", "fresh"}
-
-
 def test_the_schedule_is_that_of_the_processes(written):
     grid = content()
     grid["rows"]["lr"]["options"] = {"SOLVER.MAX_ITER": 8000, "SOLVER.REFERENCE_WORLD_SIZE": 4}
     # A row whose images another one labels, on two seeds, registers these labels in between.
-    folder = {"name": "more", "images": "shapes_more/train"}
-    keys = {"DATASETS.COCO_FORMAT": [folder], "DATASETS.UNLABELED": ["more"]}
-    keys |= {"SOLVER.UNLABELED_PER_BATCH": 4, "KD.UNLABELED.PSEUDO_LABELS": True}
-    grid["rows"]["student"]["options"] |= {**keys, "SOLVER.REFERENCE_WORLD_SIZE": 4}
+    grid["rows"]["student"]["options"] |= {**UNLABELED, "SOLVER.REFERENCE_WORLD_SIZE": 4}
     grid["rows"]["student"]["labels_by"] = "lr"
     path, found = written(grid), {}
     for processes, iterations in ((1, 32_000), (2, 16_000), (4, 8000)):

@@ -240,7 +240,7 @@ def test_mistakes_end_in_one_sentence(predict, photos, tmp_path, words):
     assert re.search(words, message)
 
 
-def test_a_share_is_meant_by_a_score(predict, photos):
+def test_a_score_is_from_0_to_1(predict, photos):
     code, _, error = predict(photos, "--score", 50)
     assert code == 2 and "--score 50 should be from 0 to 1" in error
 

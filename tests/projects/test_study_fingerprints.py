@@ -1,0 +1,49 @@
+"""What the fingerprint of a cell stands for."""
+
+import pytest
+import yaml
+from grids import CONTENT, TEACHER, content, fingerprints
+from helpers import ROOT
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_a_fingerprint_stands_for_the_meaning(cells_of):
+    before = fingerprints(cells_of(content()))
+    assert len(set(before.values())) == len(before)
+
+    same = content()
+    same["rows"]["student"]["title"] = "another title"
+    same["rows"]["student"]["options"]["KD.GRADIENT_RATIO_PERIOD"] = 7  # changes no weight
+    same["data"]["shapes"] |= {"classes": 8}  # the default
+    assert fingerprints(cells_of(same)) == before
+    renamed = yaml.safe_load(CONTENT.replace("student}", "pupil}").replace(" student", " pupil"))
+    renamed["tables"][0]["rows"] = ["pupil"]
+    assert set(fingerprints(cells_of(renamed)).values()) == set(before.values())
+
+    other = content()
+    other["rows"]["student"]["options"]["SOLVER.BASE_LR"] = 0.5
+    after = fingerprints(cells_of(other))
+    # What uses a checkpoint that is trained in another way is another cell, too.
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {key for key in before if not key.startswith(("teacher", "lr"))}
+    other["data"]["shapes"]["train"] = 7
+    assert all(fingerprints(cells_of(other))[key] != after[key] for key in after)
+
+
+def test_a_fingerprint_stands_for_the_content_of_checkpoints(cells_of, tmp_path):
+    grid, weights = content(), tmp_path / "t.pth"
+    stage = {"name": "a", "config_file": TEACHER, "weights": str(weights)}
+    grid["rows"]["student"]["options"] = {"KD.TEACHER.WEIGHTS": str(weights)}
+    grid["rows"]["again"]["options"] = {"KD.LADDER.STAGES": [stage]}
+    # A checkpoint is not changed by what its config would start from.
+    grid["rows"]["teacher"]["options"] = {"MODEL.WEIGHTS": str(weights)}
+    found = []
+    for content_of_file in (b"one", b"other"):
+        weights.write_bytes(content_of_file)
+        found.append(fingerprints(cells_of(grid)))
+    changed = {key.split("/")[0] for key in found[0] if found[0][key] != found[1][key]}
+    assert changed == {"student", "again", "fresh"}
