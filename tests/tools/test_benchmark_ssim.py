@@ -28,6 +28,15 @@ def test_quick_run(tmp_path):
     assert text.count("| cannot |") == 3 and "| cuda | | | not measured |" in text
 
 
+def test_profile(tmp_path):
+    arguments = ["--quick", "--profile", "--output", tmp_path / "ssim.md"]
+    done = run_script("tools/analysis/benchmark_ssim.py", *arguments)
+    # Three paddings of ours, and six peers, of which three have padding "valid" and need 11 cells.
+    assert done.stdout.count("Self CPU time total") == 2 * (3 + 6) - 3
+    assert "ours, cpu float32 13x21 valid" in done.stdout
+    assert not (tmp_path / "ssim.md").exists()
+
+
 def content(shape, ratio, cpu="this", peer="piqa"):
     row = {"device": "cpu", "dtype": "float32", "maps": 4, "padding": "zero", "peer": peer}
     row |= {"shape": shape, "ratio": [ratio] * 3, "ours_ms": [1.0] * 3, "peer_ms": [ratio] * 3}

@@ -9,7 +9,7 @@ the levels P2 to P6 of a 400x672 and an 800x1344 image. Every round calls all im
 random order, and the ratio peer / ours is taken within a round, so that a longer disturbance of the
 machine hits both. The report has the median ratio and its quartiles. The memory is all that the
 graph holds from forward to backward, inputs included, in units of one fp32 input. The output is
-Markdown, and JSON of the same name.
+Markdown, and JSON of the same name. --profile prints where the time goes instead.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from piqa.ssim import ssim as piqa_ssim
 from piqa.utils.functional import gaussian_kernel
 from pytorch_msssim import ssim as msssim_ssim
 from ssim_benchmark_report import markdown, write
+from torch.profiler import ProfilerActivity, profile
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
@@ -119,16 +120,21 @@ def maps(args, device, dtype, shape):
     return x.requires_grad_(), y
 
 
+def contestants(x, y, padding):
+    """Return ours and the peers that can compute these maps, and why the others cannot."""
+    reasons = {name: failure(function, x, y) for name, function in PEERS[padding].items()}
+    functions = {name: PEERS[padding][name] for name, why in reasons.items() if not why}
+    functions = {"ours": lambda x, y: ssim_loss(x, y, padding=padding), **functions}
+    return functions, {name: why for name, why in reasons.items() if why}
+
+
 def measure(args, device, dtype, shape, padding, progress):
     """Return the rows of one shape and padding, one for each peer."""
     x, y = maps(args, device, getattr(torch, dtype), shape)
     place = {"device": device, "dtype": dtype, "shape": shape, "padding": padding}
     place["maps"] = args.batch * args.channels
-    peers = PEERS[padding]
-    reasons = {name: failure(function, x, y) for name, function in peers.items()}
-    rows = [{**place, "peer": name, "cannot": why} for name, why in reasons.items() if why]
-    functions = {name: function for name, function in peers.items() if not reasons[name]}
-    functions = {"ours": lambda x, y: ssim_loss(x, y, padding=padding), **functions}
+    functions, reasons = contestants(x, y, padding)
+    rows = [{**place, "peer": name, "cannot": why} for name, why in reasons.items()]
     names = list(functions)
     memory = {name: kept(functions[name], x, y) for name in names}
     calls = {n: max(1, int(MIN_SECONDS / seconds(functions[n], x, y))) for n in names}
@@ -166,6 +172,20 @@ def measure_blurs(args, shape, padding):
     return {**row, **{f"{name}_ms": 1e3 * statistics.median(t[1:]) for name, t in times.items()}}
 
 
+def print_profiles(args, device, dtype, shape, padding, progress):
+    """Print torch's profile of each implementation, of all rounds together."""
+    x, y = maps(args, device, getattr(torch, dtype), shape)
+    activities = [getattr(ProfilerActivity, name) for name in {"CPU", device.upper()}]
+    for name, function in contestants(x, y, padding)[0].items():
+        seconds(function, x, y)
+        with profile(activities=activities) as profiler:
+            seconds(function, x, y, args.rounds)
+        order = f"self_{device}_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=8, max_src_column_width=0)
+        progress.write(f"{name}, {device} {dtype} {shape} {padding}\n{table}")
+    progress.update(args.rounds)
+
+
 def machine():
     """Return what the numbers depend on: processor or GPU, threads, versions."""
     try:
@@ -200,7 +220,12 @@ def main(args):
     with tqdm(total=len(cases) * args.rounds, unit="round") as progress:
         for case in cases:
             progress.set_description(" ".join(case))
-            content["rows"] += measure(args, *case, progress)
+            if args.profile:
+                print_profiles(args, *case, progress)
+            else:
+                content["rows"] += measure(args, *case, progress)
+    if args.profile:
+        return
     if args.blurs:
         for shape in tqdm(args.shapes, desc="blurs"):
             content["blurs"] += [measure_blurs(args, shape, padding) for padding in PEERS]
@@ -220,6 +245,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--blurs", action="store_true", help="compare our two CPU blurs too")
+    parser.add_argument("--profile", action="store_true", help="print torch's profiles, no report")
     parser.add_argument("--output", metavar="FILE.md", help="write there, and FILE.json")
     parser.add_argument("--add", action="store_true", help="keep FILE.json's other rows")
     parser.add_argument("--quick", action="store_true", help="two small maps on the CPU, 2 rounds")
