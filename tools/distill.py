@@ -28,7 +28,7 @@ if not __package__:  # run as a script, which does not put the repository on the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from distill_configs import (
     check_weights,
     describe,
@@ -108,6 +108,21 @@ def label_images(args, words):
                 run_tool("label_images.py", *words)
     except InputError as error:  # another run is at work there
         sys.exit(f"distill.py: {error}")
+
+
+def describe_labels(file, cfg):
+    """Return a line on how many labels count as objects, next to those of labelled images."""
+    labels, limits = json.loads(file.read_text()), list(cfg.KD.UNLABELED.SCORE)
+    limits *= len(labels["categories"]) if len(limits) == 1 else 1  # ids are 1, 2, ...
+    sure = sum(x["score"] >= limits[x["category_id"] - 1] for x in labels["annotations"])
+    labelled = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)]
+    objects = sum(len(x["annotations"]) for x in labelled)
+    return (
+        f"An image without labels gets {sure / len(labels['images']):.1f} labels "
+        f"(KD.UNLABELED.SCORE {cfg.KD.UNLABELED.SCORE}); a labelled one has "
+        f"{objects / len(labelled):.1f} objects. "
+        "tools/analysis/suggest_scores.py finds a better score"
+    )
 
 
 def export_student(args, cfg):
@@ -204,6 +219,7 @@ def main(arguments=None):
     check_data(args, configs["control"])
     if labels:
         label_images(args, labels)
+        print(describe_labels(labels[-1], configs["student"]), flush=True)
     study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
     export_student(args, configs["student"])
     print(summarize(args, configs["student"]))

@@ -1,6 +1,7 @@
 """What distill.py reads and writes: the data once they are sound, and no folder of another run."""
 
 import argparse
+import json
 import sys
 
 import pytest
@@ -50,6 +51,22 @@ def test_nothing_is_written_where_a_run_is_at_work(config_files, tmp_path):
     with tool.locked(tmp_path), pytest.raises(SystemExit, match="distill.py: another run"):
         tool.main(words)
     assert [x.name for x in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.usefixtures("catalogs")
+@pytest.mark.parametrize(("scores", "labels"), [([0.5], "2.0"), ([0.5, 0.8] * 4, "1.5")])
+def test_labels_of_an_image_beside_its_objects(scores, labels, config_files, data, tmp_path):
+    truth = json.loads((data / "annotations" / "instances_train.json").read_text())
+    objects = len(truth["annotations"]) / len(truth["images"])
+    found = [(1, 0.9), (1, 0.5), (1, 0.4), (2, 0.9), (2, 0.7)]
+    annotations = [dict(zip(("category_id", "score"), each)) for each in found]
+    content = {"images": [{}, {}], "categories": [{}] * 8, "annotations": annotations}
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    keys = ["KD.UNLABELED.SCORE", scores, "DATASETS.TRAIN", ["tiny_train"]]
+    cfg = build_config(str(config_files["lr"]), keys)
+    said = load_tool("tools.distill").describe_labels(tmp_path / "labels.json", cfg)
+    assert said.startswith(f"An image without labels gets {labels} labels")
+    assert f"a labelled one has {objects:.1f} objects" in said
 
 
 def test_keypoints_on_a_backbone_of_timm_are_not_exported(config_files, tmp_path, capsys):
