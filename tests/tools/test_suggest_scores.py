@@ -21,7 +21,7 @@ def example(objects=40):
     truth = [{"image_id": x["id"], "category_id": 7, "bbox": BOX} for x in images]
     truth += [{"image_id": i, "category_id": 9, "bbox": ELSEWHERE} for i in (1, 2)]
     truth.append({"image_id": 1, "category_id": 7, "bbox": [60, 10, 30, 30], "iscrowd": 1})
-    truth = [{"iscrowd": 0, "area": 400, **x, "id": i} for i, x in enumerate(truth, start=1)]
+    truth = [{**x, "id": i} for i, x in enumerate(truth, start=1)]
     found = [(i, BOX, score) for i, score in enumerate(SURE, start=1)]
     found += [(i, ELSEWHERE, 0.5) for i in range(1, 11)]
     found += [(i, BOX, 0.4) for i in range(31, 36)]

@@ -70,7 +70,8 @@ def match(truth, predictions):
         raise InputError(f"'{predictions}' has no detection; train the detector first")
     try:
         coco = COCO()
-        coco.dataset = content
+        truths = [{"iscrowd": 0, "area": 0, **x} for x in content["annotations"]]
+        coco.dataset = {**content, "annotations": truths}
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
             boxes = [{key: each[key] for key in KEYS} for each in found]  # without their masks
