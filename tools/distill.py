@@ -39,6 +39,7 @@ from distill_configs import (
 
 from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.reading import fetch
+from msad_kd.data.classes import model_classes
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
@@ -99,29 +100,32 @@ def hash_annotations(cfg):
     return {file: hash_file(file) for file in sorted(files) if os.path.isfile(file)}
 
 
-def label_images(args, words):
-    """Label the images without labels, unless that is done."""
+def label_images(args, words, cfg):
+    """Label the images without labels for the student's config, unless that is done."""
     try:
         with locked(args.output):
             if not words[-1].exists():
                 print("HR labels the images without labels:", flush=True)
                 run_tool("label_images.py", *words)
+                print(describe_labels(words[-1], cfg), flush=True)
     except InputError as error:  # another run is at work there
         sys.exit(f"distill.py: {error}")
 
 
 def describe_labels(file, cfg):
     """Return a line on how many labels count as objects, next to those of labelled images."""
-    labels, limits = json.loads(file.read_text()), list(cfg.KD.UNLABELED.SCORE)
-    limits *= len(labels["categories"]) if len(limits) == 1 else 1  # ids are 1, 2, ...
-    sure = sum(x["score"] >= limits[x["category_id"] - 1] for x in labels["annotations"])
+    labels, score = json.loads(file.read_text()), list(cfg.KD.UNLABELED.SCORE)
+    names = [category["name"] for category in labels["categories"]]  # their ids are 1, 2, ...
+    limits = (
+        dict(zip(model_classes(cfg)[0], score)) if len(score) > 1 else dict.fromkeys(names, *score)
+    )
+    sure = sum(x["score"] >= limits[names[x["category_id"] - 1]] for x in labels["annotations"])
     labelled = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)]
-    objects = sum(len(x["annotations"]) for x in labelled)
+    objects = sum(len(x.get("annotations", ())) for x in labelled)
     return (
-        f"An image without labels gets {sure / len(labels['images']):.1f} labels "
-        f"(KD.UNLABELED.SCORE {cfg.KD.UNLABELED.SCORE}); a labelled one has "
-        f"{objects / len(labelled):.1f} objects. "
-        "tools/analysis/suggest_scores.py finds a better score"
+        f"An image without labels gets {sure / len(labels['images']):.1f} (KD.UNLABELED.SCORE "
+        f"{score}), a labelled one has {objects / len(labelled):.1f} objects. "
+        "tools/analysis/suggest_scores.py suggests a score by the detector's errors"
     )
 
 
@@ -218,8 +222,7 @@ def main(arguments=None):
         return
     check_data(args, configs["control"])
     if labels:
-        label_images(args, labels)
-        print(describe_labels(labels[-1], configs["student"]), flush=True)
+        label_images(args, labels, configs["student"])
     study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
     export_student(args, configs["student"])
     print(summarize(args, configs["student"]))

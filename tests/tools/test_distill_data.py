@@ -58,14 +58,16 @@ def test_nothing_is_written_where_a_run_is_at_work(config_files, tmp_path):
 def test_labels_of_an_image_beside_its_objects(scores, labels, config_files, data, tmp_path):
     truth = json.loads((data / "annotations" / "instances_train.json").read_text())
     objects = len(truth["annotations"]) / len(truth["images"])
-    found = [(1, 0.9), (1, 0.5), (1, 0.4), (2, 0.9), (2, 0.7)]
-    annotations = [dict(zip(("category_id", "score"), each)) for each in found]
-    content = {"images": [{}, {}], "categories": [{}] * 8, "annotations": annotations}
-    (tmp_path / "labels.json").write_text(json.dumps(content))
     keys = ["KD.UNLABELED.SCORE", scores, "DATASETS.TRAIN", ["tiny_train"]]
     cfg = build_config(str(config_files["lr"]), keys)
+    # The file has the classes in another order than the student.
+    names = [x["name"] for x in sorted(truth["categories"], key=lambda x: x["id"])][::-1]
+    found = [(8, 0.9), (8, 0.5), (8, 0.4), (7, 0.9), (7, 0.7)]
+    annotations = [dict(zip(("category_id", "score"), each)) for each in found]
+    content = {"images": [{}, {}], "categories": [{"name": x} for x in names]}
+    (tmp_path / "labels.json").write_text(json.dumps({**content, "annotations": annotations}))
     said = load_tool("tools.distill").describe_labels(tmp_path / "labels.json", cfg)
-    assert said.startswith(f"An image without labels gets {labels} labels")
+    assert said.startswith(f"An image without labels gets {labels} (")
     assert f"a labelled one has {objects:.1f} objects" in said
 
 
