@@ -158,6 +158,8 @@ class Study:
 
         None: one of these was trained elsewhere, and has no log here.
         """
+        if cell.row.checkpoint:
+            return None
         own = progress.training_seconds(cell.folder) if cell.row.trained else 0
         times = [own or None] if cell.row.trained else []
         for needed in map(self.cells.get, cell.needs):

@@ -114,9 +114,12 @@ def test_the_total_time_has_trainings_that_were_not_measured(tmp_path, study_of)
     study.finish(student, tmp_path / "found")
     result = study.results["cells"]["student/1"]
     assert (result["training_seconds"], result["total_seconds"]) == (200, 222)
-    (start.folder / "metrics.json").unlink()  # it was trained elsewhere
-    study.finish(student, tmp_path / "found")
-    assert study.results["cells"]["student/1"]["total_seconds"] is None
+    for elsewhere in ("a checkpoint", "no log"):
+        start.row.checkpoint = "shipped.pth" if elsewhere == "a checkpoint" else ""
+        if elsewhere == "no log":
+            (start.folder / "metrics.json").unlink()
+        study.finish(student, tmp_path / "found")
+        assert study.results["cells"]["student/1"]["total_seconds"] is None, elsewhere
 
 
 def test_a_cell_waits_for_the_checkpoints_it_uses(tmp_path, study_of):
