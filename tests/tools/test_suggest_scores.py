@@ -3,6 +3,7 @@
 import json
 import shlex
 
+import numpy as np
 import pytest
 from helpers import load_tool
 
@@ -57,8 +58,12 @@ def test_worked_out(tmp_path):
     score, ignore, lines = tool.suggest(["van", "car", "bus"], matches)
     assert score == [0.7, 0.7, 0.7] and ignore == 0.4
     names = ["all classes", "car", "bus (too few: SCORE of all classes)"]
-    assert [line[0] for line in lines] == [*names, "all classes, IGNORE_SCORE"]
+    ignored = "all classes, IGNORE_SCORE"
+    lowest = f"{ignored} (the lowest there is: lower SCORE_THRESH_TEST)"
+    assert [line[0] for line in lines] == [*names, lowest]
     assert lines[0] == ["all classes", 42, 0.7, 1, 30 / 42]
+    car.scores, car.right = np.append(car.scores, 0.1), np.append(car.right, False)
+    assert tool.suggest(["car"], {"car": car})[2][-1][:2] == [ignored, 40]
 
 
 @pytest.mark.usefixtures("catalogs")

@@ -59,7 +59,7 @@ class Matches:
         return [self.objects, threshold, right / max(found, 1), right / max(self.objects, 1)]
 
     @property
-    def tell(self):
+    def enough(self):
         """Return whether there is enough to choose a threshold."""
         return self.objects >= FEWEST and bool(self.right.any())
 
@@ -117,12 +117,12 @@ def suggest(names, matches):
     parts = matches.values()
     scores, right = ([getattr(x, name) for x in parts] for name in ("scores", "right"))
     every = Matches(np.concatenate(scores), np.concatenate(right), sum(x.objects for x in parts))
-    if not every.tell:
+    if not every.enough:
         raise InputError(
             f"{every.objects} objects and {every.right.sum()} right detections tell nothing; "
             "evaluate on more objects, or train the detector"
         )
-    known = {name: x for name, x in matches.items() if x.tell}
+    known = {name: x for name, x in matches.items() if x.enough}
     score = [known.get(name, every).best(1) for name in names]
     ignore = min(every.best(2), *score)
     lines = [["all classes", *every.line(every.best(1))]]
@@ -130,7 +130,9 @@ def suggest(names, matches):
         if name in matches and len(names) > 1:
             few = "" if name in known else " (too few: SCORE of all classes)"
             lines.append([name + few, *matches[name].line(threshold)])
-    lines.append(["all classes, IGNORE_SCORE", *every.line(ignore)])
+    every_one = every.counts(ignore)[0] == len(every.scores)
+    limit = " (the lowest there is: lower SCORE_THRESH_TEST)" if every_one else ""
+    lines.append([f"all classes, IGNORE_SCORE{limit}", *every.line(ignore)])
     return score, ignore, lines
 
 
