@@ -175,13 +175,14 @@ def test_a_baseline_of_another_kind_is_refused_before_anything_is_trained(hr_of,
 def test_labels_are_made_once_and_by_one_run(tmp_path, monkeypatch):
     tool, said = load_tool("tools.distill"), []
     monkeypatch.setattr(tool, "run_tool", lambda *words: said.append(words))
+    monkeypatch.setattr(tool, "describe_labels", lambda *file_and_config: said.append("described"))
     args, words = argparse.Namespace(output=tmp_path), ["--output", tmp_path / "labels.json"]
-    tool.label_images(args, words)
+    tool.label_images(args, words, None)
     with tool.locked(tmp_path), pytest.raises(SystemExit, match="distill.py: another run"):
-        tool.label_images(args, words)
+        tool.label_images(args, words, None)
     (tmp_path / "labels.json").touch()
-    tool.label_images(args, words)
-    assert said == [("label_images.py", *words)]
+    tool.label_images(args, words, None)
+    assert said == [("label_images.py", *words), "described"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -181,18 +181,15 @@ def test_labels_of_a_file_are_those_of_the_step(
     )
     kinds = set()
     for one, other in zip(mine, theirs, strict=True):
-        # An object of a pixel or so may have lost it at one of the resolutions.
-        one, other = (
-            x["instances"][x["instances"].gt_masks.tensor.flatten(1).sum(dim=1) > 2]
-            for x in (one, other)
-        )
+        # The tiny teacher's masks are noise, and a small one may be lost at one of the resolutions.
+        one, other = (x["instances"][x["instances"].gt_boxes.area() > 48] for x in (one, other))
         assert len(one) == len(other) > 0
         best = pairwise_iou(one.gt_boxes, other.gt_boxes).max(dim=1)
         found = best.values > 0.99
         assert found.float().mean() > 0.9
         assert torch.equal(one.gt_classes[found], other.gt_classes[best.indices[found]])
         masks = one.gt_masks.tensor[found], other.gt_masks.tensor[best.indices[found]]
-        # They are pasted at another resolution, and the tiny teacher's are noise.
+        # They are pasted at another resolution.
         assert (masks[0] & masks[1]).sum() > 0.5 * (masks[0] | masks[1]).sum() > 0
         kinds |= set(one.gt_classes.tolist())
     assert -1 in kinds and max(kinds) >= 0
