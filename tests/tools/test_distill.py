@@ -18,6 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import NO_TEST, ROOT, load_tool, run_script, train
 
 from msad_kd.config.build import build_config
+from msad_kd.utils.errors import InputError
 
 COCO = ROOT.parent / "shared" / "data" / "coco_100"
 
@@ -269,6 +270,12 @@ def test_killed_and_typed_again_it_ends_with_a_table(detector, hr_of, tmp_path):
         time.sleep(0.1)
     first.send_signal(signal.SIGKILL)
     first.wait()
+    for _ in range(600):  # the training that it left behind ends by itself
+        try:
+            with load_tool("tools.distill").locked(tmp_path / "out"):
+                break
+        except InputError:
+            time.sleep(0.1)
     made = checkpoint.stat().st_mtime_ns
     done = run_script(*command)
     assert "high resolution" in done.stdout
