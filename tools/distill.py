@@ -123,8 +123,8 @@ def describe_labels(file, cfg):
     labelled = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)]
     objects = sum(len(x.get("annotations", ())) for x in labelled)
     return (
-        f"An image without labels gets {sure / len(labels['images']):.1f} (KD.UNLABELED.SCORE "
-        f"{score}), a labelled one has {objects / len(labelled):.1f} objects. "
+        f"An image without labels gets {sure / len(labels['images']):.1f} labels "
+        f"(KD.UNLABELED.SCORE {score}); a labelled one has {objects / len(labelled):.1f} objects. "
         "tools/analysis/suggest_scores.py suggests a score by the detector's errors"
     )
 

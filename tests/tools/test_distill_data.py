@@ -67,7 +67,7 @@ def test_labels_of_an_image_beside_its_objects(scores, labels, config_files, dat
     content = {"images": [{}, {}], "categories": [{"name": x} for x in names]}
     (tmp_path / "labels.json").write_text(json.dumps({**content, "annotations": annotations}))
     said = load_tool("tools.distill").describe_labels(tmp_path / "labels.json", cfg)
-    assert said.startswith(f"An image without labels gets {labels} (")
+    assert said.startswith(f"An image without labels gets {labels} labels (")
     assert f"a labelled one has {objects:.1f} objects" in said
 
 

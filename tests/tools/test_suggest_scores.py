@@ -90,7 +90,7 @@ TRUTH, FOUND = example()
         (TRUTH, [{**FOUND[0], "image_id": 99}], "should be the coco_instances_results.json"),
         (example(5)[0], FOUND[:5], "7 objects and 5 right detections tell nothing"),
         (TRUTH, FOUND[30:40], "42 objects and 0 right detections tell nothing"),
-        (TRUTH, [], "found.json' has no detection; train the detector first"),
+        (TRUTH, [], "^42 objects and 0 right detections tell nothing"),
     ],
 )
 def test_errors(truth, found, words, tmp_path):

@@ -9,7 +9,7 @@ OUTPUT_DIR/inference. The detector should not have been trained on these images.
 right if its box meets an object's with an IoU of 0.5. SCORE is where the detections above it have
 the highest F1 (precision and recall weigh the same), IGNORE_SCORE where those of all classes have
 the highest F2 (recall weighs more): just below it, fewer than one in five is right. A class with
-less than 20 objects gets the SCORE of all classes together.
+fewer than 20 objects gets the SCORE of all classes together.
 """
 
 import argparse
@@ -79,13 +79,12 @@ def match(content, predictions):
             found = json.load(file)
         keys = "image_id", "category_id", "bbox", "score"
         boxes = [{key: each[key] for key in keys} for each in found]  # without their masks
-        if not boxes:
-            raise InputError(f"'{predictions}' has no detection; train the detector first")
         coco = COCO()
         coco.dataset = content
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
-            evaluation = COCOeval(coco, coco.loadRes(boxes), "bbox")
+            results = coco.loadRes(boxes) if boxes else COCO()  # pycocotools cannot load none
+            evaluation = COCOeval(coco, results, "bbox")
             evaluation.params.iouThrs = np.array([0.5])
             evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, math.inf]], ["all"]
             evaluation.params.maxDets = [len(boxes)]
