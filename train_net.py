@@ -6,9 +6,6 @@ import os
 import sys
 from logging.handlers import MemoryHandler
 
-# For --import: Python looks for modules beside this file, but not in the current folder.
-sys.path.insert(0, os.getcwd())
-
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -17,7 +14,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.checkpointer import find_checkpoint
-from msad_kd.config.build import build_config, import_module
+from msad_kd.config.build import build_config
+from msad_kd.config.imports import Import
 from msad_kd.engine.launch import is_restarted, launch
 from msad_kd.engine.run_folder import explain_disk_errors, make_folder, take_folder
 from msad_kd.evaluation.build import check_augmentation
@@ -39,11 +37,9 @@ resume by themselves.
 
 
 def setup(args):
-    """Import the user's modules, read the config, and prepare logs and seeds."""
+    """Read the config, and prepare logs and seeds."""
     if getattr(args, "trust_files", False):  # in each process
         trust_files()
-    for module in args.imports:
-        import_module(module)
     # The config says where the log goes: keep what is logged before it is read.
     logger, early = logging.getLogger("msad_kd"), MemoryHandler(1000, logging.CRITICAL + 1)
     logger.addHandler(early)
@@ -97,15 +93,7 @@ if __name__ == "__main__":
     parser.set_defaults(dist_url="auto")  # Detectron2's is the same for all runs of a user
     (options,) = [action for action in parser._actions if action.dest == "opts"]
     options.help = "KEY VALUE pairs on top of the config file"  # Detectron2's names LazyConfig
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        metavar="MODULE",
-        action="append",
-        default=[],
-        help="Python module to import first, so that a config can name what it registers; may be "
-        "given several times",
-    )
+    parser.add_argument("--import", action=Import)
     parser.add_argument("--trust-files", action=TrustFiles)
     arguments = parser.parse_args()
     try:

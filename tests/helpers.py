@@ -121,7 +121,6 @@ def train(cfg, resume=False):
 def train_net_main(*arguments):
     """Call train_net.py's main with the arguments of a command line, in this process."""
     args = default_argument_parser().parse_args([*map(str, arguments)])
-    args.imports = []
     return train_net.main(args)
 
 

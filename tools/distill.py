@@ -39,6 +39,7 @@ from distill_configs import (
 
 from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.reading import fetch
+from msad_kd.config.imports import Import
 from msad_kd.data.classes import model_classes
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
@@ -190,6 +191,7 @@ def parse_arguments(arguments=None):
     add("--detections", type=study.positive, default=100, help="an image, when costs are measured")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
+    add("--import", action=Import)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")
     return parser.parse_args(arguments)
 

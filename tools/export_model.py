@@ -18,6 +18,7 @@ import torch
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.checkpoint.checkpoint import TRAINING_PREFIX, save_model
 from msad_kd.checkpoint.files import replacing, write_json
+from msad_kd.config.imports import Import
 from msad_kd.export.metadata import check_not_teacher, describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx, import_onnx
 from msad_kd.export.parity import at_three_sizes, compare, read_images, table
@@ -126,6 +127,7 @@ def main(arguments=None):
     add("--images", help="folder of images to compare on; default: DATASETS.TEST")
     add("--count", type=positive, default=4, help="how many of them (default: 4)")
     add("--runs", type=positive, default=5, help="runs of which a latency is the median")
+    add("--import", action=Import)
     add("--trust-files", action=TrustFiles)
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     try:

@@ -19,8 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, os.getcwd())  # for --import
-
 import torch
 import torch.utils.data as torchdata
 from detectron2.config import CfgNode
@@ -34,8 +32,9 @@ from tqdm import tqdm
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import write_json
-from msad_kd.config.build import build_config, import_module
+from msad_kd.config.build import build_config
 from msad_kd.config.changes import neutral_config
+from msad_kd.config.imports import Import
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.coco_format import load_folder
 from msad_kd.data.images import size_of
@@ -201,15 +200,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="the file to write")
     parser.add_argument("--min-score", type=float, default=0.05, help="leave out what has less")
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time")
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    parser.add_argument("--import", action=Import)
     parser.add_argument("--trust-files", action=TrustFiles)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     arguments = parser.parse_args(words)
     if arguments.batch_size < 1 or not 0 <= arguments.min_score <= 1:
         parser.error("--batch-size should be 1 or more, and --min-score from 0 to 1")
     try:
-        for module in arguments.imports:
-            import_module(module)
         label(arguments)
     except KeyboardInterrupt:
         sys.exit("label_images.py: interrupted; the same command goes on")

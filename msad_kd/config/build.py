@@ -1,11 +1,12 @@
 """Builds the config of a run from a YAML file and command-line options, and checks it."""
 
 import ast
-import importlib
 import logging
 import re
 from itertools import accumulate, chain
+from pathlib import Path
 
+import detectron2
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -16,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.config.imports import import_modules
 from msad_kd.config.schedule import check_numbers
 from msad_kd.config.stages import read_stages
 from msad_kd.data.coco_format import register_coco_format
@@ -25,27 +27,13 @@ from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.flat_config import flatten_config
+from msad_kd.utils.replaced import replaced
 from msad_kd.utils.schema import yaml_number
+from msad_kd.utils.unpickle import trusted
 
 # What reading a config raises; the last three if a file has not the form of one.
 _UNREADABLE = (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError)
 _UNREADABLE += (AttributeError, TypeError, RecursionError)
-
-
-def import_module(name: str) -> None:
-    """Import a user's module, which registers models, losses or the like.
-
-    Raises:
-        InputError: if there is no such module.
-    """
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name.split(".")[0] and error.name != name:
-            raise  # the module exists, and one that it imports does not
-        raise InputError(
-            f"--import: there is no module '{name}' in the current folder or on PYTHONPATH"
-        ) from error
 
 
 def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
@@ -65,8 +53,8 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
         raise InputError(f"the config file '{config_file}' does not exist")
     try:
         if config_file:
-            # A YAML tag that constructs Python objects could run any code.
-            cfg.merge_from_file(config_file, allow_unsafe=False)
+            with replaced(cfg, load_yaml_with_base=_Yaml.load_yaml_with_base):
+                cfg.merge_from_file(config_file)
         source = ""
         cfg.merge_from_list(_read_lists(cfg, list(opts)))
     except _UNREADABLE as error:
@@ -83,8 +71,29 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
         raise InputError(f"unknown config key{source}: {key}{hint}") from error
 
 
+class _Yaml(CfgNode):
+    """Reads YAML files without running the code that a tag may name.
+
+    What comes with Detectron2 is code already: the anchors of its RetinaNets are an expression.
+    """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        package = Path(detectron2.__file__).parent
+        folders = package, package / "model_zoo/configs"  # in a clone, a link to another folder
+        file = Path(PathManager.get_local_path(filename)).resolve()
+        own = any(file.is_relative_to(folder.resolve()) for folder in folders)
+        return super().load_yaml_with_base(filename, allow_unsafe=own or trusted())
+
+
 def _reason(error: Exception) -> str:
     """Return why a config cannot be read, in the words of the error if they say it."""
+    tag = re.search(r"constructor for the tag '(?:tag:yaml.org,2002:)?([^']+)'", str(error))
+    if tag and isinstance(error, yaml.YAMLError):
+        return (
+            f"its tag '{tag[1]}' would run code; write the value itself (of Detectron2's "
+            "RetinaNets, MODEL.ANCHOR_GENERATOR.SIZES), or read it where Detectron2 is installed"
+        )
     if isinstance(error, RecursionError):
         return "its _BASE_ leads back to it, or lists are nested too deeply"
     # Detectron2 would print the whole section.
@@ -130,12 +139,14 @@ def _known_keys(cfg: CfgNode) -> list[str]:
 def build_config(config_file: str, opts: list) -> CfgNode:
     """Build and check the config of a run, and register its data sets.
 
+    First it imports the modules of ``--import``, which may register what the config names.
     Without a GPU, MODEL.DEVICE becomes "cpu", with a warning. If the number of processes is not
     SOLVER.REFERENCE_WORLD_SIZE, batch, schedule and warm-up of the distillation are scaled, once.
 
     Raises:
         InputError: if a file, key or value cannot be used; the message names it.
     """
+    import_modules()
     cfg = get_cfg()
     add_msad_kd_config(cfg)
     merge_config(cfg, config_file, opts)

@@ -104,8 +104,5 @@ def with_former_values(cfg: CfgNode, changes: Changes) -> CfgNode:
     cfg.defrost()
     for key, (old, _) in changes.items():
         *sections, name = key.split(".")
-        node = cfg
-        for section in sections:
-            node = node[section]
-        node[name] = old
+        reduce(getitem, sections, cfg)[name] = old
     return cfg

@@ -24,9 +24,11 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
     if cfg.INPUT.CROP.ENABLED:
         raise InputError("INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop; turn one of them off")
     resize = T.ResizeScale(*jitter.SCALES, target_height=jitter.SIZE, target_width=jitter.SIZE)
+    crop = T.FixedSizeCrop((jitter.SIZE, jitter.SIZE))
+    crop.seg_pad_value = 0  # git main pads with 255, which would be part of a mask; 0.6 has no key
     flips = build_augmentation(cfg, is_train)[1:]  # without the usual resize
     return {
-        "augmentations": [resize, T.FixedSizeCrop((jitter.SIZE, jitter.SIZE)), *flips],
+        "augmentations": [resize, crop, *flips],
         "recompute_boxes": cfg.MODEL.MASK_ON,  # the box of what the crop leaves of a mask
     }
 

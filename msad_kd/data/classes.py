@@ -45,9 +45,8 @@ def file_categories(data_set: str) -> tuple[dict, ...]:
 
 def class_names(data_set: str) -> list[str]:
     """Return a data set's own classes in the order of their ids; [] if unknown."""
-    if annotation_file(data_set) is None:
-        return list(MetadataCatalog.get(data_set).get("thing_classes") or ())
-    return [category["name"] for category in file_categories(data_set)]
+    names = [category["name"] for category in file_categories(data_set)]
+    return names or list(MetadataCatalog.get(data_set).get("thing_classes") or ())
 
 
 @lru_cache(maxsize=256)
@@ -98,8 +97,8 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str] | None) -> None:
     more classes than the data: these have no names and are never seen.
 
     Raises:
-        InputError: if a data set has a class that the model lacks, or if the order of its classes
-            differs and cannot be changed.
+        InputError: if a data set has a class that the model lacks, if the names of the model's
+            are unknown and it has more, or if the order differs and cannot be changed.
     """
     classes, source = model_classes(cfg)
     limit = number_of_classes(cfg)
@@ -107,6 +106,11 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str] | None) -> None:
         own = class_names(data_set)
         if classes and own:
             _check_names(data_set, own, classes, source)
+        if not classes and own and limit not in (None, len(own)):
+            raise InputError(
+                f"{_describe(data_set)} has {len(own)} classes and the model {limit}, and nothing "
+                "says which of them these are; list the model's classes in DATASETS.CLASSES"
+            )
         if limit is not None and len(own) > limit:
             raise InputError(_too_many(cfg, f"the data set '{data_set}'", own))
         if limit is not None and len(classes) > limit:

@@ -77,7 +77,7 @@ def read_image(file_name: str, format: str | None = None, *, labels: bool = Fals
 
 def list_images(folder: str) -> list[str]:
     """Return the files of a folder that have an image's suffix, in the order of their names."""
-    suffixes = Image.registered_extensions()
+    suffixes = {key for key, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     with os.scandir(folder) as entries:
         found = [x.path for x in entries if x.is_file() and not x.name.startswith(".")]
     return sorted(x for x in found if os.path.splitext(x)[1].lower() in suffixes)

@@ -66,8 +66,11 @@ def explain_missing_data(names: tuple[str, ...]):
         words = f"'{error.filename}' does not exist; set DETECTRON2_DATASETS to the folder with it"
         raise InputError(f"{data_sets}: {words}") from error
     except ImportError as error:
-        words = "install the package, for Cityscapes cityscapesScripts and shapely"
+        words = "install the package, for Cityscapes cityscapesScripts"
         raise InputError(f"{data_sets}: {error}; {words}") from error
+    except KeyError as error:  # one of the dicts, while the first has the key
+        words = f"one of its dicts has no {error}; add it to each that the function returns"
+        raise InputError(f"{data_sets}: {words}") from error
     except AssertionError as error:  # empty, or empty without the images that have no boxes
         words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path
         raise InputError(f"{data_sets}: {words}") from error

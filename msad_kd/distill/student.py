@@ -131,7 +131,8 @@ class DistilledMixin:
             storage.put_scalar("kd/gradient_ratio", ratio)
         if unlabeled and self.unlabeled.weight:
             inputs, pyramid = self.unlabeled.label(unlabeled, self, self.teacher)
-            with kept_apart(self, self._distillers()), ignoring(self, inputs):
+            share = len(unlabeled) / len(labeled)
+            with kept_apart(self, self._distillers(), share), ignoring(self, inputs):
                 labels = self.unlabeled.pseudo_labels
                 losses |= self.unlabeled.weigh(*self._compare(inputs, pyramid, labels))
         return losses

@@ -93,8 +93,8 @@ class Teacher:
     def pyramid(self, batched_inputs: list[dict], padded: tuple[int, int]) -> Pyramid:
         """Compute the pyramid of a student's batch, level name to (N, C, cells, cells).
 
-        It is in fp32, with ``amp`` too. Levels of a single-resolution teacher that no loss reads
-        may be None.
+        With ``amp`` it is in fp32, else in the type in which the student runs. Levels of a
+        single-resolution teacher that no loss reads may be None.
 
         Args:
             batched_inputs: dicts with ``image`` (3, h, w) and ``image_hr`` (3, kh, kw), as

@@ -43,7 +43,8 @@ class UnlabeledImages:
     def from_config(cls, cfg: CfgNode) -> "UnlabeledImages":
         """Read KD.UNLABELED."""
         keys = cfg.KD.UNLABELED
-        return cls(keys.WEIGHT, keys.PSEUDO_LABELS, tuple(keys.SCORE), keys.IGNORE_SCORE)
+        labels = keys.PSEUDO_LABELS and bool(cfg.DATASETS.UNLABELED)
+        return cls(keys.WEIGHT, labels, tuple(keys.SCORE), keys.IGNORE_SCORE)
 
     def connect(self, student: nn.Module, teacher: nn.Module) -> set[str]:
         """Check that a teacher can label images, and return the levels that its heads read.
@@ -139,13 +140,16 @@ def _no_labels(sample: dict) -> Instances:
 
 
 @contextmanager
-def kept_apart(student: nn.Module, distillers: list[Distiller]) -> Iterator[None]:
+def kept_apart(student: nn.Module, distillers: list[Distiller], share: float) -> Iterator[None]:
     """Let a step on other images leave logs and loss normalizer of the labelled ones alone.
 
+    The loss normalizer is a number of objects in a batch of labelled images; ``share`` is how many
+    other images there are for each of them.
     The numbers that it logs have "unlabeled/" before their names. It logs no pictures (VIS_PERIOD):
     they would take the place of the labelled ones, and Detectron2 draws no boxes that are on a GPU.
     """
     normalizer = get_normalizer(student)
+    set_normalizer(student, normalizer and normalizer * share)
     with ExitStack() as stack:
         for distiller in distillers:
             stack.enter_context(distiller.adding(SUFFIX))
@@ -160,8 +164,8 @@ def kept_apart(student: nn.Module, distillers: list[Distiller]) -> Iterator[None
 class _IgnoringMatcher:
     """Matches anchors with labels, one image after another, some of which are ignored.
 
-    An anchor that would be an ignored label's gets -1. Only the other labels give an anchor more
-    than its overlap does, which Detectron2 does with the best anchor of each label.
+    An anchor that would be an ignored label's, by its overlap or as the best that a label has,
+    gets -1.
     """
 
     def __init__(self, matcher: Matcher, flags: list[torch.Tensor]):

@@ -1,5 +1,8 @@
 """COCO's AP by the fastest implementation that is installed; all give the same numbers.
 
+As Detectron2 does, it counts at most ``max_dets_per_image`` detections in an image. Where
+TEST.DETECTIONS_PER_IMAGE is above 100, so is this limit, which Detectron2 leaves at COCO's 100.
+
 hotcoco is written in Rust, many times as fast as pycocotools, and comes as a wheel. Only a compiled
 Detectron2 has its C++ code. pycocotools is always installed.
 """
@@ -104,7 +107,7 @@ class AnyCOCOEvaluator(COCOEvaluator):
         Args:
             dataset_name: as for ``COCOEvaluator``.
             implementation: "auto" or one of ``IMPLEMENTATIONS``.
-            masks: whether to report mask AP (as NaN) if the model finds nothing at all.
+            masks: whether the model predicts masks: mask AP is NaN if it finds nothing at all.
             keypoints: the same for keypoints.
             classes: the names of the model's classes, in its order; by default those in the data
                 set's metadata, or those of its file.
@@ -112,12 +115,16 @@ class AnyCOCOEvaluator(COCOEvaluator):
             **kwargs: further arguments of ``COCOEvaluator``.
 
         Raises:
-            InputError: as ``choose_implementation``, and if hotcoco is required for a data set
-                that it cannot read, as its ids are not whole numbers from 0.
+            InputError: as ``choose_implementation``; if annotations lack the masks or keypoints;
+                and if hotcoco is required for a data set that it cannot read, as its ids are not
+                whole numbers from 0.
         """
         chosen = choose_implementation(implementation)
         with coco_ground_truth(lambda path: _ground_truth(path, dataset_name, invalid)):
             super().__init__(dataset_name, use_fast_impl=chosen == COMPILED, **kwargs)
+        # Those of test images are secret: Detectron2 then writes the detections alone.
+        self._do_evaluation = bool(self._coco_api.anns)
+        self._check_annotations({"segmentation": masks, "keypoints": keypoints})
         self._name_classes(classes or self._metadata.get("thing_classes"))
         self._eval_class = None
         if chosen == HOTCOCO:
@@ -136,6 +143,17 @@ class AnyCOCOEvaluator(COCOEvaluator):
         self._use_fast_impl = chosen != OFFICIAL
         self._implementation = chosen
         self._tasks_of_model = ["bbox"] + ["segm"] * masks + ["keypoints"] * keypoints
+
+    def _check_annotations(self, predicted: dict[str, bool]) -> None:
+        """Refuse ground truth that lacks what a model predicts; hotcoco takes boxes as masks."""
+        for key, option in (("segmentation", "MASK_ON"), ("keypoints", "KEYPOINT_ON")):
+            lacking = [x["id"] for x in self._coco_api.dataset["annotations"] if not x.get(key)]
+            if predicted[key] and lacking:
+                raise InputError(
+                    f"data set '{self._metadata.name}': {len(lacking)} of its annotations have no "
+                    f"{key}, e.g. that with id {lacking[0]}, so their AP cannot be measured; add "
+                    f"them, or set MODEL.{option} False"
+                )
 
     def _name_classes(self, classes: Sequence[str] | None) -> None:
         """Map the model's classes by name to the file's categories, and add those that it lacks."""

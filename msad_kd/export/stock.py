@@ -3,7 +3,7 @@
 import copy
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from torch import nn
 
 from msad_kd.modeling.classes import is_a
@@ -25,6 +25,12 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
         InputError: if stock Detectron2 cannot build the model from a YAML config.
     """
     kinds = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).__mro__
+    for key, parts in (
+        ("MODEL.META_ARCHITECTURE", kinds),
+        ("MODEL.ROI_HEADS.NAME", [ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)]),
+    ):
+        if own := [part.__name__ for part in parts if not _is_known(part)]:
+            raise InputError(f"{key}: stock Detectron2 does not know your own {own[0]}; {_ELSE}")
     names = [
         kind.__name__ for kind in kinds if _is_stock(kind) and kind.__name__ in META_ARCH_REGISTRY
     ]
@@ -47,6 +53,10 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
 
 def _is_stock(part) -> bool:
     return part.__module__.startswith("detectron2.")
+
+
+def _is_known(part) -> bool:
+    return part.__module__.split(".")[0] in ("detectron2", "msad_kd", "torch", "builtins")
 
 
 def _stock_keys(cfg: CfgNode) -> CfgNode:

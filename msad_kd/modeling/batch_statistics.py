@@ -26,8 +26,11 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 def add_low_resolution_statistics(module: nn.Module) -> int:
-    """Give a module's batch normalisations a second set of statistics; return how many it has."""
-    norms = _batch_norms(module)
+    """Give a module's batch normalisations a second set of statistics; return how many it has.
+
+    Frozen ones keep to what they were trained with, at both resolutions.
+    """
+    norms = [m for m in _batch_norms(module) if all(p.requires_grad for p in m.parameters())]
     for norm in norms:
         for name in _STATISTICS:
             norm.register_buffer(name + LOW_SUFFIX, getattr(norm, name).clone())

@@ -5,6 +5,7 @@ import math
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
 from torch import nn
@@ -18,6 +19,16 @@ def group_norm(channels: int) -> nn.GroupNorm:
     """
     groups = math.gcd(32, channels)
     return nn.GroupNorm(max(channels // 2, 1) if groups == channels else groups, channels)
+
+
+class _Box2BoxTransform(Box2BoxTransformLinear):
+    """FCOS's transform, which computes boxes in fp32, as those of other detectors do.
+
+    In 16 bits, a box would be half a pixel off at 1,200 px, and GIoU refuses it.
+    """
+
+    def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        return super().apply_deltas(deltas.float(), boxes)
 
 
 @META_ARCH_REGISTRY.register()
@@ -46,6 +57,7 @@ class FCOS(fcos.FCOS):
             "backbone": backbone,
             "head": head,
             "head_in_features": keys.IN_FEATURES,
+            "box2box_transform": _Box2BoxTransform(normalize_by_size=True),
             "num_classes": keys.NUM_CLASSES,
             "center_sampling_radius": keys.CENTER_SAMPLING_RADIUS,
             "focal_loss_alpha": keys.FOCAL_LOSS_ALPHA,

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build as data_build
 from detectron2.data import detection_utils
 from detectron2.data.datasets import cityscapes
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.engine import DefaultTrainer, TrainerBase, defaults
 from detectron2.evaluation import coco_evaluation
 from detectron2.utils import comm
@@ -131,8 +132,13 @@ def coco_eval_class(cls: type) -> AbstractContextManager:
 def coco_ground_truth(read: Callable[[str], dict]) -> AbstractContextManager:
     """Let ``COCOEvaluator``'s constructor get its ground truth by ``read(path)``.
 
-    Neither version takes anything but the path of a file, which pycocotools reads as it is.
+    Neither version takes anything but the path of a file, which pycocotools reads as it is. For a
+    data set that a function registers, Detectron2 writes this file, and would read that of an
+    earlier run instead, even if the function has changed since.
     """
+
+    def convert(name: str, path: str, **_) -> None:
+        convert_to_coco_json(name, path, allow_cached=False)
 
     def build(path: str) -> COCO:
         truth = COCO()
@@ -140,7 +146,7 @@ def coco_ground_truth(read: Callable[[str], dict]) -> AbstractContextManager:
         truth.createIndex()
         return truth
 
-    return replaced(coco_evaluation, COCO=build)
+    return replaced(coco_evaluation, COCO=build, convert_to_coco_json=convert)
 
 
 def numpy_with_in1d(module: ModuleType) -> AbstractContextManager:

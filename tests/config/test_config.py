@@ -1,23 +1,31 @@
 """The keys this project adds, and what is said of those it does not know."""
 
+import argparse
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from helpers import ROOT
 
 from msad_kd import add_msad_kd_config
-from msad_kd.config.build import build_config, import_module
+from msad_kd.config.build import build_config
+from msad_kd.config.imports import VARIABLE, Import, import_module
 from msad_kd.config.stages import read_stages
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.flat_config import flatten_config
 from msad_kd.utils.schema import yaml_number
+
+PIPED = {"capture_output": True, "text": True}
 
 
 def own_keys():
@@ -80,6 +88,27 @@ def test_options_that_do_not_do(options, words):
         build_config("", options)
 
 
+def test_the_option_import_holds_for_the_processes_that_a_command_starts(tmp_path, monkeypatch):
+    (tmp_path / "my_data.py").write_text(
+        "from detectron2.data import DatasetCatalog\nDatasetCatalog.register('own', list)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in (VARIABLE, "PYTHONPATH"):
+        monkeypatch.setenv(name, "")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--import", action=Import)
+    assert vars(parser.parse_args(["--import", "my_data"])) == {}
+    program = "from msad_kd import build_config; build_config('', ['DATASETS.TEST', ('own',)])"
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, cwd=ROOT, check=True)  # not where the module is
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, VARIABLE: ""}, **PIPED)
+    assert "'own'" in done.stderr.splitlines()[-1]
+    parser.parse_args(["--import", "my_dota"])
+    with pytest.raises(InputError, match="no module 'my_dota'"):
+        build_config("", [])
+
+
 def test_a_users_module_is_imported(tmp_path, monkeypatch):
     (tmp_path / "my_parts.py").write_text("import os\n")
     (tmp_path / "my_broken_parts.py").write_text("import no_such_package_of_mine\n")
@@ -130,9 +159,21 @@ def test_a_config_cannot_run_code(tmp_path):
     target = tmp_path / "proof"
     text = f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{target}']\n"
     (tmp_path / "my.yaml").write_text(text)
-    with pytest.raises(InputError, match="python/object/apply"):
+    with pytest.raises(InputError, match="'python/object/apply:os.mkdir' would run code; write"):
         build_config(str(tmp_path / "my.yaml"), [])
     assert not target.exists()
+
+
+def test_detectron2s_own_configs_may_run_code(tmp_path):
+    """Its RetinaNets compute their anchors in YAML."""
+    zoo = Path(model_zoo.__file__).parent / "configs"
+    base = zoo / "COCO-Detection/retinanet_R_50_FPN_3x.yaml"
+    (tmp_path / "my.yaml").write_text(f"_BASE_: {base}\n")
+    cfg = build_config(str(tmp_path / "my.yaml"), [])
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0] == pytest.approx([32, 32 * 2 ** (1 / 3), 50.7968337])
+    (tmp_path / "copy.yaml").write_text((zoo / "Base-RetinaNet.yaml").read_text())
+    with pytest.raises(InputError, match="RetinaNets, MODEL.ANCHOR_GENERATOR.SIZES"):
+        build_config(str(tmp_path / "copy.yaml"), [])
 
 
 def test_the_device_is_the_gpu_or_with_one_warning_the_cpu(monkeypatch, caplog):

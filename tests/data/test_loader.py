@@ -134,6 +134,7 @@ def test_mappers_can_be_pickled_for_spawned_workers(student_config):
     [
         (["DATASETS.TRAIN", ()], "no data set is named.*DATASETS.TRAIN"),
         (["DATASETS.TRAIN", ("bare",)], "data set bare: No valid data found"),
+        (["DATASETS.TRAIN", ("half",)], "data set half: one of its dicts has no 'annotations'"),
         (["DATALOADER.SAMPLER_TRAIN", "Fancy"], "'Fancy' is unknown; use TrainingSampler"),
         (
             ["DATALOADER.SAMPLER_TRAIN", SAMPLERS[2], "DATALOADER.RANDOM_SUBSET_RATIO", 0.1],
@@ -145,7 +146,9 @@ def test_mappers_can_be_pickled_for_spawned_workers(student_config):
 def test_mistakes(config, monkeypatch, keys, words):
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     bare = [{"file_name": "a.png", "annotations": []}]
+    half = [{"file_name": "a.png", "annotations": [{"iscrowd": 0}]}, {"file_name": "b.png"}]
     monkeypatch.setitem(DatasetCatalog.data, "bare", lambda: bare)
+    monkeypatch.setitem(DatasetCatalog.data, "half", lambda: half)
     with pytest.raises(InputError, match=words):
         build_train_loader(config("lr", *keys), light)
 

@@ -31,6 +31,21 @@ JITTER = ["INPUT.JITTER.SIZE", 40]
 RLE = [*LIVELY, "INPUT.MASK_FORMAT", "bitmask"]
 
 
+def test_what_jitter_adds_to_an_image_is_in_no_mask(config, smooth):
+    """Git main's crop pads masks with 255, unless it is told otherwise."""
+    mask = np.zeros((97, 133), dtype=np.uint8, order="F")
+    mask[20:80, 10:120] = 1
+    entry = {**smooth, "annotations": [{**smooth["annotations"][0]}]}
+    entry["annotations"][0]["segmentation"] = mask_util.encode(mask)
+    small = ["INPUT.JITTER.SIZE", 100, "INPUT.JITTER.SCALES", [0.5, 0.5]]
+    mapper = build_mapper(config("lr", *small, "INPUT.MASK_FORMAT", "bitmask"), is_train=True)
+    (resize, crop) = jitter_arguments(config("lr", *small), True)["augmentations"][:2]
+    assert crop.seg_pad_value == 0
+    (found,) = mapped(mapper, entry, 0)["instances"].gt_masks.tensor
+    assert found.shape == (100, 100)
+    assert found.sum() == pytest.approx(mask.sum() * (50 / 133) ** 2, rel=0.05)
+
+
 @pytest.fixture
 def dicts(config):
     return get_detection_dataset_dicts(config("lr").DATASETS.TRAIN)

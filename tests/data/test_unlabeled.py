@@ -109,6 +109,13 @@ def test_only_students_have_them(config, bare, caplog):
     assert len(batch) == 2 and "DATASETS.UNLABELED is not used" in caplog.text
 
 
+def test_a_student_that_learns_nothing_from_them_is_refused(config, bare):
+    with pytest.raises(InputError, match="nothing is learned from them: KD.LOSSES is empty"):
+        samples(config("student", *bare(), "KD.LOSSES", []), 1)
+    for keys in (["KD.UNLABELED.WEIGHT", 0.0], ["KD.UNLABELED.PSEUDO_LABELS", True]):
+        assert samples(config("student", *bare(), "KD.LOSSES", [], *keys), 1)
+
+
 def test_runs_without_them_have_the_names_that_they_had(config, bare):
     with_keys = neutral_config(config("student", *bare())).dump()
     assert "UNLABELED" in with_keys
@@ -190,7 +197,8 @@ def test_data_that_do_not_do(config, bare, scored, monkeypatch, tmp_path):
     empty, broken = tmp_path / "empty", tmp_path / "broken"
     for folder in (empty, broken):
         folder.mkdir()
-    (empty / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "notes.pdf"):  # which Pillow writes, but does not read
+        (empty / name).write_text("no image")
     (broken / "a.png").write_text("no image")
     pseudo, drop = ["KD.UNLABELED.PSEUDO_LABELS", True], ["DATASETS.INVALID_ANNOTATIONS", "drop"]
     for folder, words, more in (

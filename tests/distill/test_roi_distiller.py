@@ -178,6 +178,13 @@ def test_teachers_whose_predictions_cannot_be_compared(student_config, opts, mes
         check(student_config("KD.LOSSES", ROI, "KD.TEACHER.OPTS", opts))
 
 
+def test_heads_without_a_background_cannot_be_compared(student_config, batch):
+    student = build_student(student_config())
+    student.teacher.model.roi_heads.box_predictor.use_sigmoid_ce = True  # of git main
+    with pytest.raises(InputError, match="a background, which the teacher's boxes lack; set MODEL"):
+        RoIDistiller([LossTerm("roi_class", 1.0)]).connect(student, student.teacher)
+
+
 def test_a_value_that_a_loss_refuses_is_told_with_its_name(recorded):
     term = LossTerm("roi_class", 1.0, arguments={"temperature": -1})
     with pytest.raises(InputError, match="KD.LOSSES: 'roi_class': temperature is -1; it should be"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectors import DETECTORS
+from detectors import DENSE, DETECTORS
 from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from helpers import (
@@ -36,7 +36,8 @@ every_detector = pytest.mark.parametrize("detector", DETECTORS, indirect=True)
 def labels_of(detector):
     """Options for pseudo-labels, some of them ignored."""
     high, low = SCORES.get(detector, (0.113, 0.1))
-    return [*PSEUDO, "KD.UNLABELED.SCORE", [high], "KD.UNLABELED.IGNORE_SCORE", low]
+    named = ["DATASETS.UNLABELED", ["tiny_val"], "SOLVER.UNLABELED_PER_BATCH", 2]
+    return [*PSEUDO, *named, "KD.UNLABELED.SCORE", [high], "KD.UNLABELED.IGNORE_SCORE", low]
 
 
 def unlabeled(inputs):
@@ -44,9 +45,9 @@ def unlabeled(inputs):
     return [{k: v for k, v in x.items() if k != "instances"} | {"unlabeled": True} for x in inputs]
 
 
-def step(student, inputs):
+def step(student, inputs, normalizer=None):
     torch.manual_seed(1)  # RoI heads sample proposals
-    set_normalizer(student, None)
+    set_normalizer(student, normalizer)
     with EventStorage(19) as storage:  # which logs the diagnostics
         return student.train()(inputs), storage.latest()
 
@@ -58,6 +59,27 @@ def test_heads_that_no_loss_reads_are_idle_on_images_without_labels(student_conf
     images = batch(cfg, "lr")
     losses, _ = step(student, images + unlabeled(images))
     assert len(calls) == 1 and losses["loss_kd_l1_unlabeled"].item() > 0
+
+
+@pytest.mark.parametrize("detector", DENSE, indirect=True)
+def test_losses_do_not_depend_on_how_many_images_are_labelled(student_config, batch):
+    """Dense detectors divide by a moving average of the objects in a batch."""
+    student = build_student(student_config("KD.LOSSES", []))
+    student.unlabeled = UnlabeledImages(pseudo_labels=True)
+    (image, _) = batch(student_config(), "lr")
+    for count in (1, 3):
+        inputs = [image] + count * [{**image, "unlabeled": True}]
+        for _ in range(80):  # until the average has settled
+            losses, _ = step(student, inputs, normalizer=get_normalizer(student))
+        for name in [name for name in losses if not name.endswith("_unlabeled")]:
+            assert losses[f"{name}_unlabeled"].item() == pytest.approx(
+                losses[name].item(), rel=0.01
+            )
+
+
+def test_labels_of_no_image_are_no_reason_to_run_a_teachers_heads(student_config):
+    teacher = build_student(student_config(*PSEUDO)).teacher
+    assert teacher.needed == build_student(student_config()).teacher.needed
 
 
 @every_detector
@@ -100,7 +122,7 @@ def test_a_loss_that_is_not_finite_is_named_for_both(student_config, batch):
     student = build_student(student_config())
     bad = {"l1_p2": torch.tensor(float("nan")), "l1_p3": torch.tensor(1.0)}
     student.distiller._values = bad
-    with EventStorage(0), kept_apart(student, [student.distiller, student.roi_distiller]):
+    with EventStorage(0), kept_apart(student, [student.distiller, student.roi_distiller], 1):
         assert student.not_finite() == []
         student.distiller._values = bad
     assert student.not_finite() == ["l1_p2", "l1_p2_unlabeled"]
@@ -113,8 +135,8 @@ def run(student_config, data, catalogs, detector):
     def call(*options, resume=False):
         entries = [*coco_format(data, "tiny"), {"name": "bare", "images": str(data / "val")}]
         keys = ["DATASETS.COCO_FORMAT", entries, *NO_TEST, *labels_of(detector)]
-        if "SOLVER.UNLABELED_PER_BATCH" in options:
-            keys += ["DATASETS.UNLABELED", ["bare"]]
+        named = "SOLVER.UNLABELED_PER_BATCH" in options
+        keys += ["DATASETS.UNLABELED", ["bare"] * named, "SOLVER.UNLABELED_PER_BATCH", 0]
         torch.manual_seed(0)
         trainer = train(student_config(*keys, *options), resume=resume)
         lines = (Path(trainer.cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()

@@ -179,6 +179,30 @@ def test_a_wrong_list_of_classes(lists, classes):
         KDTrainer.build_train_loader(lists(IDS, IDS, "DATASETS.CLASSES", classes))
 
 
+def test_classes_that_nothing_names_cannot_be_mapped(lists):
+    cfg = lists(IDS, IDS)
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(InputError, match="has 4 classes and the model 5, .* in DATASETS.CLASSES"):
+        KDTrainer.build_evaluator(cfg, "test")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    found = evaluate(predictions(), KDTrainer.build_evaluator(cfg, "test"))["bbox"]
+    assert {key: found[key] for key in RIGHT} == pytest.approx(RIGHT, nan_ok=True)
+
+
+def test_classes_of_a_data_set_whose_file_is_gone(lists):
+    """Detectron2 knows those of COCO, whatever is on the disk."""
+    cfg = lists(IDS, {"cat": 17, "dog": 18, "bird": 16})
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    cfg.DATASETS.TRAIN = ("coco_2017_train",)
+    classes = MetadataCatalog.get("coco_2017_train").thing_classes
+    pairs = predictions(["ant", "bee", *classes])
+    for _, (output,) in pairs:
+        output["instances"].pred_classes -= 2
+        output["instances"] = output["instances"][output["instances"].pred_classes >= 0]
+    found = evaluate(pairs, KDTrainer.build_evaluator(cfg, "test"))["bbox"]
+    assert (found["AP-cat"], found["AP-dog"]) == pytest.approx((RIGHT["AP-cat"], 100))
+
+
 def test_a_data_set_without_a_file_keeps_its_order(lists):
     cfg = lists(IDS, IDS)
     DatasetCatalog.register(

@@ -13,7 +13,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances, polygons_to_bitmask
+from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from helpers import ROOT, coco_format, evaluate
 
 from msad_kd import KDTrainer
@@ -212,10 +212,15 @@ AS_GIVEN = {
     "negative image ids": _negate_images,
     "category ids as texts": _name_categories,
     "in another order": _shuffle,
+    "one without a mask": lambda content: content["annotations"][3].pop("segmentation"),
 }
 
 
 REFUSED = {  # by all, or by one implementation
+    (
+        "one without a mask",
+        None,
+    ): r"'given': 1 of its annotations have no segmentation, e.g. .* id 4",
     ("category ids as texts", None): "given.json': category 'class 1': id should be a whole number",
     ("image ids as texts", "hotcoco"): r"'given': hotcoco cannot read it .images.\d.: field 'id'",
     ("negative image ids", "hotcoco"): r"'given': hotcoco cannot read it .images.\d.: field 'id'",
@@ -250,6 +255,39 @@ def test_ground_truth_as_it_comes(scenes, tmp_path, kind, implementation):
     found = evaluate(pairs, evaluator)
     for task in ("bbox", "segm"):
         assert [found[task][name] for name in METRICS] == pytest.approx([100.0] * 6), task
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_of_images_without_annotations_the_detections_are_written(
+    scenes, tmp_path, catalogs, caplog, masks
+):
+    folder = Path(scenes.OUTPUT_DIR) / "data"
+    content = json.loads((folder / "annotations/instances_val.json").read_text())
+    del content["annotations"]
+    (tmp_path / "secret.json").write_text(json.dumps(content))
+    register_coco_instances("secret", {}, str(tmp_path / "secret.json"), str(folder / "val"))
+    evaluator = AnyCOCOEvaluator("secret", masks=masks, output_dir=str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        assert evaluate(perfect(), evaluator) == {}
+    assert "Annotations are not available" in caplog.text
+    found = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert len(found) == sum(len(x["instances"]) for _, (x,) in perfect())
+
+
+def test_a_registered_function_is_asked_again_in_the_next_run(tmp_path, catalogs):
+    box = {"bbox": [4, 4, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
+    image = {"file_name": "a.png", "height": 64, "width": 64, "image_id": 0}
+    for left in (4, 30):  # as the function was, and as it is now
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.pop("own", None)
+        objects = [{**box, "bbox": [left, 4, 20, 20]}]
+        DatasetCatalog.register("own", lambda x=objects: [{**image, "annotations": x}])
+        MetadataCatalog.get("own").thing_classes = ["ant"]
+        found = Instances((64, 64), pred_boxes=Boxes(torch.tensor([[left, 4.0, left + 20, 24.0]])))
+        found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+        evaluator = AnyCOCOEvaluator("own", masks=False, output_dir=str(tmp_path))
+        pairs = [([{"image_id": 0}], [{"instances": found}])]
+        assert evaluate(pairs, evaluator)["bbox"]["AP"] == pytest.approx(100)
 
 
 def test_another_kind_of_data_set_is_refused(config, catalogs):

@@ -9,7 +9,12 @@ import pytest
 import torch
 import yaml
 from detectron2.config import get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    StandardROIHeads,
+)
 from helpers import NO_TEST, ROOT, input_sizes, load_tool, tiny_model, train
 from timm_networks import options
 
@@ -140,6 +145,30 @@ def test_stock_detectron2_gives_identical_predictions(
 
 
 NORMED = ["MODEL.BACKBONE.NAME", "build_five_level_resnet_fpn_backbone", "MODEL.FPN.NORM", "BN"]
+
+
+class OwnRCNN(GeneralizedRCNN):
+    pass
+
+
+class OwnHeads(StandardROIHeads):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("key", "registry", "part"),
+    [
+        ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, OwnRCNN),
+        ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, OwnHeads),
+    ],
+)
+def test_ones_own_parts_are_unknown_to_stock_detectron2(build, monkeypatch, key, registry, part):
+    monkeypatch.setitem(registry._obj_map, part.__name__, part)
+    cfg = build("mask_rcnn")[0].clone()
+    cfg.defrost()
+    cfg.merge_from_list([key, part.__name__])
+    with pytest.raises(InputError, match=f"{key}: stock .* your own {part.__name__}; export it by"):
+        stock_config(cfg, "x")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from detectors import DENSE, reading
 from detectron2.layers import get_norm
 from detectron2.modeling import build_backbone
 from detectron2.modeling.meta_arch import fcos
-from helpers import NO_TEST, build, differing, losses_of, same_predictions, train
+from helpers import NO_TEST, build, build_student, differing, losses_of, same_predictions, train
 
+from msad_kd.modeling.fcos import _Box2BoxTransform as fcos_transform
 from msad_kd.modeling.fcos import group_norm
 from msad_kd.modeling.loss_normalizer import get_normalizer
 from msad_kd.utils.errors import InputError
@@ -131,6 +132,30 @@ def test_fcos_is_detectron2s(config, batch):
     with torch.no_grad():
         assert same_predictions(mine(inputs), stock(inputs))
     assert differing(losses_of(mine, inputs), losses_of(stock, inputs)) == []
+
+
+@on_fcos
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_trains_in_16_bits(config, student_config, batch, dtype):
+    for role, frame in (("lr", None), ("teacher", "hr"), ("student", "lr")):
+        student = role == "student"
+        cfg = student_config() if student else config(role)
+        model, inputs = (build_student if student else build)(cfg), batch(cfg, frame)
+        with torch.autocast("cpu", dtype):
+            losses = losses_of(model, inputs)
+        sum(losses.values()).backward()
+        gradients = [x.grad for x in model.parameters() if x.grad is not None]
+        assert gradients and all(torch.isfinite(x).all() for x in gradients)
+
+
+def test_boxes_are_computed_in_32_bits():
+    deltas, boxes = torch.tensor([[3.3, 3.3, 3.3, 3.3]]), torch.tensor([[1180.0, 0, 1188, 8]])
+    transform = fcos_transform(normalize_by_size=True)
+    exact, found = (
+        transform.apply_deltas(deltas, boxes),
+        transform.apply_deltas(deltas.half(), boxes),
+    )
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.02
 
 
 @on_fcos

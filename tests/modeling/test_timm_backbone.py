@@ -11,7 +11,7 @@ from timm.layers.norm_act import FrozenBatchNorm2d
 from timm_networks import FAMILIES, MOBILE, STAGES, SWIN, backbone, options
 from torch import nn
 
-from msad_kd import KDTrainer, attach_teacher
+from msad_kd import KDTrainer, attach_teacher, init_from_teacher
 from msad_kd.distill.teacher import Teacher
 
 FROZEN = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
@@ -134,6 +134,20 @@ def test_each_resolution_has_its_statistics(config):
     norm = model.backbone.bottom_up.body.bn1
     assert norm.num_batches_tracked == norm.num_batches_tracked_lr == 1
     assert not torch.equal(norm.running_mean, norm.running_mean_lr)
+
+
+def test_frozen_layers_have_the_same_statistics_at_both_resolutions(config):
+    """They were trained with these, which a teacher and its student get from a checkpoint."""
+    separate = ("MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS", True)
+    frozen = options(kind="aligned_") + ["MODEL.BACKBONE.FREEZE_AT", 2]
+    teacher = build(config("teacher", *frozen, *separate))
+    trained = [key for key in teacher.state_dict() if key.endswith("running_mean_lr")]
+    body = teacher.backbone.bottom_up.body
+    assert trained and not any("body.bn1." in key for key in trained)
+    body.bn1.running_mean.fill_(7.0)
+    student = build(config("lr", *options(), "MODEL.BACKBONE.FREEZE_AT", 2))
+    init_from_teacher(student, teacher)
+    assert (student.backbone.bottom_up.body.bn1.running_mean == 7.0).all()
 
 
 # ---- Freezing and normalisation ----

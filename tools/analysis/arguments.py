@@ -3,6 +3,7 @@
 import argparse
 
 from msad_kd.checkpoint.files import write_json
+from msad_kd.config.imports import Import
 from msad_kd.utils.arguments import positive as positive  # the tools import it from here
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.unpickle import TrustFiles
@@ -31,6 +32,7 @@ def run(parser, main, arguments=None):
         main: it takes the parsed arguments.
         arguments: the words of the command line; by default those of this process.
     """
+    parser.add_argument("--import", action=Import)
     args = parser.parse_args(arguments)
     try:
         return main(args)

@@ -67,7 +67,7 @@ def read_annotations(json_file: str, name: str, invalid: str = "error") -> dict:
 
 
 def read_kept(json_file: str, name: str, invalid: str = "error") -> dict:
-    """Do what ``read_annotations`` does, and keep the content of the last file in memory.
+    """Do what ``read_annotations`` does, and keep the content of the last files in memory.
 
     A training's evaluations read the same file again and again. What is returned must stay as it
     is, and is read again if the file changes.
@@ -77,7 +77,7 @@ def read_kept(json_file: str, name: str, invalid: str = "error") -> dict:
     return _read_once(json_file, name, invalid, (status.st_mtime_ns, status.st_size))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _read_once(json_file: str, name: str, invalid: str, _version: tuple[int, int]) -> dict:
     return read_annotations(json_file, name, invalid)
 
