@@ -21,7 +21,7 @@ from msad_kd.engine.run_folder import explain_disk_errors, make_folder, take_fol
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.ladder.run import run_ladder
 from msad_kd.utils.errors import InputError, input_error_of
-from msad_kd.utils.unpickle import TrustFiles, trust_files
+from msad_kd.utils.unpickle import TrustFiles
 
 EXAMPLES = """
 examples:
@@ -38,8 +38,6 @@ resume by themselves.
 
 def setup(args):
     """Read the config, and prepare logs and seeds."""
-    if getattr(args, "trust_files", False):  # in each process
-        trust_files()
     # The config says where the log goes: keep what is logged before it is read.
     logger, early = logging.getLogger("msad_kd"), MemoryHandler(1000, logging.CRITICAL + 1)
     logger.addHandler(early)

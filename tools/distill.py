@@ -46,6 +46,7 @@ from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.hashes import hash_file
 from msad_kd.utils.signals import Stopped, on_signal, stop
+from msad_kd.utils.unpickle import TrustFiles
 from projects.study import run as study
 from projects.study.jobs import locked
 
@@ -192,6 +193,7 @@ def parse_arguments(arguments=None):
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
     add("--import", action=Import)
+    add("--trust-files", action=TrustFiles)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")
     return parser.parse_args(arguments)
 

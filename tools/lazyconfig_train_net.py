@@ -29,6 +29,7 @@ from torch.multiprocessing import ProcessRaisedException
 from msad_kd import init_from_teacher
 from msad_kd.engine.launch import launch
 from msad_kd.utils.errors import InputError, input_error_of
+from msad_kd.utils.unpickle import TrustFiles
 
 
 def evaluate(cfg, model):
@@ -80,6 +81,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = default_argument_parser()
+    parser.add_argument("--trust-files", action=TrustFiles)
     parser.set_defaults(dist_url="auto")  # Detectron2's is the same for all runs of a user
     arguments = parser.parse_args()
     machines = {"num_machines": arguments.num_machines, "machine_rank": arguments.machine_rank}

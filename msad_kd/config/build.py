@@ -91,8 +91,8 @@ def _reason(error: Exception) -> str:
     tag = re.search(r"constructor for the tag '(?:tag:yaml.org,2002:)?([^']+)'", str(error))
     if tag and isinstance(error, yaml.YAMLError):
         return (
-            f"its tag '{tag[1]}' would run code; write the value itself (of Detectron2's "
-            "RetinaNets, MODEL.ANCHOR_GENERATOR.SIZES), or read it where Detectron2 is installed"
+            f"its tag '{tag[1]}' would run code; write the value itself (in Detectron2's "
+            "RetinaNets, MODEL.ANCHOR_GENERATOR.SIZES), or add --trust-files if you know its author"
         )
     if isinstance(error, RecursionError):
         return "its _BASE_ leads back to it, or lists are nested too deeply"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -115,7 +116,7 @@ class KeepBest(BestCheckpointer):
         keys = [f"{self.prefix}{task}/AP" for task in TASKS]
         self._val_metric = self._val_metric or next((x for x in keys if x in metrics), "")
         if self._val_metric not in metrics:
-            known = ", ".join(sorted(x for x in metrics if "/AP" in x)) or "no AP"
+            known = ", ".join(sorted(x for x in metrics if re.search(r"/AP\w*$", x))) or "no AP"
             words = f"TEST.BEST_METRIC is '{self._val_metric}', and the evaluation gives {known}"
             if self._val_metric:
                 raise InputError(f"{words}; name one of these, or leave the key empty")

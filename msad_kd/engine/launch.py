@@ -79,6 +79,7 @@ def is_restarted() -> bool:
 def _run_under_torchrun(main: Callable, args: tuple) -> None:
     rank, world_size, local_rank = (int(os.environ[name]) for name in TORCHRUN[:3])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    expect_repeated_signals()
     with on_signal(stop):
         if world_size > 1:
             store = _fresh_store(rank, world_size)
@@ -112,6 +113,7 @@ def _fresh_store(rank: int, world_size: int) -> dist.Store:
 def _worker(local_rank, main, local_size, world_size, machine_rank, dist_url, args):
     # Should the launcher be killed, the kernel sends SIGINT, as torch has asked it to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    expect_repeated_signals()
     with on_signal(stop):
         rank = machine_rank * local_size + local_rank
         _join_processes(rank, world_size, local_rank, local_size, init_method=dist_url)
@@ -119,7 +121,6 @@ def _worker(local_rank, main, local_size, world_size, machine_rank, dist_url, ar
 
 
 def _join_processes(rank, world_size, local_rank, local_size, **where):
-    expect_repeated_signals()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and local_size > gpus:
         raise InputError(f"{local_size} processes need as many GPUs, and this machine has {gpus}")

@@ -9,6 +9,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
 
 from msad_kd.config.changes import (
     START,
@@ -67,6 +68,14 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
                 f"the run in '{cfg.OUTPUT_DIR}' had {before} images a batch and is resumed "
                 f"with {now}, which is another schedule; resume it on as many processes, with the "
                 "same SOLVER.IMS_PER_BATCH x SOLVER.ACCUMULATE"
+            )
+        processes = state.get("processes", comm.get_world_size()), comm.get_world_size()
+        if cfg.SEED < 0 or processes[0] != processes[1]:
+            _logger.warning(
+                "The resumed run gets other batches than a run without interruption would: %s",
+                "SEED is negative, which draws another seed in every run"
+                if cfg.SEED < 0
+                else "it had {} processes and now has {}".format(*processes),
             )
         done = state["iteration"] + 1
         if done > solver.MAX_ITER:

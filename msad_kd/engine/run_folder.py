@@ -25,7 +25,7 @@ from msad_kd.utils.processes import in_main_process
 LOCK, METRICS, ASIDE = ".run.lock", "metrics.json", "previous_run_{}"
 # The marks of a run, which a new one would write over or go on from, and what belongs to it.
 _MARKS = (LAST, "model_[0-9]*.pth", "model_final.pth", METRICS, "DONE")  # DONE: a ladder's stage
-_REST = ("model_[0-9]*.pth.*", "model_final.pth.*", "model_best.*", "student.pth*")
+_REST = ("model_[0-9]*.pth.*", "model_final.pth.*", "model_best*", "student.pth*")
 _REST += ("events.out.tfevents.*",)
 _LEAST_BYTES = 1 << 20  # logs and configs take some 100 kB
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -100,6 +100,16 @@ def release_folder(folder: str) -> None:
     """Unlock OUTPUT_DIR if this process has locked it."""
     if file := _locks.pop(os.path.realpath(folder), None):
         file.close()
+
+
+@contextmanager
+def folder_locked(folder: str) -> Iterator[None]:
+    """Keep other runs out of OUTPUT_DIR until the last file is written."""
+    lock_folder(folder)
+    try:
+        yield
+    finally:
+        release_folder(folder)
 
 
 def _lock(folder: str) -> None:

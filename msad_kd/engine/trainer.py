@@ -20,7 +20,7 @@ from msad_kd.checkpoint.checkpointer import TrainingCheckpointer
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.config.schedule import warn_of_long_warmups
 from msad_kd.data.classes import align_classes, with_classes_of
-from msad_kd.data.loader import build_test_loader, build_train_loader
+from msad_kd.data.loader import ResumableLoader, build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.distill.teacher import Teacher
@@ -33,9 +33,8 @@ from msad_kd.engine.optimizer import build_optimizer
 from msad_kd.engine.resume import check_state, images_per_step, restore_state
 from msad_kd.engine.run_folder import (
     explain_disk_errors,
-    lock_folder,
+    folder_locked,
     make_folder,
-    release_folder,
     reopen_writers,
     take_folder,
 )
@@ -45,8 +44,11 @@ from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.batch_statistics import check_synchronised
 from msad_kd.modeling.classes import is_a
 from msad_kd.utils.compat import checkpointer_of, ddp_on, trainer_state
+from msad_kd.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
+
+_LOADER = "let it return msad_kd.data.loader.build_train_loader(cfg, mapper)"
 
 
 class KDTrainer(DefaultTrainer):
@@ -85,7 +87,14 @@ class KDTrainer(DefaultTrainer):
         make_folder(cfg.OUTPUT_DIR)
         with ddp_on(cfg.MODEL.DEVICE), checkpointer_of(TrainingCheckpointer):
             super().__init__(cfg)
+        self._exact = isinstance(self.data_loader, ResumableLoader)
         if cfg.SOLVER.ACCUMULATE > 1:
+            if not self._exact:  # whose batches are SOLVER.ACCUMULATE times as large
+                kind = type(self.data_loader).__name__
+                raise InputError(
+                    f"SOLVER.ACCUMULATE is {cfg.SOLVER.ACCUMULATE}, and build_train_loader returns "
+                    f"a {kind}, which does not know it; {_LOADER}"
+                )
             self._trainer = accumulating(self._trainer, cfg.SOLVER.ACCUMULATE)
         if cfg.DATASETS.TRAIN:
             names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
@@ -120,6 +129,7 @@ class KDTrainer(DefaultTrainer):
         # differ. GPUs do not promise equal bits, and there the rewritten one saves memory.
         stop = find_hook(self, StopOnSignal)
         with (
+            folder_locked(self.cfg.OUTPUT_DIR),
             stop.handling() if stop else contextlib.nullcontext(),
             torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"),
         ):
@@ -162,6 +172,11 @@ class KDTrainer(DefaultTrainer):
         if found := self.checkpointer.find() if resume else None:
             self.checkpointer.resume(found)
             self.data_loader.start = self.start_iter = self.iter + 1
+            if not self._exact:
+                _logger.warning(
+                    "The resumed run gets other batches than a run without interruption would: "
+                    f"build_train_loader returns a {type(self.data_loader).__name__}; {_LOADER}"
+                )
             resume_precise_bn(find_hook(self, PreciseBN), self.cfg, self.start_iter)
             best = find_hook(self, KeepBest)
             if best is not None and best.resume(self.start_iter):
@@ -184,9 +199,10 @@ class KDTrainer(DefaultTrainer):
             init_from_teacher(self.checkpointer.model, self.teacher.model, backbone=backbone)
 
     def state_dict(self) -> dict:
-        """Return the state for a checkpoint, with optimizer, batch size and config."""
+        """Return the state for a checkpoint, with optimizer, batch size, processes and config."""
         images = images_per_step(self.cfg)
-        return {**trainer_state(self), "images_per_batch": images, "config": self._config_text}
+        run = {"images_per_batch": images, "processes": comm.get_world_size()}
+        return {**trainer_state(self), **run, "config": self._config_text}
 
     @functools.cached_property
     def _config_text(self) -> str:
@@ -200,23 +216,15 @@ class KDTrainer(DefaultTrainer):
         """Restore a checkpoint's state; see ``engine.resume``."""
         restore_state(self, state_dict)
 
-    def before_train(self):
-        """Keep other runs out of OUTPUT_DIR until the end, and run the hooks."""
-        lock_folder(self.cfg.OUTPUT_DIR)
-        super().before_train()
-
     def after_step(self):
         """Run the hooks, which write checkpoints, logs and results."""
         with explain_disk_errors():
             super().after_step()
 
     def after_train(self):
-        """Run the hooks after the last step, and leave OUTPUT_DIR to other runs."""
-        try:
-            with explain_disk_errors():
-                super().after_train()
-        finally:
-            release_folder(self.cfg.OUTPUT_DIR)
+        """Run the hooks after the last step."""
+        with explain_disk_errors():
+            super().after_train()
 
     def build_hooks(self):
         """Build Detectron2's hooks and those of this project; see ``engine.hook_order``."""

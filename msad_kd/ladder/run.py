@@ -22,7 +22,7 @@ from msad_kd.config.changes import neutral_config
 from msad_kd.config.stages import STUDENT, Stage, read_stages, stage_config
 from msad_kd.distill.student import DistilledMixin, check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
-from msad_kd.engine.run_folder import lock_folder, move_aside, release_folder
+from msad_kd.engine.run_folder import folder_locked, move_aside
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.modeling.classes import is_a
 from msad_kd.utils.errors import InputError
@@ -51,11 +51,8 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
     stages = read_stages(cfg.KD.LADDER.STAGES)
     configs = [stage_config(cfg, stages, index) for index in range(len(stages))]
     specs = _check_stages(stages, configs)
-    lock_folder(cfg.OUTPUT_DIR)
-    try:
+    with folder_locked(cfg.OUTPUT_DIR):
         return _run_stages(cfg, stages, configs, specs, resume=resume)
-    finally:
-        release_folder(cfg.OUTPUT_DIR)
 
 
 def _run_stages(

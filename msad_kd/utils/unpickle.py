@@ -22,18 +22,17 @@ from detectron2.structures import BoxMode
 _ARCHIVE = b"PK\x03\x04"  # the first bytes of torch's format
 _LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # a number at the beginning of the one before torch 1.6
 
-_trusted = False
+VARIABLE = "MSAD_KD_TRUST_FILES"  # of the environment, which a command's processes share
 
 
 def trust_files() -> None:
-    """Let the files that this process reads run code from now on (``--trust-files``)."""
-    global _trusted
-    _trusted = True
+    """Let the files that this process and its own read run code from now on (``--trust-files``)."""
+    os.environ[VARIABLE] = "1"
 
 
 def trusted() -> bool:
-    """Return whether ``trust_files`` was called in this process."""
-    return _trusted
+    """Return whether ``trust_files`` was called in this process, or in one that started it."""
+    return os.environ.get(VARIABLE) == "1"
 
 
 class TrustFiles(argparse.Action):
@@ -149,7 +148,7 @@ def load_pickle(file: BinaryIO, *, encoding: str = "latin1") -> Any:
     Raises:
         UntrustedError: if the file holds anything else, unless ``trust_files`` was called.
     """
-    if _trusted:
+    if trusted():
         return pickle.load(file, encoding=encoding)
     return _Unpickler(file, encoding=encoding).load()
 
@@ -163,7 +162,7 @@ def load_torch(file: str) -> Any:
     """
     check_torch_format(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=not _trusted)
+        return torch.load(file, map_location="cpu", weights_only=not trusted())
     except Exception as error:  # with advice of many lines, which names torch's own options
         if name := re.search(r"(?:GLOBAL|unrecognized function|class) <?([\w.]+)", str(error)):
             raise UntrustedError(name[1]) from error
@@ -181,7 +180,7 @@ def check_torch_format(file: str) -> None:
         UntrustedError: if the file holds code, unless ``trust_files`` was called.
         ValueError: if it has another format or is damaged.
     """
-    if _trusted:
+    if trusted():
         return
     with open(file, "rb") as stream:
         head = stream.read(32)

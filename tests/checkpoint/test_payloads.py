@@ -232,9 +232,8 @@ def test_no_tool_runs_it(bomb, tmp_path, config_files, teacher_weights, case):
 
 class TestTrust:
     @pytest.fixture(autouse=True)
-    def forget(self):
-        yield
-        unpickle._trusted = False
+    def forget(self, monkeypatch):
+        monkeypatch.setenv(unpickle.VARIABLE, "")
 
     def test_a_harmless_file_of_other_objects_is_read(self, tmp_path):
         state = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}

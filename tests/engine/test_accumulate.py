@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import EventStorage
 from helpers import NO_TEST, differing, tensors_of, train
@@ -33,6 +34,24 @@ def test_each_part_has_its_share_of_both_kinds_of_images():
     batch = [{"id": i} for i in range(4)] + [{"id": i, "unlabeled": True} for i in range(4, 6)]
     ids = [[x["id"] for x in part] for part in split_batch(batch, 2)]
     assert ids == [[0, 1, 4], [2, 3, 5]] and split_batch(batch, 1) == [batch]
+
+
+class OwnLoader(KDTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg)
+
+
+def test_another_loader_does_not_accumulate_and_says_so_when_resumed(config, caplog):
+    with pytest.raises(InputError, match="ACCUMULATE is 2, .* returns a .*; let it return"):
+        OwnLoader(config("lr", *NO_TEST, *TWICE))
+    cfg = config("lr", *NO_TEST, "SOLVER.MAX_ITER", 1)
+    OwnLoader(cfg).train()
+    assert "other batches" not in caplog.text
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER = 2
+    OwnLoader(cfg).resume_or_load(resume=True)
+    assert "gets other batches than a run without interruption" in caplog.text
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn"], indirect=True)

@@ -83,6 +83,17 @@ def test_without_a_change_nothing_is_said_and_the_end_is_the_same(resumed, runs,
     assert all(differing(states[0][i], states[1][i]) == [] for i in states[0])
 
 
+def test_a_resume_that_gets_other_batches_says_so(resumed, monkeypatch, caplog):
+    resumed("SEED", -1)
+    assert "gets other batches" in caplog.text and "SEED is negative" in caplog.text
+    caplog.clear()
+    trainer = resumed()
+    state = trainer.state_dict()
+    assert state["processes"] == 1 and "gets other batches" not in caplog.text
+    trainer.check_state_dict({**state, "processes": 2, "iteration": 1})
+    assert "it had 2 processes and now has 1" in caplog.text
+
+
 GROUPED = ["SOLVER.WEIGHT_DECAY", 0.0, "SOLVER.WEIGHT_DECAY_NORM", 0.01]
 GROUPED += ["SOLVER.BIAS_LR_FACTOR", 2.0]
 

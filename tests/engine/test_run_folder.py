@@ -29,6 +29,7 @@ RUN = {
     "model_final.pth": "2",
     "model_final.pth.sha256": "sum of 2",
     "model_0000005.pth.part": "half",
+    "model_best_ap50.pth": "that of a second BestCheckpointer",
     "metrics.json": "{}",
     "events.out.tfevents.1.host": "",
     "student.pth": "stripped",
