@@ -135,9 +135,7 @@ class TrainingCheckpointer(SafeCheckpointer):
     def __init__(self, *args, **keywords):
         super().__init__(*args, **keywords)
         self.extra: dict[str, Any] = {}
-        self._resumed: str | None = None  # the file while it is being resumed
         self._contents: dict[str, Any] | None = None  # those of the file that ``find`` found
-        self._changes = ""  # the config keys that differ from the resumed run's, for errors
 
     def save(self, name: str, **kwargs) -> None:
         """Write a checkpoint; only the main process does.
@@ -209,36 +207,27 @@ class TrainingCheckpointer(SafeCheckpointer):
         Raises:
             InputError: if the file does not fit the model or the trainer.
         """
-        self._resumed = str(path)
-        try:
-            return self.load(str(path))
-        finally:
-            self._resumed = None
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        if self._resumed is None:
-            return super()._load_file(filename)
-        contents = self._contents or _read(Path(filename))  # another process has not read it yet
-        self._contents = None
+        self.logger.info("Resuming from %s", path)
+        contents = self._contents or _read(path)  # another process has not read it yet
+        self._path, self._contents = str(path), None
         if words := self._other_classes(contents):
             raise InputError(
-                f"'{filename}' was trained on {words}; resume it with its data or set "
+                f"'{path}' was trained on {words}; resume it with its data or set "
                 "DATASETS.CLASSES, or start another run from its weights"
             )
+        changes = ""
         for key, part in self.checkpointables.items():
             if hasattr(part, "check_state_dict"):
-                self._changes = part.check_state_dict(contents[key])
-        return contents
-
-    def _log_incompatible_keys(self, incompatible) -> None:
-        if self._resumed is None:
-            super()._log_incompatible_keys(incompatible)
-            return
-        if said := mismatches(incompatible):
+                changes = part.check_state_dict(contents[key])
+        if said := mismatches(self._load_model(contents)):
             raise InputError(
-                f"'{self._resumed}' cannot be resumed: {said}{self._changes}; use the run's "
-                "config, or start without --resume, which sets the old run aside"
+                f"'{path}' cannot be resumed: {said}{changes}; use the run's config, or start "
+                "without --resume, which sets the old run aside"
             )
+        for key, part in self.checkpointables.items():
+            if key in contents:
+                part.load_state_dict(contents.pop(key))
+        return contents
 
     def _other_classes(self, contents: dict[str, Any]) -> str:
         """Say how a checkpoint's classes differ from the run's; "" if not, or if unknown."""
