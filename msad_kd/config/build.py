@@ -190,7 +190,8 @@ def check_config(cfg: CfgNode) -> CfgNode:
 def _check_name(key: str, name: str, registry) -> None:
     if name not in registry:
         known = list(registry.list()) if hasattr(registry, "list") else [n for n, _ in registry]
-        raise InputError(f"{key}: '{name}' is not registered{nearest(name, known)}")
+        words = nearest(name, known) or "; --import names the module of yours that registers it"
+        raise InputError(f"{key}: '{name}' is not registered{words}")
 
 
 def check_parts(cfg: CfgNode) -> None:

@@ -103,7 +103,7 @@ def test_the_option_import_holds_for_the_processes_that_a_command_starts(tmp_pat
     command = [sys.executable, "-c", program]
     subprocess.run(command, cwd=ROOT, check=True)  # not where the module is
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, VARIABLE: ""}, **PIPED)
-    assert "'own'" in done.stderr.splitlines()[-1]
+    assert "'own' is not registered; --import names the module" in done.stderr.splitlines()[-1]
     parser.parse_args(["--import", "my_dota"])
     with pytest.raises(InputError, match="no module 'my_dota'"):
         build_config("", [])
