@@ -15,13 +15,12 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.checkpointer import find_checkpoint
 from msad_kd.config.build import build_config
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.engine.launch import is_restarted, launch
 from msad_kd.engine.run_folder import explain_disk_errors, make_folder, take_folder
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.ladder.run import run_ladder
 from msad_kd.utils.errors import InputError, input_error_of
-from msad_kd.utils.unpickle import TrustFiles
 
 EXAMPLES = """
 examples:
@@ -91,8 +90,7 @@ if __name__ == "__main__":
     parser.set_defaults(dist_url="auto")  # Detectron2's is the same for all runs of a user
     (options,) = [action for action in parser._actions if action.dest == "opts"]
     options.help = "KEY VALUE pairs on top of the config file"  # Detectron2's names LazyConfig
-    parser.add_argument("--import", action=Import)
-    parser.add_argument("--trust-files", action=TrustFiles)
+    add_code_options(parser)
     arguments = parser.parse_args()
     try:
         launch(

@@ -31,7 +31,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 from msad_kd import DistilledMixin, InputError, build_config
 from msad_kd.checkpoint.files import write_json
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.data.loader import explain_missing_data
 from msad_kd.distill.teacher import Teacher
 from msad_kd.evaluation.cost import device_name, fix_detections, time_models
@@ -184,7 +184,7 @@ def main(arguments=None):
     )
     add("--onnx", action="store_true", help="time LR in onnxruntime, too; on a CPU")
     add("--quick", action="store_true", help="a tiny model of its own on generated images")
-    add("--import", action=Import)
+    add_code_options(parser)
     add("--output", type=Path, default=Path("output/benchmark"), help="folder to write to")
     add("opts", nargs="*", help="KEY VALUE pairs on top of the configs")
     args = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from tqdm import tqdm
 
 from msad_kd import InputError, build_config
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.data.annotations import check_content, parse_json, usable_content
 from msad_kd.data.annotations.findings import INVALID, MENDED, PLURALS, REFUSED, name_record
 from msad_kd.data.classes import align_classes, annotation_file
@@ -232,7 +232,7 @@ def main(arguments=None):
         default=min(8, os.cpu_count() or 1),
         help="threads that read images",
     )
-    add("--import", action=Import)
+    add_code_options(parser)
     add("--output", default="output/check_dataset", help="the folder to write to")
     add("opts", nargs="*", metavar="KEY VALUE", help="pairs on top of the config file")
     args = parser.parse_args(arguments)

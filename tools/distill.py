@@ -39,14 +39,13 @@ from distill_configs import (
 
 from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.reading import fetch
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.data.classes import model_classes
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.hashes import hash_file
 from msad_kd.utils.signals import Stopped, on_signal, stop
-from msad_kd.utils.unpickle import TrustFiles
 from projects.study import run as study
 from projects.study.jobs import locked
 
@@ -192,8 +191,7 @@ def parse_arguments(arguments=None):
     add("--detections", type=study.positive, default=100, help="an image, when costs are measured")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
-    add("--import", action=Import)
-    add("--trust-files", action=TrustFiles)
+    add_code_options(parser)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")
     return parser.parse_args(arguments)
 

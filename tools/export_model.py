@@ -18,7 +18,7 @@ import torch
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.checkpoint.checkpoint import TRAINING_PREFIX, save_model
 from msad_kd.checkpoint.files import replacing, write_json
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.export.metadata import check_not_teacher, describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx, import_onnx
 from msad_kd.export.parity import at_three_sizes, compare, read_images, table
@@ -27,7 +27,6 @@ from msad_kd.export.tracing import ExportableDetector, export_torchscript
 from msad_kd.modeling.classes import is_a
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.utils.arguments import positive
-from msad_kd.utils.unpickle import TrustFiles
 
 FORMATS = ("detectron2", "torchscript", "onnx")
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
@@ -127,8 +126,7 @@ def main(arguments=None):
     add("--images", help="folder of images to compare on; default: DATASETS.TEST")
     add("--count", type=positive, default=4, help="how many of them (default: 4)")
     add("--runs", type=positive, default=5, help="runs of which a latency is the median")
-    add("--import", action=Import)
-    add("--trust-files", action=TrustFiles)
+    add_code_options(parser)
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     try:
         export_model(parser.parse_args(arguments))

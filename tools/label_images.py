@@ -34,7 +34,7 @@ from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import write_json
 from msad_kd.config.build import build_config
 from msad_kd.config.changes import neutral_config
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.coco_format import load_folder
 from msad_kd.data.images import size_of
@@ -45,7 +45,6 @@ from msad_kd.evaluation.build import check_augmentation
 from msad_kd.evaluation.rle import coco_annotations
 from msad_kd.utils.errors import InputError, input_error_of, nearest
 from msad_kd.utils.hashes import hash_file, split_hash
-from msad_kd.utils.unpickle import TrustFiles
 
 
 def find_images(cfg: CfgNode, data_set: str | None, folder: str | None) -> tuple[list[dict], str]:
@@ -200,8 +199,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="the file to write")
     parser.add_argument("--min-score", type=float, default=0.05, help="leave out what has less")
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time")
-    parser.add_argument("--import", action=Import)
-    parser.add_argument("--trust-files", action=TrustFiles)
+    add_code_options(parser)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     arguments = parser.parse_args(words)
     if arguments.batch_size < 1 or not 0 <= arguments.min_score <= 1:

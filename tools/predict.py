@@ -32,10 +32,9 @@ from predictors import ConfigPredictor, OnnxPredictor
 from tqdm import tqdm
 
 from msad_kd import InputError, build_config
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.data.images import REMEDY, ImageError, read_image
 from msad_kd.utils.signals import Stopped, on_signal, stop
-from msad_kd.utils.unpickle import TrustFiles
 
 
 class Run:
@@ -187,8 +186,7 @@ def main(arguments=None):
     add("--device", help="cpu, cuda, cuda:1, ... (default: that of the config)")
     options = "KEY VALUE pairs on top of the config file"
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help=options)
-    add("--import", action=Import)
-    add("--trust-files", action=TrustFiles)
+    add_code_options(parser)
     args = parser.parse_args(arguments)
     if not 0 <= args.score <= 1:
         parser.error(f"--score {args.score:g} should be from 0 to 1")

@@ -88,7 +88,7 @@ class _Yaml(CfgNode):
 
 def _reason(error: Exception) -> str:
     """Return why a config cannot be read, in the words of the error if they say it."""
-    tag = re.search(r"constructor for the tag '(?:tag:yaml.org,2002:)?([^']+)'", str(error))
+    tag = re.search(r"constructor for the tag 'tag:yaml.org,2002:(python/[^']+)'", str(error))
     if tag and isinstance(error, yaml.YAMLError):
         return (
             f"its tag '{tag[1]}' would run code; write the value itself (in Detectron2's "

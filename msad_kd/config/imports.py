@@ -6,8 +6,9 @@ import os
 import sys
 
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.unpickle import TrustFiles
 
-# Their names, for this process and those that it starts, which may have another current folder.
+# The modules' names, for this process and those that it starts.
 VARIABLE = "MSAD_KD_IMPORT"
 
 
@@ -43,8 +44,18 @@ class Import(argparse.Action):
 
     def __call__(self, parser, namespace, value, option_string=None):
         """Remember the module for ``import_modules``."""
+        # A process that is started may have another current folder.
         here, paths = os.getcwd(), os.environ.get("PYTHONPATH", "").split(os.pathsep)
         if here not in paths:
             os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, paths)])
             sys.path.insert(0, here)
         os.environ[VARIABLE] = " ".join([*os.environ.get(VARIABLE, "").split(), value])
+
+
+def add_code_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--import`` and ``--trust-files``, without which no code but ours and Detectron2's runs.
+
+    Both hold for the processes that a command starts, too.
+    """
+    parser.add_argument("--import", action=Import)
+    parser.add_argument("--trust-files", action=TrustFiles)

@@ -25,7 +25,7 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
         raise InputError("INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop; turn one of them off")
     resize = T.ResizeScale(*jitter.SCALES, target_height=jitter.SIZE, target_width=jitter.SIZE)
     crop = T.FixedSizeCrop((jitter.SIZE, jitter.SIZE))
-    crop.seg_pad_value = 0  # git main pads with 255, which would be part of a mask; 0.6 has no key
+    crop.seg_pad_value = 0  # git main pads with 255, which would be part of a mask; 0.6 ignores it
     flips = build_augmentation(cfg, is_train)[1:]  # without the usual resize
     return {
         "augmentations": [resize, crop, *flips],

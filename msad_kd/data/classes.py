@@ -45,8 +45,13 @@ def file_categories(data_set: str) -> tuple[dict, ...]:
 
 def class_names(data_set: str) -> list[str]:
     """Return a data set's own classes in the order of their ids; [] if unknown."""
-    names = [category["name"] for category in file_categories(data_set)]
-    return names or list(MetadataCatalog.get(data_set).get("thing_classes") or ())
+    if annotation_file(data_set) is None:
+        return _metadata_classes(data_set)
+    return [category["name"] for category in file_categories(data_set)]
+
+
+def _metadata_classes(data_set: str) -> list[str]:
+    return list(MetadataCatalog.get(data_set).get("thing_classes") or ())
 
 
 @lru_cache(maxsize=256)
@@ -79,7 +84,10 @@ def model_classes(cfg: CfgNode) -> tuple[list[str], str]:
         raise InputError(f"DATASETS.CLASSES is {names}; it should be a list of different names")
     if names:
         return names, "the model (DATASETS.CLASSES, or its checkpoint's classes)"
-    known = {data_set: class_names(data_set) for data_set in cfg.DATASETS.TRAIN or ()}
+    known = {name: class_names(name) for name in cfg.DATASETS.TRAIN or ()}
+    for name in [name for name in known if not known[name]]:  # without the file, such as COCO's
+        expected = _metadata_classes(name)
+        known[name] = expected if len(expected) == number_of_classes(cfg) else []
     first = max(known, key=lambda data_set: len(known[data_set]), default=None)
     return (known[first], _describe(first)) if first else ([], "")
 
@@ -106,13 +114,13 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str] | None) -> None:
         own = class_names(data_set)
         if classes and own:
             _check_names(data_set, own, classes, source)
-        if not classes and own and limit not in (None, len(own)):
-            raise InputError(
-                f"{_describe(data_set)} has {len(own)} classes and the model {limit}, and nothing "
-                "says which of them these are; list the model's classes in DATASETS.CLASSES"
-            )
         if limit is not None and len(own) > limit:
             raise InputError(_too_many(cfg, f"the data set '{data_set}'", own))
+        if not classes and own and limit not in (None, len(own)):
+            raise InputError(
+                f"{_describe(data_set)} has {len(own)} classes and the model {limit}, whose names "
+                "are unknown; list the model's classes in DATASETS.CLASSES"
+            )
         if limit is not None and len(classes) > limit:
             raise InputError(_too_many(cfg, source, classes))
         if file := annotation_file(data_set):

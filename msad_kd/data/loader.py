@@ -53,6 +53,9 @@ class CheckedMapper:  # a class, since spawned workers cannot unpickle a closure
             raise InputError(f"image '{dataset_dict.get('file_name')}' {words}") from error
 
 
+_KEYS = ("annotations", "file_name", "height", "width", "image_id")  # of Detectron2's dicts
+
+
 @contextmanager
 def explain_missing_data(names: tuple[str, ...]):
     """Turn Detectron2's errors about the data sets ``names`` into an ``InputError``."""
@@ -68,8 +71,10 @@ def explain_missing_data(names: tuple[str, ...]):
     except ImportError as error:
         words = "install the package, for Cityscapes cityscapesScripts"
         raise InputError(f"{data_sets}: {error}; {words}") from error
-    except KeyError as error:  # one of the dicts, while the first has the key
-        words = f"one of its dicts has no {error}; add it to each that the function returns"
+    except KeyError as error:
+        if error.args[0] not in _KEYS:  # of the function that registers the data set
+            raise
+        words = f"one of the dicts that its function returns has no {error}; add it to all of them"
         raise InputError(f"{data_sets}: {words}") from error
     except AssertionError as error:  # empty, or empty without the images that have no boxes
         words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path

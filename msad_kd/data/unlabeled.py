@@ -61,10 +61,7 @@ def check_unlabeled(cfg: CfgNode) -> None:
 def takes_unlabeled(cfg: CfgNode) -> bool:
     """Return whether a config's batches have unlabelled images: only those of students have.
 
-    Warns if the config names some and its model is no student.
-
-    Raises:
-        InputError: if a student would learn nothing from them.
+    Warns if the config names some and its model is no student, or learns nothing from them.
     """
     if not cfg.DATASETS.UNLABELED:
         return False
@@ -76,10 +73,11 @@ def takes_unlabeled(cfg: CfgNode) -> bool:
             "labels (students are DistilledRCNN and the like)"
         )
     elif cfg.KD.UNLABELED.WEIGHT and not (cfg.KD.LOSSES or cfg.KD.UNLABELED.PSEUDO_LABELS):
-        raise InputError(
-            "DATASETS.UNLABELED names images, but nothing is learned from them: KD.LOSSES is empty "
-            "and KD.UNLABELED.PSEUDO_LABELS is False; set one of the two, or DATASETS.UNLABELED []"
+        _logger.warning(
+            "DATASETS.UNLABELED is not used: nothing is learned from it, as KD.LOSSES is empty and "
+            "KD.UNLABELED.PSEUDO_LABELS is False"
         )
+        return False
     return student
 
 

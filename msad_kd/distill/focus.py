@@ -1,8 +1,8 @@
 """Where a loss between feature maps looks: a weight for every cell of a level.
 
 N: images, A: anchors of a cell, K: classes, H, W: height and width of a level. Weights are
-(N, 1, H, W) and have mean 1 in every image, so a constant focus is no focus. In an image without
-boxes, ``focus: boxes`` leaves the background's share of the weight alone.
+(N, 1, H, W) with mean 1, so a constant focus is no focus. With ``focus: boxes``, an image without
+boxes keeps only the background's share, so its mean is below 1.
 """
 
 import torch

@@ -151,10 +151,11 @@ def _check_roi_heads(student: nn.Module, teacher: nn.Module, terms: list[LossTer
                 f"KD.LOSSES: '{names[0]}' compares predictions of StandardROIHeads, and the {role},"
                 f" a {type(model).__name__}, has {kind} (MODEL.ROI_HEADS.NAME)"
             )
-        if getattr(heads.box_predictor, "use_sigmoid_ce", False):  # of git main
+        read = [name for name in names if name in ("roi_class", "roi_box")]
+        if read and getattr(heads.box_predictor, "use_sigmoid_ce", False):  # of git main
             raise InputError(
-                f"KD.LOSSES: '{names[0]}' compares classes with a background, which the {role}'s "
-                "boxes lack; set MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False"
+                f"KD.LOSSES: '{read[0]}' reads the scores of a softmax with a background, and the "
+                f"{role} has none; train it with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False"
             )
         for name, part in (("roi_mask", "mask"), ("roi_keypoint", "keypoint")):
             if name in names and not getattr(heads, f"{part}_on"):

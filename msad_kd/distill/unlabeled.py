@@ -43,8 +43,7 @@ class UnlabeledImages:
     def from_config(cls, cfg: CfgNode) -> "UnlabeledImages":
         """Read KD.UNLABELED."""
         keys = cfg.KD.UNLABELED
-        labels = keys.PSEUDO_LABELS and bool(cfg.DATASETS.UNLABELED)
-        return cls(keys.WEIGHT, labels, tuple(keys.SCORE), keys.IGNORE_SCORE)
+        return cls(keys.WEIGHT, keys.PSEUDO_LABELS, tuple(keys.SCORE), keys.IGNORE_SCORE)
 
     def connect(self, student: nn.Module, teacher: nn.Module) -> set[str]:
         """Check that a teacher can label images, and return the levels that its heads read.
@@ -143,8 +142,8 @@ def _no_labels(sample: dict) -> Instances:
 def kept_apart(student: nn.Module, distillers: list[Distiller], share: float) -> Iterator[None]:
     """Let a step on other images leave logs and loss normalizer of the labelled ones alone.
 
-    The loss normalizer is a number of objects in a batch of labelled images; ``share`` is how many
-    other images there are for each of them.
+    The loss normalizer counts the positive locations of a labelled batch; ``share`` is the number
+    of unlabelled images over that of labelled ones.
     The numbers that it logs have "unlabeled/" before their names. It logs no pictures (VIS_PERIOD):
     they would take the place of the labelled ones, and Detectron2 draws no boxes that are on a GPU.
     """

@@ -18,10 +18,13 @@ from msad_kd.config.changes import (
     find_changes,
     with_former_values,
 )
+from msad_kd.data.loader import ResumableLoader
 from msad_kd.utils.compat import load_trainer_state
 from msad_kd.utils.errors import InputError, first_line
 
 _logger = logging.getLogger(__name__)
+
+OWN_LOADER = "return msad_kd.data.loader.build_train_loader(cfg, mapper) from it"
 
 # What a state of another layout raises while it is restored.
 _UNFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError, yaml.YAMLError)
@@ -69,14 +72,9 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
                 f"with {now}, which is another schedule; resume it on as many processes, with the "
                 "same SOLVER.IMS_PER_BATCH x SOLVER.ACCUMULATE"
             )
-        processes = state.get("processes", comm.get_world_size()), comm.get_world_size()
-        if cfg.SEED < 0 or processes[0] != processes[1]:
-            _logger.warning(
-                "The resumed run gets other batches than a run without interruption would: %s",
-                "SEED is negative, which draws another seed in every run"
-                if cfg.SEED < 0
-                else "it had {} processes and now has {}".format(*processes),
-            )
+        if reason := _other_batches(trainer, state):
+            words = "The resumed run gets other batches than a run without interruption would: %s"
+            _logger.warning(words, reason)
         done = state["iteration"] + 1
         if done > solver.MAX_ITER:
             raise InputError(
@@ -105,6 +103,17 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
             )
         _log_changes(changes)
         return said
+
+
+def _other_batches(trainer: DefaultTrainer, state: dict) -> str:
+    """Return why the batches are not those that the run would have had; "" if they are."""
+    loader, count = trainer.data_loader, comm.get_world_size()
+    if not isinstance(loader, ResumableLoader):
+        return f"build_train_loader returns a {type(loader).__name__}; {OWN_LOADER}"
+    if trainer.cfg.SEED < 0:
+        return "SEED is negative, which draws another seed in every run"
+    before = state.get("processes", count)
+    return f"it had {before} processes and now has {count}" if before != count else ""
 
 
 def _changes(state: dict, cfg: CfgNode) -> Changes:

@@ -30,7 +30,7 @@ from msad_kd.engine.best import EndOfTraining, KeepBest
 from msad_kd.engine.hook_order import add_hooks, find_hook, resume_precise_bn
 from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.optimizer import build_optimizer
-from msad_kd.engine.resume import check_state, images_per_step, restore_state
+from msad_kd.engine.resume import OWN_LOADER, check_state, images_per_step, restore_state
 from msad_kd.engine.run_folder import (
     explain_disk_errors,
     folder_locked,
@@ -47,8 +47,6 @@ from msad_kd.utils.compat import checkpointer_of, ddp_on, trainer_state
 from msad_kd.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
-
-_LOADER = "let it return msad_kd.data.loader.build_train_loader(cfg, mapper)"
 
 
 class KDTrainer(DefaultTrainer):
@@ -87,13 +85,12 @@ class KDTrainer(DefaultTrainer):
         make_folder(cfg.OUTPUT_DIR)
         with ddp_on(cfg.MODEL.DEVICE), checkpointer_of(TrainingCheckpointer):
             super().__init__(cfg)
-        self._exact = isinstance(self.data_loader, ResumableLoader)
         if cfg.SOLVER.ACCUMULATE > 1:
-            if not self._exact:  # whose batches are SOLVER.ACCUMULATE times as large
+            if not isinstance(self.data_loader, ResumableLoader):
                 kind = type(self.data_loader).__name__
                 raise InputError(
-                    f"SOLVER.ACCUMULATE is {cfg.SOLVER.ACCUMULATE}, and build_train_loader returns "
-                    f"a {kind}, which does not know it; {_LOADER}"
+                    f"SOLVER.ACCUMULATE is {cfg.SOLVER.ACCUMULATE}, but build_train_loader returns "
+                    f"a {kind}, which ignores this key; {OWN_LOADER}"
                 )
             self._trainer = accumulating(self._trainer, cfg.SOLVER.ACCUMULATE)
         if cfg.DATASETS.TRAIN:
@@ -172,11 +169,6 @@ class KDTrainer(DefaultTrainer):
         if found := self.checkpointer.find() if resume else None:
             self.checkpointer.resume(found)
             self.data_loader.start = self.start_iter = self.iter + 1
-            if not self._exact:
-                _logger.warning(
-                    "The resumed run gets other batches than a run without interruption would: "
-                    f"build_train_loader returns a {type(self.data_loader).__name__}; {_LOADER}"
-                )
             resume_precise_bn(find_hook(self, PreciseBN), self.cfg, self.start_iter)
             best = find_hook(self, KeepBest)
             if best is not None and best.resume(self.start_iter):

@@ -1,7 +1,7 @@
 """COCO's AP by the fastest implementation that is installed; all give the same numbers.
 
-As Detectron2 does, it counts at most ``max_dets_per_image`` detections in an image. Where
-TEST.DETECTIONS_PER_IMAGE is above 100, so is this limit, which Detectron2 leaves at COCO's 100.
+``max_dets_per_image`` limits the detections of an image. ``build_evaluator`` raises it to
+TEST.DETECTIONS_PER_IMAGE if that is above 100; Detectron2 always takes 100.
 
 hotcoco is written in Rust, many times as fast as pycocotools, and comes as a wheel. Only a compiled
 Detectron2 has its C++ code. pycocotools is always installed.
@@ -122,8 +122,12 @@ class AnyCOCOEvaluator(COCOEvaluator):
         chosen = choose_implementation(implementation)
         with coco_ground_truth(lambda path: _ground_truth(path, dataset_name, invalid)):
             super().__init__(dataset_name, use_fast_impl=chosen == COMPILED, **kwargs)
-        # Those of test images are secret: Detectron2 then writes the detections alone.
         self._do_evaluation = bool(self._coco_api.anns)
+        if not self._do_evaluation:  # those of a test set may be secret
+            logging.getLogger(__name__).warning(
+                f"Data set '{dataset_name}' has no annotations: the detections are written, and no "
+                "AP is computed"
+            )
         self._check_annotations({"segmentation": masks, "keypoints": keypoints})
         self._name_classes(classes or self._metadata.get("thing_classes"))
         self._eval_class = None

@@ -3,7 +3,17 @@
 import copy
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+)
 from torch import nn
 
 from msad_kd.modeling.classes import is_a
@@ -25,12 +35,7 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
         InputError: if stock Detectron2 cannot build the model from a YAML config.
     """
     kinds = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).__mro__
-    for key, parts in (
-        ("MODEL.META_ARCHITECTURE", kinds),
-        ("MODEL.ROI_HEADS.NAME", [ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)]),
-    ):
-        if own := [part.__name__ for part in parts if not _is_known(part)]:
-            raise InputError(f"{key}: stock Detectron2 does not know your own {own[0]}; {_ELSE}")
+    _check_own_parts(cfg)
     names = [
         kind.__name__ for kind in kinds if _is_stock(kind) and kind.__name__ in META_ARCH_REGISTRY
     ]
@@ -55,8 +60,30 @@ def _is_stock(part) -> bool:
     return part.__module__.startswith("detectron2.")
 
 
-def _is_known(part) -> bool:
-    return part.__module__.split(".")[0] in ("detectron2", "msad_kd", "torch", "builtins")
+def _check_own_parts(cfg: CfgNode) -> None:
+    """Raise an InputError if a part of the model is a class of the user's."""
+    keys = cfg.MODEL
+    parts = {
+        "META_ARCHITECTURE": (META_ARCH_REGISTRY, keys.META_ARCHITECTURE),
+        "PROPOSAL_GENERATOR.NAME": (PROPOSAL_GENERATOR_REGISTRY, keys.PROPOSAL_GENERATOR.NAME),
+        "RPN.HEAD_NAME": (RPN_HEAD_REGISTRY, keys.RPN.HEAD_NAME),
+        "ANCHOR_GENERATOR.NAME": (ANCHOR_GENERATOR_REGISTRY, keys.ANCHOR_GENERATOR.NAME),
+        "ROI_HEADS.NAME": (ROI_HEADS_REGISTRY, keys.ROI_HEADS.NAME),
+        "ROI_BOX_HEAD.NAME": (ROI_BOX_HEAD_REGISTRY, keys.ROI_BOX_HEAD.NAME),
+        "ROI_MASK_HEAD.NAME": (ROI_MASK_HEAD_REGISTRY, keys.ROI_MASK_HEAD.NAME),
+        "ROI_KEYPOINT_HEAD.NAME": (ROI_KEYPOINT_HEAD_REGISTRY, keys.ROI_KEYPOINT_HEAD.NAME),
+    }
+    for key, (registry, name) in parts.items():
+        for kind in registry.get(name).__mro__ if name in registry else ():
+            if not _is_known(kind):
+                words = f"stock Detectron2 does not know your own {kind.__name__}"
+                raise InputError(f"MODEL.{key}: {words}; {_ELSE}")
+
+
+def _is_known(kind: type) -> bool:
+    if any(base.__name__ == "DistilledMixin" for base in kind.__bases__):
+        return True  # the same as a student, of which the next class says what it predicts
+    return kind.__module__.split(".")[0] in ("detectron2", "msad_kd", "torch", "builtins")
 
 
 def _stock_keys(cfg: CfgNode) -> CfgNode:
@@ -156,8 +183,9 @@ def lazy_config(cfg: CfgNode, model: nn.Module, weights: str) -> str:
         weights: its checkpoint.
 
     Raises:
-        InputError: if stock Detectron2 has no such backbone.
+        InputError: if stock Detectron2 lacks the backbone or another part.
     """
+    _check_own_parts(cfg)
     source, keys, fpn = _top_block(cfg), cfg.MODEL.FCOS, cfg.MODEL.FPN
     stock, shapes = _stock_keys(cfg).MODEL, model.backbone.output_shape()
     top_block = "L(LastLevelMaxPool)()"

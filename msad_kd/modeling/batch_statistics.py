@@ -26,9 +26,9 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 def add_low_resolution_statistics(module: nn.Module) -> int:
-    """Give a module's batch normalisations a second set of statistics; return how many it has.
+    """Give a module's batch normalisations a second set of statistics; return how many got one.
 
-    Frozen ones keep to what they were trained with, at both resolutions.
+    Frozen ones have one set for both resolutions, that which they were trained with.
     """
     norms = [m for m in _batch_norms(module) if all(p.requires_grad for p in m.parameters())]
     for norm in norms:

@@ -86,7 +86,8 @@ class MultiResolutionMixin:
         if separate_statistics and not add_low_resolution_statistics(self.backbone):
             raise InputError(
                 "MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS is True, but no normalisation of the "
-                "backbone keeps statistics; set it to False, or RESNETS.NORM (TIMM.NORM) to BN"
+                "backbone updates statistics; set it to False, or RESNETS.NORM (TIMM.NORM) to BN "
+                "and BACKBONE.FREEZE_AT lower"
             )
         if getattr(self.backbone, "scale", 1) != scale:
             raise InputError(

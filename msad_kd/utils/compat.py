@@ -20,6 +20,7 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.engine import DefaultTrainer, TrainerBase, defaults
 from detectron2.evaluation import coco_evaluation
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
 from msad_kd.utils.errors import InputError
@@ -138,7 +139,11 @@ def coco_ground_truth(read: Callable[[str], dict]) -> AbstractContextManager:
     """
 
     def convert(name: str, path: str, **_) -> None:
-        convert_to_coco_json(name, path, allow_cached=False)
+        if comm.is_main_process():
+            convert_to_coco_json(name, path, allow_cached=False)
+        comm.synchronize()
+        if not PathManager.exists(path):  # on another machine
+            convert_to_coco_json(name, path)
 
     def build(path: str) -> COCO:
         truth = COCO()

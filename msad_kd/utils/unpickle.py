@@ -39,7 +39,7 @@ class TrustFiles(argparse.Action):
     """The option ``--trust-files`` of a command: it calls ``trust_files`` when it is given."""
 
     def __init__(self, option_strings, dest, **keywords):
-        words = "run the code in weights and proposals (.pkl, .pth): only if you know who made them"
+        words = "run the code in weights, proposals and configs: only if you know who made them"
         super().__init__(option_strings, dest, nargs=0, default=False, help=words, **keywords)
 
     def __call__(self, parser, namespace, values, option_string=None):

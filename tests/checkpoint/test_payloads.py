@@ -3,6 +3,8 @@
 import argparse
 import io
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from types import SimpleNamespace
 
@@ -252,6 +254,18 @@ class TestTrust:
         for file in (path, old):
             assert read_checkpoint(str(file), "x")["args"] == argparse.Namespace(lr=1)
             load_strictly(nn.Linear(1, 1), str(file), "x")
+
+    def test_a_config_and_the_processes_that_a_command_starts(self, tmp_path):
+        config = tmp_path / "my.yaml"
+        config.write_text("OUTPUT_DIR: !!python/object/apply:os.path.join [mine, run]\n")
+        program = "import sys, msad_kd; print(msad_kd.build_config(sys.argv[1], []).OUTPUT_DIR)"
+        command = [sys.executable, "-c", program, str(config)]
+        for trusted in (False, True):
+            if trusted:
+                unpickle.trust_files()
+            found = subprocess.run(command, capture_output=True, text=True)
+            assert ("mine/run" in found.stdout) == trusted, found.stderr
+            assert ("would run code" in found.stderr) != trusted
 
     def test_faults_are_told_all_the_same(self, tmp_path):
         unpickle.trust_files()

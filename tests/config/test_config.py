@@ -88,7 +88,9 @@ def test_options_that_do_not_do(options, words):
         build_config("", options)
 
 
-def test_the_option_import_holds_for_the_processes_that_a_command_starts(tmp_path, monkeypatch):
+def test_the_option_import_holds_for_the_processes_that_a_command_starts(
+    tmp_path, monkeypatch, catalogs
+):
     (tmp_path / "my_data.py").write_text(
         "from detectron2.data import DatasetCatalog\nDatasetCatalog.register('own', list)\n"
     )

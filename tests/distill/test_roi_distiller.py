@@ -181,7 +181,7 @@ def test_teachers_whose_predictions_cannot_be_compared(student_config, opts, mes
 def test_heads_without_a_background_cannot_be_compared(student_config, batch):
     student = build_student(student_config())
     student.teacher.model.roi_heads.box_predictor.use_sigmoid_ce = True  # of git main
-    with pytest.raises(InputError, match="a background, which the teacher's boxes lack; set MODEL"):
+    with pytest.raises(InputError, match="with a background, and the teacher has none; train it"):
         RoIDistiller([LossTerm("roi_class", 1.0)]).connect(student, student.teacher)
 
 

@@ -43,7 +43,7 @@ class OwnLoader(KDTrainer):
 
 
 def test_another_loader_does_not_accumulate_and_says_so_when_resumed(config, caplog):
-    with pytest.raises(InputError, match="ACCUMULATE is 2, .* returns a .*; let it return"):
+    with pytest.raises(InputError, match="ACCUMULATE is 2, .* ignores this key; return"):
         OwnLoader(config("lr", *NO_TEST, *TWICE))
     cfg = config("lr", *NO_TEST, "SOLVER.MAX_ITER", 1)
     OwnLoader(cfg).train()

@@ -11,14 +11,17 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
     GeneralizedRCNN,
+    PanopticFPN,
     StandardROIHeads,
 )
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from helpers import NO_TEST, ROOT, input_sizes, load_tool, tiny_model, train
 from timm_networks import options
 
-from msad_kd import InputError, build_config
+from msad_kd import DistilledMixin, InputError, build_config
 from msad_kd.export.stock import lazy_config, stock_config
 
 tool = load_tool("export_model")
@@ -155,11 +158,20 @@ class OwnHeads(StandardROIHeads):
     pass
 
 
+class OwnBoxHead(FastRCNNConvFCHead):
+    pass
+
+
+class DistilledPanopticFPN(DistilledMixin, PanopticFPN):
+    pass
+
+
 @pytest.mark.parametrize(
     ("key", "registry", "part"),
     [
         ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, OwnRCNN),
         ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, OwnHeads),
+        ("MODEL.ROI_BOX_HEAD.NAME", ROI_BOX_HEAD_REGISTRY, OwnBoxHead),
     ],
 )
 def test_ones_own_parts_are_unknown_to_stock_detectron2(build, monkeypatch, key, registry, part):
@@ -169,6 +181,14 @@ def test_ones_own_parts_are_unknown_to_stock_detectron2(build, monkeypatch, key,
     cfg.merge_from_list([key, part.__name__])
     with pytest.raises(InputError, match=f"{key}: stock .* your own {part.__name__}; export it by"):
         stock_config(cfg, "x")
+
+
+def test_a_student_of_a_stock_detector_is_that_detector(build, monkeypatch):
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "DistilledPanopticFPN", DistilledPanopticFPN)
+    cfg = build("mask_rcnn")[0].clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = "DistilledPanopticFPN"
+    assert stock_config(cfg, "x").MODEL.META_ARCHITECTURE == "PanopticFPN"
 
 
 @pytest.mark.parametrize(

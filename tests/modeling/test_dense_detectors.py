@@ -150,7 +150,7 @@ def test_it_trains_in_16_bits(config, student_config, batch, dtype):
 
 def test_boxes_are_computed_in_32_bits():
     deltas, boxes = torch.tensor([[3.3, 3.3, 3.3, 3.3]]), torch.tensor([[1180.0, 0, 1188, 8]])
-    transform = fcos_transform(normalize_by_size=True)
+    transform = fcos_transform()
     exact, found = (
         transform.apply_deltas(deltas, boxes),
         transform.apply_deltas(deltas.half(), boxes),

@@ -3,10 +3,9 @@
 import argparse
 
 from msad_kd.checkpoint.files import write_json
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.utils.arguments import positive as positive  # the tools import it from here
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.unpickle import TrustFiles
 
 
 def parser_for(doc, config_help):
@@ -19,7 +18,6 @@ def parser_for(doc, config_help):
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--config-file", required=True, help=config_help)
     parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--trust-files", action=TrustFiles)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     return parser
 
@@ -32,7 +30,7 @@ def run(parser, main, arguments=None):
         main: it takes the parsed arguments.
         arguments: the words of the command line; by default those of this process.
     """
-    parser.add_argument("--import", action=Import)
+    add_code_options(parser)
     args = parser.parse_args(arguments)
     try:
         return main(args)

@@ -14,7 +14,7 @@ does not read them in training, so its weights fit both.
 import argparse
 
 import torch
-from arguments import TrustFiles, positive, run
+from arguments import positive, run
 from fvcore.nn.precise_bn import update_bn_stats
 from tqdm import tqdm
 
@@ -60,7 +60,6 @@ if __name__ == "__main__":
     parser.add_argument("--config-file", required=True, help="the teacher's config")
     batches = "training batches to average over (default: 200)"
     parser.add_argument("--batches", type=positive, default=200, help=batches)
-    parser.add_argument("--trust-files", action=TrustFiles)
     parser.add_argument("source", help="a teacher's checkpoint")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")

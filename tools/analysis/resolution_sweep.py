@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-from arguments import TrustFiles, positive, run
+from arguments import positive, run
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
@@ -198,7 +198,6 @@ def main(arguments=None):
     detections = "detections per image when costs are measured (default: 10)"
     add("--detections", type=positive, default=10, help=detections)
     add("--output", default="output/sweep", help="the folder to write to")
-    add("--trust-files", action=TrustFiles)
     print(markdown(*run(parser, sweep, arguments)))
 
 

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from adaptation_cost import greedy_order
-from arguments import TrustFiles, positive, run
+from arguments import positive, run
 from feature_files import Measurement
 from ladder_pool import STUDENT, Entry, build_student, evaluate, known_aps, read_teachers
 from ladder_report import report
@@ -59,7 +59,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--iterations", type=positive, help="of each stage (default: SOLVER.MAX_ITER)")
     add("--seed", type=int, default=0, help="of images, cells and intervals (default: 0)")
     add("--output", default="output/suggest_ladder", help="folder to write (default: %(default)s)")
-    add("--trust-files", action=TrustFiles)
     add("--opts", nargs="*", default=[], help="KEY VALUE pairs that override the student's config")
     return parser
 

@@ -35,7 +35,7 @@ from tabulate import tabulate
 from msad_kd import InputError, build_config
 from msad_kd.checkpoint.files import replacing
 from msad_kd.config.derive import WARMUP_SHARE, default_losses
-from msad_kd.config.imports import Import
+from msad_kd.config.imports import add_code_options
 from msad_kd.losses.terms import read_losses
 from projects.study import run as study
 from projects.study.jobs import count_cores
@@ -170,7 +170,7 @@ def parse_arguments(arguments=None):
     add("--batches", type=positive, default=8, help="to measure gradients on (default: 8)")
     add("--slots", type=positive, default=count_cores(), help="runs at a time (default: the cores)")
     add("--num-gpus", type=int, default=0, help="of each training (then one runs at a time)")
-    add("--import", action=Import)
+    add_code_options(parser)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys of all runs")
     return parser.parse_args(arguments)
 
