@@ -32,7 +32,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from msad_kd import DistilledMixin, InputError, build_config
 from msad_kd.checkpoint.files import write_json
 from msad_kd.config.imports import add_code_options
-from msad_kd.data.loader import explain_missing_data
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.distill.teacher import Teacher
 from msad_kd.evaluation.cost import device_name, fix_detections, time_models
 from msad_kd.export.metadata import describe_model

@@ -34,10 +34,10 @@ from msad_kd.data.dict_checks import (
     check_keypoint_counts,
     check_masks,
     check_shapes,
+    explain_missing_data,
     missing_files,
 )
 from msad_kd.data.images import image_size, read_image, unreadable
-from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.data.statistics import MANY, enlarged_share
 from msad_kd.modeling.classes import has_masks

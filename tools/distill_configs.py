@@ -14,8 +14,8 @@ from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import replacing
 from msad_kd.config.build import build_config, scale_to_processes
 from msad_kd.config.derive import derive_configs, fit_warmups
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.images import list_images
-from msad_kd.data.loader import explain_missing_data
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError

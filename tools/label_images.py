@@ -37,9 +37,9 @@ from msad_kd.config.changes import neutral_config
 from msad_kd.config.imports import add_code_options
 from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.data.coco_format import load_folder
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.images import size_of
 from msad_kd.data.keypoints import read_keypoints
-from msad_kd.data.loader import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.evaluation.rle import coco_annotations

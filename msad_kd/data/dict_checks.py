@@ -4,14 +4,45 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from msad_kd.utils.compat import plain_proposals
 from msad_kd.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
+
+_KEYS = ("annotations", "file_name", "height", "width", "image_id")  # of Detectron2's dicts
+
+
+@contextmanager
+def explain_missing_data(names: tuple[str, ...]):
+    """Turn Detectron2's errors about the data sets ``names`` into an ``InputError``."""
+    if not names:
+        raise InputError("no data set is named; set DATASETS.TRAIN")
+    data_sets = f"data set {', '.join(names)}"
+    try:
+        with plain_proposals():
+            yield
+    except FileNotFoundError as error:
+        words = f"'{error.filename}' does not exist; set DETECTRON2_DATASETS to the folder with it"
+        raise InputError(f"{data_sets}: {words}") from error
+    except ImportError as error:
+        words = "install the package, for Cityscapes cityscapesScripts"
+        raise InputError(f"{data_sets}: {error}; {words}") from error
+    except KeyError as error:
+        if (
+            not error.args or error.args[0] not in _KEYS
+        ):  # of the function that registers the data set
+            raise
+        words = f"one of the dicts that its function returns has no {error}; add it to all of them"
+        raise InputError(f"{data_sets}: {words}") from error
+    except AssertionError as error:  # empty, or empty without the images that have no boxes
+        words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path
+        raise InputError(f"{data_sets}: {words}") from error
 
 
 def check_files(files: list[str], json_file: str, name: str) -> None:

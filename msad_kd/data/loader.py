@@ -5,7 +5,6 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,12 +26,17 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 
 from msad_kd.data.classes import align_classes, annotation_file, warn_of_spare_classes
-from msad_kd.data.dict_checks import check_files, check_objects, check_shapes
+from msad_kd.data.dict_checks import (
+    check_files,
+    check_objects,
+    check_shapes,
+    explain_missing_data,
+)
 from msad_kd.data.images import is_wide
 from msad_kd.data.mixing import add_mixup
 from msad_kd.data.statistics import warn_of_small_images
 from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
-from msad_kd.utils.compat import plain_proposals, repeat_factor_options
+from msad_kd.utils.compat import repeat_factor_options
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
 from msad_kd.utils.signals import heed_parent_alone
@@ -51,34 +55,6 @@ class CheckedMapper:  # a class, since spawned workers cannot unpickle a closure
         except (OSError, SizeMismatchError) as error:  # Pillow raises OSErrors
             words = f"cannot be read ({error}); restore it or remove it from the annotation file"
             raise InputError(f"image '{dataset_dict.get('file_name')}' {words}") from error
-
-
-_KEYS = ("annotations", "file_name", "height", "width", "image_id")  # of Detectron2's dicts
-
-
-@contextmanager
-def explain_missing_data(names: tuple[str, ...]):
-    """Turn Detectron2's errors about the data sets ``names`` into an ``InputError``."""
-    if not names:
-        raise InputError("no data set is named; set DATASETS.TRAIN")
-    data_sets = f"data set {', '.join(names)}"
-    try:
-        with plain_proposals():
-            yield
-    except FileNotFoundError as error:
-        words = f"'{error.filename}' does not exist; set DETECTRON2_DATASETS to the folder with it"
-        raise InputError(f"{data_sets}: {words}") from error
-    except ImportError as error:
-        words = "install the package, for Cityscapes cityscapesScripts"
-        raise InputError(f"{data_sets}: {error}; {words}") from error
-    except KeyError as error:
-        if error.args[0] not in _KEYS:  # of the function that registers the data set
-            raise
-        words = f"one of the dicts that its function returns has no {error}; add it to all of them"
-        raise InputError(f"{data_sets}: {words}") from error
-    except AssertionError as error:  # empty, or empty without the images that have no boxes
-        words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path
-        raise InputError(f"{data_sets}: {words}") from error
 
 
 @dataclass

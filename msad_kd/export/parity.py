@@ -13,8 +13,8 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 from tabulate import tabulate
 
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.images import list_images, read_image
-from msad_kd.data.loader import explain_missing_data
 from msad_kd.evaluation.cost import time_models
 from msad_kd.utils.errors import InputError
 

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from msad_kd import InputError, KDTrainer, build_config
-from msad_kd.data.loader import explain_missing_data
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.cost import fix_detections, input_sides
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin

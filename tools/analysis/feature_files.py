@@ -17,7 +17,7 @@ from feature_sampling import (
 from tqdm import tqdm
 
 from msad_kd import InputError, TwoResolutionMapper
-from msad_kd.data.loader import explain_missing_data
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.distill.teacher import Teacher
 from msad_kd.utils.seed import derive_seed
 

@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 
 from msad_kd import InputError, KDTrainer
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer, check_exists
-from msad_kd.data.loader import explain_missing_data
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.distill.teacher import Teacher
 from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.modeling.classes import is_a, number_of_classes

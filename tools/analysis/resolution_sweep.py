@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.data.classes import with_classes_of
-from msad_kd.data.loader import explain_missing_data
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.cost import (
     count_gmacs,
