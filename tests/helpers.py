@@ -109,10 +109,10 @@ def losses_of(model, inputs, iteration=WARMUP):
         return model.train()(inputs)
 
 
-def train(cfg, resume=False):
+def train(cfg, resume=False, trainer=KDTrainer):
     """Train a config to its end, and return the trainer."""
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    trainer = KDTrainer(cfg)
+    trainer = trainer(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return trainer
@@ -162,6 +162,11 @@ def evaluate(pairs, evaluator):
     for inputs, outputs in pairs:
         evaluator.process(inputs, outputs)
     return evaluator.evaluate()
+
+
+def names_of(results):
+    """The sorted names of the metrics in the results of an evaluation, as the log has them."""
+    return sorted(f"{task}/{name}" for task, metrics in results.items() for name in metrics)
 
 
 def same_predictions(found, expected):
@@ -248,7 +253,12 @@ def run_script(script, *arguments, code=0, **options):
     """Run one to its end, which has to have this exit code, if any; return it and what is said."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
-        returned = fork_python([script, *arguments], outputs, **options).wait()
+        process = fork_python([script, *arguments], outputs, **options)
+        try:
+            returned = process.wait(900)
+        except subprocess.TimeoutExpired:
+            returned = "it did not end"
+            process.kill()
         stdout, stderr = (file.read_text() for file in outputs)
     assert code in (None, returned), stdout[-2000:] + stderr[-4000:]
     return subprocess.CompletedProcess(script, returned, stdout, stderr)

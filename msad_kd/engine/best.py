@@ -3,13 +3,16 @@
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine.hooks import BestCheckpointer, EvalHook
+from detectron2.evaluation import DatasetEvaluator
 
 from msad_kd.checkpoint.checkpointer import BEST, TrainingCheckpointer
 from msad_kd.checkpoint.files import write_json
+from msad_kd.evaluation.build import metric_names
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.processes import in_main_process
 
@@ -17,6 +20,41 @@ RECORD = "model_best.json"  # beside the checkpoint: what is known of it after a
 TASKS = ("segm", "bbox", "keypoints")  # the first one that is evaluated says which model is best
 
 _logger = logging.getLogger(__name__)
+
+
+def check_metric(cfg: CfgNode, evaluators: dict[str, DatasetEvaluator]) -> None:
+    """Check TEST.BEST_METRIC before the training; evaluators of others may give any name.
+
+    Args:
+        cfg: the config of the run.
+        evaluators: those of DATASETS.TEST, by the name of the data set.
+
+    Raises:
+        InputError: if the evaluations will not give it.
+    """
+    metric = cfg.TEST.BEST_METRIC
+    if not metric or cfg.TEST.EVAL_PERIOD == 0 or not cfg.DATASETS.TEST:
+        return
+    if _is_loss(metric):
+        if not cfg.TEST.LOSS:
+            raise InputError(f"TEST.BEST_METRIC is '{metric}', which needs TEST.LOSS True")
+        return
+    names = {x: metric_names(y) for x, y in evaluators.items()}
+    if None in names.values() or len(names) < len(cfg.DATASETS.TEST):
+        return
+    known = [(f"{x}/" if len(names) > 1 else "") + y for x in names for y in names[x]]
+    if metric not in known:
+        raise InputError(_say_unknown(metric, known))
+
+
+def _is_loss(metric: str) -> bool:
+    return re.fullmatch(r"validation/(total_loss|loss_\w+)", metric) is not None
+
+
+def _say_unknown(metric: str, known: Iterable[str]) -> str:
+    shown = ", ".join(sorted(x for x in known if re.search(r"/AP\w*$", x))) or "no AP"
+    words = f"TEST.BEST_METRIC is '{metric}', and the evaluation gives {shown}"
+    return f"{words}; name one of these, or leave the key empty" if metric else words
 
 
 class EndOfTraining(BaseException):  # no Exception: Detectron2 logs the traceback of those
@@ -32,7 +70,7 @@ class KeepBest(BestCheckpointer):
 
     def __init__(self, cfg: CfgNode, checkpointer: TrainingCheckpointer):
         metric = cfg.TEST.BEST_METRIC
-        mode = "min" if "loss" in metric else "max"  # validation/total_loss, by TEST.LOSS
+        mode = "min" if _is_loss(metric) else "max"
         super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric, mode, BEST)
         self.patience, self.record = cfg.TEST.PATIENCE, Path(cfg.OUTPUT_DIR, RECORD)
         names = cfg.DATASETS.TEST
@@ -116,10 +154,9 @@ class KeepBest(BestCheckpointer):
         keys = [f"{self.prefix}{task}/AP" for task in TASKS]
         self._val_metric = self._val_metric or next((x for x in keys if x in metrics), "")
         if self._val_metric not in metrics:
-            known = ", ".join(sorted(x for x in metrics if re.search(r"/AP\w*$", x))) or "no AP"
-            words = f"TEST.BEST_METRIC is '{self._val_metric}', and the evaluation gives {known}"
+            words = _say_unknown(self._val_metric, metrics)
             if self._val_metric:
-                raise InputError(f"{words}; name one of these, or leave the key empty")
+                raise InputError(words)
             _logger.warning(f"{words}: no best model is kept")
             return False
         super()._best_checking()

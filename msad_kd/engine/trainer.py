@@ -26,7 +26,7 @@ from msad_kd.distill.student import DistilledMixin
 from msad_kd.distill.teacher import Teacher
 from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.engine.accumulate import accumulating
-from msad_kd.engine.best import EndOfTraining, KeepBest
+from msad_kd.engine.best import EndOfTraining, KeepBest, check_metric
 from msad_kd.engine.hook_order import add_hooks, find_hook, resume_precise_bn
 from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.optimizer import build_optimizer
@@ -100,10 +100,12 @@ class KDTrainer(DefaultTrainer):
     def _check_test_data(self, cfg: CfgNode) -> None:
         """Read what the evaluations will read: its mistakes cost a training if found later."""
         align_classes(cfg, cfg.DATASETS.TRAIN)
+        evaluators = {}
         for name in cfg.DATASETS.TEST or ():
             self.build_test_loader(cfg, name)
             with contextlib.suppress(NotImplementedError):  # as in Detectron2: not evaluated
-                self.build_evaluator(cfg, name)
+                evaluators[name] = self.build_evaluator(cfg, name)
+        check_metric(cfg, evaluators)
 
     def _build_student(self, cfg: CfgNode) -> nn.Module:
         student = type(self).build_model(cfg)

@@ -53,6 +53,14 @@ def build_evaluator(
     return DatasetEvaluators(evaluators)
 
 
+def metric_names(evaluator: DatasetEvaluator) -> list[str] | None:
+    """Return the names of all that an evaluator computes; None if it is not of this project."""
+    parts = evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator]
+    if not all(hasattr(part, "metric_names") for part in parts):
+        return None
+    return [name for part in parts for name in part.metric_names()]
+
+
 def check_augmentation(cfg: CfgNode) -> None:
     """Raise an InputError if TEST.AUG is enabled and Detectron2 does not have it for the model.
 

@@ -75,6 +75,11 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
         """Collect the outputs of a batch."""
         super().process(inputs, within_classes(outputs, len(self._metadata.thing_classes)))
 
+    def metric_names(self) -> list[str]:
+        """Return the names of all that ``evaluate`` computes."""
+        classes = [f"AP-{name}" for name in self._metadata.thing_classes]
+        return [f"segm/{name}" for name in ("AP", "AP50", *classes)]
+
     def evaluate(self) -> dict | None:
         """Compute AP on the main process; return None on others.
 
@@ -105,18 +110,23 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
         return {"segm": metrics}
 
 
-@functools.lru_cache
 def cityscapes_as_coco(dataset_name: str) -> dict:
     """Return the ground truth of a Cityscapes data set in COCO format.
 
     Groups (such as ``cargroup``) become crowds. A category's id is its index in ``thing_classes``,
     and ``file_name`` has no folder. Reading the real data takes minutes, so the result is cached.
     """
+    files = _instance_images(dataset_name)
+    versions = tuple((path, os.stat(path).st_mtime_ns) for path in files)
+    return _convert(versions, tuple(MetadataCatalog.get(dataset_name).thing_classes))
+
+
+@functools.lru_cache(maxsize=4)
+def _convert(versions: tuple[tuple[str, int], ...], names: tuple[str, ...]) -> dict:
     from cityscapesscripts.helpers.labels import id2label
 
-    names = MetadataCatalog.get(dataset_name).thing_classes
     images, annotations = [], []
-    for number, path in enumerate(_instance_images(dataset_name), start=1):
+    for number, (path, _) in enumerate(versions, start=1):
         ids = np.asarray(Image.open(path))
         height, width = ids.shape
         file = os.path.basename(path).replace(_SUFFIX, _IMAGE_SUFFIX)
@@ -172,6 +182,10 @@ class CityscapesCOCOEvaluator(AnyCOCOEvaluator):
         names = [os.path.basename(sample["file_name"]) for sample in inputs]
         samples = [{**x, "image_id": self._image_ids[name]} for x, name in zip(inputs, names)]
         super().process(samples, outputs)
+
+    def metric_names(self) -> list[str]:
+        """Return the names of all that ``evaluate`` computes."""
+        return [name.replace("segm/", "segm_coco/") for name in super().metric_names()]
 
     def evaluate(self, img_ids: list | None = None) -> dict:
         """Compute AP; see the class for the names of the tasks."""

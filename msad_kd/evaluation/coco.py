@@ -25,6 +25,7 @@ from msad_kd.utils.compat import coco_eval_class, coco_ground_truth
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.replaced import replaced
 
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # of keypoints, Detectron2 has no APs
 HOTCOCO, COMPILED, OFFICIAL = IMPLEMENTATIONS = ("hotcoco", "detectron2", "pycocotools")
 
 
@@ -148,6 +149,23 @@ class AnyCOCOEvaluator(COCOEvaluator):
         self._implementation = chosen
         self._tasks_of_model = ["bbox"] + ["segm"] * masks + ["keypoints"] * keypoints
 
+    def metric_names(self) -> list[str]:
+        """Return the names of all that ``evaluate`` computes, such as "bbox/AP-car"."""
+        tasks = self._tasks_of_model if self._do_evaluation else []
+        classes = [f"AP-{name}" for name in self._class_names()]
+        return [
+            f"{task}/{name}"
+            for task in tasks
+            for name in (*_METRICS, *classes)
+            if (task, name) != ("keypoints", "APs")
+        ]
+
+    def _class_names(self) -> list[str]:
+        """Return the names of the file's categories in their order; none if there is only one."""
+        ids = self._metadata.thing_dataset_id_to_contiguous_id
+        names = [self._metadata.thing_classes[ids[key]] for key in sorted(ids)]
+        return names if len(names) > 1 else []
+
     def _check_annotations(self, predicted: dict[str, bool]) -> None:
         """Refuse ground truth that lacks what a model predicts; hotcoco takes boxes as masks."""
         for key, option in (("segmentation", "MASK_ON"), ("keypoints", "KEYPOINT_ON")):
@@ -183,9 +201,11 @@ class AnyCOCOEvaluator(COCOEvaluator):
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         # Detectron2 takes the classes to be in the order of the file's ids.
-        ids = self._metadata.thing_dataset_id_to_contiguous_id
-        names = [self._metadata.thing_classes[ids[key]] for key in sorted(ids)]
-        return super()._derive_coco_results(coco_eval, iou_type, class_names=names)
+        names = self._class_names()
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names=names)
+        if coco_eval is None:  # without detections Detectron2 leaves the classes out
+            results |= {f"AP-{name}": float("nan") for name in names}
+        return results
 
     def _eval_predictions(self, predictions, img_ids=None):
         logging.getLogger(__name__).info("COCO-style AP is computed by %s", self._implementation)

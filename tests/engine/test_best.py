@@ -2,15 +2,19 @@
 
 import json
 import logging
+import operator
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import differing, tensors_of, train
+from detectron2.evaluation import DatasetEvaluator
+from helpers import NO_TEST, differing, tensors_of, train
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.reading import read_checkpoint
+from msad_kd.engine import validation
+from msad_kd.engine.best import KeepBest
 from msad_kd.utils.errors import InputError
 
 EACH = ["TEST.EVAL_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 1]
@@ -20,7 +24,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """evaluations(values): let AP be these, one an evaluation; returns those that were made."""
+    """evaluations(values): let AP have these values in turn; returns those that were used."""
 
     def give(*values, metrics=lambda ap: {"bbox": {"AP": ap}, "segm": {"AP": ap}}):
         made, rest = [], iter(values)
@@ -82,9 +86,13 @@ def test_the_metric(config, evaluations, keys, metrics, metric):
     assert record(cfg) == {"metric": metric, "value": 2.0, "iteration": 1, "since": []}
 
 
-def test_the_least_loss_is_the_best(config, evaluations):
-    evaluations(3.0, 1.0, 2.0, 4.0, metrics=lambda x: {"validation": {"total_loss": x}})
-    cfg = config("lr", *EACH, "TEST.BEST_METRIC", "validation/total_loss")
+def test_the_least_loss_is_the_best(config, evaluations, monkeypatch):
+    evaluations(*[1.0] * 4)
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(
+        validation, "compute_losses", lambda *_: {"validation": {"total_loss": next(losses)}}
+    )
+    cfg = config("lr", *EACH, "TEST.LOSS", True, "TEST.BEST_METRIC", "validation/total_loss")
     train(cfg)
     best = {"metric": "validation/total_loss", "value": 1.0, "iteration": 2, "since": [3, 4]}
     assert record(cfg) == best
@@ -106,10 +114,42 @@ def test_evaluations_repeated_up_to_the_best_one_do_not_try_patience(config, eva
     assert made == [3.0, 4.0, 3.0] and record(cfg) == whole
 
 
-def test_a_metric_that_there_is_not(config, evaluations, caplog):
+@pytest.mark.parametrize(
+    ("keys", "metric", "words"),
+    [
+        (
+            [],
+            "bbox/ap",
+            "'bbox/ap', and the evaluation gives bbox/AP, bbox/AP50, .*, segm/APs; name",
+        ),
+        (TWO_SETS, "bbox/AP", "'bbox/AP', and the evaluation gives tiny_train/bbox/AP, "),
+        ([], "keypoints/AP", "'keypoints/AP', and the evaluation gives bbox/AP, "),
+        ([], "validation/total_loss", "'validation/total_loss', which needs TEST.LOSS True"),
+        (["TEST.LOSS", True], "validation/loss", "'validation/loss', and the evaluation gives"),
+    ],
+)
+def test_an_unknown_metric_is_refused_before_the_training(config, keys, metric, words):
+    wrong = ["TEST.BEST_METRIC", metric]
+    with pytest.raises(InputError, match=f"TEST.BEST_METRIC is {words}"):
+        KDTrainer(config("lr", *EACH, *wrong, *keys))
+    KDTrainer(config("lr", *EACH, *wrong, *NO_TEST))  # which evaluates nothing
+
+
+class OtherTrainer(KDTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        return DatasetEvaluator()  # nobody knows what it computes
+
+
+def test_the_most_ap_is_the_best_whatever_the_class_is_called(config):
+    cfg = config("lr", *EACH, "TEST.BEST_METRIC", "bbox/AP-glossy ibis")
+    assert KeepBest(cfg, None)._compare is operator.gt
+
+
+def test_a_metric_that_another_evaluator_does_not_give(config, evaluations, caplog):
     evaluations(*[1.0] * 4)
     with pytest.raises(InputError, match="BEST_METRIC is 'bbox/ap', .* gives bbox/AP, segm/AP;"):
-        train(config("lr", *EACH, "TEST.BEST_METRIC", "bbox/ap"))
+        train(config("lr", *EACH, "TEST.BEST_METRIC", "bbox/ap"), trainer=OtherTrainer)
     evaluations(*[1.0] * 3, metrics=lambda ap: {"accuracy": ap})
     train(config("lr", *EACH, "TEST.PATIENCE", 1, "SOLVER.MAX_ITER", 2))
     assert "gives no AP: no best model is kept" in caplog.text
@@ -162,8 +202,7 @@ def test_expected_results_are_verified_when_patience_ends_a_run(config, evaluati
         train(config("lr", *EACH, "TEST.PATIENCE", 1, *expected))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("recorded", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_run_killed_after_its_evaluation_misses_none(config, evaluations, tmp_path, recorded):
     """Killed after step 2: with the record of its evaluation, or before it was written."""
     made = evaluations(4.0, 6.0, 5.0, 1.0)

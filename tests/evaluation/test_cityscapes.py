@@ -19,13 +19,17 @@ from detectron2.data.datasets.builtin import register_all_cityscapes
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from detectron2.evaluation import CityscapesInstanceEvaluator
 from detectron2.structures import BitMasks, Instances
-from helpers import ROOT, evaluate, run_script
+from helpers import ROOT, evaluate, names_of, run_script
 from PIL import Image
 
 from msad_kd import KDTrainer
 from msad_kd.evaluation import coco as module
-from msad_kd.evaluation.build import build_evaluator
-from msad_kd.evaluation.cityscapes import CityscapesCOCOEvaluator, CityscapesEvaluator
+from msad_kd.evaluation.build import build_evaluator, metric_names
+from msad_kd.evaluation.cityscapes import (
+    CityscapesCOCOEvaluator,
+    CityscapesEvaluator,
+    cityscapes_as_coco,
+)
 from msad_kd.evaluation.coco import IMPLEMENTATIONS
 from msad_kd.utils.errors import InputError
 from projects.Shapes.generate import generate
@@ -170,6 +174,14 @@ def test_missing_ground_truth(tree, tmp_path):
     MetadataCatalog.remove(name)
 
 
+def test_the_ground_truth_is_read_again_in_another_folder(tree, tmp_path):
+    assert len(cityscapes_as_coco(NAME)["images"]) == 5
+    other = shutil.copytree(f"{tree}/cityscapes/gtFine/val", tmp_path / "val")
+    next(other.glob(f"*/*{SUFFIX}")).unlink()
+    vars(MetadataCatalog.get(NAME)).update(gt_dir=str(other))
+    assert len(cityscapes_as_coco(NAME)["images"]) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "tasks"),
     [
@@ -185,7 +197,8 @@ def test_evaluators_of_a_config(tree, config, options, tasks):
     if "segm" not in tasks:
         for _, outputs in pairs:
             outputs[0]["instances"].remove("pred_masks")
-    assert evaluate(pairs, evaluator).keys() == tasks
+    found = evaluate(pairs, evaluator)
+    assert found.keys() == tasks and sorted(metric_names(evaluator)) == names_of(found)
 
 
 def test_masks_of_a_low_resolution_model_have_the_images_size(tree, config):
@@ -245,7 +258,7 @@ def test_the_scripts_are_found_where_git_main_imports_them(tree, tmp_path):
 
 
 def test_a_student_is_trained_and_evaluated_on_the_tree(
-    tree, config_files, teacher_weights, tmp_path, catalogs
+    tree, config_files, teacher_weights, tmp_path
 ):
     """Run train_net.py with Detectron2's names of the data sets."""
     for catalog in (DatasetCatalog, MetadataCatalog):

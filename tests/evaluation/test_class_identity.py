@@ -29,7 +29,6 @@ MISSED = 1  # the image in which the predictions below lack the object
 RIGHT = {"AP-ant": 100, "AP-bee": float("nan"), "AP-cat": 5100 / 101, "AP-dog": 100}
 RIGHT["AP"] = (100 + 5100 / 101 + 100) / 3
 IDS = dict(zip(NAMES, (1, 2, 3, 4)))
-pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def write(path, ids):

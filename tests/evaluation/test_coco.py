@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
-from helpers import ROOT, coco_format, evaluate
+from helpers import ROOT, coco_format, evaluate, names_of
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.checkpoint import load_strictly
@@ -104,6 +104,7 @@ def test_same_numbers_as_detectron2_by_pycocotools(predictions, stock, implement
     for each in (pairs, more):  # the second evaluation must find the kept ground truth unchanged
         found = evaluate(each, evaluator)
         assert found.keys() == ({"bbox", "segm"} if masks else {"bbox"})
+        assert sorted(evaluator.metric_names()) == names_of(found)
         for task, metrics in found.items():
             assert metrics == pytest.approx(stock[task], abs=1e-5, nan_ok=True)
 
@@ -131,6 +132,7 @@ def test_a_model_that_finds_nothing_has_nan(predictions, implementation, masks, 
     nothing = [(x, [{"instances": y[0]["instances"][:0]}]) for x, y in predictions]
     found = evaluate(nothing, evaluator)
     assert found.keys() == tasks
+    assert sorted(evaluator.metric_names()) == names_of(found)
     assert all(value != value for metrics in found.values() for value in metrics.values())
 
 
@@ -229,7 +231,6 @@ REFUSED = {  # by all, or by one implementation
 
 @pytest.mark.parametrize("implementation", INSTALLED)
 @pytest.mark.parametrize("kind", AS_GIVEN)
-@pytest.mark.usefixtures("catalogs")
 def test_ground_truth_as_it_comes(scenes, tmp_path, kind, implementation):
     """Perfect predictions have 100 in all metrics, or the file is refused by name."""
     folder = Path(scenes.OUTPUT_DIR) / "data"
@@ -258,9 +259,7 @@ def test_ground_truth_as_it_comes(scenes, tmp_path, kind, implementation):
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_of_images_without_annotations_the_detections_are_written(
-    scenes, tmp_path, catalogs, caplog, masks
-):
+def test_of_images_without_annotations_the_detections_are_written(scenes, tmp_path, caplog, masks):
     folder = Path(scenes.OUTPUT_DIR) / "data"
     content = json.loads((folder / "annotations/instances_val.json").read_text())
     del content["annotations"]
@@ -274,7 +273,7 @@ def test_of_images_without_annotations_the_detections_are_written(
     assert len(found) == sum(len(x["instances"]) for _, (x,) in perfect())
 
 
-def test_a_registered_function_is_asked_again_in_the_next_run(tmp_path, catalogs):
+def test_a_registered_function_is_asked_again_in_the_next_run(tmp_path):
     box = {"bbox": [4, 4, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": 0}
     image = {"file_name": "a.png", "height": 64, "width": 64, "image_id": 0}
     for left in (4, 30):  # as the function was, and as it is now
@@ -290,7 +289,7 @@ def test_a_registered_function_is_asked_again_in_the_next_run(tmp_path, catalogs
         assert evaluate(pairs, evaluator)["bbox"]["AP"] == pytest.approx(100)
 
 
-def test_another_kind_of_data_set_is_refused(config, catalogs):
+def test_another_kind_of_data_set_is_refused(config):
     MetadataCatalog.get("of_lvis").set(evaluator_type="lvis")
     with pytest.raises(InputError, match="evaluator 'lvis'; only coco and cityscapes"):
         build_evaluator(config("lr"), "of_lvis")

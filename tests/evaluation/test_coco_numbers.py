@@ -105,5 +105,9 @@ def test_a_forked_process_does_without_hotcoco_if_its_parent_has_used_it():
     assert choose_implementation("auto") == "hotcoco"
     child = os.fork()
     if not child:
-        os._exit(choose_implementation("auto") == "hotcoco")
+        code = 2
+        try:
+            code = int(choose_implementation("auto") == "hotcoco")
+        finally:  # this process must not go on with the tests
+            os._exit(code)
     assert os.waitpid(child, 0)[1] == 0

@@ -16,7 +16,7 @@ from projects.Shapes.generate import generate
 
 
 @pytest.fixture(autouse=True)
-def no_model(monkeypatch, catalogs):
+def no_model(monkeypatch):
     """Give the test no model to train."""
     monkeypatch.setattr(KDTrainer, "build_model", lambda *_: pytest.fail("a model is built"))
 

@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from helpers import WARMUP, build, build_student, evaluate, load_tool, losses_of, train
+from helpers import WARMUP, build, build_student, evaluate, load_tool, losses_of, names_of, train
 from torch.testing import assert_close
 
 from msad_kd import TwoResolutionMapper
@@ -112,7 +112,9 @@ def test_ap_follows_the_sigmas(config, options, sigma, expected):
         points[:, :, :2] = corners_of(found.pred_boxes) + 3
         found.pred_keypoints = points
         pairs.append(([entry], [{"instances": found}]))
-    results = evaluate(pairs, KDTrainer.build_evaluator(cfg, "corners_val"))
+    evaluator = KDTrainer.build_evaluator(cfg, "corners_val")
+    results = evaluate(pairs, evaluator)
+    assert sorted(evaluator.metric_names()) == names_of(results)
     assert results["keypoints"]["AP"] == pytest.approx(expected)
     assert results["bbox"]["AP"] == pytest.approx(100)
     nothing = Instances((8, 8), pred_boxes=Boxes([]), scores=torch.ones(0))
@@ -180,12 +182,13 @@ def test_the_gradient_reaches_the_student_alone(student, proposals):
     assert all(p.grad is None for part in others for p in part.parameters())
 
 
-def test_keypoints_that_no_loss_reads_are_not_predicted(student):
-    cfg = student("KD.LOSSES", [{"name": "roi_class", "weight": 1.0}])
+@pytest.mark.parametrize(("name", "predicted"), [("roi_class", False), ("roi_keypoint", True)])
+def test_keypoints_that_no_loss_reads_are_not_predicted(student, name, predicted):
+    cfg = student("KD.LOSSES", [{"name": name, "weight": 1.0}])
     model = build_student(cfg)
     with recording(model.teacher.model.roi_heads.keypoint_head.score_lowres) as call:
         losses_of(model, samples(cfg))
-    assert call.output is None
+    assert (call.output is not None) == predicted
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_teachers_of_other_keypoints(student, key, value, words):
         check_losses(cfg, TeacherSpec.from_config(cfg))
 
 
-def test_validation_losses_need_keypoints(config, options, catalogs):
+def test_validation_losses_need_keypoints(config, options):
     cfg = config("lr", *options)
     bare = [
         {**x, "annotations": [{**x["annotations"][0]}]} for x in DatasetCatalog.get("corners_val")
