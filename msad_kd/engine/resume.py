@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import LRScheduler
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
@@ -19,6 +20,7 @@ from msad_kd.config.changes import (
     with_former_values,
 )
 from msad_kd.data.loader import ResumableLoader
+from msad_kd.engine.hook_order import find_hook
 from msad_kd.utils.compat import load_trainer_state
 from msad_kd.utils.errors import InputError, first_line
 
@@ -82,9 +84,10 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
                 f"{done} iterations; set it to more to go on, or evaluate the run by --eval-only"
             )
         # Without its state, or with another step's, the schedule would go on from a wrong place.
-        step = state["hooks"]["LRScheduler"]["last_epoch"]
-        if type(step) is not int or step != done:
-            raise LookupError(f"the learning rate is at step {step} after {done} iterations")
+        if hook := find_hook(trainer, LRScheduler):
+            step = state["hooks"][type(hook).__qualname__]["last_epoch"]
+            if type(step) is not int or step != done:
+                raise LookupError(f"the learning rate is at step {step} after {done} iterations")
         if "config" not in state:
             _logger.warning(
                 "The checkpoint is of an earlier version, which did not keep the config: what has "

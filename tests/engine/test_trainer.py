@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from detectron2.engine.hooks import IterationTimer
+from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
 from helpers import NO_TEST, cut_off, differing, tensors_of, train
@@ -95,7 +95,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(student_config, tmp_path
     again = train(student_config(*keys, *more), resume=True)
     assert again.start_iter == 2
     assert differing(tensors_of(whole.model), tensors_of(again.model)) == []
-    for one, other in zip(*(t.optimizer.state_dict()["state"].values() for t in (whole, again))):
+    states = (t.optimizer.state_dict()["state"].values() for t in (whole, again))
+    for one, other in zip(*states, strict=True):
         assert differing(one, other) == []
     trained = {k: v for k, v in tensors_of(whole.model).items() if k.startswith("distiller.")}
     assert {k.split(".")[1] for k in trained} == {"adapters", "parts"}
@@ -192,26 +193,39 @@ def test_each_step_has_its_own_seed(config):
 def test_hooks_come_before_what_they_prepare(student_config, monkeypatch, main):
     """Only the main process saves and writes."""
     options = ["TEST.AUG.ENABLED", True, "KD.TEACHER.EVAL_BEFORE_TRAIN", True]
+    options += ["TEST.EVAL_PERIOD", 1, "TEST.LOSS", True]
     trainer = KDTrainer(student_config(*options))
     monkeypatch.setattr(comm, "is_main_process", lambda: main)
     names = [type(hook).__name__ for hook in trainer.build_hooks() if hook is not None]
     assert names == [
         *("EvaluateTeacher", "SeedEachStep", "IterationTimer", "LRScheduler"),
         *("ShareStatistics", "KeepNormalizer", "WatchLosses", *["PeriodicCheckpointer"] * main),
-        *("StopOnSignal", "EvalHook", "EvalHook", *["PeriodicWriter"] * main),
+        *("StopOnSignal", "EvalHook", "ValidationLoss", "KeepBest", "EvalHook"),
+        *["PeriodicWriter"] * main,
     ]
 
 
-def test_a_subclass_may_have_hooks_of_its_own(config):
-    class Bare(KDTrainer):
-        def build_hooks(self):
-            return [IterationTimer()]
+class OwnSchedule(LRScheduler):
+    pass
 
-    trainer = Bare(config("lr", "SOLVER.MAX_ITER", 1))
+
+@pytest.mark.parametrize("hooks", [[], [OwnSchedule()]])
+def test_a_subclass_may_have_hooks_of_its_own(config, hooks):
+    class Own(KDTrainer):
+        def build_hooks(self):
+            period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+            return [IterationTimer(), *hooks, PeriodicCheckpointer(self.checkpointer, period)]
+
+    cfg = config("lr", "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1)
+    trainer = Own(cfg)
     trainer.resume_or_load(resume=False)
     before = tensors_of(trainer.model)
     assert trainer.train() == {}
     assert differing(tensors_of(trainer.model), before) != []
+    again = Own(cfg)
+    again.resume_or_load(resume=True)
+    assert again.start_iter == 2
+    assert differing(tensors_of(again.model), tensors_of(trainer.model)) == []
 
 
 @pytest.mark.parametrize(("name", "kind"), [("SGD", torch.optim.SGD), ("ADAMW", torch.optim.AdamW)])
