@@ -11,8 +11,10 @@ exit code is 1 if there are errors, and 0 if there are warnings alone.
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -37,10 +39,10 @@ from msad_kd.data.dict_checks import (
     explain_missing_data,
     missing_files,
 )
-from msad_kd.data.images import image_size, read_image, unreadable
+from msad_kd.data.images import ImageError, image_size, read_image, size_of, unreadable
 from msad_kd.data.mapper import build_mapper
 from msad_kd.data.statistics import MANY, enlarged_share
-from msad_kd.modeling.classes import has_masks
+from msad_kd.evaluation.build import build_evaluator
 from msad_kd.utils.arguments import positive
 
 FACTORS = (0.25, 0.375, 0.5, 0.75, 1)
@@ -71,7 +73,16 @@ def read_registered(report, name):
     report.add("note", f"data set '{name}': {words}")
     with explain_missing_data((name,)):
         dicts = DatasetCatalog.get(name)
-    return dicts, list(MetadataCatalog.get(name).get("thing_classes") or ())
+    return [_with_size(entry) for entry in dicts], list(
+        MetadataCatalog.get(name).get("thing_classes") or ()
+    )
+
+
+def _with_size(entry):
+    with contextlib.suppress(ImageError):  # check_images will name it
+        height, width = size_of(entry)
+        return {**entry, "height": height, "width": width}
+    return entry
 
 
 def fault_of(entry, quick):
@@ -107,20 +118,29 @@ def check_images(report, data_set, level, args):
 
 def check_against_config(report, cfg):
     """Note what of the data does not fit the config, as a training would."""
-    drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
     for data_set in report.data_sets:
         name, train = data_set.name, data_set.role == "TRAIN"
         with report.catching():
             align_classes(cfg, (name,))
-        with report.catching("warning" if drop and train else "error"):
+        with report.catching(level_of_images(cfg, name)):
             check_shapes(data_set.dicts, name, build_mapper(cfg, train))
-        if train and has_masks(cfg):
+        if train and cfg.MODEL.MASK_ON:
             with report.catching():
                 check_masks(data_set.dicts, name)
         if train and cfg.MODEL.KEYPOINT_ON:
             with report.catching():
                 count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
                 check_keypoint_counts(data_set.dicts, name, count)
+        faulty = any(x["level"] == "error" for x in report.remarks)  # it would say this again
+        if name in cfg.DATASETS.TEST and not faulty:
+            with report.catching(), tempfile.TemporaryDirectory() as folder:
+                build_evaluator(cfg, name, folder)
+
+
+def level_of_images(cfg, name):
+    """Return what an unusable image is: training may drop it, an evaluation does not."""
+    drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop" and name not in cfg.DATASETS.TEST
+    return "warning" if drop else "error"
 
 
 def compare(report):
@@ -208,8 +228,7 @@ def check(args):
             dicts, classes = found or read_registered(report, name)
             data_set = DataSet(name, file or "registered in Python", role, dicts, classes)
             report.data_sets.append(data_set)
-            level = "warning" if drop and role == "TRAIN" else "error"
-            check_images(report, data_set, level, args)
+            check_images(report, data_set, level_of_images(cfg, name) if cfg else "error", args)
     report.sizes = choose_sizes(cfg, report.data_sets)
     if cfg:
         check_against_config(report, cfg)

@@ -14,7 +14,6 @@ from PIL import Image
 
 from msad_kd.data.statistics import resize_scales
 
-pytestmark = pytest.mark.usefixtures("catalogs")
 tool = load_tool("check_dataset")
 
 
@@ -69,8 +68,8 @@ def cut(content, folder):
 
 
 BROKEN = {
-    "no image has its image_id, not 99": annotation(image_id=99),
-    "bbox lies outside the image, not [70, 5, 20, 20]": annotation(bbox=[70, 5, 20, 20]),
+    "no image has its image_id: 99": annotation(image_id=99),
+    "bbox lies outside the image: [70, 5, 20, 20]": annotation(bbox=[70, 5, 20, 20]),
     "bbox is missing, and there is no segmentation": annotation(bbox=None, segmentation=[]),
     "a polygon should have at least 6 numbers": annotation(segmentation=[[1, 2, 3, 4]]),
     "segmentation lies outside the image": annotation(segmentation=[[90, 9, 99, 9, 99, 19]]),
@@ -213,6 +212,28 @@ def test_what_does_not_fit_the_config(check, pair):
     assert code == 1 and "MODEL.ROI_HEADS.NUM_CLASSES is 1" in text
 
 
+def test_what_could_not_be_evaluated(check, pair):
+    """A training would say it at its start, distill.py only once it measures."""
+    bare = valid_content()
+    del bare["annotations"][0]["segmentation"]
+    code, text = check(*pair(valid_content(), bare))
+    assert code == 1 and "'two': 1 of its annotations have no segmentation, e.g. that" in text
+    assert check(*pair(valid_content(), bare, "MODEL.MASK_ON", "False"))[0] == 0
+    vars(MetadataCatalog.get("two")).update(evaluator_type="lvis")
+    code, text = check(*pair(valid_content(), valid_content()))
+    assert code == 1 and "'two' needs the evaluator 'lvis'" in text
+
+
+def test_masks_that_a_dense_detector_would_be_trained_with(check, pair, files_of):
+    bare = valid_content()
+    del bare["annotations"][0]["segmentation"]
+    arguments = pair(bare, valid_content(), "MODEL.RETINANET.NUM_CLASSES", "2")
+    arguments[1] = files_of("retinanet")["lr"]
+    for masks, expected in (("True", 1), ("False", 0)):
+        code, text = check(*arguments, "MODEL.MASK_ON", masks)
+        assert (code, "have no segmentation" in text) == (expected, expected == 1), text
+
+
 def test_what_training_would_drop_is_a_warning(check, pair, mine):
     train = valid_content()
     train["annotations"][0]["bbox"] = [70, 5, 20, 20]
@@ -224,15 +245,16 @@ def test_what_training_would_drop_is_a_warning(check, pair, mine):
     assert check(*pair(train, valid_content(), *drop))[0] == 1  # it is an image of TEST, too
 
 
-def test_data_without_a_file_in_coco_format(check, config_files, mine):
+@pytest.mark.parametrize("size", [{"height": HEIGHT, "width": WIDTH}, {}])
+def test_data_without_a_file_in_coco_format(check, config_files, mine, size):
     box = {"bbox": [0, 0, 9, 7], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
-    entry = {"file_name": str(mine / "photos" / "7.png"), "height": HEIGHT, "width": WIDTH}
+    entry = {"file_name": str(mine / "photos" / "7.png"), **size}
     DatasetCatalog.register("own", lambda: [{**entry, "image_id": 1, "annotations": [box]}])
     MetadataCatalog.get("own").thing_classes = ["cat"]
     names = ["DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()", "MODEL.MASK_ON", "False"]
     code, text = check("--config-file", config_files["lr"], *names)
     assert code == 0 and "'own': it is not in COCO format" in text
-    assert re.search(r"own \(TRAIN\) +1 +0 +1 +0 +0 ", text)
+    assert re.search(r"own \(TRAIN\) +1 +0 +1 +0 +0 +40 to 40", text)
 
 
 def test_mistakes_of_the_command_line(check, mine):
