@@ -186,9 +186,32 @@ def make_configs(args, options) -> tuple[dict[str, CfgNode], list | None]:
     names = configs["student"].DATASETS.UNLABELED
     paths = {name: folder / f"{name}.yaml" for name in configs}
     configs = {x: write_config(cfg, paths[x], options.get(x, [])) for x, cfg in configs.items()}
+    check_networks(configs)
     student = configs["student"]  # role:KEY VALUE pairs may have chosen other images, or no labels
     used = {*student.DATASETS.UNLABELED} == {*names} and student.KD.UNLABELED.PSEUDO_LABELS
     return configs, words if used else None
+
+
+def check_networks(configs):
+    """Check that the student has the weights of its control, by whose config it is tested."""
+    nodes, shapes = [configs[role].MODEL.clone() for role in ("student", "control")], []
+    for node in nodes:
+        node.META_ARCHITECTURE = node.WEIGHTS = ""
+    if nodes[0] == nodes[1]:
+        return
+    for role in ("student", "control"):
+        cfg = configs[role].clone()
+        cfg.defrost()
+        cfg.MODEL.TIMM.PRETRAINED = False
+        weights = KDTrainer.build_model(cfg).state_dict()
+        shapes.append({name: weight.shape for name, weight in weights.items()})
+    if other := sorted({*shapes[0]} ^ {*shapes[1]}) or [
+        name for name in shapes[0] if shapes[0][name] != shapes[1][name]
+    ]:
+        raise InputError(
+            f"the student has other weights than its control, by whose config it is tested, e.g. "
+            f"{other[0]}; give student:KEY VALUE and control:KEY VALUE the same MODEL keys"
+        )
 
 
 def check_weights(args, configs):

@@ -69,7 +69,6 @@ def test_a_role_with_another_schedule(config_files, tmp_path, capsys):
     assert f"student and control differ in {other}:" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("catalogs")
 @pytest.mark.parametrize(
     ("labels_by", "images", "name"),
     [("hr", "val", "unlabeled"), ("teacher", "tiny_val", "tiny_val")],
@@ -96,7 +95,6 @@ def test_images_without_labels(labels_by, images, name, data, hr_of, tmp_path, c
     assert solver.UNLABELED_PER_BATCH == solver.IMS_PER_BATCH
 
 
-@pytest.mark.usefixtures("catalogs")
 def test_time_augmentation_is_for_labels_alone(hr_of, tmp_path, capsys):
     config, weights = hr_of("mask_rcnn")
     words = ["--config-file", config, "--output", str(tmp_path), "--weights", str(weights)]
@@ -114,7 +112,6 @@ def test_time_augmentation_is_for_labels_alone(hr_of, tmp_path, capsys):
     assert len(files) == 2
 
 
-@pytest.mark.usefixtures("catalogs")
 def test_labels_that_a_model_has_given_are_kept(data, hr_of, tmp_path, capsys):
     config, weights = hr_of("mask_rcnn")
     content = json.loads((data / "annotations" / "instances_val.json").read_text())
@@ -143,7 +140,7 @@ def test_labels_that_a_model_has_given_are_kept(data, hr_of, tmp_path, capsys):
         (["SEED", "0"], "SEED is 0; give a number from 1"),
         (["student:SEED", "3"], "'student:SEED' cannot be chosen: SEED without a role is that of"),
         (["SOLVER.MAX_ITER"], "'SOLVER.MAX_ITER' has no value"),
-        (["--scale", "3"], "3"),
+        (["--scale", "3"], "KD.SCALE is 3"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN of the config should name"),
         (["DATASETS.TEST", "()"], "DATASETS.TEST is nothing; "),
         (["DATASETS.TEST", "('tiny_val', 'tiny_train')"], "DATASETS.TEST is tiny_val, tiny_train;"),
@@ -153,6 +150,7 @@ def test_labels_that_a_model_has_given_are_kept(data, hr_of, tmp_path, capsys):
         (["control:TEST.PATIENCE", "2"], "TEST.PATIENCE is 2"),
         (["student:INPUT.MIN_SIZE_TEST", "32"], "control's config; give control:INPUT.MIN_SIZE_TE"),
         (["student:TEST.DETECTIONS_PER_IMAGE", "9"], "'student:TEST.DETECTIONS_PER_IMAGE' cannot"),
+        (["student:MODEL.ROI_BOX_HEAD.FC_DIM", "8"], "other weights than its control, by whose"),
         (["--unlabeled", "nowhere"], "DATASETS.UNLABELED: 'nowhere' is not"),
         (["--unlabeled", "tiny_val", "--labels-by", "hr"], "hr needs --weights FILE"),
         (["--unlabeled", "voc_2007_val"], "'voc_2007_val' does not say where its images are"),
