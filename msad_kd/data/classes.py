@@ -130,8 +130,9 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str] | None) -> None:
             keep = data_set in (cfg.DATASETS.TEST or ()) and data_set not in (
                 cfg.DATASETS.TRAIN or ()
             )
-            load = partial(load_checked, file, images, data_set, invalid, classes or None, keep)
-            DatasetCatalog.data[data_set] = load
+            load = partial(load_checked, file, images, data_set)
+            options = {"invalid": invalid, "classes": classes or None, "keep": keep}
+            DatasetCatalog.data[data_set] = partial(load, **options)
 
 
 def _check_names(data_set: str, own: list[str], classes: list[str], source: str) -> None:

@@ -55,14 +55,26 @@ def register_coco_format(cfg: CfgNode) -> None:
                 words = f"'{name}' exists already; rename your data set"
                 raise InputError(f"DATASETS.COCO_FORMAT: {words}")
         elif json_file is None:
-            DatasetCatalog.register(name, partial(load_folder, images, name, invalid))
+            DatasetCatalog.register(name, partial(load_folder, images, name, invalid=invalid))
             MetadataCatalog.get(name).set(image_root=images)
         else:
-            DatasetCatalog.register(name, partial(load_checked, json_file, images, name, invalid))
+            loader = partial(load_checked, json_file, images, name, invalid=invalid)
+            DatasetCatalog.register(name, loader)
             new = {"json_file": json_file, "image_root": images, "evaluator_type": "coco"}
             MetadataCatalog.get(name).set(**new)
         keypoints = {key: entry[key] for key in _KEYPOINTS if key in entry}
         vars(MetadataCatalog.get(name)).update(keypoints)  # metadata refuse to change
+
+
+def dicts_of(name: str, invalid: str) -> list[dict]:
+    """Return the dicts of a data set, by this DATASETS.INVALID_ANNOTATIONS if it was read here.
+
+    An earlier config of this process may have registered it with another value.
+    """
+    loader = DatasetCatalog.data.get(name)
+    if getattr(loader, "func", None) in (load_folder, load_checked):
+        return loader(invalid=invalid)
+    return DatasetCatalog.get(name)
 
 
 def is_folder(name: str) -> bool:

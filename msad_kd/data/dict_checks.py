@@ -136,7 +136,7 @@ def check_keypoint_counts(dicts: list[dict], name: str, count: int) -> None:
     Raises:
         InputError: if an object has another number of keypoints, or none.
     """
-    words = f"have not {count} keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)"
+    words = f"do not have {count} keypoints (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)"
     remedy = "set it to the number in the data, or MODEL.KEYPOINT_ON False"
     _refuse(dicts, name, lambda x: np.size(x.get("keypoints", ())) != 3 * count, words, remedy)
 

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd.data.classes import align_classes
-from msad_kd.data.coco_format import is_folder
+from msad_kd.data.coco_format import dicts_of, is_folder
 from msad_kd.modeling.classes import class_key, number_of_classes
 from msad_kd.utils.errors import InputError
 
@@ -93,7 +93,7 @@ def unlabeled_dicts(cfg: CfgNode) -> list[dict]:
     """
     dicts = []
     for name in cfg.DATASETS.UNLABELED:
-        found = DatasetCatalog.get(name)
+        found = dicts_of(name, cfg.DATASETS.INVALID_ANNOTATIONS)
         if not cfg.KD.UNLABELED.PSEUDO_LABELS:
             found = [{k: v for k, v in entry.items() if k != "annotations"} for entry in found]
         if any("score" in label for entry in found for label in entry.get("annotations", ())):

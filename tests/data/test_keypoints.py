@@ -52,7 +52,7 @@ def test_keypoints_have_names(config, monkeypatch, train, metadata, options, wor
 
 
 @pytest.fixture
-def keypoints_of(config, files, catalogs):
+def keypoints_of(config, files):
     """keypoints_of(categories, entry, KEY, VALUE, ...): what a mapper knows, and its indices."""
 
     def read(categories, entry, *options):
@@ -129,7 +129,7 @@ def test_another_number_of_keypoints_in_the_data(files):
     dicts = load_checked(*files(valid_content(keypoints=True)), "mine")
     check_keypoint_counts(dicts, "mine", 2)
     dicts += load_checked(*files(valid_content()), "bare")
-    with pytest.raises(InputError, match="'mine': 3 of 6 annotations have not 2 keypoints .*"):
+    with pytest.raises(InputError, match="'mine': 3 of 6 annotations do not have 2 keypoints .*"):
         check_keypoint_counts(dicts, "mine", 2)
 
 

@@ -105,6 +105,7 @@ def test_one_teacher_and_an_untrained_student(tool, pool, capsys, tmp_path, name
         (["--student", "a.yaml", "b.pth", "c"], "--student: give CONFIG and"),
         (["--ap", "other=40"], r"--ap other=40: give NAME=VALUE; the teachers are \['fused'\]"),
         (["--ap", "fused=much"], "--ap fused=much: the AP must be a number"),
+        (["--ap", "fused=nan"], "--ap fused=nan: the AP must be a number from 0 to 100"),
         (["--teacher", "a", "hr", "WEIGHTS", "--image", "a=both"], "is 'both'.*reads hr or lr"),
         (["--cells", "1", "--images", "5"], "5 images of 1 cells a level are too few for 16"),
         (["--opts", "DATASETS.TRAIN", "()"], "no data set is named; set DATASETS.TRAIN"),

@@ -111,8 +111,10 @@ def known_aps(pairs: list[str], entries: list[Entry]) -> dict[str, float]:
     for name, value in _read_pairs(pairs, "ap", [entry.name for entry in entries]).items():
         try:
             aps[name] = float(value)
-        except ValueError as error:
-            raise InputError(f"--ap {name}={value}: the AP must be a number") from error
+        except ValueError:
+            aps[name] = float("nan")
+        if not 0 <= aps[name] <= 100:
+            raise InputError(f"--ap {name}={value}: the AP must be a number from 0 to 100")
     return aps
 
 
