@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from detectron2.data import (
     MetadataCatalog,
     get_detection_dataset_dicts,
 )
+from detectron2.utils.logger import setup_logger
 from helpers import NO_TEST, SCENE_SIZE, TEST_SCENES, TRAIN_SCENES, train
 
 from msad_kd import TwoResolutionMapper
@@ -23,6 +25,11 @@ from projects.Shapes.generate import generate
 # More threads only get in each other's way in models this small.
 torch.set_num_threads(1)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that was forked cannot train on a GPU
+
+LOGGERS = [
+    (logger, logger.handlers[:], logger.propagate, logger.level)
+    for logger in map(logging.getLogger, ("detectron2", "fvcore", "msad_kd"))
+]
 
 
 @pytest.fixture(scope="session")
@@ -34,12 +41,21 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def catalogs(monkeypatch):
-    """Give the test copies of Detectron2's catalogs, so that what it registers is forgotten."""
+    """Give every test copies of Detectron2's catalogs, so that what it registers is forgotten."""
     monkeypatch.setattr(DatasetCatalog, "data", dict(DatasetCatalog.data))
     metadata = {name: copy.copy(values) for name, values in MetadataCatalog.data.items()}
     monkeypatch.setattr(MetadataCatalog, "data", metadata)
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """Undo what commands of earlier tests did to logging: they would write to closed files."""
+    logging.raiseExceptions = True
+    for logger, logger.handlers[:], logger.propagate, level in LOGGERS:
+        logger.setLevel(level)
+    setup_logger.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,6 @@ def start(config_file, folder, *arguments, by=LAUNCHED, launcher=None, **options
         return run_script("train_net.py", *flags, *keys, **options)
     command = [sys.executable, *map(str, [*launcher, ROOT / "train_net.py", *flags, *keys])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done

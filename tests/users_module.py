@@ -2,7 +2,7 @@
 
 The environment variable DISTURB says when and how: the process's rank, the iteration, and
 
-    SIGTERM, SIGKILL, ...   the signal that it gets; "SIGTERM launcher": that who started it gets
+    SIGTERM, SIGKILL, ...   the signal that it gets; "SIGTERM launcher": the launcher gets it
     NAN, RAISE              it spoils a weight; it raises what Detectron2's RPN raises
     EVALUATION              all wait in the evaluation, in which this one gets SIGTERM
 

@@ -120,7 +120,7 @@ def test_a_checkpoint_of_before_is_resumed(run):
             r"1 of its keys have another shape .* 0.bias \(5,\) -> \(2,\)",
         ),
         (lambda x: x["model"].update(more=torch.zeros(1)), "1 of its keys are not in the model"),
-        (lambda x: x["model"].clear(), ""),
+        (lambda x: x["model"].clear(), "holds no weights"),
         (lambda x: x.pop("trainer"), "has no 'trainer'"),
         (lambda x: x.update(trainer=[1]), "has no 'trainer'"),
         (lambda x: x.update(trainer={}), "has no 'trainer'"),

@@ -139,5 +139,8 @@ def test_what_cannot_be_halved_is_refused(changes, words):
     cfg.merge_from_list(changes)
     with pytest.raises(InputError, match=words):
         derive_configs(cfg, 2)
+
+
+def test_a_scale_of_1_is_refused():
     with pytest.raises(InputError, match="the scale is 1"):
         derive_configs(config_of("COCO/mask_rcnn_R_50_FPN_HR_1x.yaml"), 1)

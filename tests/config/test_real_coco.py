@@ -16,7 +16,6 @@ CONFIGS = [path for path in FILES if path.parent.name == "COCO"]
 STUDENTS = [path for path in CONFIGS if path.name.endswith("_R_50_FPN_student_1x.yaml")]
 pytestmark = [
     pytest.mark.skipif(not COCO.exists(), reason=f"{COCO}, images of COCO, is not there"),
-    pytest.mark.usefixtures("catalogs"),
 ]
 
 

@@ -67,7 +67,7 @@ def test_every_number_is_tried():
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_numbers_that_cannot_be(key):
+def test_numbers_out_of_range(key):
     wrong, right = NUMBERS[key]
     for value in wrong:
         # Detectron2 itself refuses a value of another type.
@@ -81,7 +81,7 @@ def test_numbers_that_cannot_be(key):
     ("key", "name"),
     [("SOLVER.LR_SCHEDULER_NAME", "WarmupLinearLR"), ("SOLVER.WARMUP_METHOD", "sine")],
 )
-def test_names_of_a_schedule_that_is_not(key, name):
+def test_unknown_schedules(key, name):
     with pytest.raises(InputError, match=f"SOLVER: there is no such schedule: .*{name}"):
         build_config("", [key, name])
 
@@ -103,7 +103,6 @@ YAML_LISTS = {
 }
 
 
-@pytest.mark.usefixtures("catalogs")
 @pytest.mark.parametrize("key", YAML_LISTS)
 def test_a_list_may_be_yaml_or_python(key):
     text, expected = YAML_LISTS[key]

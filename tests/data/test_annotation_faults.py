@@ -24,8 +24,6 @@ from msad_kd.data.annotations import read_annotations
 from msad_kd.data.coco_format import load_checked
 from msad_kd.utils.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("catalogs")
-
 VALUES = [
     *(None, True, False, 0, 1, 2, -1, 0.5, 1e-9, 1e9, 1e308, -1e308, 10**25, 10**400),
     *(math.nan, math.inf, -math.inf, "", "text", "3", "7", "-1", "é\0\ud800", [], {}, [[]], [{}]),

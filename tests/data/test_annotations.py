@@ -14,7 +14,6 @@ from msad_kd.utils.errors import InputError
 NAN, INF = float("nan"), float("inf")
 MISSING = object()
 NESTED = [[[[[[[[10, 5, 20, 20]]]]]]]]
-pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def put(content, path, value):

@@ -9,8 +9,6 @@ from msad_kd.config.build import build_config
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("catalogs")
-
 
 def register(entries):
     return build_config("", ["DATASETS.COCO_FORMAT", entries])

@@ -1,4 +1,4 @@
-"""What is said at the start of a data set's files, masks and shapes; RLEs beside polygons."""
+"""Checks before a training starts: files, masks and shapes of images; RLEs beside polygons."""
 
 import copy
 import logging
@@ -19,8 +19,6 @@ from msad_kd.data.dict_checks import accept_rles, check_masks, check_shapes
 from msad_kd.data.mapper import build_mapper
 from msad_kd.engine.trainer import KDTrainer
 from msad_kd.utils.errors import InputError
-
-pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def test_a_pipe_is_no_image_and_no_annotation_file(files, tmp_path):

@@ -144,20 +144,22 @@ def entry_of(kind, path, turned=False):
     return {"file_name": str(path), "height": height, "width": width, "annotations": []}
 
 
-@pytest.fixture(autouse=True)
-def time_limit():
-    """A read that blocks fails after 20 s."""
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-
-
 @pytest.fixture
 def mappers(config):
     """Those of a student and of a plain detector, in training, and the latter's in evaluation."""
     cfg = config("lr", "INPUT.RANDOM_FLIP", "none")
     student = TwoResolutionMapper(cfg, True, frame="lr")
     return [student, CheckedDatasetMapper(cfg, True), CheckedDatasetMapper(cfg, False)]
+
+
+@pytest.fixture(autouse=True)
+def time_limit(mappers):
+    """A read that blocks fails after 20 s."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a read blocks"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("kind", GOOD)

@@ -153,6 +153,18 @@ def test_an_rpn_is_read_as_detectron2_reads_it(config, batch):
         ("fcos", terms("rpn_box"), [], "'rpn_box' needs an RPN, which the student lacks"),
         ("fcos", terms("cross_head"), [], "'convs' of 'cross_head' is 3, but a tower has 1"),
         (
+            "fcos",
+            terms("cross_head", convs=1),
+            ["MODEL.FPN.OUT_CHANNELS", 8],
+            "same channels in the tower .* 8 in the student and 16",
+        ),
+        (
+            "fcos",
+            terms("dense_class"),
+            ["KD.TEACHER.OPTS", ["MODEL.META_ARCHITECTURE", "MultiResolutionRetinaNet"]],
+            "same kind of head",
+        ),
+        (
             "retinanet",
             terms("dense_class"),
             ["MODEL.RETINANET.NUM_CLASSES", 9],

@@ -152,10 +152,19 @@ def test_a_loss_of_ones_own_without_weights_has_no_focus():
         del DISTILL_LOSS_REGISTRY._obj_map["plain"]
 
 
-def test_levels_without_scores_are_refused(student_config):
+COARSE = ["MODEL.RPN.IN_FEATURES", ["p4", "p5", "p6", "p7"]]
+COARSE += ["MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128]]]
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (COARSE, "needs scores on level p3 of the teacher, whose head"),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "needs a teacher with an RPN"),
+    ],
+)
+def test_levels_without_scores_are_refused(student_config, opts, words):
     term = {**L1, "levels": ["p2"], "focus": "scores"}
-    reading = ["MODEL.RPN.IN_FEATURES", ["p4", "p5", "p6", "p7"]]
-    anchors = ["MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128]]]
-    cfg = student_config("KD.LOSSES", [term], "KD.TEACHER.OPTS", reading + anchors)
-    with pytest.raises(InputError, match="needs scores on level p3 of the teacher, whose head"):
+    cfg = student_config("KD.LOSSES", [term], "KD.TEACHER.OPTS", opts)
+    with pytest.raises(InputError, match=words):
         check_losses(cfg, TeacherSpec.from_config(cfg))

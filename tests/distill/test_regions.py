@@ -92,10 +92,13 @@ def test_a_stock_detector_proposes_what_it_proposes_in_inference(
     assert "p6" in model.teacher.needed  # which the RPN alone reads
     stock = model.teacher.model
     images = [{"image": x["image_hr"]} for x in inputs]
-    monkeypatch.setattr(type(stock.backbone), "size_divisibility", 64)  # twice the student's
-    with recording(stock.proposal_generator) as call, recording(stock.backbone) as levels:
+    with (
+        monkeypatch.context() as patch,
+        recording(stock.proposal_generator) as call,
+        recording(stock.backbone) as levels,
+    ):
+        patch.setattr(type(stock.backbone), "size_divisibility", 64)  # twice the student's
         stock.inference(images)
-    monkeypatch.undo()
     expected = [x.proposal_boxes[:COUNT] for x in call.output[0]]
     seen, _, theirs = predicted(model, inputs)["teacher"]
     for boxes, others in zip(seen.regions, expected, strict=True):
@@ -105,7 +108,7 @@ def test_a_stock_detector_proposes_what_it_proposes_in_inference(
     assert_close(heads.box_predictor(heads.box_head(pooled))[0], theirs.classes)
 
 
-def test_proposals_of_the_student_alone_need_no_level_of_the_rpn(config, config_files, student):
+def test_proposals_of_the_student_alone_need_no_level_of_the_rpn(student):
     levels = [student(losses).teacher.needed for losses in (STUDENT, TEACHER, BOTH)]
     assert levels == [{"p3", "p4", "p5", "p6"}, *[{"p3", "p4", "p5", "p6", "p7"}] * 2]
 

@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_is_named_for_both(student_config, batch):
 
 
 @pytest.fixture
-def run(student_config, data, catalogs, detector):
+def run(student_config, data, detector):
     """run(KEY, VALUE, ...): a run of four steps with the validation images as unlabelled ones."""
 
     def call(*options, resume=False):

@@ -75,7 +75,7 @@ def test_the_update_is_that_of_the_larger_batch(student_config, detector):
 
 
 @pytest.mark.parametrize("detector", ["retinanet"], indirect=True)
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(config, tmp_path, detector, caplog):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(config, tmp_path, detector):
     keys = [*TWICE, "SOLVER.MAX_ITER", 3, *NO_TEST]
     whole = train(config("lr", *keys))
     folder = tmp_path / "cut_off"

@@ -87,32 +87,39 @@ def begun(folder, times):
     wait_until(lambda: text_of(folder).count("Starting training from") >= times, SLOW)
 
 
+def newest(folder):
+    """The last iteration that a checkpoint of a run has; -1 without one."""
+    return max((int(file.stem[6:]) for file in folder.glob("model_0*.pth")), default=-1)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_at_random_and_resumed_is_bitwise_the_uninterrupted_run(start, tmp_path, count):
     whole, folder, generator = tmp_path / "whole", tmp_path / "killed", random.Random(count)
     flags = ALONE if count == 1 else TWO
-    assert start(whole, flags).wait() == 0
+    assert start(whole, flags).wait(900) == 0
     for kills in range(KILLS):
         process = start(folder, [*flags, "--resume"])
         begun(folder, kills + 1)
-        time.sleep(generator.uniform(0, 1.5))
+        goal = newest(folder) + generator.choice([0, 3, 6])
+        wait_until(lambda goal=goal: newest(folder) >= goal, SLOW)
+        time.sleep(generator.uniform(0, 0.2))  # into a step, or the writing of a file
         everyone = [process.pid, *processes_below(process.pid)]
-        goal = generator.choice([process.pid, *ranks_of(process.pid)])
-        os.kill(goal, generator.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        victim = generator.choice([process.pid, *ranks_of(process.pid)])
+        os.kill(victim, generator.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         assert process.wait(SLOW) in (1, 143, -9), text_of(folder)[-3000:]
         wait_until(lambda pids=everyone: gone(pids), SLOW)
-    assert start(folder, [*flags, "--resume"]).wait() == 0
+    assert start(folder, [*flags, "--resume"]).wait(900) == 0
     assert int(text_of(folder).rpartition("Starting training from iteration ")[2].split()[0]) > 0
     check_equal(folder, whole)
 
 
 def test_torchrun_restarts_a_killed_run_which_resumes(start, tmp_path, monkeypatch):
     heads = ["MODEL.ROI_HEADS.NAME", "UsersHeads", "SOLVER.MAX_ITER", 10]
-    assert start(tmp_path / "whole", TWO, "SOLVER.MAX_ITER", 10).wait() == 0
+    assert start(tmp_path / "whole", TWO, "SOLVER.MAX_ITER", 10).wait(900) == 0
     folder = tmp_path / "restarted"
     launcher = [*TORCHRUN_2, "--max-restarts=1"]
     monkeypatch.setenv("DISTURB", "1 7 SIGKILL")
-    assert start(folder, ["--import=users_module"], *heads, launcher=launcher).wait() == 0
+    assert start(folder, ["--import=users_module"], *heads, launcher=launcher).wait(900) == 0
     assert "Starting training from iteration 6" in text_of(folder)
     check_equal(folder, tmp_path / "whole")
 

@@ -1,6 +1,9 @@
 """Runs of several processes, here two on the CPU."""
 
 import json
+import multiprocessing
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from two_processes import TERMS, TORCHRUN_2, start
 
 from msad_kd import KDTrainer
 from msad_kd.config.build import build_config
-from msad_kd.engine.launch import TORCHRUN, is_restarted, launch
+from msad_kd.engine.launch import TORCHRUN, _wait, is_restarted, launch
 from msad_kd.utils import signals
 from msad_kd.utils.errors import InputError
 
@@ -168,7 +171,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(whole, signalled, tmp_path, 
     assert [x.name for x in (tmp_path / "run").glob("*.pth")] == ["model_0000001.pth"]
     assert differing(found["model"], expected["model"]) == []
     states = (x["trainer"]["_trainer"]["optimizer"]["state"] for x in (found, expected))
-    for one, other in zip(*(state.values() for state in states)):
+    for one, other in zip(*(state.values() for state in states), strict=True):
         assert differing(one, other) == []
 
 
@@ -183,12 +186,34 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(signalled, what):
     assert sentence.count("/train/") == 2  # of the four images those of its process
 
 
+def stubborn(ready):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(300)
+
+
+def failing(ready):
+    ready.wait()
+    os._exit(3)
+
+
+def test_a_process_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr("msad_kd.engine.launch.AFTER_FAILURE", (0, 0.5))
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    processes = [context.Process(target=run, args=(ready,)) for run in (stubborn, failing)]
+    for process in processes:
+        process.start()
+    assert _wait(processes, []) == 1
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 3]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_other(signalled, rank):
     began = time.monotonic()
     process = signalled(f"{rank} 1 SIGKILL", code=1)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300  # the timeout of a collective is longer
     (sentence,) = [x for x in process.stderr.splitlines() if x.startswith("train_net.py:")]
     assert f"process {rank} terminated with signal SIGKILL; the others were ended" in sentence
 

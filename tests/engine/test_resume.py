@@ -1,4 +1,4 @@
-"""Resuming with another config, and runs that are killed while they write a checkpoint."""
+"""Resuming with another config."""
 
 import json
 import logging
@@ -83,7 +83,7 @@ def test_without_a_change_nothing_is_said_and_the_end_is_the_same(resumed, runs,
     assert all(differing(states[0][i], states[1][i]) == [] for i in states[0])
 
 
-def test_a_resume_that_gets_other_batches_says_so(resumed, monkeypatch, caplog):
+def test_a_resume_that_gets_other_batches_says_so(resumed, caplog):
     resumed("SEED", -1)
     assert "gets other batches" in caplog.text and "SEED is negative" in caplog.text
     caplog.clear()

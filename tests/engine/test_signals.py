@@ -62,7 +62,8 @@ def check_resumed(cfg, whole):
     again = train(cfg, resume=True)
     assert again.start_iter > 0
     assert differing(tensors_of(again.model), tensors_of(whole.model)) == []
-    for one, other in zip(*(t.optimizer.state_dict()["state"].values() for t in (whole, again))):
+    states = (t.optimizer.state_dict()["state"].values() for t in (whole, again))
+    for one, other in zip(*states, strict=True):
         assert differing(one, other) == []
 
 
@@ -113,14 +114,14 @@ def test_an_evaluation_that_fails_loses_no_step(config, monkeypatch, error):
     assert models(cfg) == ["model_0000001.pth"]
 
 
-@pytest.mark.parametrize("saved_already", [True, False])
+@pytest.mark.parametrize("in_the_step", [True, False])
 def test_a_signal_in_the_last_step_leaves_the_final_model_unevaluated(
-    config, monkeypatch, saved_already
+    config, monkeypatch, in_the_step
 ):
     cfg = config("lr", *RARE)
     with monkeypatch.context() as patch:
         patch.setattr(KDTrainer, "test", lambda *_: pytest.fail("it was evaluated"))
-        if saved_already:
+        if in_the_step:
             _, code = stopped(cfg, Signal(signal.SIGTERM, 3))
         else:  # in the evaluation
             patch.setattr(KDTrainer, "test", lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -55,7 +55,7 @@ def test_it_is_the_mean_of_the_stock_losses(student_config, config, detector):
     assert found == pytest.approx({**means, "total_loss": sum(means.values())})
 
 
-def test_data_without_annotations_are_refused(config, catalogs):
+def test_data_without_annotations_are_refused(config):
     cfg = config("lr")
     (name,) = cfg.DATASETS.TEST
     bare = [{k: v for k, v in x.items() if k != "annotations"} for x in DatasetCatalog.get(name)]

@@ -165,11 +165,10 @@ def test_a_stopped_run_leaves_no_data_set(source, converted, tmp_path, monkeypat
             raise KeyboardInterrupt
         return write_split(folder, split, *args)
 
-    monkeypatch.setattr(nuclei, "write_split", stop_at_val)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nuclei, "write_split", stop_at_val)
         nuclei.prepare(source, output, [].append)
     assert not output.exists()
-    monkeypatch.undo()
     nuclei.prepare(source, output, [].append)
     assert files_of(output) == files_of(converted[0])
     assert [path.name for path in tmp_path.iterdir()] == ["nuclei"]

@@ -227,7 +227,6 @@ def test_nothing_found_is_ap_0_and_nothing_there_is_none():
     assert set(measure.tidy_metrics(nothing).values()) == {0.0}
 
 
-@pytest.mark.usefixtures("catalogs")
 def test_a_row_with_test_time_augmentation_is_measured_by_it(config_files, tmp_path):
     options = "TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES (32,40) TEST.AUG.MAX_SIZE 128".split()
     config, weights = str(config_files["lr"]), tmp_path / "lr.pth"

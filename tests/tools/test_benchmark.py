@@ -9,7 +9,7 @@ from helpers import ROOT, load_tool
 
 
 @pytest.fixture
-def no_shapes(catalogs):
+def no_shapes():
     """Catalogs without the data sets that configs of other tests have registered."""
     for catalog in (DatasetCatalog.data, MetadataCatalog.data):
         for name in [x for x in catalog if x.startswith("shapes_")]:

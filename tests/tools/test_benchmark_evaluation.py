@@ -5,7 +5,7 @@ import sys
 from helpers import load_tool
 
 
-def test_it_prints_a_table_of_parts_after_equal_results(monkeypatch, capsys, catalogs):
+def test_it_prints_a_table_of_parts_after_equal_results(monkeypatch, capsys):
     options = ["--images", "6", "--objects", "40", "--detections", "120", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["benchmark_evaluation.py", *options])
     tool = load_tool("benchmark_evaluation")

@@ -24,7 +24,6 @@ def said(monkeypatch):
     return quick
 
 
-@pytest.mark.usefixtures("catalogs")
 def test_data_are_read_whole_until_they_were_sound(said, config_files, data, tmp_path):
     tool, args = load_tool("tools.distill"), argparse.Namespace(output=tmp_path)
     (tmp_path / "data").mkdir()
@@ -53,7 +52,6 @@ def test_nothing_is_written_where_a_run_is_at_work(config_files, tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == [".lock"]
 
 
-@pytest.mark.usefixtures("catalogs")
 @pytest.mark.parametrize(("scores", "labels"), [([0.5], "2.0"), ([0.5, 0.8] * 4, "1.5")])
 def test_labels_of_an_image_beside_its_objects(scores, labels, config_files, data, tmp_path):
     truth = json.loads((data / "annotations" / "instances_train.json").read_text())

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,6 @@ from msad_kd.data.annotations import check_content
 from msad_kd.data.loader import build_train_loader
 from msad_kd.data.mapper import build_mapper
 
-pytestmark = pytest.mark.usefixtures("catalogs")
 tool = load_tool("label_images")
 
 
@@ -31,28 +32,26 @@ def arguments(config_files, teacher_weights, tmp_path):
     return words
 
 
-@pytest.fixture
-def interrupted(monkeypatch):
-    """interrupted(count): the next model stops like by Ctrl-C after so many images."""
+@contextmanager
+def interrupted(count):
+    """Stop models like by Ctrl-C after so many images."""
     load = KDTrainer.load_model
 
-    def call(count):
-        def stopping(*args):
-            model, calls = load(*args), []
-            forward = model.forward
+    def stopping(*args):
+        model, calls = load(*args), []
+        forward = model.forward
 
-            def counted(batch):
-                calls.append(1)
-                if len(calls) > count:
-                    raise KeyboardInterrupt
-                return forward(batch)
+        def counted(batch):
+            calls.append(1)
+            if len(calls) > count:
+                raise KeyboardInterrupt
+            return forward(batch)
 
-            model.forward = counted
-            return model
+        model.forward = counted
+        return model
 
-        monkeypatch.setattr(KDTrainer, "load_model", stopping)
-
-    return call
+    with mock.patch.object(KDTrainer, "load_model", stopping):
+        yield
 
 
 def partial_of(folder):
@@ -95,13 +94,12 @@ def test_a_broken_image_gets_no_labels_or_ends_the_run_until_it_is_removed(
     assert (tmp_path / "labels.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
-def test_an_interrupted_run_goes_on(arguments, interrupted, data, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(arguments, data, tmp_path):
     tool.main(arguments(name="whole.json"))
     for count in (1, 1):
-        interrupted(count)
-        with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        words = "interrupted; the same command goes on"
+        with interrupted(count), pytest.raises(SystemExit, match=words):
             tool.main(arguments())
-        monkeypatch.undo()
     part = partial_of(tmp_path)
     assert len(part.read_text().splitlines()) == 2
     whole = json.loads((tmp_path / "whole.json").read_text())["annotations"]
@@ -113,15 +111,11 @@ def test_an_interrupted_run_goes_on(arguments, interrupted, data, tmp_path, monk
         assert [x["score"] for x in annotations] == expected
         (tmp_path / "other.json").unlink()
     part.write_text(part.read_text() + '{"[\\"000003.jp')  # killed while writing
-    interrupted(1)  # one image is left
-    monkeypatch.setattr(
-        tool, "write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    with pytest.raises(SystemExit, match="interrupted"):  # with all images done
+    writing = mock.patch.object(tool, "write_json", side_effect=KeyboardInterrupt)
+    with interrupted(1), writing, pytest.raises(SystemExit, match="interrupted"):
+        tool.main(arguments())  # one image was left
+    with interrupted(0):
         tool.main(arguments())
-    monkeypatch.undo()
-    interrupted(0)
-    tool.main(arguments())
     assert (tmp_path / "labels.json").read_text() == (tmp_path / "whole.json").read_text()
     assert not part.exists()
 

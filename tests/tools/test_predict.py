@@ -123,7 +123,7 @@ def test_the_json_has_the_evaluators_detections(predict, data, weights_of, confi
     assert plain(found["annotations"], own, {i + 1: i for i in range(8)}) == expected
 
 
-def test_the_json_is_a_data_set(predict, data, tmp_path, catalogs, capsys):
+def test_the_json_is_a_data_set(predict, data, tmp_path, capsys):
     predict(data / "val", "--json", "--score", "0")
     path = tmp_path / "out" / "predictions.json"
     dicts = load_checked(str(path), str(data / "val"), "predicted")
@@ -133,7 +133,7 @@ def test_the_json_is_a_data_set(predict, data, tmp_path, catalogs, capsys):
     assert "0 errors" in capsys.readouterr().out
 
 
-def test_keypoints_in_the_json_are_a_data_set(tmp_path, catalogs):
+def test_keypoints_in_the_json_are_a_data_set(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     found = Instances((40, 40), pred_boxes=Boxes([[2.0, 2, 30, 30]]), scores=torch.ones(1))
     found.pred_classes = torch.zeros(1, dtype=torch.long)

@@ -66,7 +66,6 @@ def test_worked_out(tmp_path):
     assert tool.suggest(["car"], {"car": car})[2][-1][:2] == [ignored, 40]
 
 
-@pytest.mark.usefixtures("catalogs")
 def test_the_keys_fit_a_config(tmp_path, config_files, capsys):
     """They are in the order of the model's classes, of which the evaluated images lack one."""
     truth, found = example()
@@ -100,7 +99,6 @@ def test_errors(truth, found, words, tmp_path):
         tool.suggest(["car", "bus"], tool.match(truth, file))
 
 
-@pytest.mark.usefixtures("catalogs")
 def test_the_data_set_and_the_predictions_are_needed(tmp_path, config_files, capsys):
     path, keys = config(tmp_path, config_files, example()[0])  # COCOeval has changed TRUTH
     for change, words in (

@@ -49,7 +49,7 @@ def test_the_first_signal_is_handled_and_the_second_ends_the_process(before, act
         signal.signal(SIGINT, signal.default_int_handler)
         signal.signal(SIGHUP, signal.SIG_DFL)
 
-    program = PROGRAM.format(before=before, act=act, seconds=60 if code else 0.5)
+    program = PROGRAM.format(before=before, act=act, seconds=60 if code else 3)
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
