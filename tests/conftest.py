@@ -26,6 +26,8 @@ from projects.Shapes.generate import generate
 torch.set_num_threads(1)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that was forked cannot train on a GPU
 
+# Otherwise a trainer of Detectron2 sets it up, in a way that caplog misses what it says.
+logging.getLogger("detectron2").setLevel(logging.INFO)
 LOGGERS = [
     (logger, logger.handlers[:], logger.propagate, logger.level)
     for logger in map(logging.getLogger, ("detectron2", "fvcore", "msad_kd"))
