@@ -54,8 +54,10 @@ def catalogs(monkeypatch):
 @pytest.fixture(autouse=True)
 def logs():
     """Undo what commands of earlier tests did to logging: they would write to closed files."""
-    logging.raiseExceptions = True
-    for logger, logger.handlers[:], logger.propagate, level in LOGGERS:
+    logging.raiseExceptions = True  # train_net.py turns it off
+    for logger, handlers, propagate, level in LOGGERS:
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
         logger.setLevel(level)
     setup_logger.cache_clear()
 

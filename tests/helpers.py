@@ -254,13 +254,12 @@ def run_script(script, *arguments, code=0, **options):
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder, "stdout"), Path(folder, "stderr")
         process = fork_python([script, *arguments], outputs, **options)
-        try:
-            returned = process.wait(900)
-        except subprocess.TimeoutExpired:
-            returned = "it did not end"
-            process.kill()
+        process.join(900)
+        process.kill()
+        returned = process.exitcode
         stdout, stderr = (file.read_text() for file in outputs)
-    assert code in (None, returned), stdout[-2000:] + stderr[-4000:]
+    expected = returned is not None if code is None else returned == code
+    assert expected, stdout[-2000:] + stderr[-4000:]
     return subprocess.CompletedProcess(script, returned, stdout, stderr)
 
 

@@ -67,7 +67,7 @@ def register_coco_format(cfg: CfgNode) -> None:
 
 
 def dicts_of(name: str, invalid: str) -> list[dict]:
-    """Return the dicts of a data set, by this DATASETS.INVALID_ANNOTATIONS if it was read here.
+    """Return the dicts of a data set; of one in DATASETS.COCO_FORMAT, by this INVALID_ANNOTATIONS.
 
     An earlier config of this process may have registered it with another value.
     """

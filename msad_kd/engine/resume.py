@@ -85,6 +85,12 @@ def check_state(trainer: DefaultTrainer, state: dict) -> str:
             )
         # Without its state, or with another step's, the schedule would go on from a wrong place.
         if hook := find_hook(trainer, LRScheduler):
+            if not isinstance(trainer.scheduler, LRMultiplier):
+                raise InputError(
+                    "Detectron2 keeps no state of a schedule such as the "
+                    f"{type(trainer.scheduler).__name__} of build_lr_scheduler, so the run cannot "
+                    "be resumed; return an LRMultiplier from it"
+                )
             step = state["hooks"][type(hook).__qualname__]["last_epoch"]
             if type(step) is not int or step != done:
                 raise LookupError(f"the learning rate is at step {step} after {done} iterations")

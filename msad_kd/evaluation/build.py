@@ -56,7 +56,7 @@ def build_evaluator(
 def metric_names(evaluator: DatasetEvaluator) -> list[str] | None:
     """Return the names of all that an evaluator computes; None if it is not of this project."""
     parts = evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator]
-    if not all(hasattr(part, "metric_names") for part in parts):
+    if not all(type(part).__module__.startswith("msad_kd.") for part in parts):
         return None
     return [name for part in parts for name in part.metric_names()]
 

@@ -114,7 +114,8 @@ def cityscapes_as_coco(dataset_name: str) -> dict:
     """Return the ground truth of a Cityscapes data set in COCO format.
 
     Groups (such as ``cargroup``) become crowds. A category's id is its index in ``thing_classes``,
-    and ``file_name`` has no folder. Reading the real data takes minutes, so the result is cached.
+    and ``file_name`` has no folder. Reading the real data takes minutes, so the result is kept
+    until a file changes.
     """
     files = _instance_images(dataset_name)
     versions = tuple((path, os.stat(path).st_mtime_ns) for path in files)

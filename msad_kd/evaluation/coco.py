@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from detectron2.data import Metadata
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 
 from msad_kd.data.annotations import read_kept
 from msad_kd.data.coco_format import class_order
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.evaluation.rle import instances_to_coco_json
 from msad_kd.utils.compat import coco_eval_class, coco_ground_truth
 from msad_kd.utils.errors import InputError
@@ -121,7 +122,16 @@ class AnyCOCOEvaluator(COCOEvaluator):
                 whole numbers from 0.
         """
         chosen = choose_implementation(implementation)
-        with coco_ground_truth(lambda path: _ground_truth(path, dataset_name, invalid)):
+        metadata = MetadataCatalog.get(dataset_name)
+        if not metadata.get("json_file") and not metadata.get("thing_classes"):
+            raise InputError(
+                f"data set '{dataset_name}' does not name its classes, so it cannot be evaluated; "
+                "set thing_classes of its metadata"
+            )
+        with (
+            explain_missing_data((dataset_name,)),
+            coco_ground_truth(lambda path: _ground_truth(path, dataset_name, invalid)),
+        ):
             super().__init__(dataset_name, use_fast_impl=chosen == COMPILED, **kwargs)
         self._do_evaluation = bool(self._coco_api.anns)
         if not self._do_evaluation:  # those of a test set may be secret

@@ -125,7 +125,7 @@ def test_evaluations_repeated_up_to_the_best_one_do_not_try_patience(config, eva
         (TWO_SETS, "bbox/AP", "'bbox/AP', and the evaluation gives tiny_train/bbox/AP, "),
         ([], "keypoints/AP", "'keypoints/AP', and the evaluation gives bbox/AP, "),
         ([], "validation/total_loss", "'validation/total_loss', which needs TEST.LOSS True"),
-        (["TEST.LOSS", True], "validation/loss", "'validation/loss', and the evaluation gives"),
+        (["TEST.LOSS", True], "bbox/AP60", "'bbox/AP60', and .*, validation/total_loss; name one"),
     ],
 )
 def test_an_unknown_metric_is_refused_before_the_training(config, keys, metric, words):
@@ -135,15 +135,23 @@ def test_an_unknown_metric_is_refused_before_the_training(config, keys, metric, 
     KDTrainer(config("lr", *EACH, *wrong, *NO_TEST))  # which evaluates nothing
 
 
+@pytest.mark.parametrize("metric", ["mine/score", "validation/centerness_loss"])
+def test_hooks_of_others_may_compute_more(config, metric):
+    KDTrainer(config("lr", *EACH, "TEST.BEST_METRIC", metric, "TEST.LOSS", True))
+
+
 class OtherTrainer(KDTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         return DatasetEvaluator()  # nobody knows what it computes
 
 
-def test_the_most_ap_is_the_best_whatever_the_class_is_called(config):
-    cfg = config("lr", *EACH, "TEST.BEST_METRIC", "bbox/AP-glossy ibis")
-    assert KeepBest(cfg, None)._compare is operator.gt
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("bbox/AP-glossy ibis", operator.gt), ("mine/loss", operator.lt), ("mine/F1", operator.gt)],
+)
+def test_whether_more_is_better(config, metric, better):
+    assert KeepBest(config("lr", *EACH, "TEST.BEST_METRIC", metric), None)._compare is better
 
 
 def test_a_metric_that_another_evaluator_does_not_give(config, evaluations, caplog):

@@ -216,12 +216,18 @@ def test_what_could_not_be_evaluated(check, pair):
     """A training would say it at its start, distill.py only once it measures."""
     bare = valid_content()
     del bare["annotations"][0]["segmentation"]
-    code, text = check(*pair(valid_content(), bare))
-    assert code == 1 and "'two': 1 of its annotations have no segmentation, e.g. that" in text
+    train = valid_content()
+    train["annotations"][0]["bbox"] = [70, 5, 20, 20]
+    code, text = check(*pair(train, bare))
+    assert (
+        code == 1
+        and "2 errors" in text
+        and "'two': 1 of its annotations have no segmentation, e.g. that" in text
+    )
     assert check(*pair(valid_content(), bare, "MODEL.MASK_ON", "False"))[0] == 0
     vars(MetadataCatalog.get("two")).update(evaluator_type="lvis")
     code, text = check(*pair(valid_content(), valid_content()))
-    assert code == 1 and "'two' needs the evaluator 'lvis'" in text
+    assert code == 0 and "'two' needs the evaluator 'lvis'" in text
 
 
 def test_masks_that_a_dense_detector_would_be_trained_with(check, pair, files_of):
@@ -251,8 +257,12 @@ def test_data_without_a_file_in_coco_format(check, config_files, mine, size):
     entry = {"file_name": str(mine / "photos" / "7.png"), **size}
     DatasetCatalog.register("own", lambda: [{**entry, "image_id": 1, "annotations": [box]}])
     MetadataCatalog.get("own").thing_classes = ["cat"]
-    names = ["DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "()", "MODEL.MASK_ON", "False"]
+    names = ["DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)", "MODEL.MASK_ON", "False"]
     code, text = check("--config-file", config_files["lr"], *names)
+    if not size:
+        assert code == 1 and "one of the dicts that its function returns has no 'width'" in text
+        names[3] = "()"
+        code, text = check("--config-file", config_files["lr"], *names)
     assert code == 0 and "'own': it is not in COCO format" in text
     assert re.search(r"own \(TRAIN\) +1 +0 +1 +0 +0 +40 to 40", text)
 

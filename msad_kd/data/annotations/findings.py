@@ -61,8 +61,8 @@ class Findings:
         if severity not in (MENDED, DOUBTFUL):
             usable[rows] = False
         first = self.content[PLURALS[record]][rows[0]]
-        joint = ", not" if " should " in words else ":"
-        value = f"{joint} {_SHORT.repr(first[key])}" if key and key in first else ""
+        before = ", not" if " should " in words else ":"
+        value = f"{before} {_SHORT.repr(first[key])}" if key and key in first else ""
         example = f"{name_record(record, first, rows[0])}: {words}{value}"
         self.problems.append(Problem(record, words, severity, rows.tolist(), example))
 
