@@ -22,7 +22,6 @@ import numpy as np
 from dataset_report import DataSet, Report, Size
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import check_image_size
-from detectron2.modeling import META_ARCH_REGISTRY
 from tqdm import tqdm
 
 from msad_kd import InputError, build_config
@@ -43,6 +42,7 @@ from msad_kd.data.images import ImageError, image_size, read_image, size_of, unr
 from msad_kd.data.mapper import build_mapper
 from msad_kd.data.statistics import MANY, enlarged_share
 from msad_kd.evaluation.build import build_evaluator
+from msad_kd.modeling.classes import frame_of
 from msad_kd.utils.arguments import positive
 
 FACTORS = (0.25, 0.375, 0.5, 0.75, 1)
@@ -190,7 +190,7 @@ def choose_sizes(cfg, data_sets):
         own = float(np.median(sides)) if sides else 0
         labels = {0.5: "half of their own size", 1: "images as they are"}
         return [Size(labels.get(f, ""), f * own, factor=f) for f in FACTORS]
-    frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
+    frame = frame_of(cfg)
     scale, short, longest = cfg.KD.SCALE, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     if frame == "lr":
         short, longest = scale * short, scale * longest

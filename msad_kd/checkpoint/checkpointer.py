@@ -123,7 +123,7 @@ def _check_training(path: Path, contents: dict) -> None:
 
 
 class TrainingCheckpointer(SafeCheckpointer):
-    """Detectron2's checkpointer, except that nothing it wrote before can be lost or taken wrongly.
+    """Detectron2's checkpointer, but no kill or full disk destroys a checkpoint that was whole.
 
     Each file is on disk before it takes its place, with its SHA-256 beside it. Weights that are not
     finite are not written. A checkpoint that is resumed has to fit in every key.
@@ -153,7 +153,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         if bad := [k for k, v in model.items() if not bool(torch.isfinite(v).all())]:
             raise InputError(
                 f"{len(bad)} of the model's {len(model)} tensors are not finite, e.g. {bad[0]}, so "
-                f"'{path}' is not written; {self._last()}, resume it with another SOLVER.BASE_LR "
+                f"'{path}' is not written; {self.last()}, resume it with another SOLVER.BASE_LR "
                 "or SOLVER.CLIP_GRADIENTS"
             )
         state = {key: part.state_dict() for key, part in self.checkpointables.items()}
@@ -236,10 +236,10 @@ class TrainingCheckpointer(SafeCheckpointer):
             return ""
         return f"the classes {', '.join(old)}, and the run has {', '.join(new)}, in this order"
 
-    def _last(self) -> str:
-        last = Path(self.save_dir, LAST)
-        name = last.read_text().strip() if last.is_file() else None
-        return f"the last checkpoint is '{Path(self.save_dir, name)}'" if name else "there is none"
+    def last(self) -> str:
+        """Say for an error message which checkpoint is the last one."""
+        file = self.get_checkpoint_file()
+        return f"the last checkpoint is '{file}'" if file else "there is no checkpoint yet"
 
     @contextmanager
     def _explained(self, path: Path) -> Iterator[None]:
@@ -254,7 +254,7 @@ class TrainingCheckpointer(SafeCheckpointer):
                 raise
             why = reason.strerror or errno.errorcode.get(reason.errno, reason)
             raise InputError(
-                f"the checkpoint '{path}' cannot be written ({why}); {self._last()}: make room on "
+                f"the checkpoint '{path}' cannot be written ({why}); {self.last()}: make room on "
                 "the disk and use --resume"
             ) from error
 

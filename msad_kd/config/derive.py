@@ -4,9 +4,8 @@ The detector reads images at high resolution, the student images whose sides are
 """
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 
-from msad_kd.modeling.classes import anchor_sizes
+from msad_kd.modeling.classes import anchor_sizes, frame_of
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.errors import InputError
 
@@ -124,8 +123,7 @@ def _check(cfg: CfgNode, scale: int) -> None:
     name = model.META_ARCHITECTURE
     if name not in KINDS:
         known = ", ".join(KINDS)
-        frame = getattr(META_ARCH_REGISTRY.get(name), "frame", None)
-        words = "it is derived, not given" if frame else "its levels cannot be aligned"
+        words = "it is derived, not given" if frame_of(cfg) else "its levels cannot be aligned"
         raise InputError(f"MODEL.META_ARCHITECTURE is {name}: {words}; give one of {known}")
     if model.BACKBONE.NAME not in FPNS:
         raise InputError(

@@ -127,12 +127,9 @@ def align_classes(cfg: CfgNode, data_sets: Sequence[str] | None) -> None:
             images = MetadataCatalog.get(data_set).image_root
             invalid = cfg.DATASETS.INVALID_ANNOTATIONS
             # Evaluations read their file again; training data may be too large to be kept.
-            keep = data_set in (cfg.DATASETS.TEST or ()) and data_set not in (
-                cfg.DATASETS.TRAIN or ()
-            )
-            load = partial(load_checked, file, images, data_set)
+            keep = data_set in {*(cfg.DATASETS.TEST or ())} - {*(cfg.DATASETS.TRAIN or ())}
             options = {"invalid": invalid, "classes": classes or None, "keep": keep}
-            DatasetCatalog.data[data_set] = partial(load, **options)
+            DatasetCatalog.data[data_set] = partial(load_checked, file, images, data_set, **options)
 
 
 def _check_names(data_set: str, own: list[str], classes: list[str], source: str) -> None:

@@ -43,10 +43,9 @@ def register_coco_format(cfg: CfgNode) -> None:
         raise InputError(f"DATASETS.INVALID_ANNOTATIONS is {invalid!r}; use error or drop")
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
-    fields, required = dict.fromkeys(("name", "json", "images"), str), ("name", "images")
-    fields |= _KEYPOINTS
+    fields = {"name": str, "json": str, "images": str, **_KEYPOINTS}
     for number, entry in enumerate(cfg.DATASETS.COCO_FORMAT, start=1):
-        read_fields(entry, "DATASETS.COCO_FORMAT", f"data set {number}", fields, required=required)
+        read_fields(entry, "DATASETS.COCO_FORMAT", f"data set {number}", fields, ("name", "images"))
         name, images = entry["name"], _locate(entry["images"])
         json_file = _locate(entry["json"]) if "json" in entry else None
         if name in DatasetCatalog.list():

@@ -34,9 +34,7 @@ def explain_missing_data(names: tuple[str, ...]):
         words = "install the package, for Cityscapes cityscapesScripts"
         raise InputError(f"{data_sets}: {error}; {words}") from error
     except KeyError as error:
-        if (
-            not error.args or error.args[0] not in _KEYS
-        ):  # of the function that registers the data set
+        if not error.args or error.args[0] not in _KEYS:  # of the data set's own function
             raise
         words = f"one of the dicts that its function returns has no {error}; add it to all of them"
         raise InputError(f"{data_sets}: {words}") from error
@@ -59,7 +57,7 @@ def check_files(files: list[str], json_file: str, name: str) -> None:
     if missing := missing_files(files):
         raise InputError(
             f"data set '{name}': {len(missing)} of the {len(files)} images in '{json_file}' are "
-            f"missing or no regular files, e.g. {_short(missing[0])}"
+            f"missing or no regular files, e.g. {missing[0][:300]!r}"
         )
 
 
@@ -74,14 +72,10 @@ def missing_files(files: list[str]) -> list[str]:
         folder, base = os.path.split(file)
         if folder not in folders:
             folders[folder] = _regular_files(folder)
-        # Asked for alone, what no list has: on a server, or in other letters.
+        # A file that the listing lacks may be at an address, or differ in upper and lower case.
         if base not in folders[folder] and not PathManager.isfile(file):
             missing.append(file)
     return missing
-
-
-def _short(file: str) -> str:
-    return repr(file if len(file) < 300 else f"{file[:300]}...")
 
 
 def _regular_files(folder: str) -> set[str]:

@@ -14,13 +14,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.transforms.transform import Transform, TransformList
 
 from msad_kd.data.augmentation import colour_augmentations, jitter_arguments, longest_side
 from msad_kd.data.images import ImageError, read_image, unreadable
 from msad_kd.data.keypoints import naming_keypoints
 from msad_kd.data.transforms import scale_transforms
+from msad_kd.modeling.classes import frame_of
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.compat import images_read_by
 from msad_kd.utils.errors import InputError
@@ -85,20 +85,12 @@ def _planar(image: np.ndarray) -> np.ndarray:
     return planes.transpose(1, 2, 0)
 
 
-class _RowsOfMasks(Transform):
+class _RowsOfMasks(T.NoOpTransform):
     """Stores a mask by rows, as Pillow needs it; pycocotools decodes it by columns.
 
     Pillow would let numpy do it, which takes ten times as long: most of the mapping of a dense
     scene. No value changes.
     """
-
-    def apply_image(self, img: np.ndarray) -> np.ndarray:
-        """Return the image as it is."""
-        return img
-
-    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Return the coordinates as they are."""
-        return coords
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         """Return the mask (H, W), stored by rows."""
@@ -249,7 +241,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     A student gets the "lr" frame in training, a multi-resolution teacher always the "hr" frame. Any
     other model, and a student in evaluation, gets the mapper of one image.
     """
-    frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
+    frame = frame_of(cfg)
     if frame is None or (frame == "lr" and not is_train):
         return CheckedDatasetMapper(cfg, is_train)
     return TwoResolutionMapper(cfg, is_train, frame=frame)

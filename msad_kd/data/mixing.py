@@ -68,7 +68,7 @@ def _union(parts: list[Instances], size: tuple[int, int]) -> Instances:
             margins = (0, size[1] - width, 0, size[0] - height)
             new.gt_masks = BitMasks(torch.nn.functional.pad(part.gt_masks.tensor, margins))
         padded.append(new)
-    # An image without objects has no masks, whatever those of the other are.
+    # An image without objects has no gt_masks, which Instances.cat would miss.
     return Instances.cat([part for part in padded if len(part)] or padded[:1])
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BoxMode
+
+from msad_kd.modeling.classes import frame_of
 
 LIMITS = (4, 8)  # px: a cell of p2, and two of them
 MANY = 0.25  # the share of images or objects from which on there is a warning
@@ -47,7 +48,7 @@ def enlarged_share(image_sides: np.ndarray, short: float, longest: float) -> flo
 
 def warn_of_small_images(cfg: CfgNode, dicts: list[dict]) -> None:
     """Warn if the images are smaller than the low resolution that a config's model trains on."""
-    frame = getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
+    frame = frame_of(cfg)
     sizes = [size for size in cfg.INPUT.MIN_SIZE_TRAIN if size]
     if frame is None or not sizes or cfg.INPUT.JITTER.SIZE:
         return

@@ -59,12 +59,6 @@ def _(t: T.ResizeTransform, scale):
     return T.ResizeTransform(t.h, t.w, t.new_h * scale, t.new_w * scale, t.interp)
 
 
-def _flatten(transform: base.Transform) -> list[base.Transform]:
-    if not isinstance(transform, base.TransformList):
-        return [transform]
-    return [flat for part in transform.transforms for flat in _flatten(part)]
-
-
 def scale_transforms(transforms: base.TransformList, scale: int) -> base.TransformList:
     """Return the same transforms with an output exactly k times as large.
 
@@ -75,7 +69,7 @@ def scale_transforms(transforms: base.TransformList, scale: int) -> base.Transfo
     """
     if scale == 1:
         return transforms
-    flat = _flatten(transforms)
+    flat = transforms.transforms  # fvcore's list has no lists within
     resizes = [i for i, t in enumerate(flat) if isinstance(t, T.ResizeTransform)]
     if not resizes:  # a resize to the size that an image already has counts as one
         raise InputError(

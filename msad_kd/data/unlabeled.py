@@ -8,11 +8,10 @@ import logging
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd.data.classes import align_classes
 from msad_kd.data.coco_format import dicts_of, is_folder
-from msad_kd.modeling.classes import class_key, number_of_classes
+from msad_kd.modeling.classes import class_key, frame_of, number_of_classes
 from msad_kd.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def takes_unlabeled(cfg: CfgNode) -> bool:
     if not cfg.DATASETS.UNLABELED:
         return False
     kind = cfg.MODEL.META_ARCHITECTURE
-    student = getattr(META_ARCH_REGISTRY.get(kind), "frame", None) == "lr"
+    student = frame_of(cfg) == "lr"
     if not student:
         _logger.warning(
             f"DATASETS.UNLABELED is not used: a {kind} is trained without images that have no "

@@ -6,7 +6,7 @@ C: channels, H, W: height and width of a level.
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -90,19 +90,15 @@ def recording_head(head: RetinaNetHead, depths: set[int]) -> Iterator[SimpleName
         An object that has, when the block ends, the ``outputs`` of the head, with graph, and
         ``features``: depth to the maps of all levels in the class tower and in the box tower.
     """
-    seen, handles = SimpleNamespace(features={}), []
-    for depth in depths - {0}:
-        seen.features[depth] = [], []
-        for tower, maps in zip(_towers(head), seen.features[depth]):
-            module = tower[_position(tower, depth) - 1]
-            keep = lambda _, inputs, output, maps=maps: maps.append(output)  # noqa: E731
-            handles.append(module.register_forward_hook(keep))
-    try:
-        with recording(head) as call:
-            yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen = SimpleNamespace(features={})
+    with recording(head) as call, ExitStack() as hooks:
+        for depth in depths - {0}:
+            seen.features[depth] = [], []
+            for tower, maps in zip(_towers(head), seen.features[depth]):
+                module = tower[_position(tower, depth) - 1]
+                keep = lambda _, inputs, output, maps=maps: maps.append(output)  # noqa: E731
+                hooks.enter_context(module.register_forward_hook(keep))
+        yield seen
     seen.outputs = call.output
     if 0 in depths:
         seen.features[0] = call.inputs[0], call.inputs[0]

@@ -189,10 +189,7 @@ def propose_regions(
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode for a while: it draws nothing and keeps its batch statistics."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
+    with ExitStack() as modes:
+        for part in module.modules():
+            modes.enter_context(replaced(part, training=False))
         yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import CascadeROIHeads
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.structures import BitMasks, Instances, Keypoints
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
@@ -86,7 +87,8 @@ class UnlabeledImages:
         With ``pseudo_labels``, images without labels from a file get what the teacher detects.
         Otherwise all get none.
         """
-        labels = [x.get("instances") if self.pseudo_labels else _no_labels(x) for x in inputs]
+        none = [annotations_to_instances([], x["image"].shape[-2:]) for x in inputs]
+        labels = [x.get("instances") for x in inputs] if self.pseudo_labels else none
         bare, pyramid = any(x is None for x in labels), None
         if bare or student.reads_teacher():
             padded = tuple(student.preprocess_image(inputs).tensor.shape[-2:])
@@ -131,11 +133,6 @@ class UnlabeledImages:
         """
         losses = {**(detection if self.pseudo_labels else {}), **distillation}
         return {f"{name}{SUFFIX}": self.weight * loss for name, loss in losses.items()}
-
-
-def _no_labels(sample: dict) -> Instances:
-    classes = torch.zeros(0, dtype=torch.int64)
-    return Instances(sample["image"].shape[-2:], gt_boxes=Boxes([]), gt_classes=classes)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class KeepBest(BestCheckpointer):
 
     def __init__(self, cfg: CfgNode, checkpointer: TrainingCheckpointer):
         metric = cfg.TEST.BEST_METRIC
-        mode = "min" if "loss" in metric and "/AP" not in metric else "max"  # as of a glossy ibis
+        # The AP of a class is no loss, even if its name contains "loss", as a glossy ibis does.
+        mode = "min" if "loss" in metric and "/AP" not in metric else "max"
         super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric, mode, BEST)
         self.patience, self.record = cfg.TEST.PATIENCE, Path(cfg.OUTPUT_DIR, RECORD)
         names = cfg.DATASETS.TEST

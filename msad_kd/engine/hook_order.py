@@ -7,7 +7,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter, PreciseBN
 
 from msad_kd.engine.best import KeepBest
-from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep, ShareStatistics
+from msad_kd.engine.hooks import EvaluateTeacher, KeepNormalizer, SeedEachStep
 from msad_kd.engine.not_finite import WatchLosses
 from msad_kd.engine.signals import StopOnSignal
 from msad_kd.engine.validation import ValidationLoss
@@ -27,12 +27,12 @@ def add_hooks(trainer, hooks: list[HookBase]) -> list[HookBase]:
     saving = _place(hooks, (PeriodicCheckpointer, EvalHook))
     evaluating, writing = _place(hooks, EvalHook), _place(hooks, PeriodicWriter)
     periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
-    before_saving = [ShareStatistics(*periods), KeepNormalizer(*periods)]
+    before_saving = KeepNormalizer(*periods)
     for hook in hooks:
         # fvcore refuses a layer that normalises twice in a step.
         if isinstance(hook, PreciseBN) and getattr(hook, "_data_loader", None) is not None:
             hook._data_loader.unlabeled = None
-            if cfg.SOLVER.ACCUMULATE > 1:  # one batch of several is what the memory holds
+            if cfg.SOLVER.ACCUMULATE > 1:  # its batch is of several passes
                 hook._data_loader.batch_size //= cfg.SOLVER.ACCUMULATE
     if trainer.teacher_spec is not None and cfg.KD.TEACHER.EVAL_BEFORE_TRAIN:
         first.append(EvaluateTeacher(trainer.teacher_spec))
@@ -51,7 +51,7 @@ def add_hooks(trainer, hooks: list[HookBase]) -> list[HookBase]:
     return [
         *first,
         *hooks[:saving],
-        *before_saving,
+        before_saving,
         WatchLosses(),
         *hooks[saving:evaluating],
         StopOnSignal(*periods, before_saving),

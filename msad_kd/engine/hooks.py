@@ -58,17 +58,21 @@ class EvaluateTeacher(HookBase):
             trainer.test(cfg, trainer.teacher.model)
 
 
-class BeforeSaving(HookBase):
-    """A hook that talks with all processes before a checkpoint, which the main one writes alone.
+class KeepNormalizer(HookBase):
+    """Let all processes prepare a checkpoint, which the main one writes alone.
 
-    It has to stand before the hook that writes checkpoints, in all processes.
+    They share the running statistics, so that what is evaluated in the run is what is saved. The
+    loss normalizer of each is kept in the training checkpoints, not in the model's. It has to stand
+    before the hook that writes checkpoints, in all processes.
 
     Args:
-        periods: iterations between two checkpoints, and the like; 0: only after the last iteration.
+        periods: iterations between two checkpoints, and between two evaluations; 0: only after the
+            last iteration.
     """
 
     def __init__(self, *periods: int):
         self.periods = periods
+        self._gathered: tuple[int, list[float | None]] = (-1, [])
 
     def after_step(self):
         """Prepare if a period or the training is over."""
@@ -77,34 +81,9 @@ class BeforeSaving(HookBase):
 
     def prepare(self):
         """Prepare for a checkpoint after this iteration. All processes have to call it."""
-        raise NotImplementedError
-
-
-def is_due(trainer, *periods: int) -> bool:
-    """Return whether this iteration is the last one, or ends a period; 0 is no period."""
-    done = trainer.iter + 1
-    return done >= trainer.max_iter or any(p > 0 and done % p == 0 for p in periods)
-
-
-class ShareStatistics(BeforeSaving):
-    """Share the running statistics, so that what is evaluated in the run is what is saved."""
-
-    def prepare(self):
-        """Share them."""
-        share_statistics(self.trainer.checkpointer.model)
-
-
-class KeepNormalizer(BeforeSaving):
-    """Keep the loss normalizer of every process in the training checkpoints, not in the model's."""
-
-    def __init__(self, *periods: int):
-        super().__init__(*periods)
-        self._gathered: tuple[int, list[float | None]] = (-1, [])
-
-    def prepare(self):
-        """Gather the normalizers."""
-        values = comm.all_gather(get_normalizer(self.trainer.checkpointer.model))
-        self._gathered = self.trainer.iter + 1, values
+        model = self.trainer.checkpointer.model
+        share_statistics(model)
+        self._gathered = self.trainer.iter + 1, comm.all_gather(get_normalizer(model))
 
     def state_dict(self) -> dict:
         """Return the normalizers, of this process alone if the checkpoint was not due."""
@@ -118,3 +97,9 @@ class KeepNormalizer(BeforeSaving):
         values, rank = state["values"], comm.get_rank()
         value = values[rank] if rank < len(values) else values[0]
         set_normalizer(self.trainer.checkpointer.model, value)
+
+
+def is_due(trainer, *periods: int) -> bool:
+    """Return whether this iteration is the last one, or ends a period; 0 is no period."""
+    done = trainer.iter + 1
+    return done >= trainer.max_iter or any(p > 0 and done % p == 0 for p in periods)

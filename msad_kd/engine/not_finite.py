@@ -69,7 +69,7 @@ class WatchLosses(HookBase):
             message: the error in this process, which is used if no loss of the step is bad.
         """
         trainer = self.trainer
-        checkpointer, model = trainer.checkpointer, trainer.checkpointer.model
+        model, last = trainer.checkpointer.model, trainer.checkpointer.last()
         losses = self._losses or {}
         bad = [name for name, loss in losses.items() if not torch.isfinite(loss).all()]
         levels = model.not_finite() if losses and hasattr(model, "not_finite") else []
@@ -81,11 +81,8 @@ class WatchLosses(HookBase):
         files = [f"'{file}'" for file in chain(*files)]
         files[MOST:] = [f"{len(files) - MOST} more"] if len(files) > MOST else []
         images = f"the images of its batch are {', '.join(files)}; " if files else ""
-        checkpoint = "there is no checkpoint yet"
-        if checkpointer.has_checkpoint():
-            checkpoint = f"the last checkpoint is '{checkpointer.get_checkpoint_file()}'"
         self._error = NotFiniteError(
-            f"the training stops, because a loss is not finite; {images}{checkpoint}; check the "
+            f"the training stops, because a loss is not finite; {images}{last}; check the "
             "images and their annotations, or lower SOLVER.BASE_LR. Not finite at iteration "
             f"{trainer.iter}: {', '.join(names)}"
         )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from msad_kd.engine.hooks import BeforeSaving, is_due
+from msad_kd.engine.hooks import KeepNormalizer, is_due
 from msad_kd.utils.signals import Stopped, on_signal
 
 _logger = logging.getLogger(__name__)
@@ -27,10 +27,10 @@ class StopOnSignal(HookBase):
     Args:
         checkpoint_period: iterations between two checkpoints.
         eval_period: iterations between two evaluations; 0: only after the training.
-        before_saving: the hooks that prepare a checkpoint.
+        before_saving: the hook that prepares a checkpoint.
     """
 
-    def __init__(self, checkpoint_period: int, eval_period: int, before_saving: list[BeforeSaving]):
+    def __init__(self, checkpoint_period: int, eval_period: int, before_saving: KeepNormalizer):
         self.checkpoint_period = checkpoint_period
         self.eval_period = eval_period
         self.before_saving = before_saving
@@ -89,8 +89,7 @@ class StopOnSignal(HookBase):
         saved = is_due(trainer, self.checkpoint_period)
         if self.agreed:
             if not saved:
-                for hook in self.before_saving:
-                    hook.prepare()
+                self.before_saving.prepare()
                 self._save()
             comm.synchronize()  # the launcher ends the others once the first has ended
             raise Stopped(self.agreed)

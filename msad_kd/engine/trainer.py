@@ -15,7 +15,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
-from msad_kd.checkpoint.checkpoint import check_exists, load_strictly
+from msad_kd.checkpoint.checkpoint import load_strictly
 from msad_kd.checkpoint.checkpointer import TrainingCheckpointer
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.config.schedule import warn_of_long_warmups
@@ -178,13 +178,10 @@ class KDTrainer(DefaultTrainer):
             if self.start_iter == self.max_iter:  # it may have been killed before its last file
                 self.checkpointer.keep_as_final(found)
             return
-        weights = self.cfg.MODEL.WEIGHTS
-        if weights:
-            check_exists(weights, "MODEL.WEIGHTS")
         super().resume_or_load(resume=False)
         self.data_loader.start = self.start_iter
         if self.teacher is not None and self.cfg.KD.TEACHER.INIT_STUDENT:
-            backbone = self.cfg.KD.TEACHER.INIT_BACKBONE
+            weights, backbone = self.cfg.MODEL.WEIGHTS, self.cfg.KD.TEACHER.INIT_BACKBONE
             if weights and backbone:
                 _logger.warning(
                     f"The teacher's weights replace those of MODEL.WEIGHTS '{weights}'; set "

@@ -46,8 +46,8 @@ def _forget_hotcoco() -> None:
         sys.modules[HOTCOCO] = None  # what Python takes for a module that is not installed
 
 
-# A fork takes no threads along: in a child of a process that has used hotcoco, it would wait for
-# its own for ever.
+# A fork copies no threads. In a child of a process that has used hotcoco, it would wait for ever
+# for those of the parent.
 os.register_at_fork(after_in_child=_forget_hotcoco)
 
 

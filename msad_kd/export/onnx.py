@@ -35,7 +35,7 @@ def import_onnx():
 
 
 def _nms(g, boxes, scores, iou_threshold):
-    """Write torchvision's nms; its own has no type where a script calls it, as a branch does."""
+    """Write torchvision's nms; its own exporter gives the result no type in a scripted branch."""
 
     def constant(value, dtype=torch.int64):
         return g.op("Constant", value_t=torch.tensor(value, dtype=dtype))

@@ -51,43 +51,31 @@ def run_ladder(cfg: CfgNode, *, resume: bool) -> dict:
     stages = read_stages(cfg.KD.LADDER.STAGES)
     configs = [stage_config(cfg, stages, index) for index in range(len(stages))]
     specs = _check_stages(stages, configs)
-    with folder_locked(cfg.OUTPUT_DIR):
-        return _run_stages(cfg, stages, configs, specs, resume=resume)
-
-
-def _run_stages(
-    cfg: CfgNode,
-    stages: list[Stage],
-    configs: list[CfgNode],
-    specs: list[TeacherSpec],
-    *,
-    resume: bool,
-) -> dict:
-    logger = logging.getLogger(__name__)
-    state_file = Path(cfg.OUTPUT_DIR) / STATE
-    state = _read_state(state_file) if resume else {}
+    logger, state_file = logging.getLogger(__name__), Path(cfg.OUTPUT_DIR) / STATE
     results: dict = {}
-    for index, (stage, stage_cfg, spec) in enumerate(zip(stages, configs, specs)):
-        folder = Path(stage_cfg.OUTPUT_DIR)
-        if resume and (folder / DONE).exists():
-            _check_finished(stage_cfg, spec, state.get(stage.name))
-            results = state[stage.name]["results"]
-            logger.info("Stage %d, '%s', is done: skipped", index + 1, stage.name)
-            continue
-        logger.info("Stage %d of %d: '%s', in %s", index + 1, len(stages), stage.name, folder)
-        # Now: if the ladder is killed, a resume must not take up what the old students led to.
-        stale = configs[index + 1 :] if resume else configs[index:]
-        in_main_process(partial(_begin_stage, stage_cfg, stale))
-        hashes = _hash_sources(stage_cfg, spec)  # now: the files may change during the training
-        results = _run_stage(stage_cfg, spec, resume=resume)
-        resume = False
-        if comm.is_main_process():
-            strip_checkpoint(str(folder / "model_final.pth"), str(folder / STUDENT))
-            hashes["student_sha256"] = hash_file(folder / STUDENT)
-            state[stage.name] = {"folder": folder.name, **hashes, "results": results}
-            write_json(state_file, state)
-            (folder / DONE).touch()
-        comm.synchronize()
+    with folder_locked(cfg.OUTPUT_DIR):
+        state = _read_state(state_file) if resume else {}
+        for index, (stage, stage_cfg, spec) in enumerate(zip(stages, configs, specs)):
+            folder = Path(stage_cfg.OUTPUT_DIR)
+            if resume and (folder / DONE).exists():
+                _check_finished(stage_cfg, spec, state.get(stage.name))
+                results = state[stage.name]["results"]
+                logger.info("Stage %d, '%s', is done: skipped", index + 1, stage.name)
+                continue
+            logger.info("Stage %d of %d: '%s', in %s", index + 1, len(stages), stage.name, folder)
+            # Before the training: a resume after a kill must not go on from later stages' old runs.
+            stale = configs[index + 1 :] if resume else configs[index:]
+            in_main_process(partial(_begin_stage, stage_cfg, stale))
+            hashes = _hash_sources(stage_cfg, spec)  # the files may change during the training
+            results = _run_stage(stage_cfg, spec, resume=resume)
+            resume = False
+            if comm.is_main_process():
+                strip_checkpoint(str(folder / "model_final.pth"), str(folder / STUDENT))
+                hashes["student_sha256"] = hash_file(folder / STUDENT)
+                state[stage.name] = {"folder": folder.name, **hashes, "results": results}
+                write_json(state_file, state)
+                (folder / DONE).touch()
+            comm.synchronize()
     return results
 
 

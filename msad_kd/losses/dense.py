@@ -8,12 +8,14 @@ because images without labels have no other.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from detectron2.utils.registry import Registry
 from fvcore.nn import giou_loss
 
+from msad_kd.losses.feature import add_attributes
 from msad_kd.utils.schema import NotNegative, WholeNumber
 
 # A loss's name in KD.LOSSES is its function's name; KD.LOSSES can set the arguments with a default.
@@ -39,12 +41,7 @@ def of_head(part: str) -> Callable:
     in the student's; the argument ``convs`` tells after how many convolutions. "rpn" are the
     student's RPN's. Without a declaration they are "own".
     """
-
-    def declare(loss: Callable) -> Callable:
-        loss.part = part
-        return loss
-
-    return declare
+    return partial(add_attributes, part=part)
 
 
 def importance(teacher: DensePredictions) -> torch.Tensor:
@@ -58,18 +55,14 @@ def soft_count(teacher: DensePredictions) -> torch.Tensor:
     return importance(teacher).sum().clamp(min=1.0)
 
 
-def quality_focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return sum |p - q| BCE(p, q) of p = sigmoid(logits) and scores q (arXiv 2006.04388, eq. 5).
+def _class_loss(student: DensePredictions, teacher: DensePredictions) -> torch.Tensor:
+    """Return the quality focal loss, sum |p - q| BCE(p, q) of scores (arXiv 2006.04388, eq. 5).
 
     The exponent, beta there, is 1. The sum is 0, and has no gradient, where p = q.
     """
-    error = (logits.sigmoid() - targets).abs()
-    return (error * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum()
-
-
-def _class_loss(student: DensePredictions, teacher: DensePredictions) -> torch.Tensor:
-    targets = teacher.classes.float().sigmoid()
-    return quality_focal_loss(student.classes.float(), targets) / soft_count(teacher)
+    logits, targets = student.classes.float(), teacher.classes.float().sigmoid()
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return ((logits.sigmoid() - targets).abs() * losses).sum() / soft_count(teacher)
 
 
 def _box_loss(student: DensePredictions, teacher: DensePredictions) -> torch.Tensor:

@@ -32,7 +32,7 @@ def with_parts(build: Callable[[int], nn.Module]) -> Callable:
     ``build`` makes one for each level from the teacher's channels C. They are part of the student's
     ``distiller``, so they are not in the stripped checkpoint.
     """
-    return partial(_add_attributes, parts=build)
+    return partial(add_attributes, parts=build)
 
 
 def diagnosed(**measures: Callable) -> Callable:
@@ -40,10 +40,11 @@ def diagnosed(**measures: Callable) -> Callable:
 
     The ``measures`` are functions that take the loss's arguments and return a scalar.
     """
-    return partial(_add_attributes, measures=measures)
+    return partial(add_attributes, measures=measures)
 
 
-def _add_attributes(loss: Callable, **attributes) -> Callable:
+def add_attributes(loss: Callable, **attributes) -> Callable:
+    """Declare something of a loss: set attributes of its function, and return it."""
     vars(loss).update(attributes)
     return loss
 

@@ -8,12 +8,14 @@ flows to the student's.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from detectron2.utils.registry import Registry
 
+from msad_kd.losses.feature import add_attributes
 from msad_kd.utils.schema import NotNegative, Positive
 
 Weights = Annotated[
@@ -47,12 +49,7 @@ def reads(*parts: str) -> Callable[[Callable], Callable]:
 
     A loss without this decorator reads both.
     """
-
-    def declare(loss: Callable) -> Callable:
-        loss.reads = frozenset(parts)
-        return loss
-
-    return declare
+    return partial(add_attributes, reads=frozenset(parts))
 
 
 def parts_read(loss: Callable) -> frozenset[str]:

@@ -19,11 +19,8 @@ def recording(module: nn.Module):
     def keep(_, inputs, output):
         call.inputs, call.output = inputs, output
 
-    handle = module.register_forward_hook(keep)
-    try:
+    with module.register_forward_hook(keep):
         yield call
-    finally:
-        handle.remove()
 
 
 def answering(module: nn.Module, output: Any):

@@ -1,4 +1,4 @@
-"""What a config says of its model: the classes and masks that it predicts, its anchors."""
+"""What a config says of its model: its kind, its classes, masks and anchors."""
 
 from operator import attrgetter
 
@@ -19,6 +19,14 @@ def is_a(cfg: CfgNode, kind: type) -> bool:
     """Return whether a config's meta-architecture is ``kind`` or a subclass of it."""
     meta = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     return isinstance(meta, type) and issubclass(meta, kind)
+
+
+def frame_of(cfg: CfgNode) -> str | None:
+    """Return "lr" for a student, "hr" for a multi-resolution teacher, None for other models.
+
+    It is the resolution of what the model predicts, and its mapper makes images of both.
+    """
+    return getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "frame", None)
 
 
 def class_key(cfg: CfgNode) -> str | None:

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from msad_kd.modeling.batch_statistics import has_low_resolution_statistics
 from msad_kd.modeling.pyramid import Pyramid
 
-# From how many numbers on oneDNN is the faster one for 1x1 convolutions.
+# From so many values in a map on, oneDNN is faster at 1x1 convolutions.
 _LARGE = 2**18
 
 

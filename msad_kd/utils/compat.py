@@ -106,10 +106,7 @@ def plain_proposals() -> Iterator[None]:
             raise InputError(f"DATASETS.PROPOSAL_FILES: '{file}' {words} ({error!r})") from error
 
     reader = SimpleNamespace(load=load_pickle)
-    with (
-        replaced(data_build, pickle=reader),
-        replaced(data_build, load_proposals_into_dataset=load_or_explain),
-    ):
+    with replaced(data_build, pickle=reader, load_proposals_into_dataset=load_or_explain):
         yield
 
 
@@ -199,7 +196,7 @@ def find_cityscapes_scripts(source: str) -> None:
     """
     known = any(isinstance(finder, _CityscapesScripts) for finder in sys.meta_path)
     if _CityscapesScripts.package in source and not known:
-        # First: others would load the scripts a second time, as their package's path is known.
+        # At the front: Python's own finder would load each script a second time.
         sys.meta_path.insert(0, _CityscapesScripts())
 
 

@@ -12,8 +12,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)  # as a shell counts them
 
 
-# Seconds in which a signal that comes again is the same one. Schedulers signal all processes of a
-# run, and then its launcher passes the signal on.
+# For so many seconds after a signal, another one counts as the same. Schedulers signal all
+# processes of a run, and then its launcher passes the signal on.
 _deaf = 0.0
 
 
@@ -39,11 +39,6 @@ def stop(number: int) -> None:
 def _die(number: int) -> None:
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-
-
-def _is_interactive() -> bool:
-    """Return whether this is a notebook or a prompt, whose process has to outlive a Ctrl-C."""
-    return hasattr(sys, "ps1")
 
 
 @contextmanager
@@ -75,8 +70,9 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
             return
         first = time.monotonic()
         if again is _die and not _deaf:  # even where no Python code is run any more
+            interactive = hasattr(sys, "ps1")  # a notebook or prompt has to outlive a Ctrl-C
             for other in caught:
-                signal.signal(other, handlers[other] if _is_interactive() else signal.SIG_DFL)
+                signal.signal(other, handlers[other] if interactive else signal.SIG_DFL)
         # The signal may have ended the workers of a data loader too, for which torch would raise.
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         act(number)
@@ -131,8 +127,6 @@ def heed_parent_alone(parent: int) -> None:
     Args:
         parent: the parent's process id.
     """
-    if not hasattr(signal, "sigtimedwait"):  # macOS
-        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

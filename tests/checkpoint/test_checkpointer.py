@@ -53,7 +53,7 @@ def test_weights_that_are_not_finite_are_not_written(run, checkpointer, tensor, 
 
 def test_the_first_checkpoint_is_not_finite(tmp_path, checkpointer):
     nn.init.constant_(checkpointer.model[0].weight, float("nan"))
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="there is no checkpoint yet"):
         checkpointer.save("model_0000001")
     assert list(tmp_path.iterdir()) == [] and not checkpointer.has_checkpoint()
 

@@ -200,7 +200,7 @@ def test_hooks_come_before_what_they_prepare(student_config, monkeypatch, main):
     names = [type(hook).__name__ for hook in trainer.build_hooks() if hook is not None]
     assert names == [
         *("EvaluateTeacher", "SeedEachStep", "IterationTimer", "LRScheduler"),
-        *("ShareStatistics", "KeepNormalizer", "WatchLosses", *["PeriodicCheckpointer"] * main),
+        *("KeepNormalizer", "WatchLosses", *["PeriodicCheckpointer"] * main),
         *("StopOnSignal", "EvalHook", "ValidationLoss", "KeepBest", "EvalHook"),
         *["PeriodicWriter"] * main,
     ]

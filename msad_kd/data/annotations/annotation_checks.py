@@ -184,7 +184,7 @@ class AnnotationChecks:
             x if type(x) is float or type(x) is int and abs(x) < 2**63 else 0 for x in values
         ]
         areas = np.array(numbers, dtype=float)
-        largest = 9 * self.sizes.prod(axis=1)  # of a box that just does not reach far out
+        largest = 9 * self.sizes.prod(axis=1)  # of the largest box that is accepted
         wrong = ~((areas > 0) & (areas <= largest)) & self.usable
         missing = np.array([value is None for value in values])
         self._add(wrong & missing, "area is missing, and was computed", MENDED)

@@ -41,7 +41,7 @@ def flatten(rows: list) -> tuple[np.ndarray, np.ndarray]:
         else:
             lengths.append(len(numbers) - before)
     flat, lengths = np.frombuffer(numbers), np.array(lengths, dtype=np.int64)
-    # A boolean has become 0 or 1. To ask every number for its type would take longest of all.
+    # A boolean has become 0 or 1, so only these are looked at: to check every number is slow.
     zero_or_one = np.flatnonzero((flat == 0) | (flat == 1))
     kept = np.flatnonzero(lengths >= 0)
     owners = kept[np.searchsorted(np.cumsum(lengths[kept]), zero_or_one, side="right")]

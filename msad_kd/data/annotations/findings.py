@@ -53,7 +53,7 @@ class Findings:
             key: the field whose value the message shows.
         """
         usable = self.usable[record]
-        rows = np.asarray(rows)  # of float, if there are none
+        rows = np.asarray(rows)  # an empty list becomes floats
         rows = np.flatnonzero(rows) if rows.dtype == bool else np.unique(rows).astype(np.int64)
         rows = rows[usable[rows]]
         if not len(rows):
