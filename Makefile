@@ -28,7 +28,7 @@ demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes 
 NUCLEI = projects/Nuclei/checkpoints
 ZIP = stage1_train.zip
 nuclei: .venv/.ready ## the same on real images, labels for 10 % of them, from ZIP=FILE
-	@[ -d "$${DETECTRON2_DATASETS:-datasets}/nuclei" ] || $(RUN) projects/Nuclei/prepare.py $(ZIP)
+	@[ -d "$${DETECTRON2_DATASETS:-datasets}/nuclei" ] || $(RUN) projects/Nuclei/prepare.py "$(ZIP)"
 	$(RUN) tools/distill.py --config-file configs/Nuclei/demo.yaml --weights $(NUCLEI)/hr_10.pth \
 	    --teacher $(NUCLEI)/teacher_10.pth --baseline $(NUCLEI)/lr_10.pth --detections 100 \
 	    --unlabeled nuclei_train --output output/nuclei/demo $(ARGS) student:KD.LOSSES "[$(ROIS)]" \

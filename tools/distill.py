@@ -44,7 +44,7 @@ from msad_kd.data.classes import model_classes
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.hashes import hash_file
+from msad_kd.utils.hashes import check_hash, hash_file, split_hash
 from msad_kd.utils.signals import Stopped, on_signal, stop
 from projects.study import run as study
 from projects.study.jobs import locked
@@ -91,6 +91,9 @@ def check_data(args, cfg):
             )
     quick = ["--quick"] if sound.exists() else []
     run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
+    (name,) = cfg.DATASETS.TEST
+    if not any(entry.get("annotations") for entry in DatasetCatalog.get(name)):
+        sys.exit(f"distill.py: '{name}' has no objects, so there is no AP to compare by")
     write_json(sound, {**before, **hashes})
 
 
@@ -101,16 +104,12 @@ def hash_annotations(cfg):
     return {file: hash_file(file) for file in sorted(files) if os.path.isfile(file)}
 
 
-def label_images(args, words, cfg):
+def label_images(words, cfg):
     """Label the images without labels for the student's config, unless that is done."""
-    try:
-        with locked(args.output):
-            if not words[-1].exists():
-                print("HR labels the images without labels:", flush=True)
-                run_tool("label_images.py", *words)
-                print(describe_labels(words[-1], cfg), flush=True)
-    except InputError as error:  # another run is at work there
-        sys.exit(f"distill.py: {error}")
+    if not words[-1].exists():
+        print("HR labels the images without labels:", flush=True)
+        run_tool("label_images.py", *words)
+        print(describe_labels(words[-1], cfg), flush=True)
 
 
 def describe_labels(file, cfg):
@@ -206,7 +205,9 @@ def main(arguments=None):
     try:
         for name in ("weights", "teacher", "baseline"):
             if path := getattr(args, name):
-                setattr(args, name, os.path.abspath(fetch(path, f"--{name}")))
+                file = fetch(split_hash(path)[0], f"--{name}")
+                check_hash(file, path)
+                setattr(args, name, os.path.abspath(file))
         if args.labels_by and not (args.unlabeled and (args.weights or args.labels_by != "hr")):
             raise InputError("--labels-by needs --unlabeled IMAGES, and hr needs --weights FILE")
         with locked(args.output):  # else a run that is at work there would read other configs
@@ -214,17 +215,17 @@ def main(arguments=None):
             check_weights(args, configs)
             check_losses(configs["student"], TeacherSpec.from_config(configs["student"]))
             grid = make_grid(args, configs)
-        print(describe(configs))
-    except InputError as error:
+            print(describe(configs))
+            if args.dry_run:
+                if labels:
+                    print("Before the student is trained, make its labels:")
+                    print(command_line("label_images", labels))
+                return
+            check_data(args, configs["control"])
+            if labels:
+                label_images(labels, configs["student"])
+    except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"distill.py: {error}")
-    if args.dry_run:
-        if labels:
-            print("Before the student is trained, make its labels:")
-            print(command_line("label_images", labels))
-        return
-    check_data(args, configs["control"])
-    if labels:
-        label_images(args, labels, configs["student"])
     study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
     export_student(args, configs["student"])
     print(summarize(args, configs["student"]))

@@ -209,7 +209,7 @@ def main(words: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("label_images.py: interrupted; the same command goes on")
     except Exception as error:
-        sentence = input_error_of(error)
+        sentence = str(error) if isinstance(error, OSError) else input_error_of(error)
         if sentence is None:
             raise
         sys.exit(f"label_images.py: {sentence}")

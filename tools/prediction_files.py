@@ -14,10 +14,10 @@ from PIL import Image
 
 from msad_kd import InputError
 from msad_kd.checkpoint.files import write_json
+from msad_kd.data.images import list_images
 from msad_kd.evaluation.rle import coco_annotations
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv")
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 READABLE = 400  # px; smaller pictures are enlarged, so that the names on them can be read
 
 
@@ -36,8 +36,8 @@ def find_inputs(words: list[str]) -> tuple[list[str], list[str]]:
     files, unmatched = {}, []  # by their absolute paths, as a file has several names
     for word in words:
         if os.path.isdir(word):
-            names = (name for name in os.listdir(word) if name.lower().endswith(IMAGES + VIDEOS))
-            found = sorted(os.path.join(word, name) for name in names)
+            videos = [x.path for x in os.scandir(word) if x.is_file() and is_video(x.name)]
+            found = sorted([*list_images(word), *videos])
         elif os.path.exists(word):
             found = [word]
         else:

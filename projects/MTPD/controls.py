@@ -13,6 +13,7 @@ teacher is the strongest.
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 import yaml
@@ -64,7 +65,7 @@ def main(args):
         file = output / f"{name}.yaml"
         content = {"_BASE_": base, **change, "OUTPUT_DIR": str(output / name)}
         file.write_text(yaml.safe_dump(content, sort_keys=False))
-        print(f"python train_net.py --config-file {file}")
+        print(shlex.join(["python", "train_net.py", "--config-file", str(file)]))
 
 
 if __name__ == "__main__":
@@ -77,5 +78,5 @@ if __name__ == "__main__":
     )
     try:
         main(parser.parse_args())
-    except InputError as error:
+    except (InputError, OSError) as error:
         parser.error(str(error))

@@ -1,6 +1,5 @@
 """The grid of a study: data sets, rows, tables and pictures, read from a YAML file."""
 
-import json
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -42,7 +41,7 @@ class Row:
         """Return the names of the rows whose checkpoints it uses."""
         other = self.checkpoint_of or self.labels_by
         names = [other] if other else []
-        return tuple(dict.fromkeys(names + PLACEHOLDER.findall(json.dumps(self.options))))
+        return tuple(dict.fromkeys(names + PLACEHOLDER.findall(str(self.options))))
 
 
 @dataclass

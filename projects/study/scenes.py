@@ -43,7 +43,7 @@ def paint(image, masks, classes):
 
 def ground_truth(scene, height, width, with_masks):
     """Return masks, or boxes as such, classes, and labelled keypoints (N, 2) of a scene."""
-    objects = [each for each in scene["annotations"] if not each.get("iscrowd")]
+    objects = [each for each in scene.get("annotations", ()) if not each.get("iscrowd")]
     masks, points = [], np.zeros((0, 2))
     for each in objects:
         labelled = np.reshape(each.get("keypoints") or [], (-1, 3))
@@ -85,7 +85,7 @@ def draw_scenes(path, data_set, columns):
     heads = [getattr(model, "roi_heads", None) for _, model, _ in columns]
     with_masks = any(getattr(head, "mask_on", False) for head in heads)
     dicts = get_detection_dataset_dicts(data_set, filter_empty=False)
-    chosen = choose_scenes([len(scene["annotations"]) for scene in dicts])
+    chosen = choose_scenes([len(scene.get("annotations", ())) for scene in dicts])
     size = (2.5 * (len(columns) + 1), 2.5 * len(chosen) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(chosen), len(columns) + 1, squeeze=False)

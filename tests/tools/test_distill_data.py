@@ -5,8 +5,10 @@ import json
 import sys
 
 import pytest
-from helpers import load_tool
+import torch
+from helpers import coco_format, load_tool
 
+from msad_kd import KDTrainer
 from msad_kd.config.build import build_config
 
 
@@ -42,6 +44,28 @@ def test_data_are_read_whole_until_they_were_sound(said, config_files, data, tmp
     with pytest.raises(SystemExit, match=f"'{copy}' has changed since .* was begun.*--output"):
         tool.check_data(args, cfg)
     assert len(said) == 3
+
+
+def test_without_objects_there_is_nothing_to_compare_by(said, config_files, data, tmp_path, capsys):
+    tool = load_tool("tools.distill")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "SOUND").touch()
+    content = json.loads((data / "annotations" / "instances_val.json").read_text())
+    (tmp_path / "bare.json").write_text(json.dumps({**content, "annotations": []}))
+    entry = {"name": "bare", "json": str(tmp_path / "bare.json"), "images": str(data / "val")}
+    keys = ["DATASETS.COCO_FORMAT", [*coco_format(data, "tiny"), entry], "DATASETS.TEST", ["bare"]]
+    cfg = build_config(str(config_files["lr"]), keys)
+    said.append(False)  # it was sound
+    with pytest.raises(SystemExit, match="distill.py: 'bare' has no objects"):
+        tool.check_data(argparse.Namespace(output=tmp_path), cfg)
+    weights = str(tmp_path / "lr.pth")
+    torch.save({"model": KDTrainer.build_model(cfg).state_dict()}, weights)
+    words = ["--sizes", "32", "--output", str(tmp_path / "sweep"), "--model", "a"]
+    with pytest.raises(SystemExit):
+        load_tool("resolution_sweep").main(
+            [*words, str(config_files["lr"]), weights, *map(str, keys)]
+        )
+    assert "'bare' has no objects, so there is no AP" in capsys.readouterr().err
 
 
 def test_nothing_is_written_where_a_run_is_at_work(config_files, tmp_path):

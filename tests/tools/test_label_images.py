@@ -199,6 +199,7 @@ def test_labels_of_a_file_are_those_of_the_step(
         ({"which": ("--images", "no/such")}, "image folder 'no/such' does not exist"),
         ({"weights": "no.pth"}, "no.pth"),
         ({"name": "there.json"}, "there.json' exists already; remove it"),
+        ({"name": "there.json/x.json"}, "label_images.py: .*: '.*there.json'"),
         ({"name": "x.json", "batch-size": 0}, "2"),
     ],
 )

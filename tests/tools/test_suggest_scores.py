@@ -76,6 +76,10 @@ def test_the_keys_fit_a_config(tmp_path, config_files, capsys):
     suggested = shlex.split(capsys.readouterr().out.splitlines()[-1])
     chosen = build_config(path, [*keys, *suggested]).KD.UNLABELED
     assert chosen.SCORE == [0.7] * 3 and chosen.IGNORE_SCORE == 0.4
+    # Without training data, the classes are those of the file.
+    less = ["DATASETS.TRAIN", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    tool.run(tool.build_parser(), tool.main, ["--config-file", path, *keys, *less])
+    assert 'KD.UNLABELED.SCORE "[0.7, 0.7]"' in capsys.readouterr().out
 
 
 TRUTH, FOUND = example()

@@ -76,14 +76,13 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         results = read_results(args.results)
-    except InputError as error:
+        text = table(results)
+        with replacing(args.output / "growth.md") as part:
+            part.write_text(text + "\n")
+        with replacing(args.output / "growth.png") as part:
+            draw(results, part)
+    except (InputError, OSError) as error:  # the second: --output cannot be written
         parser.error(str(error))
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = table(results)
-    with replacing(args.output / "growth.md") as part:
-        part.write_text(text + "\n")
-    with replacing(args.output / "growth.png") as part:
-        draw(results, part)
     print(text)
 
 

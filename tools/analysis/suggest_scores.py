@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 from msad_kd import InputError, build_config
 from msad_kd.data.annotations import read_annotations
-from msad_kd.data.classes import annotation_file, model_classes
+from msad_kd.data.classes import annotation_file, class_names, model_classes
 
 FEWEST = 20  # objects of a class that tell its score
 THRESHOLDS = np.arange(99, 0, -1) / 100
@@ -144,7 +144,7 @@ def main(args):
         raise InputError(f"DATASETS.TEST is {list(names)}; name one data set in COCO format")
     content = read_annotations(file, names[0], cfg.DATASETS.INVALID_ANNOTATIONS)
     found = os.path.join(cfg.OUTPUT_DIR, "inference", "coco_instances_results.json")
-    classes = model_classes(cfg)[0]
+    classes = model_classes(cfg)[0] or class_names(names[0])
     score, ignore, lines = suggest(classes, match(content, args.predictions or found))
     print(tabulate(lines, ["class", "objects", "SCORE", "precision", "recall"], "pipe", ".2f"))
     print(f'\nKD.UNLABELED.SCORE "{score}" KD.UNLABELED.IGNORE_SCORE {ignore}')

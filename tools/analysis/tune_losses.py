@@ -18,6 +18,7 @@ command goes on where it was. OUTPUT gets candidates.yaml, grid.yaml, and the re
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from copy import deepcopy
@@ -26,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for projects.study
 
 import pandas as pd
+import torch
 import yaml
 from arguments import positive
 from compare_gradients import DETECTION, PREFIX, load_student, measure_batch
@@ -169,7 +171,8 @@ def parse_arguments(arguments=None):
     add("--ratio", type=float, default=0.2, help="gradient of ssim / of detection (default: 0.2)")
     add("--batches", type=positive, default=8, help="to measure gradients on (default: 8)")
     add("--slots", type=positive, default=count_cores(), help="runs at a time (default: the cores)")
-    add("--num-gpus", type=int, default=0, help="of each training (then one runs at a time)")
+    gpus = min(1, torch.cuda.device_count())
+    add("--num-gpus", type=int, default=gpus, help="of each training (then one runs at a time)")
     add_code_options(parser)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys of all runs")
     return parser.parse_args(arguments)
@@ -178,18 +181,19 @@ def parse_arguments(arguments=None):
 def main(arguments=None):
     """Run the command line; an expected error ends it with one sentence."""
     args = parse_arguments(arguments)
-    args.output = args.output.absolute()  # the runs start in the repository
+    args.output, args.losses = args.output.absolute(), args.losses and args.losses.absolute()
+    os.chdir(study.ROOT)  # where the runs start; a path that is wrong there is told now
     try:
         # Each training scales its schedule to the processes that it has.
         cfg = build_config(args.config_file, ["SOLVER.REFERENCE_WORLD_SIZE", 0, *args.opts])
         args.iterations = args.iterations or max(1, cfg.SOLVER.MAX_ITER // 4)
         args.output.mkdir(parents=True, exist_ok=True)
         candidates = read_candidates(args, cfg)
-    except InputError as error:
+        path = args.output / "grid.yaml"
+        with replacing(path) as part:
+            part.write_text(yaml.safe_dump(make_grid(args, cfg, candidates), sort_keys=False))
+    except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"tune_losses.py: {error}")
-    path = args.output / "grid.yaml"
-    with replacing(path) as part:
-        part.write_text(yaml.safe_dump(make_grid(args, cfg, candidates), sort_keys=False))
     words = ["--grid", str(path), "--slots", str(args.slots), "--num-gpus", str(args.num_gpus)]
     study.main(words)
     cells = json.loads((args.output / "results.json").read_text())["cells"]
