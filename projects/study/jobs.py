@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.signals import EXIT_CODES
 
@@ -37,13 +39,6 @@ def count_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def clock(seconds):
-    """Format seconds as m:ss or h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 class Screen:
     """Prints lines with the time since the start."""
 
@@ -52,7 +47,7 @@ class Screen:
 
     def say(self, text):
         """Print a line."""
-        print(f"[{clock(time.monotonic() - self.start):>5}] {text}", flush=True)
+        print(f"[{tqdm.format_interval(time.monotonic() - self.start)}] {text}", flush=True)
 
     def status(self, describe):
         """Print what `describe` returns, every now and then."""
@@ -141,7 +136,7 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                 try:
                     if process.returncode:
                         raise InputError(_failure(job, process.returncode))
-                    screen.say(f"{name}: done in {clock(time.monotonic() - began)}")
+                    screen.say(f"{name}: done in {tqdm.format_interval(time.monotonic() - began)}")
                     job.done()
                     finished.add(name)
                 except (InputError, OSError) as error:  # the other jobs go on

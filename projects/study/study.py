@@ -7,10 +7,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from msad_kd.checkpoint.files import write_json
 from msad_kd.utils.errors import InputError
 from projects.study import progress, reports
-from projects.study.jobs import Job, clock, run_jobs
+from projects.study.jobs import Job, run_jobs
 
 CELL = "cell.json"
 TOLERANCE = 0.2  # AP
@@ -192,7 +194,9 @@ class Study:
         total, before = sum(cell.iterations for cell in cells), sum(self.resumed_at.values())
         done = sum(progress.iterations_done(cell.folder) for cell in cells)
         seconds = time.time() - self.start
-        left = clock(seconds * (total - done) / (done - before)) if done > before else "?"
+        left = "?"
+        if done > before:
+            left = tqdm.format_interval(seconds * (total - done) / (done - before))
         return f"{done}/{total} iterations, {left} left" if done < total else "measuring"
 
     def write(self, results=True):

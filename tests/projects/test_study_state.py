@@ -163,7 +163,7 @@ def test_the_time_left_is_of_all_trainings(tmp_path, study_of, monkeypatch):
     line = {"iteration": 49, "total_loss": 1.0}
     (cells[0].folder / "metrics.json").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr("time.time", lambda: study.start + 100)
-    assert study.overall() == "50/200 iterations, 5:00 left"
+    assert study.overall() == "50/200 iterations, 05:00 left"
     for cell in cells:
         (cell.folder / "metrics.json").write_text(json.dumps({**line, "iteration": 99}) + "\n")
     assert study.overall() == "measuring"

@@ -22,6 +22,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from arguments import run
 from kornia.losses import ssim_loss as kornia_loss
@@ -106,10 +107,7 @@ def failure(function, x, y):
 
 def spread(values):
     """Return the median and the quartiles."""
-    if len(values) == 1:
-        return [values[0]] * 3
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [middle, low, high]
+    return np.percentile(values, (50, 25, 75)).tolist()
 
 
 def maps(args, device, dtype, shape):

@@ -3,10 +3,10 @@
 A row is a dict with the keys of HEADINGS; an AP is in percent, or None if there is none.
 """
 
-import csv
 import itertools
 import os
 
+import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -84,15 +84,10 @@ def write_files(folder: str, rows: list[dict], note: str, total: int) -> None:
     if len(rows) < total:
         note = f"PARTIAL: {len(rows)} of {total} rows; the sweep has not finished. {note}"
 
-    def write_csv(path):
-        with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, list(HEADINGS))
-            table.writeheader()
-            table.writerows(rows)
-
+    table = pd.DataFrame(rows, columns=list(HEADINGS))
     writers = {
         "sweep.md": lambda path: path.write_text(markdown(rows, note)),
-        "sweep.csv": write_csv,
+        "sweep.csv": lambda path: table.to_csv(path, index=False),
         "sweep.png": lambda path: draw(path, rows, note),
     }
     for name, write in writers.items():
