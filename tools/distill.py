@@ -22,6 +22,7 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script, which does not put the repository on the path
@@ -61,7 +62,9 @@ def run_tool(name, *arguments):
     """Run another command of this folder, and end with its failure."""
     command = [sys.executable, TOOLS / name, *map(str, arguments)]
     try:
-        with on_signal(stop), subprocess.Popen(command, cwd=TOOLS.parent) as process:
+        # It inherits the lock of the folder.
+        start = partial(subprocess.Popen, cwd=TOOLS.parent, close_fds=False)
+        with on_signal(stop), start(command) as process:
             try:
                 code = process.wait()
             finally:
@@ -89,11 +92,11 @@ def check_data(args, cfg):
                 f"distill.py: '{file}' has changed since '{args.output}' was begun, whose models "
                 "and AP are of the old one; choose another --output, or delete this one"
             )
-    quick = ["--quick"] if sound.exists() else []
-    run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
     (name,) = cfg.DATASETS.TEST
     if not any(entry.get("annotations") for entry in DatasetCatalog.get(name)):
         sys.exit(f"distill.py: '{name}' has no objects, so there is no AP to compare by")
+    quick = ["--quick"] if sound.exists() else []
+    run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
     write_json(sound, {**before, **hashes})
 
 

@@ -43,7 +43,7 @@ from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.evaluation.rle import coco_annotations
-from msad_kd.utils.errors import InputError, input_error_of, nearest
+from msad_kd.utils.errors import InputError, first_line, input_error_of, nearest
 from msad_kd.utils.hashes import hash_file, split_hash
 
 
@@ -209,7 +209,9 @@ def main(words: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("label_images.py: interrupted; the same command goes on")
     except Exception as error:
-        sentence = str(error) if isinstance(error, OSError) else input_error_of(error)
+        sentence = input_error_of(error)
+        if sentence is None and isinstance(error, OSError):
+            sentence = f"--output: {first_line(error)}; mend that, and the same command goes on"
         if sentence is None:
             raise
         sys.exit(f"label_images.py: {sentence}")

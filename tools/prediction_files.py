@@ -36,8 +36,9 @@ def find_inputs(words: list[str]) -> tuple[list[str], list[str]]:
     files, unmatched = {}, []  # by their absolute paths, as a file has several names
     for word in words:
         if os.path.isdir(word):
-            videos = [x.path for x in os.scandir(word) if x.is_file() and is_video(x.name)]
-            found = sorted([*list_images(word), *videos])
+            found = [x.path for x in os.scandir(word) if x.is_file() and is_video(x.name)]
+            found = [x for x in found if not os.path.basename(x).startswith(".")]
+            found = sorted([*list_images(word), *found])
         elif os.path.exists(word):
             found = [word]
         else:

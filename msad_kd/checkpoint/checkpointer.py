@@ -153,8 +153,8 @@ class TrainingCheckpointer(SafeCheckpointer):
         if bad := [k for k, v in model.items() if not bool(torch.isfinite(v).all())]:
             raise InputError(
                 f"{len(bad)} of the model's {len(model)} tensors are not finite, e.g. {bad[0]}, so "
-                f"'{path}' is not written; {self.last()}, resume it with another SOLVER.BASE_LR "
-                "or SOLVER.CLIP_GRADIENTS"
+                f"'{path}' is not written; {self.last()}; try another SOLVER.BASE_LR or "
+                "SOLVER.CLIP_GRADIENTS, with --resume if there is a checkpoint"
             )
         state = {key: part.state_dict() for key, part in self.checkpointables.items()}
         self.logger.info("Saving checkpoint to %s", path)

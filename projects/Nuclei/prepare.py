@@ -145,7 +145,7 @@ def write_shares(folder, content):
 
 def prepare(source, output, report=tqdm.write):
     """Convert a folder or zip; `output` must not exist and appears when it is complete."""
-    source, output = Path(source), Path(output)
+    source, output = Path(source).expanduser(), Path(output)
     if output.exists():
         raise FileExistsError(f"'{output}' exists already: remove it or choose another folder")
     part = output.with_name(f".{output.name}.part")

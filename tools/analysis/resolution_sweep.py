@@ -23,10 +23,12 @@ import torch
 from arguments import positive, run
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
+from detectron2.evaluation import inference_on_dataset
 from sweep_report import APS, markdown, write_files
 from tqdm import tqdm
 
 from msad_kd import InputError, KDTrainer, build_config
+from msad_kd.data.classes import with_classes_of
 from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation.cost import (
@@ -124,9 +126,33 @@ def measure_costs(candidates, dicts, bar):
     return rows
 
 
-def average_precision(candidate):
-    """Return APs in percent by column: 0 if nothing is found, None for what it does not predict."""
-    metrics = KDTrainer.test(candidate.cfg, candidate.model)
+class CountedLoader:
+    """A loader that advances a progress bar by one per batch."""
+
+    def __init__(self, loader, bar):
+        self.loader, self.bar = loader, bar
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield batch
+            self.bar.update()
+
+
+def average_precision(candidate, bar):
+    """Return APs in percent by column: 0 if nothing is found, None for what it does not predict.
+
+    Args:
+        candidate: the model and its config.
+        bar: a progress bar, advanced by one per image.
+    """
+    cfg = with_classes_of(candidate.cfg, candidate.model)
+    (name,) = cfg.DATASETS.TEST
+    loader = KDTrainer.build_test_loader(cfg, name)
+    evaluator = KDTrainer.build_evaluator(cfg, name)
+    metrics = inference_on_dataset(candidate.model, CountedLoader(loader, bar), evaluator)
     aps = {column: metrics.get(kind, {}).get("AP") for kind, column in APS.items()}
     return {x: ap if ap is None or math.isfinite(ap) else 0.0 for x, ap in aps.items()}
 
@@ -158,8 +184,7 @@ def sweep(args):
             rows = measure_costs(candidates, timed, bar)
             for done, (row, candidate) in enumerate(zip(rows, candidates), start=1):
                 bar.set_description(f"{candidate.name}, {candidate.size} px")
-                row.update(average_precision(candidate))
-                bar.update(len(dicts))
+                row.update(average_precision(candidate, bar))
                 write_files(args.output, rows[:done], note, len(rows))
     return rows, note
 

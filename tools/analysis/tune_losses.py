@@ -174,7 +174,12 @@ def parse_arguments(arguments=None):
     gpus = min(1, torch.cuda.device_count())
     add("--num-gpus", type=int, default=gpus, help="of each training (then one runs at a time)")
     add_code_options(parser)
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys of all runs")
+    add(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="config keys of all runs; their paths start in this repository",
+    )
     return parser.parse_args(arguments)
 
 
@@ -182,7 +187,11 @@ def main(arguments=None):
     """Run the command line; an expected error ends it with one sentence."""
     args = parse_arguments(arguments)
     args.output, args.losses = args.output.absolute(), args.losses and args.losses.absolute()
-    os.chdir(study.ROOT)  # where the runs start; a path that is wrong there is told now
+    args.config_file = os.path.abspath(args.config_file)
+    os.environ["DETECTRON2_DATASETS"] = os.path.abspath(
+        os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    )
+    os.chdir(study.ROOT)  # where the runs start; a path in the config that is wrong there is told
     try:
         # Each training scales its schedule to the processes that it has.
         cfg = build_config(args.config_file, ["SOLVER.REFERENCE_WORLD_SIZE", 0, *args.opts])
