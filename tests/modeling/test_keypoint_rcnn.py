@@ -21,6 +21,7 @@ from msad_kd.engine.validation import ValidationLoss
 from msad_kd.losses.roi import roi_keypoint
 from msad_kd.modeling.capture import recording
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.seed import seed_all
 
 NAMES = ["left_top", "right_top", "left_bottom", "right_bottom"]
 MODEL = ["MODEL.KEYPOINT_ON", True, "MODEL.MASK_ON", False]
@@ -76,7 +77,7 @@ def test_keypoints_are_scaled_and_flipped_with_the_image(config, options, frame)
     """A flip exchanges left and right, so that the corner without label becomes the left one."""
     cfg, seen = config(frame, *options), set()
     for seed in range(4):
-        torch.manual_seed(seed)
+        seed_all(seed)
         for sample in samples(cfg, frame):
             truth = sample["instances"].gt_keypoints.tensor
             labelled = truth[:, :, 2] > 0
