@@ -211,7 +211,7 @@ def main(words: list[str] | None = None) -> None:
     except Exception as error:
         sentence = input_error_of(error)
         if sentence is None and isinstance(error, OSError):
-            sentence = f"--output: {first_line(error)}; mend that, and the same command goes on"
+            sentence = f"{first_line(error)}; mend that, and the same command goes on"
         if sentence is None:
             raise
         sys.exit(f"label_images.py: {sentence}")

@@ -33,8 +33,9 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.INPUT.JITTER.SIZE = 0
     cfg.INPUT.JITTER.SCALES = [0.1, 2.0]
     # Random colours in training, the same at both resolutions. Each key is a number s from 0 to
-    # below 1, and draws a factor from [1 - s, 1 + s]. BRIGHTNESS multiplies the pixels by it,
-    # CONTRAST their distances from the image's mean, SATURATION those from their own grey.
+    # below 1 (0 turns it off), and draws a factor from [1 - s, 1 + s]. BRIGHTNESS multiplies the
+    # pixels by it, CONTRAST their distances from the image's mean, SATURATION those from their own
+    # grey.
     cfg.INPUT.COLOR = CN()
     cfg.INPUT.COLOR.BRIGHTNESS = 0.0
     cfg.INPUT.COLOR.CONTRAST = 0.0

@@ -180,10 +180,9 @@ def test_videos(predict, data, suffix, tmp_path):
 
 
 def test_files_folders_and_patterns(photos, monkeypatch):
-    (photos / "more").mkdir()
+    (photos / "more").mkdir(), (photos / "no.mp4").mkdir()
     shutil.copy(photos / "rgba.png", photos / "more" / "rgba.png")
     shutil.copy(photos / "rgba.png", photos / "._rgba.png")  # as a Mac leaves beside each file
-    (photos / "no.mp4").mkdir()
     monkeypatch.chdir(photos)
     words = [str(photos / "*.png"), ".", "grey.bmp", "**/*.png", "nowhere.png"]
     found, unmatched = files.find_inputs(words)
