@@ -42,6 +42,7 @@ from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.reading import fetch
 from msad_kd.config.imports import add_code_options
 from msad_kd.data.classes import model_classes
+from msad_kd.data.coco_format import datasets_folder
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
@@ -202,9 +203,7 @@ def main(arguments=None):
     """Run the command line."""
     args = parse_arguments(arguments)
     args.output = args.output.absolute()  # the runs start in the repository
-    os.environ["DETECTRON2_DATASETS"] = os.path.abspath(
-        os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-    )
+    os.environ["DETECTRON2_DATASETS"] = os.path.abspath(datasets_folder())
     try:
         for name in ("weights", "teacher", "baseline"):
             if path := getattr(args, name):

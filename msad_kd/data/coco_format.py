@@ -81,8 +81,13 @@ def is_folder(name: str) -> bool:
     return getattr(DatasetCatalog.data.get(name), "func", None) is load_folder
 
 
+def datasets_folder() -> str:
+    """Return the folder that DETECTRON2_DATASETS names, where relative paths start."""
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
 def _locate(path: str) -> str:
-    return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), path)
+    return os.path.join(datasets_folder(), os.path.expanduser(path))
 
 
 def load_checked(

@@ -82,7 +82,7 @@ def generate(output="datasets/shapes", *, overwrite=False, progress=True, **argu
         from projects.Shapes.cityscapes_format import CityscapesWriter
 
         writer_classes.append(CityscapesWriter)
-    output = Path(output)
+    output = Path(output).expanduser()
     if output.exists():
         differences = _differences(output, arguments)
         if not differences:

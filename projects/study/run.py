@@ -20,6 +20,7 @@ from pathlib import Path
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from msad_kd.data.coco_format import datasets_folder
 from msad_kd.utils.arguments import positive
 from msad_kd.utils.errors import InputError
 from projects.study.cells import make_cells
@@ -76,7 +77,7 @@ def make_data(grid, cells, keys, overwrite, screen):
         used |= {*cells[key].data}
         keys += [needed for needed in cells[key].needs if needed not in keys]
     for name in sorted(used):
-        folder = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / name
+        folder = Path(datasets_folder()) / name
         screen.say(f"Data: '{folder}'")
         generate = importlib.import_module(grid.generator).generate
         try:

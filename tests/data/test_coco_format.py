@@ -28,6 +28,16 @@ def test_registered_and_loaded(data, monkeypatch):
     assert len(DatasetCatalog.get("mine")) == TEST_SCENES
 
 
+@pytest.mark.parametrize(("root", "start"), [("~", ""), ("elsewhere", "~/")])
+def test_a_tilde_is_the_home_folder(data, monkeypatch, root, start):
+    monkeypatch.setenv("HOME", str(data.parent))
+    monkeypatch.setenv("DETECTRON2_DATASETS", root)
+    folder = f"{start}{data.name}"
+    json_file = f"{folder}/annotations/instances_val.json"
+    register([{"name": "mine", "json": json_file, "images": f"{folder}/val"}])
+    assert len(DatasetCatalog.get("mine")) == TEST_SCENES
+
+
 @pytest.mark.parametrize(
     "change", [{"json": "other.json"}, {"images": "elsewhere"}, {"name": "coco_2017_val"}]
 )

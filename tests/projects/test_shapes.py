@@ -213,8 +213,9 @@ def test_cityscapes_layout(shapes):
 # -- the folder
 
 
-def test_existing_data_set_is_kept_unless_told_otherwise(tmp_path, capsys):
-    command = ["--output", str(tmp_path / "s"), "--train", "1", "--val", "1", "--size", "64"]
+def test_existing_data_set_is_kept_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = ["--output", "~/s", "--train", "1", "--val", "1", "--size", "64"]
     times = []
     for message in ("is complete", "is there already: kept"):
         main(command)

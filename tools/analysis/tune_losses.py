@@ -38,6 +38,7 @@ from msad_kd import InputError, build_config
 from msad_kd.checkpoint.files import replacing
 from msad_kd.config.derive import WARMUP_SHARE, default_losses
 from msad_kd.config.imports import add_code_options
+from msad_kd.data.coco_format import datasets_folder
 from msad_kd.losses.terms import read_losses
 from projects.study import run as study
 from projects.study.jobs import count_cores
@@ -188,9 +189,7 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     args.output, args.losses = args.output.absolute(), args.losses and args.losses.absolute()
     args.config_file = os.path.abspath(args.config_file)
-    os.environ["DETECTRON2_DATASETS"] = os.path.abspath(
-        os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-    )
+    os.environ["DETECTRON2_DATASETS"] = os.path.abspath(datasets_folder())
     os.chdir(study.ROOT)  # where the runs start; a path in the config that is wrong there is told
     try:
         # Each training scales its schedule to the processes that it has.
