@@ -34,7 +34,10 @@ class _Box2BoxTransform(Box2BoxTransformLinear):
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
-    """Detectron2's FCOS, by the keys under ``MODEL.FCOS``; its parameters have the same names."""
+    """Detectron2's FCOS, by the keys under ``MODEL.FCOS``; its parameters have the same names.
+
+    Its box head starts with sides of one stride, Detectron2's with sides around 0.
+    """
 
     @configurable
     def __init__(self, **kwargs):
@@ -54,6 +57,9 @@ class FCOS(fcos.FCOS):
             norm=group_norm if keys.NORM == "GN" else keys.NORM,
             prior_prob=keys.PRIOR_PROB,
         )
+        # Distances to the sides are cut at 0, and a negative one has no gradient. Detectron2 starts
+        # them around 0, where all can become negative in the first steps and stay so.
+        nn.init.constant_(head.bbox_pred.bias, 1.0)  # the stride of the level
         return {
             "backbone": backbone,
             "head": head,
