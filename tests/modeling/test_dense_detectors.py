@@ -136,7 +136,7 @@ def test_fcos_is_detectron2s(config, batch):
 
 @on_fcos
 def test_no_distance_of_a_new_head_is_cut(config, batch):
-    """One below 0 has no gradient: where all were, a box head learned nothing in 1,000 iterations."""
+    """One below 0 has no gradient. A box head where all were learned nothing."""
     cfg, distances = config("lr"), []
     model = build(cfg)
     model.head.bbox_pred.register_forward_hook(lambda *args: distances.append(args[-1]))
