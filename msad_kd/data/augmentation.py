@@ -34,7 +34,10 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
 
 
 def longest_side(inputs: CfgNode, is_train: bool) -> float:
-    """Return to how many pixels, at the most, the longer side of an image is resized."""
+    """Return to how many pixels the longer side is resized: at the most, or at the least scale.
+
+    The latter with INPUT.JITTER in training: it is what a narrow image has to survive.
+    """
     if is_train and inputs.JITTER.SIZE:
         return inputs.JITTER.SIZE * inputs.JITTER.SCALES[0]
     if not (any(inputs.MIN_SIZE_TRAIN) if is_train else inputs.MIN_SIZE_TEST):

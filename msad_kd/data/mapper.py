@@ -120,8 +120,8 @@ class CheckedDatasetMapper(DatasetMapper):
 
         Args:
             is_train: as in ``DatasetMapper``.
-            longest_side: to how many pixels, at the most, the longer side of an image is resized
-                (of the smaller image, if there are two resolutions).
+            longest_side: to how many pixels the longer side of an image is resized at most, with
+                INPUT.JITTER at its smallest scale (of the smaller image, if there are two).
             skip_unusable: return None for images that cannot be used.
             **kwargs: the other arguments of ``DatasetMapper``.
         """

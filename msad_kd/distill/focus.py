@@ -64,7 +64,7 @@ def check_scores(head: Head | None, levels: set[str]) -> set[str]:
 
 @torch.no_grad()
 def score_focus(head: Head, pyramid: Pyramid) -> Pyramid:
-    """Return the highest score that a detector gives at each cell, level name to (N, 1, H, W).
+    """Return the highest class score at each cell, level name to (N, 1, H, W).
 
     Args:
         head: the teacher's dense head, or its RPN's, whose score is the objectness.
