@@ -17,6 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import DISTILL_LOSS_REGISTRY, DistilledRCNN
 from msad_kd.modeling.pyramid import cells_in_boxes
+from msad_kd.utils.errors import InputError
 
 # A loss is a function of two maps, so the boxes reach it through this list.
 _batch = []
@@ -36,12 +37,17 @@ def _masked_mse(student, teacher, *, inside):
     """Return the part of the mean of (S - T)^2 that comes from cells inside or outside of boxes."""
     square = (student - teacher).float().square()
     cells = square.shape[-2:]
+    if len(_batch) != len(student):
+        raise InputError(
+            "mse_inside and mse_outside need boxes: leave out SOLVER.UNLABELED_PER_BATCH"
+        )
     instances = [image["instances"] for image in _batch]
     # The map covers the padding, too, so side / cells of an image is at most the stride.
     quotient = max(side / n for x in instances for side, n in zip(x.image_size, cells))
     stride = 2 ** math.ceil(math.log2(quotient))
     masks = [cells_in_boxes(x.gt_boxes.tensor, stride, *cells) for x in instances]
-    return (square * (torch.stack(masks).unsqueeze(1) == inside)).mean()
+    masks = torch.stack(masks).unsqueeze(1).to(square.device)
+    return (square * (masks == inside)).mean()
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -15,6 +15,7 @@ from msad_kd.checkpoint.files import hash_file
 from msad_kd.config.build import check_config, merge_config, scale_to_processes
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.evaluation.build import check_augmentation
+from msad_kd.modeling.classes import frame_of
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.flat_config import flatten_config
 from projects.study.grid import PLACEHOLDER, Row
@@ -143,14 +144,17 @@ def _make_cell(row, seed, sources, folder, data, extra, processes):
     elif stages:
         weights = folder / f"stage_{len(stages):02}_{stages[-1]['name']}" / "student.pth"
     folders = _folders(test_cfg, "TEST", data)
-    meaning = {"test": {k: v for k, v in changed_keys(test_cfg).items() if not _trains(k)}}
+    scale = {"KD.SCALE"} if frame_of(test_cfg) == "hr" else set()
+    changed = changed_keys(test_cfg).items()
+    meaning = {"test": {k: v for k, v in changed if k in scale or not _trains(k)}}
     if row.trained:
         meaning |= {"labels": origins[row.labels_by]} if labels else {}
         folders += _folders(cfg, "TRAIN", data) + _folders(cfg, "UNLABELED", data)
         teachers = [stage["weights"] for stage in stages] or [cfg.KD.TEACHER.WEIGHTS]
-        files = [cfg.MODEL.WEIGHTS, *teachers]
+        files = [cfg.MODEL.WEIGHTS, *teachers, *(s["start"] for s in stages if "start" in s)]
         files = [hash_file(x) if Path(x).is_file() else None for x in files]
         meaning |= {"train": changed_keys(cfg), "files": files}
+        meaning |= {"teachers": configs} if (configs := _teacher_configs(cfg)) else {}
     else:
         meaning |= {"checkpoint": origins.get(row.checkpoint_of) or hash_file(weights)}
     meaning |= {"data": {name: data[name] for name in folders}}
@@ -170,6 +174,19 @@ def _make_cell(row, seed, sources, folder, data, extra, processes):
         saved_every=_saved_every(written),
         fingerprint=hashlib.sha256(meaning.encode()).hexdigest(),
     )
+
+
+def _teacher_configs(cfg):
+    """Return what the config of each teacher that a config names changes of the defaults."""
+    named = [(stage["config_file"], stage.get("opts")) for stage in cfg.KD.LADDER.STAGES]
+    named = named or [(cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.OPTS)]
+    configs = []
+    for file, options in named:
+        if Path(file).is_file():  # else the training says what is wrong
+            teacher = pickle.loads(_read(file))
+            merge_config(teacher, "", list(map(str, options or ())))
+            configs.append(changed_keys(teacher))
+    return configs
 
 
 def _length(cfg):

@@ -39,8 +39,9 @@ class Row:
 
     def references(self):
         """Return the names of the rows whose checkpoints it uses."""
-        other = self.checkpoint_of or self.labels_by
-        names = [other] if other else []
+        if not self.trained:  # its options may name what its checkpoint was trained from
+            return (self.checkpoint_of,) if self.checkpoint_of else ()
+        names = [self.labels_by] if self.labels_by else []
         return tuple(dict.fromkeys(names + PLACEHOLDER.findall(str(self.options))))
 
 
@@ -113,8 +114,11 @@ def _complete(name, grid, pending=()):
     if parent:
         _check_rows(grid, f"row '{name}'", [parent])
         parent = _complete(parent, grid, (*pending, name))
+        own = {"title", "recorded"}
+        own |= {"seeds"} if row.checkpoint else set()  # one file
+        own |= {"test_config"} if row.config and parent.test_config == parent.config else set()
         for each in fields(Row):
-            if each.name not in ("title", "recorded") and not getattr(row, each.name):
+            if each.name not in own and not getattr(row, each.name):
                 setattr(row, each.name, getattr(parent, each.name))
         row.options = {**parent.options, **row.options}
     row.test_config = row.test_config or row.config

@@ -114,10 +114,17 @@ def _signals_held():
 def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
     """Run jobs in their order, at most `slots` at a time, each after those it waits for.
 
-    When a job fails, the jobs that do not wait for it still run. Whatever ends this function,
-    nothing that it started is left running. `overall` says how far all jobs are together.
+    When a job fails, the jobs that do not wait for it still run. Whatever ends this function, what
+    it started is ended, too, unless a second signal cuts that short. `overall` says how far all
+    jobs are together.
     """
     waiting, running, finished, failures = list(jobs), {}, set(), {}
+
+    def fail(name, error):
+        known = isinstance(error, (InputError, OSError))
+        failures[name] = str(error) if known else f"{name}: {error!r}"
+        screen.say(failures[name])
+
     try:
         while waiting or running:
             for job in list(waiting):
@@ -127,8 +134,11 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                 elif len(running) < slots and finished.issuperset(job.after):
                     waiting.remove(job)
                     screen.say(f"{job.name}: started")
-                    with _signals_held():
-                        running[job.name] = (job, start(job), time.monotonic())
+                    try:
+                        with _signals_held():
+                            running[job.name] = (job, start(job), time.monotonic())
+                    except OSError as error:
+                        fail(job.name, error)
             for name, (job, process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -139,9 +149,8 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                     screen.say(f"{name}: done in {tqdm.format_interval(time.monotonic() - began)}")
                     job.done()
                     finished.add(name)
-                except (InputError, OSError) as error:  # the other jobs go on
-                    failures[name] = str(error)
-                    screen.say(failures[name])
+                except Exception as error:  # the other jobs go on
+                    fail(name, error)
             screen.status(lambda: f"{', '.join(map(_described, running.values()))}: {overall()}")
             time.sleep(POLL_SECONDS if running else 0)
     finally:

@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import write_json
 from msad_kd.config.build import build_config
+from msad_kd.data.classes import align_classes, with_classes_of
 from msad_kd.data.mapper import build_mapper
 from msad_kd.evaluation import cost
 from projects.study.jobs import count_cores
@@ -94,8 +95,10 @@ def compare(models, detections, folder, scenes):
     for title, key in scenes.items():
         cfg, model = load(models[key], folder)
         columns.append((f"{title} ({results[key]['side']} px)", model, build_mapper(cfg, False)))
-    cfg = next(iter(loaded.values()))[0]
+    cfg, model = next(iter(loaded.values()))
     if columns:
+        # The ground truth, too, has the model's order of the classes.
+        align_classes(with_classes_of(cfg, model), cfg.DATASETS.TEST)
         draw_scenes(folder / "scenes.png", cfg.DATASETS.TEST[0], columns)
     return {"machine": machine(cost.device_name(cfg)), "detections": detections, "models": results}
 

@@ -56,7 +56,12 @@ def unpaired(grid):
     used = {name for row in grid.rows.values() if row.trained for name in row.references()}
     names = {name for name, row in grid.rows.items() if not row.seeds}
     names |= {name for name in used if len(grid.rows[name].seeds) == 1}
-    return names | {row.name for row in grid.rows.values() if row.checkpoint_of in names}
+
+    def origin(name):
+        other = grid.rows[name].checkpoint_of
+        return origin(other) if other else name
+
+    return {name for name in grid.rows if origin(name) in names}
 
 
 def differences(grid, data, table, row, kind):
@@ -130,7 +135,10 @@ def write(grid, cells, results, folder):
             for label, name in ((label, n) for label, names in curve.lines.items() for n in names):
                 if len(aps := of_row(data, name, kind, curve.seeds)):
                     lines[label][of_row(data, name, "iterations").max()] = aps
-            levels = {label: of_row(data, n, kind).mean() for label, n in curve.levels.items()}
+            levels = {
+                label: of_row(data, name, kind, curve.seeds).mean()
+                for label, name in curve.levels.items()
+            }
             panels.append((kind, lines, levels))
         if panels:
             _save(pictures.draw_curves(curve.title, panels), folder / f"curves_{curve.name}.png")

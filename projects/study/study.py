@@ -160,20 +160,25 @@ class Study:
 
         None: one of these was trained elsewhere, and has no log here.
         """
-        if cell.row.checkpoint:
-            return None
-        own = progress.training_seconds(cell.folder) if cell.row.trained else 0
-        times = [own or None] if cell.row.trained else []
-        for needed in map(self.cells.get, cell.needs):
-            known = self.results["cells"].get(needed.key, {}).get("total_seconds")
-            times.append(known or self._total_seconds(needed))
+        used, queue = {}, [cell]  # a checkpoint that is used twice was trained once
+        while queue:
+            each = queue.pop()
+            used[each.key] = each
+            queue += map(self.cells.get, each.needs)
+        times = [self._training_seconds(each) for each in used.values()]
         return None if None in times else sum(times)
+
+    def _training_seconds(self, cell):
+        if not cell.row.trained:
+            return None if cell.row.checkpoint else 0
+        known = self.results["cells"].get(cell.key, {}).get("training_seconds")
+        return known or progress.training_seconds(cell.folder) or None
 
     def compare(self):
         """Measure the comparison's models in turn, if all are done; write and return its table."""
         names = [*self.grid.comparison, *self.grid.scenes.values()]
-        first = {cell.row.name: cell for cell in reversed(self.cells.values())}
-        cells = {name: first[name] for name in names}
+        seeds = {name: (self.grid.rows[name].seeds or [0])[0] for name in names}
+        cells = {name: self.cells[f"{name}/{seed}"] for name, seed in seeds.items()}
         if not all(c.weights.is_file() and c.key in self.results["cells"] for c in cells.values()):
             return None
         scenes = {title: cells[row].key for title, row in self.grid.scenes.items()}
@@ -217,6 +222,9 @@ def verify(cell, result):
             f"'{record}' has no results of '{cell.row.recorded}': {', '.join(results)}"
         )
     for kind, recorded in results[cell.row.recorded].items():
+        if kind not in result:
+            words = f"no {reports.KINDS[kind]} AP here, but one in '{record}'"
+            raise InputError(f"{cell.row.title} has {words}: settings (--set) have changed")
         here, there = result[kind]["AP"], recorded["AP"]
         if not abs(here - there) <= TOLERANCE:
             raise InputError(

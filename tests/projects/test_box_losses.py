@@ -7,6 +7,7 @@ from helpers import WARMUP, build, losses_of
 
 from msad_kd import attach_teacher
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY, mse
+from msad_kd.utils.errors import InputError
 
 NAMES = ("mse_inside", "mse_outside")
 
@@ -39,6 +40,9 @@ def test_inside_and_outside_add_up_to_mse(box_losses, maps):
     torch.testing.assert_close(both, mse(*maps))
     box_losses._batch[0] = box_losses._batch[1]  # no boxes
     assert box_losses.mse_inside(*maps) == 0
+    box_losses._batch.append(box_losses._batch[0])
+    with pytest.raises(InputError, match="need boxes.*UNLABELED_PER_BATCH"):
+        box_losses.mse_inside(*maps)
 
 
 def test_student_trains_with_them(box_losses, student_config, batch):

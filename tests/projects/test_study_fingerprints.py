@@ -47,3 +47,21 @@ def test_a_fingerprint_stands_for_the_content_of_checkpoints(cells_of, tmp_path)
         found.append(fingerprints(cells_of(grid)))
     changed = {key.split("/")[0] for key in found[0] if found[0][key] != found[1][key]}
     assert changed == {"student", "again", "fresh"}
+
+
+@pytest.mark.parametrize("what", ["teacher", "stage", "start"])
+def test_a_fingerprint_stands_for_the_content_of_files_of_teachers(cells_of, tmp_path, what):
+    grid, file = content(), tmp_path / "own.yaml"
+    stage = {"name": "a", "config_file": TEACHER, "weights": "t.pth"}
+    stage |= {"config_file": str(file)} if what == "stage" else {"start": str(file)}
+    options = {"KD.LADDER.STAGES": [stage]}
+    if what == "teacher":
+        options = {"KD.TEACHER.CONFIG_FILE": str(file)}
+    grid["rows"]["student"]["options"] |= options
+    found = []
+    for side in (128, 96):
+        content_of_file = {"_BASE_": str(ROOT / TEACHER), "INPUT": {"MIN_SIZE_TRAIN": [side]}}
+        file.write_text(yaml.safe_dump(content_of_file))
+        found.append(fingerprints(cells_of(grid)))
+    changed = {key.split("/")[0] for key in found[0] if found[0][key] != found[1][key]}
+    assert changed == {"student", "again", "fresh"}

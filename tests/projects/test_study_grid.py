@@ -36,9 +36,26 @@ def test_cells_of_a_grid(cells_of, tmp_path):
 
 
 def test_a_teacher_is_measured_at_its_scale(cells_of):
-    grid = content()
+    grid, before = content(), cells_of(content())["teacher/0"]
     grid["rows"]["teacher"]["options"] = {"KD.SCALE": 4, "KD.DIAGNOSTICS_PERIOD": 3}
-    assert cells_of(grid)["teacher/0"].test_options == ["KD.SCALE", "4"]
+    cell = cells_of(grid)["teacher/0"]
+    assert cell.test_options == ["KD.SCALE", "4"] and cell.fingerprint != before.fingerprint
+
+
+def test_what_a_row_has_of_its_own(cells_of):
+    """A row with its own config is measured by it, and a file has no seeds."""
+    grid = content()
+    hr = {"title": "HR", "config": "configs/Shapes/hr.yaml"}
+    grid["rows"] |= {
+        "hr": {**hr, "like": "lr"},
+        "student-hr": {**hr, "like": "student"},
+        "at-hr": {**hr, "checkpoint_of": "lr"},
+        "file": {"title": "F", "like": "lr", "checkpoint": CHECKPOINT},
+    }
+    cells = cells_of(grid)
+    assert cells["hr/1"].row.test_config == cells["at-hr/2"].row.test_config == hr["config"]
+    assert cells["student-hr/1"].row.test_config == LR  # which its parent names
+    assert [key for key in cells if key.startswith("file")] == ["file/0"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +81,8 @@ def test_checkpoints_of_a_row_are_measured_on_other_images(cells_of):
     for key, source in (("fresh/2", "student/2"), ("ladder-fresh/1", "ladder/1")):
         cell = cells[key]
         assert cell.weights == cells[source].weights and cell.iterations == 0
-        assert source in cell.needs and cell.data == ("shapes_fresh",)
+        # Not the teacher, too: a checkpoint that is there can be measured without it.
+        assert cell.needs == (source,) and cell.data == ("shapes_fresh",)
         cfg = build_config(cell.row.test_config, cell.test_options)
         assert cfg.DATASETS.TEST == ("shapes_fresh_val",)
     assert set(cells["student/2"].data) == {"shapes"}

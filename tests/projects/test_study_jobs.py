@@ -81,7 +81,13 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
     def fill():
         raise OSError("no space left")
 
+    def forget():
+        raise KeyError("segm")
+
+    (tmp_path / "a file").touch()
     failing = [
+        Job("nowhere", python(""), tmp_path / "a file" / "folder"),
+        Job("unexpected", python(""), tmp_path / "unexpected", done=forget),
         Job("bad", python("raise KeyError('x')"), tmp_path / "bad"),
         Job("killed", python("import os; os.kill(os.getpid(), 9)"), tmp_path / "killed"),
         Job("after bad", python(""), tmp_path / "after", after=("bad",)),
@@ -92,6 +98,7 @@ def test_a_failure_is_told_with_the_log_and_the_others_go_on(tmp_path):
         Job("good", python(threads), tmp_path / "good"),
     ]
     expected = (
+        r".*Not a directory.*; unexpected: KeyError\('segm'\); "
         r"bad failed; the end of its log '.*bad/console.txt': KeyError: 'x'; "
         "after bad could not be run; after that could not be run; "
         "killed was ended by signal 9, perhaps because memory ran out; its log is '[^']*'; "

@@ -1,5 +1,6 @@
 """Tables and pictures of a study, worked out by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -120,6 +121,10 @@ def test_rows_are_compared_by_seed_unless_they_are_teachers(lines, grid, results
     grid.rows["hr"].seeds = [1]
     grid.rows["later"].options["KD.TEACHER.WEIGHTS"] = "{hr}"
     assert lines()["the hr"][2] == "+9.0"  # it is a teacher
+    branches = {"hr-lr": row("hr-lr", [1], checkpoint_of="hr")}  # and so are its branches
+    branches["hr-lr-test"] = row("hr-lr-test", [1], checkpoint_of="hr-lr")
+    with_branches = replace(grid, rows={**grid.rows, **branches})
+    assert reports.unpaired(with_branches) == {"hr", *branches}
     grid.rows["later"].options["MODEL.WEIGHTS"] = "{student}"
     assert lines()["the student"][2] == "+2.0 ± 1.4 (2/2)"  # has several seeds
     grid.tables[0].control = "hr"
@@ -137,6 +142,14 @@ def test_files(grid, cells, results, tmp_path, monkeypatch):
     assert csv[1].startswith("hr,,50.0,") and csv[2].startswith("control,1,40.0,")
     for name in ("bars_all.png", "curves_c.png"):
         assert cv2.imread(str(tmp_path / name)).std() > 10
+    grid.curves[0].seeds, grid.curves[0].levels = [1], {"level": "control"}
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(reports.pictures, "draw_curves", lambda *args: drawn.append(args))
+        patch.setattr(reports, "_save", lambda *_: None)
+        reports.write(grid, cells, results, tmp_path)
+    (_, ((_, lines, levels), _)), *_ = drawn
+    assert lines["line"][100].index.tolist() == [1] and levels == {"level": 40.0}
     for cell in results["cells"].values():  # of a detector without masks
         del cell["segm"]
     reports.write(grid, cells, results, tmp_path)

@@ -103,7 +103,7 @@ def test_the_total_time_has_trainings_that_were_not_measured(tmp_path, study_of)
     start = cell_of(tmp_path, "start", "a")
     teacher = cell_of(tmp_path, "teacher", "b", needs=("start/1",))
     branch = cell_of(tmp_path, "branch", "c", needs=("teacher/1",), checkpoint_of="teacher")
-    student = cell_of(tmp_path, "student", "d", needs=("branch/0",))
+    student = cell_of(tmp_path, "student", "d", needs=("branch/0", "start/1"))  # by two paths
     for cell, time in ((start, 1), (teacher, 10), (student, 100)):
         cell.folder.mkdir(parents=True)
         (cell.folder / "metrics.json").write_text(json.dumps({"iteration": 1, "time": time}))
@@ -180,6 +180,8 @@ def test_a_checkpoint_has_the_recorded_ap(tmp_path):
     verify(cell, {"bbox": {"AP": 44.5}, "segm": {"AP": 43.1}})
     with pytest.raises(InputError, match="has no results of 'lr': fused"):
         verify(cell_of(tmp_path, "teacher", "a", checkpoint="t.pth", recorded="lr"), {})
+    with pytest.raises(InputError, match="teacher has no mask AP here, but one in .*json.*--set"):
+        verify(cell, {"bbox": {"AP": 44.5}})
     for mask in (40.0, float("nan")):
         with pytest.raises(InputError, match=f"teacher has mask AP {mask:.1f} here, but .* 43.0"):
             verify(cell, {"bbox": {"AP": 44.5}, "segm": {"AP": mask}})
