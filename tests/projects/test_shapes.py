@@ -46,8 +46,7 @@ def visible(folder):
 
 
 def same_content(one, other):
-    names = files_of(one)
-    assert names == files_of(other) and names
+    assert (names := files_of(one)) == files_of(other) and names
     return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
 
 

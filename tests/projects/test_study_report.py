@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 
 from msad_kd import KDTrainer, build_config
 from projects.study import measure, reports
@@ -248,6 +249,26 @@ def test_a_row_with_test_time_augmentation_is_measured_by_it(config_files, tmp_p
     result = measure.evaluate(models, 4, tmp_path)["models"]["row"]
     assert {"bbox", "segm", "gmacs"} <= result.keys()
     assert list(tmp_path.glob("inference_TTA/coco_instances_results.json"))
+
+
+def test_pictures_show_the_ground_truth_in_the_models_classes(config_files, tmp_path, monkeypatch):
+    config, weights = str(config_files["lr"]), tmp_path / "lr.pth"
+    cfg = build_config(config, ["OUTPUT_DIR", str(tmp_path)])
+    test_set = cfg.DATASETS.TEST[0]
+    before = [x["annotations"] for x in get_detection_dataset_dicts(test_set)]
+    classes = MetadataCatalog.get(test_set).thing_classes
+    torch.save(KDTrainer.build_model(cfg).state_dict(), weights)
+    options = ["DATASETS.CLASSES", str(classes[::-1])]
+    models = {"row": {"config": config, "options": options, "weights": str(weights)}}
+    shown = []
+    monkeypatch.setattr(
+        measure, "draw_scenes", lambda _, name, __: shown.extend(get_detection_dataset_dicts(name))
+    )
+    monkeypatch.setattr(measure, "COST_IMAGES", 1)
+    measure.compare(models, 4, tmp_path, {"Row": "row"})
+    numbers = [[x["category_id"] for x in each["annotations"]] for each in shown]
+    reversed_ = [[len(classes) - 1 - x["category_id"] for x in each] for each in before]
+    assert numbers == reversed_ and any(numbers)
 
 
 def test_help_of_the_measuring_program(capsys):
