@@ -12,14 +12,16 @@ help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.11] [ARGS='...' for demo, nuclei and study]"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
+# Where the data sets are. The shell does not expand a ~ that comes out of a variable.
+DATA = $(patsubst ~/%,$(HOME)/%,$(or $(DETECTRON2_DATASETS),datasets))
 SHAPES = projects/Shapes/checkpoints
 SCENES = --size 384 --classes 5 --difficulty 0.1 --hue-spread 50 --min-radius 2 --max-radius 10 \
     --min-shapes 12 --max-shapes 40
 ROIS = {name: roi_class, weight: 1.0}, {name: roi_box, weight: 1.0}, {name: roi_mask, weight: 1.0}
 demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes on a CPU
-	$(RUN) projects/Shapes/generate.py --output "$${DETECTRON2_DATASETS:-datasets}/shapes_384" \
+	$(RUN) projects/Shapes/generate.py --output "$(DATA)/shapes_384" \
 	    --train 120 --val 200 $(SCENES)
-	$(RUN) projects/Shapes/generate.py --output "$${DETECTRON2_DATASETS:-datasets}/shapes_384_unlabeled" \
+	$(RUN) projects/Shapes/generate.py --output "$(DATA)/shapes_384_unlabeled" \
 	    --train 480 --val 1 --seed 2 $(SCENES)
 	$(RUN) tools/distill.py --config-file configs/Shapes/demo.yaml --weights $(SHAPES)/hr_384.pth \
 	    --teacher $(SHAPES)/teacher_384.pth --baseline $(SHAPES)/lr_384.pth --detections 30 \
@@ -28,7 +30,7 @@ demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes 
 NUCLEI = projects/Nuclei/checkpoints
 ZIP = stage1_train.zip
 nuclei: .venv/.ready ## the same on real images, labels for 10 % of them, from ZIP=FILE
-	@[ -d "$${DETECTRON2_DATASETS:-datasets}/nuclei" ] || $(RUN) projects/Nuclei/prepare.py "$(ZIP)"
+	@[ -d "$(DATA)/nuclei" ] || $(RUN) projects/Nuclei/prepare.py "$(ZIP)"
 	$(RUN) tools/distill.py --config-file configs/Nuclei/demo.yaml --weights $(NUCLEI)/hr_10.pth \
 	    --teacher $(NUCLEI)/teacher_10.pth --baseline $(NUCLEI)/lr_10.pth --detections 100 \
 	    --unlabeled nuclei_train --output output/nuclei/demo $(ARGS) student:KD.LOSSES "[$(ROIS)]" \

@@ -36,7 +36,8 @@ class _Box2BoxTransform(Box2BoxTransformLinear):
 class FCOS(fcos.FCOS):
     """Detectron2's FCOS, by the keys under ``MODEL.FCOS``; its parameters have the same names.
 
-    Its box head starts with sides of one stride, Detectron2's with sides around 0.
+    Built from a config, its box head starts with distances of one stride to each side of a box;
+    Detectron2's with distances around 0.
     """
 
     @configurable

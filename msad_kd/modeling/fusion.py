@@ -14,12 +14,12 @@ from msad_kd.utils.errors import InputError
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Return the mean (N, C) of (N, C, H, W) over the cells where ``mask`` (N, 1, H, W) is 1.
 
-    Without a mask it is the mean over all cells; a mask of zeros gives 0. Sums are in fp32 at the
-    least: of a large map, those of fp16 would overflow.
+    Without a mask it is the mean over all cells; a mask of zeros gives 0.
     """
-    over = {"dim": (2, 3), "dtype": torch.promote_types(x.dtype, torch.float32)}
     if mask is None:
-        return x.mean(**over).to(x.dtype)
+        return x.mean(dim=(2, 3))
+    # In fp16 the sum of a large map overflows.
+    over = {"dim": (2, 3), "dtype": torch.promote_types(x.dtype, torch.float32)}
     return ((x * mask).sum(**over) / mask.sum(**over).clamp(min=1)).to(x.dtype)
 
 

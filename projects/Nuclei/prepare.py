@@ -145,7 +145,7 @@ def write_shares(folder, content):
 
 def prepare(source, output, report=tqdm.write):
     """Convert a folder or zip; `output` must not exist and appears when it is complete."""
-    source, output = Path(source).expanduser(), Path(output)
+    source, output = Path(source).expanduser(), Path(output).expanduser()
     if output.exists():
         raise FileExistsError(f"'{output}' exists already: remove it or choose another folder")
     part = output.with_name(f".{output.name}.part")
@@ -165,7 +165,7 @@ def prepare(source, output, report=tqdm.write):
 def main(arguments=None):
     """Run the command line; an expected error ends it with one sentence."""
     parser = argparse.ArgumentParser(description="Convert stage1_train to COCO format.")
-    output = Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "nuclei").expanduser()
+    output = Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "nuclei")
     parser.add_argument("source", help="the folder or zip of stage1_train")
     parser.add_argument("--output", default=output, help="the folder to make (%(default)s)")
     parsed = parser.parse_args(arguments)

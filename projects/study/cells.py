@@ -23,6 +23,8 @@ from projects.study.grid import PLACEHOLDER, Row
 # Config keys that change no weight of the trained model.
 LOGGING = {"OUTPUT_DIR", "KD.DIAGNOSTICS_PERIOD", "KD.GRADIENT_RATIO_PERIOD"}
 LOGGING |= {"SOLVER.CHECKPOINT_PERIOD"}
+# Keys of a teacher's config that its student's training reads, beside those of the model.
+TEACHERS = {"KD.SCALE", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE"}
 CHECKPOINTS = 10  # a training writes about so many, so a stop may cost a tenth of it
 CHECKPOINT_PERIOD = 500  # and waits so many iterations between two, unless its config asks for less
 
@@ -177,7 +179,7 @@ def _make_cell(row, seed, sources, folder, data, extra, processes):
 
 
 def _teacher_configs(cfg):
-    """Return what the config of each teacher that a config names changes of the defaults."""
+    """Return the changed keys that a student's training reads of the config of each teacher."""
     named = [(stage["config_file"], stage.get("opts")) for stage in cfg.KD.LADDER.STAGES]
     named = named or [(cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.OPTS)]
     configs = []
@@ -185,7 +187,8 @@ def _teacher_configs(cfg):
         if Path(file).is_file():  # else the training says what is wrong
             teacher = pickle.loads(_read(file))
             merge_config(teacher, "", list(map(str, options or ())))
-            configs.append(changed_keys(teacher))
+            changed = changed_keys(teacher).items()
+            configs.append({k: v for k, v in changed if k in TEACHERS or _of_model(k)})
     return configs
 
 
@@ -257,6 +260,10 @@ def changed_keys(cfg):
     return {
         k: v for k, v in flatten_config(cfg).items() if k not in LOGGING and v != default.get(k)
     }
+
+
+def _of_model(key):
+    return key.startswith("MODEL.") and key not in ("MODEL.WEIGHTS", "MODEL.DEVICE")
 
 
 def _trains(key):

@@ -19,7 +19,9 @@ class Row:
     """One line of a table: a model that is trained once per seed, or a checkpoint."""
 
     title: str = ""  # what the tables call it
-    like: str = ""  # a row whose fields hold where this row has none; options are merged
+    # A row whose fields hold where this row has none; options are merged. Its test_config does not
+    # hold for a row with its own config if it is just the config, its seeds not for a checkpoint.
+    like: str = ""
     checkpoint_of: str = ""  # such a row, whose checkpoints are measured with other options
     checkpoint: str = ""  # a file; nothing is trained
     recorded: str = ""  # the checkpoint's AP: an entry of "results" in the JSON file beside it

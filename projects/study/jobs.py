@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,8 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
 
     def fail(name, error):
         known = isinstance(error, (InputError, OSError))
+        if not known:
+            traceback.print_exception(error)
         failures[name] = str(error) if known else f"{name}: {error!r}"
         screen.say(failures[name])
 

@@ -57,11 +57,11 @@ def unpaired(grid):
     names = {name for name, row in grid.rows.items() if not row.seeds}
     names |= {name for name in used if len(grid.rows[name].seeds) == 1}
 
-    def origin(name):
-        other = grid.rows[name].checkpoint_of
-        return origin(other) if other else name
+    def is_unpaired(name):
+        source = grid.rows[name].checkpoint_of
+        return name in names or bool(source) and is_unpaired(source)
 
-    return {name for name in grid.rows if origin(name) in names}
+    return {name for name in grid.rows if is_unpaired(name)}
 
 
 def differences(grid, data, table, row, kind):
@@ -135,10 +135,10 @@ def write(grid, cells, results, folder):
             for label, name in ((label, n) for label, names in curve.lines.items() for n in names):
                 if len(aps := of_row(data, name, kind, curve.seeds)):
                     lines[label][of_row(data, name, "iterations").max()] = aps
-            levels = {
-                label: of_row(data, name, kind, curve.seeds).mean()
-                for label, name in curve.levels.items()
-            }
+            levels = {}
+            for label, name in curve.levels.items():
+                aps = of_row(data, name, kind, curve.seeds)  # a teacher may have other seeds
+                levels[label] = (aps if len(aps) else of_row(data, name, kind)).mean()
             panels.append((kind, lines, levels))
         if panels:
             _save(pictures.draw_curves(curve.title, panels), folder / f"curves_{curve.name}.png")

@@ -169,10 +169,12 @@ class Study:
         return None if None in times else sum(times)
 
     def _training_seconds(self, cell):
-        if not cell.row.trained:
-            return None if cell.row.checkpoint else 0
-        known = self.results["cells"].get(cell.key, {}).get("training_seconds")
-        return known or progress.training_seconds(cell.folder) or None
+        if cell.row.checkpoint_of:
+            return 0
+        known = self.results["cells"].get(cell.key, {})
+        if cell.row.checkpoint:
+            return known.get("total_seconds")
+        return known.get("training_seconds") or progress.training_seconds(cell.folder) or None
 
     def compare(self):
         """Measure the comparison's models in turn, if all are done; write and return its table."""

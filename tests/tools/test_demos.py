@@ -22,6 +22,15 @@ def unlabeled(cfg):
     return [(os.path.join(ROOT, root, x["images"]), "json" in x) for x in entries]
 
 
+@pytest.mark.parametrize("target", ["demo", "nuclei"])
+def test_make_finds_data_sets_in_the_home_folder(target):
+    """A shell does not expand a ~ that is quoted."""
+    environment = {**os.environ, "HOME": "/home/me", "DETECTRON2_DATASETS": "~/my/data"}
+    keywords = {"cwd": ROOT, "capture_output": True, "text": True, "env": environment}
+    said = subprocess.run(["make", "-n", target], **keywords).stdout
+    assert '"/home/me/my/data/' in said and "~" not in said
+
+
 @pytest.mark.parametrize(
     ("target", "grid", "rows"),
     [
