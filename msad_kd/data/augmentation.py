@@ -34,9 +34,10 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
 
 
 def longest_side(inputs: CfgNode, is_train: bool) -> float:
-    """Return to how many pixels the longer side is resized: at the most, or at the least scale.
+    """Return to how many pixels at most the longer side of an image is resized.
 
-    The latter with INPUT.JITTER in training: it is what a narrow image has to survive.
+    With INPUT.JITTER in training it is that of the smallest scale, which has to leave a narrow
+    image a pixel.
     """
     if is_train and inputs.JITTER.SIZE:
         return inputs.JITTER.SIZE * inputs.JITTER.SCALES[0]

@@ -24,7 +24,7 @@ from projects.study.grid import PLACEHOLDER, Row
 LOGGING = {"OUTPUT_DIR", "KD.DIAGNOSTICS_PERIOD", "KD.GRADIENT_RATIO_PERIOD"}
 LOGGING |= {"SOLVER.CHECKPOINT_PERIOD"}
 # Keys of a teacher's config that its student's training reads, beside those of the model.
-TEACHERS = {"KD.SCALE", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE"}
+TEACHER_KEYS = {"KD.SCALE", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE"}
 CHECKPOINTS = 10  # a training writes about so many, so a stop may cost a tenth of it
 CHECKPOINT_PERIOD = 500  # and waits so many iterations between two, unless its config asks for less
 
@@ -188,7 +188,7 @@ def _teacher_configs(cfg):
             teacher = pickle.loads(_read(file))
             merge_config(teacher, "", list(map(str, options or ())))
             changed = changed_keys(teacher).items()
-            configs.append({k: v for k, v in changed if k in TEACHERS or _of_model(k)})
+            configs.append({k: v for k, v in changed if k in TEACHER_KEYS or _of_model(k)})
     return configs
 
 

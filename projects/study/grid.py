@@ -19,8 +19,8 @@ class Row:
     """One line of a table: a model that is trained once per seed, or a checkpoint."""
 
     title: str = ""  # what the tables call it
-    # A row whose fields hold where this row has none; options are merged. Its test_config does not
-    # hold for a row with its own config if it is just the config, its seeds not for a checkpoint.
+    # A row whose fields hold where this row has none; options are merged. A checkpoint does not
+    # take its seeds, nor a row with its own config a test_config that is just the other's config.
     like: str = ""
     checkpoint_of: str = ""  # such a row, whose checkpoints are measured with other options
     checkpoint: str = ""  # a file; nothing is trained

@@ -267,8 +267,8 @@ def test_pictures_show_the_ground_truth_in_the_models_classes(config_files, tmp_
     monkeypatch.setattr(measure, "COST_IMAGES", 1)
     measure.compare(models, 4, tmp_path, {"Row": "row"})
     numbers = [[x["category_id"] for x in each["annotations"]] for each in shown]
-    reversed_ = [[len(classes) - 1 - x["category_id"] for x in each] for each in before]
-    assert numbers == reversed_ and any(numbers)
+    expected = [[len(classes) - 1 - x["category_id"] for x in each] for each in before]
+    assert numbers == expected and any(numbers)
 
 
 def test_help_of_the_measuring_program(capsys):

@@ -23,12 +23,12 @@ def unlabeled(cfg):
 
 
 @pytest.mark.parametrize("target", ["demo", "nuclei"])
-def test_make_finds_data_sets_in_the_home_folder(target):
+def test_make_finds_data_sets_in_the_home_folder(target, tmp_path):
     """A shell does not expand a ~ that is quoted."""
-    environment = {**os.environ, "HOME": "/home/me", "DETECTRON2_DATASETS": "~/my/data"}
+    environment = {**os.environ, "HOME": str(tmp_path), "DETECTRON2_DATASETS": "~/data"}
     keywords = {"cwd": ROOT, "capture_output": True, "text": True, "env": environment}
     said = subprocess.run(["make", "-n", target], **keywords).stdout
-    assert '"/home/me/my/data/' in said and "~" not in said
+    assert f'"{tmp_path}/data/' in said and "~" not in said
 
 
 @pytest.mark.parametrize(
