@@ -12,15 +12,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)  # as a shell counts them
 
 
-# For so many seconds after a signal, another one counts as the same. Schedulers signal all
-# processes of a run, and then its launcher passes the signal on.
-_deaf = 0.0
+# For so many seconds after a signal, another one counts as the same: schedulers signal a job's
+# processes, and wrappers, torchrun and launchers pass the signal on. A second Ctrl-C is meant,
+# except in one of several processes of a run.
+_deaf = dict.fromkeys(SIGNALS, 2.0) | {signal.SIGINT: 0.0}
 
 
 def expect_repeated_signals() -> None:
     """Take signals within five seconds as one, because this process is one of several of a run."""
-    global _deaf
-    _deaf = 5.0
+    _deaf.update(dict.fromkeys(SIGNALS, 5.0))
 
 
 class Stopped(SystemExit):
@@ -50,8 +50,8 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
 
     Args:
         act: what to do at the first signal.
-        again: what to do at the next ones; by default the process ends at once, or in a notebook
-            what runs in it.
+        again: what to do at the next ones, but not for a SIGTERM or SIGHUP within two seconds; by
+            default the process ends at once, or at a Ctrl-C in a notebook what runs in it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -65,14 +65,14 @@ def on_signal(act: Callable[[int], None], again: Callable[[int], None] = _die):
         if os.getpid() != pid:  # a fork: it ends by SIGTERM, see below, or with its parent
             return
         if first is not None:
-            if time.monotonic() - first >= _deaf:
+            if time.monotonic() - first >= _deaf[number]:
                 again(number)
             return
         first = time.monotonic()
-        if again is _die and not _deaf:  # even where no Python code is run any more
-            interactive = hasattr(sys, "ps1")  # a notebook or prompt has to outlive a Ctrl-C
-            for other in caught:
-                signal.signal(other, handlers[other] if interactive else signal.SIG_DFL)
+        if again is _die and signal.SIGINT in caught and not _deaf[signal.SIGINT]:
+            # Even where no Python code is run any more. A notebook has to outlive a Ctrl-C.
+            default = handlers[signal.SIGINT] if hasattr(sys, "ps1") else signal.SIG_DFL
+            signal.signal(signal.SIGINT, default)
         # The signal may have ended the workers of a data loader too, for which torch would raise.
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         act(number)

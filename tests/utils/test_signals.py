@@ -37,8 +37,10 @@ NOTE = "lambda n: print('noted', flush=True)"
         ("", "s.stop", [SIGTERM], 143),
         ("", "s.stop", [SIGINT], 130),
         ("", "s.stop", [SIGHUP], 129),
-        ("", NOTE, [SIGTERM, SIGTERM], -15),
-        ("", NOTE, [SIGINT, SIGTERM], -15),
+        ("", NOTE, [SIGTERM, SIGTERM], 0),  # a wrapper has passed it on
+        ("", NOTE, [SIGTERM, SIGINT], -2),
+        ("s._deaf[signal.SIGTERM] = 0.0", NOTE, [SIGTERM, SIGTERM], -15),  # one that came later
+        ("s._deaf[signal.SIGTERM] = 0.0", NOTE, [SIGINT, SIGTERM], -15),
         ("sys.ps1 = ''", NOTE, [SIGINT, SIGINT], -2),  # a notebook: KeyboardInterrupt
         ("s.expect_repeated_signals()", NOTE, [SIGTERM, SIGTERM], 0),
         ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", "s.stop", [SIGHUP], 0),
