@@ -26,7 +26,7 @@ LOCK, METRICS, ASIDE = ".run.lock", "metrics.json", "previous_run_{}"
 # The marks of a run, which a new one would write over or go on from, and what belongs to it.
 _MARKS = (LAST, "model_[0-9]*.pth", "model_final.pth", METRICS, "DONE")  # DONE: a ladder's stage
 _REST = ("model_[0-9]*.pth.*", "model_final.pth.*", "model_best*", "student.pth*")
-_REST += ("events.out.tfevents.*",)
+_REST += ("events.out.tfevents.*", "inference*", "teacher")
 _LEAST_BYTES = 1 << 20  # logs and configs take some 100 kB
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -152,8 +152,9 @@ def move_aside(cfg: CfgNode) -> str | None:
         for key, value in flatten_config(cfg).items()
         for text in _texts(value)
     }
-    for path in old:
-        if key := keys.get(os.path.realpath(path)):
+    for path in sorted(old):
+        own = os.path.realpath(path)
+        if key := next((k for file, k in keys.items() if Path(file).is_relative_to(own)), None):
             raise InputError(
                 f"{key} reads '{path}', which belongs to the old run in OUTPUT_DIR '{folder}', and "
                 "a new run would move it aside; name another OUTPUT_DIR for the new run, or go on "
