@@ -233,7 +233,10 @@ def _build(config, options):
     cfg = pickle.loads(_read(config))
     # On the CPU, so that a cell means the same on every machine.
     merge_config(cfg, "", [*map(str, options), "MODEL.DEVICE", "cpu"])
-    return check_config(cfg)
+    amp = cfg.SOLVER.AMP.ENABLED
+    cfg = check_config(cfg)
+    cfg.SOLVER.AMP.ENABLED = amp  # which is turned off on the CPU
+    return cfg
 
 
 @lru_cache

@@ -71,6 +71,8 @@ def locked(folder):
                 f"another run, or a training that it left behind, is at work in '{folder}': wait "
                 "for it, or choose another --output"
             ) from None
+        except OSError as error:  # some network file systems
+            print(f"'{folder}' cannot be locked ({error.strerror}): start no other run there")
         yield
 
 

@@ -30,6 +30,10 @@ def test_a_fingerprint_stands_for_the_meaning(cells_of):
     # What uses a checkpoint that is trained in another way is another cell, too.
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {key for key in before if not key.startswith(("teacher", "lr"))}
+    mixed = content()
+    mixed["rows"]["student"]["options"]["SOLVER.AMP.ENABLED"] = True  # though this CPU has none
+    after_amp = fingerprints(cells_of(mixed))
+    assert {key for key in before if before[key] != after_amp[key]} == changed
     other["data"]["shapes"]["train"] = 7
     assert all(fingerprints(cells_of(other))[key] != after[key] for key in after)
 

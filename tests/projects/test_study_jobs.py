@@ -1,5 +1,6 @@
 """Jobs: their order, their end, what is said when one fails, and the lock of a folder."""
 
+import errno
 import json
 import os
 import signal
@@ -161,6 +162,16 @@ def test_what_outlives_a_killed_run_keeps_others_out(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_without_locks_is_used_all_the_same(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(jobs.fcntl, "flock", flock)
+    with locked(tmp_path):
+        said = capsys.readouterr().out
+    assert said == f"'{tmp_path}' cannot be locked (No locks available): start no other run there\n"
 
 
 def test_the_last_error_of_a_log(tmp_path):
