@@ -18,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.config.imports import import_modules
-from msad_kd.config.schedule import check_numbers
+from msad_kd.config.schedule import check_values
 from msad_kd.config.stages import read_stages
 from msad_kd.data.coco_format import register_coco_format
 from msad_kd.data.unlabeled import check_unlabeled
@@ -161,7 +161,7 @@ def check_config(cfg: CfgNode) -> CfgNode:
     Raises:
         InputError: if a key or value cannot be used; the message names it.
     """
-    check_numbers(cfg)
+    check_values(cfg)
     level_shift(cfg.KD.SCALE)
     read_losses(cfg.KD.LOSSES)
     read_stages(cfg.KD.LADDER.STAGES)
@@ -179,6 +179,11 @@ def check_config(cfg: CfgNode) -> CfgNode:
         for name in cfg.DATASETS[key] or ():
             _check_name(f"DATASETS.{key}", name, DatasetCatalog)
     check_unlabeled(cfg)
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        words = "it should be cpu, cuda, or one GPU as cuda:0"
+        raise InputError(f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}'; {words}") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU is available: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
@@ -249,5 +254,5 @@ def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
             stage["iterations"] = max(1, round(stage["iterations"] * reference / processes))
         if stage.get("base_lr"):
             stage["base_lr"] = yaml_number(stage["base_lr"]) * processes / reference
-    check_numbers(scaled)
+    check_values(scaled)
     return scaled

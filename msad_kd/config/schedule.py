@@ -1,8 +1,8 @@
-"""Check the numbers of a config that decide how long and with which batches it trains."""
+"""Check the numbers and choices of a config that decide how long and on what it trains."""
 
 import logging
 from operator import attrgetter
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from detectron2.config import CfgNode
@@ -21,7 +21,7 @@ def _are_scores(values) -> bool:
     return len(values) > 0 and all(0 <= x <= 1 for x in values)
 
 
-_NUMBERS = {
+_VALUES = {
     "SOLVER.MAX_ITER": Count,
     "SOLVER.IMS_PER_BATCH": Count,
     "SOLVER.UNLABELED_PER_BATCH": WholeNumber,
@@ -39,7 +39,12 @@ _NUMBERS = {
     "DATALOADER.NUM_WORKERS": WholeNumber,
     "DATALOADER.RANDOM_SUBSET_RATIO": Annotated[float, lambda x: 0 < x <= 1, "above 0, up to 1"],
     "DATALOADER.REPEAT_THRESHOLD": NotNegative,
-    "INPUT.MIN_SIZE_TRAIN": Annotated[tuple[WholeNumber, ...], len, "whole numbers of 0 or more"],
+    "INPUT.MIN_SIZE_TRAIN": Annotated[
+        tuple[WholeNumber, ...], len, "one or more whole numbers of 0 or more"
+    ],
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": Literal["choice", "range"],
+    "INPUT.RANDOM_FLIP": Literal["none", "horizontal", "vertical"],
+    "INPUT.CROP.TYPE": Literal["relative", "relative_range", "absolute", "absolute_range"],
     "INPUT.MIN_SIZE_TEST": WholeNumber,
     "INPUT.MAX_SIZE_TRAIN": Count,
     "INPUT.MAX_SIZE_TEST": Count,
@@ -63,14 +68,18 @@ _NUMBERS = {
 }
 
 
-def check_numbers(cfg: CfgNode) -> None:
-    """Check that a config's numbers are in their ranges, and that its learning rate has a schedule.
+def check_values(cfg: CfgNode) -> None:
+    """Check a config's numbers and choices, and that its learning rate has a schedule.
 
     Raises:
         InputError: if not; the message names the key.
     """
-    for key, annotation in _NUMBERS.items():
+    for key, annotation in _VALUES.items():
         check_value(attrgetter(key)(cfg), annotation, key)
+    sides = cfg.INPUT.MIN_SIZE_TRAIN
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sides) != 2:
+        words = "it should be two numbers, as INPUT.MIN_SIZE_TRAIN_SAMPLING is range"
+        raise InputError(f"INPUT.MIN_SIZE_TRAIN is {tuple(sides)}; {words}")
     _check_schedule(cfg)
 
 

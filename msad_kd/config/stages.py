@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from detectron2.config import CfgNode
 
-from msad_kd.config.schedule import check_numbers
+from msad_kd.config.schedule import check_values
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.schema import Count, read_dataclass
@@ -102,7 +102,7 @@ def stage_config(cfg: CfgNode, stages: list[Stage], index: int) -> CfgNode:
     stage_cfg.OUTPUT_DIR = str(stage.folder(cfg.OUTPUT_DIR, index))
     stage_cfg.freeze()
     try:
-        check_numbers(stage_cfg)  # rounded, a short stage's steps may meet
+        check_values(stage_cfg)  # rounded, a short stage's steps may meet
     except InputError as error:
         raise InputError(f"KD.LADDER.STAGES: stage '{stage.name}': {error}") from error
     return stage_cfg

@@ -71,6 +71,7 @@ def test_files_and_options_are_merged(config_files):
         (["SEED.X", "3"], "unknown config key: SEED.X; did you mean SEED"),
         (["MODEL.DEVICE.cuda", "3"], "unknown config key: MODEL.DEVICE.cuda; .*MODEL.DEVICE"),
         (["MODEL", "3"], "^the config cannot be read: MODEL is a section.*below it$"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'; it should be cpu, cuda, or one GPU"),
         (["KD.SCALE"], "cannot be read: .*odd length"),
         (["KD.SCALE", "two"], "cannot be read: Type mismatch.*KD.SCALE$"),
         (["KD.SCALE", "3"], "KD.SCALE is 3.*power of two"),

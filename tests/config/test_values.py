@@ -36,6 +36,9 @@ NUMBERS = {
     "DATALOADER.RANDOM_SUBSET_RATIO": ([0.0, -0.5, 1.5, float("nan")], [1.0]),
     "DATALOADER.REPEAT_THRESHOLD": ([-0.1], [0.0]),
     "INPUT.MIN_SIZE_TRAIN": ([(), (-1,), (3.5,)], [(0,)]),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": (["foo", "range"], ["choice"]),  # a range of two sides
+    "INPUT.RANDOM_FLIP": (["both"], ["vertical"]),
+    "INPUT.CROP.TYPE": (["foo"], ["absolute"]),
     "INPUT.MIN_SIZE_TEST": ([-1], [0]),
     "INPUT.MAX_SIZE_TRAIN": ([0, -1], [1]),
     "INPUT.MAX_SIZE_TEST": ([0, -1], [1]),
@@ -62,8 +65,8 @@ def test_steps_that_the_schedule_does_not_read():
         build_config("", [*options, "WarmupMultiStepLR"])
 
 
-def test_every_number_is_tried():
-    assert set(NUMBERS) == set(schedule._NUMBERS)
+def test_every_value_is_tried():
+    assert set(NUMBERS) == set(schedule._VALUES)
 
 
 @pytest.mark.parametrize("key", NUMBERS)
