@@ -11,7 +11,6 @@ from pathlib import Path
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -19,15 +18,18 @@ from detectron2.engine import (
     default_argument_parser,
     default_setup,
     default_writers,
+    defaults,
     hooks,
 )
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from msad_kd import init_from_teacher
+from msad_kd.checkpoint.checkpoint import SafeCheckpointer
+from msad_kd.checkpoint.reading import check_exists
 from msad_kd.engine.launch import launch
+from msad_kd.utils.compat import ddp_on
 from msad_kd.utils.errors import InputError, input_error_of
 from msad_kd.utils.unpickle import TrustFiles
 
@@ -46,7 +48,8 @@ def main(args):
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        check_exists(cfg.train.init_checkpoint, "train.init_checkpoint")
+        SafeCheckpointer(model).load(cfg.train.init_checkpoint)
         return evaluate(cfg, model)
     teacher = instantiate(cfg.teacher).build()
     model.set_teacher(teacher)  # before the optimizer and DDP, as it may add adapters
@@ -54,8 +57,9 @@ def main(args):
     cfg.optimizer.params.model = model
     optimizer, loader = instantiate(cfg.optimizer), instantiate(cfg.dataloader.train)
     kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    trainer = kind(create_ddp_model(model, **cfg.train.ddp), loader, optimizer)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    with ddp_on(cfg.train.device):
+        trainer = kind(defaults.create_ddp_model(model, **cfg.train.ddp), loader, optimizer)
+    checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     main_process = comm.is_main_process()
     trainer.register_hooks(
         [
@@ -91,3 +95,5 @@ if __name__ == "__main__":
         if (sentence := input_error_of(error)) is None:
             raise
         sys.exit(f"{os.path.basename(__file__)}: {sentence}")
+    except ProcessExitedException as error:  # killed, perhaps because memory ran out
+        sys.exit(f"{os.path.basename(__file__)}: {error}; the others were ended")
