@@ -40,6 +40,7 @@ from distill_configs import (
 
 from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.reading import fetch
+from msad_kd.config.build import scale_to_processes
 from msad_kd.config.imports import add_code_options
 from msad_kd.data.classes import model_classes
 from msad_kd.data.coco_format import datasets_folder
@@ -217,7 +218,8 @@ def main(arguments=None):
             check_weights(args, configs)
             check_losses(configs["student"], TeacherSpec.from_config(configs["student"]))
             grid = make_grid(args, configs)
-            print(describe(configs))
+            processes = max(1, args.num_gpus)
+            print(describe({n: scale_to_processes(c, processes) for n, c in configs.items()}))
             if args.dry_run:
                 if labels:
                     print("Before the student is trained, make its labels:")

@@ -22,6 +22,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from pycocotools import mask as mask_util
 from tqdm import tqdm
@@ -149,7 +150,9 @@ def prepare(source, output, report=tqdm.write):
     if output.exists():
         raise FileExistsError(f"'{output}' exists already: remove it or choose another folder")
     part = output.with_name(f".{output.name}.part")
-    with open_source(source) as (names, open_file):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output.with_name(f".{output.name}.lock"), blocking=False)
+    with lock, open_source(source) as (names, open_file):
         groups = group_by_image(names)
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
         (part / "annotations").mkdir(parents=True)
@@ -165,7 +168,7 @@ def prepare(source, output, report=tqdm.write):
 def main(arguments=None):
     """Run the command line; an expected error ends it with one sentence."""
     parser = argparse.ArgumentParser(description="Convert stage1_train to COCO format.")
-    output = Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "nuclei")
+    output = Path(os.getenv("DETECTRON2_DATASETS") or "datasets", "nuclei")
     parser.add_argument("source", help="the folder or zip of stage1_train")
     parser.add_argument("--output", default=output, help="the folder to make (%(default)s)")
     parsed = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import Boxes, Instances
+from filelock import FileLock
 from helpers import ROOT
 from PIL import Image
 from pycocotools import mask as mask_util
@@ -171,7 +172,13 @@ def test_a_stopped_run_leaves_no_data_set(source, converted, tmp_path, monkeypat
     assert not output.exists()
     nuclei.prepare(source, output, [].append)
     assert files_of(output) == files_of(converted[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["nuclei"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["nuclei"]
+
+
+def test_two_at_once_do_not_get_in_each_others_way(source, tmp_path):
+    with FileLock(tmp_path / ".nuclei.lock"), pytest.raises(SystemExit, match="nuclei.lock"):
+        nuclei.main([str(source), "--output", str(tmp_path / "nuclei")])
+    nuclei.main([str(source), "--output", str(tmp_path / "nuclei")])
 
 
 def without_image(folder):

@@ -58,7 +58,10 @@ def test_at_a_checkpoint(config, config_files, teacher_weights, tmp_path):
     weights = tmp_path / "student.pth"
     torch.save({"model": KDTrainer.build_model(config("lr")).state_dict()}, weights)
     args = {"config_file": str(config_files["student"]), "batches": 1}
-    args["opts"] = ["KD.TEACHER.WEIGHTS", str(teacher_weights)]
+    # A batch is one pass, also if a step of the training has two.
+    args["opts"] = ["KD.TEACHER.WEIGHTS", str(teacher_weights), "SOLVER.ACCUMULATE", 2]
+    _, _, batches = tool.load_student(SimpleNamespace(**args, weights=""))
+    assert [len(batch) for batch in batches] == [2]
     start, other = (tool.measure(SimpleNamespace(**args, weights=x)) for x in ("", str(weights)))
     assert other["levels"] != start["levels"]
     assert f"weights: '{weights}'" in tool.markdown(other)

@@ -1,5 +1,7 @@
 """The configs that distill.py derives: student and control stay comparable."""
 
+import re
+
 import yaml
 from helpers import load_tool
 
@@ -41,12 +43,16 @@ def test_a_seed_is_that_of_all_roles(config_files, tmp_path):
     assert configs["student"].TEST.EXPECTED_RESULTS == []
 
 
-def test_a_roles_schedule_is_that_of_the_processes_that_will_train_it(config_files, tmp_path):
+def test_a_roles_schedule_is_that_of_the_processes_that_will_train_it(
+    config_files, tmp_path, capsys
+):
     keys = ["SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.MAX_ITER", "80", "teacher:SOLVER.MAX_ITER"]
     configs = derived(config_files["hr"], tmp_path, "--num-gpus", "2", *keys, "30")
     # One process, as here, takes twice as many steps, of half the images, as two.
     lengths = {role: cfg.SOLVER.MAX_ITER for role, cfg in configs.items()}
     assert lengths == {"teacher": 60, "student": 80}
+    shown = dict(re.findall(r"(?m)^(teacher|student) .* px +(\d+) ", capsys.readouterr().out))
+    assert shown == {"teacher": "30", "student": "40"}  # of each of the two
 
 
 def test_a_cascade_learns_from_images_without_labels(config_files, tmp_path):

@@ -101,6 +101,7 @@ def load_student(args):
     """
     cfg = build_config(args.config_file, args.opts)
     cfg.DATASETS.UNLABELED = []  # the gradients are compared in and outside of labelled boxes
+    cfg.SOLVER.ACCUMULATE = 1  # each batch is one pass
     cfg.SEED = max(cfg.SEED, 0)  # for the same images and new modules in every run
     seed_all(cfg.SEED)
     model = KDTrainer.build_model(cfg)

@@ -29,6 +29,7 @@ def main(args):
     contents = read_model(args.source, "its statistics")
     state, classes = contents["model"], contents.get("classes")
     cfg = build_config(args.config_file, args.opts)
+    cfg.SOLVER.ACCUMULATE = 1  # each batch is one pass
     model = KDTrainer.build_model(cfg)
     if not isinstance(model, MultiResolutionMixin):
         raise InputError(f"'{args.config_file}' is not a multi-resolution teacher")
