@@ -20,7 +20,7 @@ import yaml
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import DistilledMixin, InputError, build_config
-from msad_kd.ladder import control_stages
+from msad_kd.ladder import control_stages, write_start
 
 
 def stock_name(name: str) -> str:
@@ -38,7 +38,9 @@ def main(args):
     stages, solver = cfg.KD.LADDER.STAGES, cfg.SOLVER
     if not stages:
         raise InputError(f"'{args.ladder}' has no KD.LADDER.STAGES")
-    controls = control_stages(stages, solver.MAX_ITER)
+    output = Path(args.output or f"{cfg.OUTPUT_DIR}_controls")
+    beginning = str(output / "start.pth")
+    controls = control_stages(stages, solver.MAX_ITER, beginning)
     changes = {name: {"KD": {"LADDER": {"STAGES": x}}} for name, x in controls.items()}
     total = controls["strongest"][0]["iterations"]  # the ladder's, in one stage
     start = cfg.MODEL.WEIGHTS if args.start is None else args.start
@@ -58,8 +60,9 @@ def main(args):
             "MAX_ITER": total,
         },
     }
-    output = Path(args.output or f"{cfg.OUTPUT_DIR}_controls")
     output.mkdir(parents=True, exist_ok=True)
+    if stages[0].get("start") == "teacher":
+        write_start(cfg, beginning)
     base = os.path.relpath(args.ladder, output)
     for name, change in changes.items():
         file = output / f"{name}.yaml"

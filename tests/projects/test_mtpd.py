@@ -79,6 +79,13 @@ def test_controls_are_configs(tmp_path):
         assert cfg.DATASETS == ladder_cfg.DATASETS and cfg.SEED == ladder_cfg.SEED
         student = "GeneralizedRCNN" if file.stem == "no_kd" else "DistilledRCNN"
         assert cfg.MODEL.META_ARCHITECTURE == student
+        assert file.stem == "no_kd" or control[0].start == str(tmp_path / "start.pth")
+    # They start with what the ladder starts with, which has the statistics of its resolution.
+    start = torch.load(tmp_path / "start.pth", weights_only=True)["model"]
+    teacher = torch.load("projects/Shapes/checkpoints/teacher_one_size.pth", weights_only=True)
+    key = "backbone.bottom_up.stem.conv1.norm.running_mean"
+    torch.testing.assert_close(start[key], teacher["model"][f"{key}_lr"].float())
+    assert not any(key.endswith("_lr") for key in start)
 
 
 def test_what_has_no_controls():
@@ -87,6 +94,8 @@ def test_what_has_no_controls():
     args = SimpleNamespace(ladder="configs/Shapes/student_one_size.yaml")
     with pytest.raises(InputError, match="student_one_size.yaml' has no KD.LADDER.STAGES"):
         controls.main(args)
-    args = SimpleNamespace(ladder="projects/MTPD/configs/Shapes/ladder.yaml", start=None)
+    args = SimpleNamespace(
+        ladder="projects/MTPD/configs/Shapes/ladder.yaml", start=None, output=None
+    )
     with pytest.raises(InputError, match="no_kd has no teacher .*--start WEIGHTS"):
         controls.main(args)
