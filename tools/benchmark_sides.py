@@ -14,11 +14,11 @@ from benchmark_report import PARTS
 from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from torch.utils.flop_counter import FlopCounterMode
 
 from msad_kd import KDTrainer, TwoResolutionMapper
 from msad_kd.distill.teacher import Teacher
 from msad_kd.distill.teacher_spec import TeacherSpec
+from msad_kd.evaluation.cost import counting_flops
 from msad_kd.utils.replaced import replaced
 from msad_kd.utils.seed import seed_all
 
@@ -139,7 +139,7 @@ class Side:
         """Return the GFLOP of the teacher's pyramid, each multiply-add being two operations."""
         batch = [self.mapper(copy.deepcopy(x)) for x in dicts]
         padded = tuple(self.model.preprocess_image(batch).tensor.shape[-2:])
-        with FlopCounterMode(display=False) as counter:
+        with counting_flops() as counter:
             self.teacher.pyramid(batch, padded)
         return counter.get_total_flops() / 1e9
 

@@ -9,6 +9,17 @@ from msad_kd.checkpoint.checkpoint import load_strictly
 from msad_kd.evaluation import cost
 
 
+def test_what_torchs_counter_leaves_out_on_a_cpu():
+    heads = torch.ones(1, 2, 8, 4)
+    with cost.counting_flops() as counter:
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 8 * 8 * 4)  # two products of 2 heads
+    maps, weight = torch.ones(1, 3, 5, 7), torch.ones(4, 3, 1, 1)
+    with cost.counting_flops() as counter:
+        torch.mkldnn_convolution(maps, weight, None, (0, 0), (1, 1), (1, 1), 1)
+    assert counter.get_total_flops() == 2 * 3 * 4 * 5 * 7
+
+
 def test_gmacs_of_a_convolution_and_a_linear_layer():
     conv, linear = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Linear(4, 5)
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.mapper import build_mapper
-from msad_kd.evaluation.cost import fix_detections, input_sides
+from msad_kd.evaluation.cost import counting_flops, fix_detections, input_sides
 from msad_kd.modeling.multi_resolution import BRANCHES, MultiResolutionMixin
 
 # Part to the module that computes it; "FPN" is the backbone without its bottom-up path.
@@ -58,11 +58,9 @@ def cost_by_part(model, inputs):
     aten = torch.ops.aten
     sizes = dict.fromkeys((aten.convolution, aten.addmm, aten.mm, aten.bmm), _output_size)
     for image in inputs:
-        macs = FlopCounterMode(display=False)
         outputs = FlopCounterMode(display=False, custom_mapping=sizes)
-        with torch.no_grad(), macs, outputs:
+        with counting_flops() as macs, outputs:
             model([image])
-        # A multiply-add is two of torch's FLOPs.
         for total, counter, unit in ((gmacs, macs, 2e9), (activations, outputs, 1e6)):
             for name, counts in counter.get_flop_counts().items():
                 count = sum(n for op, n in counts.items() if counter is macs or op in sizes)
