@@ -4,7 +4,7 @@ import copy
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -63,6 +63,7 @@ class _SeededDataset(torchdata.Dataset):
 
     dicts: DatasetFromList
     mapper: Callable[[dict], dict | None]
+    drawn: Sequence[int]  # the images that the sampler draws
 
     def __len__(self) -> int:
         return len(self.dicts)
@@ -76,7 +77,7 @@ class _SeededDataset(torchdata.Dataset):
                 if sample is not None:
                     return sample
                 # A mapper may refuse an image. The seed chooses another.
-                index = derive_seed(seed, attempt, index) % len(self.dicts)
+                index = int(self.drawn[derive_seed(seed, attempt, index) % len(self.drawn)])
         raise InputError("the mapper refused 100 samples in a row; does it accept any?")
 
 
@@ -246,9 +247,9 @@ def _build_loader(
         raise InputError(f"{key} is {words}")
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = [int(grouped and is_wide(d)) for d in dicts]
-    dataset = _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper))
+    drawn = getattr(sampler, "_indexes_subset", range(len(dicts)))
+    dataset = _SeededDataset(DatasetFromList(dicts, copy=False), CheckedMapper(mapper), drawn)
     if mixed:
-        drawn = getattr(sampler, "_indexes_subset", range(len(dicts)))
         dataset = add_mixup(dataset, cfg, drawn, groups)
     return ResumableLoader(
         dataset,

@@ -111,8 +111,8 @@ def test_a_batch_is_all_portrait_or_all_landscape(config, monkeypatch, tmp_path,
 def test_a_refused_sample_is_replaced_unless_all_are_refused(config):
     refused = []
 
-    def picky(entry):
-        if entry["file_name"].endswith("0.png"):
+    def picky(entry, end="0.png"):
+        if entry["file_name"].endswith(end):
             refused.append(entry)
             return None
         return light(entry)
@@ -120,6 +120,11 @@ def test_a_refused_sample_is_replaced_unless_all_are_refused(config):
     found = batches(config("lr"), 6, mapper=picky)
     assert refused and all(len(batch) == 2 for batch in found)
     assert found == batches(config("lr"), 6, mapper=picky)
+    few = ["DATALOADER.SAMPLER_TRAIN", SAMPLERS[2], "DATALOADER.RANDOM_SUBSET_RATIO", 0.5]
+    names = {sample[0] for batch in batches(config("lr", *few), 20) for sample in batch}
+    left = {name for name in names if not name.endswith(min(names)[-5:])}
+    found = batches(config("lr", *few), 20, mapper=lambda x: picky(x, min(names)[-5:]))
+    assert {sample[0] for batch in found for sample in batch} == left
     with pytest.raises(InputError, match="refused 100 samples in a row"):
         batches(config("lr"), 1, mapper=lambda entry: None)
 
