@@ -61,8 +61,15 @@ def register_coco_format(cfg: CfgNode) -> None:
             DatasetCatalog.register(name, loader)
             new = {"json_file": json_file, "image_root": images, "evaluator_type": "coco"}
             MetadataCatalog.get(name).set(**new)
-        keypoints = {key: entry[key] for key in _KEYPOINTS if key in entry}
-        vars(MetadataCatalog.get(name)).update(keypoints)  # metadata refuse to change
+        known = vars(MetadataCatalog.get(name))  # metadata refuse to change
+        if _is_own(name):
+            for key in _KEYPOINTS:  # an earlier config of this process may have set it
+                known.pop(key, None)
+        known.update({key: entry[key] for key in _KEYPOINTS if key in entry})
+
+
+def _is_own(name: str) -> bool:
+    return getattr(DatasetCatalog.data.get(name), "func", None) in (load_folder, load_checked)
 
 
 def dicts_of(name: str, invalid: str) -> list[dict]:
@@ -70,10 +77,7 @@ def dicts_of(name: str, invalid: str) -> list[dict]:
 
     An earlier config of this process may have registered it with another value.
     """
-    loader = DatasetCatalog.data.get(name)
-    if getattr(loader, "func", None) in (load_folder, load_checked):
-        return loader(invalid=invalid)
-    return DatasetCatalog.get(name)
+    return DatasetCatalog.data[name](invalid=invalid) if _is_own(name) else DatasetCatalog.get(name)
 
 
 def is_folder(name: str) -> bool:
@@ -83,7 +87,7 @@ def is_folder(name: str) -> bool:
 
 def datasets_folder() -> str:
     """Return the folder that DETECTRON2_DATASETS names, where relative paths start."""
-    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS") or "datasets")
 
 
 def _locate(path: str) -> str:

@@ -85,6 +85,9 @@ def test_they_are_read_from_entry_or_file(keypoints_of):
     assert [x[:2] for x in known["keypoint_connection_rules"]] == [("nose", "ear")]
     entry["keypoint_flip_map"] = []
     assert keypoints_of(categories(), entry)[1] == [0, 1, 2]
+    assert keypoints_of(categories(), {})[1] == [0, 2, 1]  # nothing of the last entry is left
+    sides = ["bright spot", "left eye", "right eye"]
+    assert keypoints_of(categories(sides), {})[1] == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
