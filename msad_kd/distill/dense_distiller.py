@@ -223,6 +223,7 @@ def _check_heads(term: LossTerm, student: Head | None, teacher: Head | None) -> 
         "kind of head": [type(head.module).__name__ for head in heads],
         "number of classes": [head.num_classes for head in heads],
         "anchors per cell and level": cells,
+        "MODEL.ANCHOR_GENERATOR.OFFSET": [getattr(x.anchors, "offset", None) for x in heads],
         "units of boxes": [tuple(getattr(x.transform, "weights", ())) for x in heads],
     }
     depth = _depth(term)

@@ -168,6 +168,10 @@ def _check_roi_heads(student: nn.Module, teacher: nn.Module, terms: list[LossTer
     if "roi_box" in names:
         weights = [tuple(x.box_predictor.box2box_transform.weights) for x in heads]
         settings["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"] = weights
+    for part in ("mask", "keypoint"):
+        if f"roi_{part}" in names:
+            sides = [getattr(getattr(x, f"{part}_pooler"), "output_size", None) for x in heads]
+            settings[f"MODEL.ROI_{part.upper()}_HEAD.POOLER_RESOLUTION"] = sides
     if "roi_keypoint" in names:
         counts = [x.keypoint_head.num_keypoints for x in heads]
         settings["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = counts

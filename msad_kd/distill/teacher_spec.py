@@ -144,6 +144,7 @@ def _warn_of_other_sizes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
     sides = {"MIN_SIZE_TEST": cfg.INPUT.MIN_SIZE_TEST}
     if not cfg.INPUT.JITTER.SIZE:  # of several sizes, smaller ones are augmentation
         sides["MIN_SIZE_TRAIN"] = max(cfg.INPUT.MIN_SIZE_TRAIN)
+    sides = {key: side for key, side in sides.items() if side}  # 0: images keep their size
     other = [x for x in sides if not min(trained) <= factor * sides[x] <= max(trained)]
     if other and not teacher_cfg.INPUT.JITTER.SIZE:
         key, size = other[0], factor * sides[other[0]]

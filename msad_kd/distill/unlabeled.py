@@ -70,6 +70,13 @@ class UnlabeledImages:
                     f"{key} and MODEL.{setting} too, but the teacher predicts no {things}; use a "
                     f"teacher with MODEL.{setting} True"
                 )
+        if getattr(heads[0], "keypoint_on", False):
+            mine, theirs = (x.keypoint_head.num_keypoints for x in heads)
+            if mine != theirs:
+                raise InputError(
+                    f"{key}, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {theirs} in the teacher "
+                    f"and {mine} in the student; use a teacher with the student's keypoints"
+                )
         if isinstance(heads[0], CascadeROIHeads) and self.ignore_score < max(self.scores):
             raise InputError(
                 f"{key}, and a student with CascadeROIHeads can ignore no boxes; set "
@@ -145,7 +152,6 @@ def kept_apart(student: nn.Module, distillers: list[Distiller], share: float) ->
     they would take the place of the labelled ones, and Detectron2 draws no boxes that are on a GPU.
     """
     normalizer = get_normalizer(student)
-    set_normalizer(student, normalizer and normalizer * share)
     with ExitStack() as stack:
         for distiller in distillers:
             stack.enter_context(distiller.adding(SUFFIX))
@@ -153,8 +159,9 @@ def kept_apart(student: nn.Module, distillers: list[Distiller], share: float) ->
             if getattr(part, "vis_period", 0):
                 stack.enter_context(replaced(part, vis_period=0))
         stack.enter_context(get_event_storage().name_scope("unlabeled"))
+        stack.callback(set_normalizer, student, normalizer)
+        set_normalizer(student, normalizer and normalizer * share)
         yield
-    set_normalizer(student, normalizer)
 
 
 class _IgnoringMatcher:

@@ -139,6 +139,6 @@ def cells_in_boxes(boxes: torch.Tensor, stride: float, height: int, width: int) 
     ``boxes`` is (n, 4), left, top, right, bottom, and ``stride`` a cell's side, both in pixels.
     """
     cells = torch.zeros(height, width, dtype=torch.bool)
-    for left, top, right, bottom in (boxes / stride).tolist():
+    for left, top, right, bottom in (boxes / stride).clamp(min=0).tolist():
         cells[int(top) : -int(-bottom // 1), int(left) : -int(-right // 1)] = True
     return cells

@@ -184,6 +184,12 @@ def test_an_rpn_is_read_as_detectron2_reads_it(config, batch):
         ),
         (
             "mask_rcnn",
+            terms("rpn_box"),
+            ["MODEL.ANCHOR_GENERATOR.OFFSET", 0.5],
+            "same MODEL.ANCHOR_GENERATOR.OFFSET in both heads; it is 0.5 in the student and 0.0",
+        ),
+        (
+            "mask_rcnn",
             terms("rpn_class"),
             ["MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6", "p6"]],
             "whose head reads levels of 2 times the student's strides .8, 16, 32, 64, 64.",

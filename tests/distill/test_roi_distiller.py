@@ -168,6 +168,10 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         (["MODEL.ROI_HEADS.NUM_CLASSES", 7], "NUM_CLASSES .* 8 in the student and 7 in the teach"),
         (["MODEL.MASK_ON", False], "the teacher's MODEL.MASK_ON is False"),
         (
+            ["MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7],
+            r"ROI_MASK_HEAD.POOLER_RESOLUTION .* \(14, 14\) in the student and \(7, 7\) in the",
+        ),
+        (
             ["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (20.0, 20.0, 10.0, 10.0)],
             r"BBOX_REG_WEIGHTS .* \(10.0, 10.0, 5.0, 5.0\) in the student and \(20.0, .* teacher",
         ),

@@ -276,6 +276,7 @@ def test_a_student_teaches_without_a_teacher_of_its_own(student_config, config_f
     [
         ([], ""),
         (["INPUT.MIN_SIZE_TEST", 48], "96 px, but .* has INPUT.MIN_SIZE_TRAIN .64,."),
+        (["INPUT.MIN_SIZE_TEST", 0], ""),  # images as they are
         (["INPUT.MIN_SIZE_TRAIN", (24, 48)], "gets images of 96 px, but"),
         (["INPUT.MIN_SIZE_TRAIN", (24, 32)], ""),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[4.0000001], [8], [16], [32], [64]]], ""),

@@ -112,6 +112,15 @@ def test_pictures_are_of_what_is_labelled(student_config, batch):
     assert len(names) == len(set(names)) > 1 and student.vis_period == 1
 
 
+def test_an_error_leaves_the_loss_normalizer_as_it_was():
+    model = torch.nn.Module()
+    set_normalizer(model, 7.0)
+    with pytest.raises(MemoryError), EventStorage(0), kept_apart(model, [], share=3.0):
+        assert get_normalizer(model) == 21.0
+        raise MemoryError
+    assert get_normalizer(model) == 7.0
+
+
 def test_a_loss_that_is_not_finite_is_named_for_both(student_config, batch):
     student = build_student(student_config())
     bad = {"l1_p2": torch.tensor(float("nan")), "l1_p3": torch.tensor(1.0)}
@@ -252,6 +261,9 @@ def test_keypoints_of_a_plain_teacher_without_distillation(student_config, confi
     labels.gt_keypoints = Keypoints(torch.full((len(labels), 2, 3), 2.0))
     found, _ = step(student, [first, *unlabeled(others)])
     assert found["loss_keypoint_unlabeled"] > 0 and not any("kd" in name for name in found)
+    points[3] = 3
+    with pytest.raises(InputError, match="NUM_KEYPOINTS is 3 in the teacher and 2 in the student"):
+        student.set_teacher(Teacher(build(config("hr", *points)), branch="hr", scale=2))
 
 
 @pytest.mark.parametrize(
