@@ -4,10 +4,10 @@
     python tools/check_dataset.py --config-file my/lr.yaml
     python tools/check_dataset.py --json train.json --images train
 
-The first command checks the data sets of DATASETS.TRAIN and TEST, also against the config. The
-checks are those of a training, which stops at the first fault; here all are listed. Prints the
-report and writes report.txt, report.json (with all faulty records) and sizes.png to --output. The
-exit code is 1 if there are errors, and 0 if there are warnings alone.
+The first command checks the data sets of DATASETS.TRAIN and TEST, also against the config, and the
+images of DATASETS.UNLABELED. A training, which checks the same, stops at the first fault. Prints
+the report and writes report.txt, report.json (with all faulty records) and sizes.png to --output.
+The exit code is 1 if there are errors, and 0 if there are warnings alone.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from msad_kd import InputError, build_config
 from msad_kd.config.imports import add_code_options
 from msad_kd.data.annotations import check_content, parse_json, usable_content
 from msad_kd.data.annotations.findings import INVALID, MENDED, PLURALS, REFUSED, name_record
-from msad_kd.data.classes import align_classes, annotation_file
-from msad_kd.data.coco_format import class_order, make_dicts
+from msad_kd.data.classes import align_classes, annotation_file, spare_classes
+from msad_kd.data.coco_format import class_order, dicts_of, make_dicts
 from msad_kd.data.dict_checks import (
     check_files,
     check_keypoint_counts,
@@ -116,8 +116,21 @@ def check_images(report, data_set, level, args):
         report.add(level, f"data set '{name}': {words}", faults[SHOWN:])
 
 
+def check_unlabeled_images(report, cfg, name, args):
+    """Note what is wrong with the images of a data set of DATASETS.UNLABELED, and its labels."""
+    if (file := annotation_file(name)) and not os.path.exists(file):
+        return report.add("note", f"data set '{name}': there is no '{file}' yet to check")
+    with report.catching(), explain_missing_data((name,)):
+        dicts = dicts_of(name, cfg.DATASETS.INVALID_ANNOTATIONS)
+        data_set = DataSet(name, file or "a folder of images", "UNLABELED", dicts, [])
+        check_images(report, data_set, level_of_images(cfg, name), args)
+
+
 def check_against_config(report, cfg, quick):
     """Note what of the data does not fit the config, as a training would."""
+    with report.catching():
+        if cfg.DATASETS.TRAIN and (words := spare_classes(cfg)):
+            report.add("warning", words)
     for data_set in report.data_sets:
         name, train = data_set.name, data_set.role == "TRAIN"
         with report.catching():
@@ -242,6 +255,8 @@ def check(args):
             data_set = DataSet(name, file or "registered in Python", role, dicts, classes)
             report.data_sets.append(data_set)
             check_images(report, data_set, level_of_images(cfg, name) if cfg else "error", args)
+    for name in cfg.DATASETS.UNLABELED if cfg else ():
+        check_unlabeled_images(report, cfg, name, args)
     report.sizes = choose_sizes(cfg, report.data_sets)
     if cfg:
         check_against_config(report, cfg, args.quick)

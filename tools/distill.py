@@ -195,6 +195,7 @@ def parse_arguments(arguments=None):
     add("--detections", type=study.positive, default=100, help="an image, when costs are measured")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
+    add("--slots", type=study.positive, default=study.count_cores(), help="trainings at a time")
     add_code_options(parser)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="see above")
     return parser.parse_args(arguments)
@@ -230,7 +231,8 @@ def main(arguments=None):
                 label_images(labels, configs["student"])
     except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"distill.py: {error}")
-    study.main(["--grid", str(grid), "--num-gpus", str(args.num_gpus)])
+    words = ["--grid", grid, "--num-gpus", args.num_gpus, "--slots", args.slots]
+    study.main([*map(str, words)], name="distill.py")
     export_student(args, configs["student"])
     print(summarize(args, configs["student"]))
 

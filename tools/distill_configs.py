@@ -19,6 +19,7 @@ from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.images import list_images
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.losses.terms import read_losses
+from msad_kd.utils.arguments import check_pairs
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.flat_config import flatten_config
 from msad_kd.utils.hashes import hash_file
@@ -41,6 +42,7 @@ FIXED = {
 
 def split_roles(pairs):
     """Split KEY VALUE pairs into those of CONFIG and those of each role."""
+    check_pairs(pairs)
     if len(pairs) % 2:
         raise InputError(f"KEY VALUE pairs: '{pairs[-1]}' has no value")
     options = {"": [], **{role: [] for role in ROLES}}
@@ -131,11 +133,13 @@ def add_unlabeled(args, configs):
         dicts = [{"file_name": file} for file in list_images(root)]
     elif name in DatasetCatalog.list():
         root, dicts = read_images(name)
+    else:
+        raise InputError(f"--unlabeled: '{name}' is neither a folder nor a registered data set")
     labelled = any("score" in label for x in dicts for label in x.get("annotations", ()))
     if labelled and args.labels_by:
         raise InputError(f"--labels-by: '{name}' has labels of a model already; leave it out")
     by_hr = args.weights and args.labels_by != "teacher" and not labelled
-    if by_hr and (entry or name in DatasetCatalog.list()):
+    if by_hr:
         check_augmentation(hr)
         model = hr.MODEL.clone()  # labels do not depend on where it is and runs
         model.WEIGHTS, model.DEVICE = "", ""

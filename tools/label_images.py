@@ -54,6 +54,8 @@ def find_images(cfg: CfgNode, data_set: str | None, folder: str | None) -> tuple
         InputError: if the data set is not registered, or if something is missing.
     """
     if folder is not None:
+        if not os.path.isdir(folder):
+            raise InputError(f"--images: there is no folder '{folder}'")
         return load_folder(folder, folder, cfg.DATASETS.INVALID_ANNOTATIONS), folder
     if data_set not in DatasetCatalog.list():
         hint = nearest(data_set, DatasetCatalog.list())

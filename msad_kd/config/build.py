@@ -25,6 +25,7 @@ from msad_kd.data.unlabeled import check_unlabeled
 from msad_kd.evaluation.coco import choose_implementation
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.pyramid import level_shift
+from msad_kd.utils.arguments import check_pairs
 from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.flat_config import flatten_config
 from msad_kd.utils.replaced import replaced
@@ -43,6 +44,7 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
         InputError: if the file cannot be read, if a value has the wrong type, or if a key is
             unknown; the message proposes the nearest one.
     """
+    check_pairs(opts)
     source = f" in '{config_file}'" if config_file else ""
     if config_file.endswith(".py"):
         raise InputError(
@@ -94,6 +96,8 @@ def _reason(error: Exception) -> str:
             f"its tag '{tag[1]}' would run code; write the value itself (in Detectron2's "
             "RetinaNets, MODEL.ANCHOR_GENERATOR.SIZES), or add --trust-files if you know its author"
         )
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text; were a config and a checkpoint swapped?"
     if isinstance(error, RecursionError):
         return "its _BASE_ leads back to it, or lists are nested too deeply"
     # Detectron2 would print the whole section.
@@ -195,8 +199,8 @@ def check_config(cfg: CfgNode) -> CfgNode:
 def _check_name(key: str, name: str, registry) -> None:
     if name not in registry:
         known = list(registry.list()) if hasattr(registry, "list") else [n for n, _ in registry]
-        words = nearest(name, known) or "; --import names the module of yours that registers it"
-        raise InputError(f"{key}: '{name}' is not registered{words}")
+        words = "; --import names the module of yours that registers it"
+        raise InputError(f"{key}: '{name}' is not registered{nearest(name, known)}{words}")
 
 
 def check_parts(cfg: CfgNode) -> None:

@@ -5,7 +5,6 @@ DATASETS.TRAIN that has most. Other data sets may have fewer, in any order.
 """
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -148,14 +147,15 @@ def _check_names(data_set: str, own: list[str], classes: list[str], source: str)
         )
 
 
-def warn_of_spare_classes(cfg: CfgNode) -> None:
-    """Warn if a model has more classes than DATASETS.TRAIN, which it then never sees."""
+def spare_classes(cfg: CfgNode) -> str:
+    """Return a warning if a model has more classes than DATASETS.TRAIN, and "" if not."""
     names, count = model_classes(cfg)[0], number_of_classes(cfg)
-    if names and count is not None and count > len(names):
-        logging.getLogger(__name__).warning(
-            f"{class_key(cfg)} is {count}, and the data have {len(names)} classes: the others are "
-            f"never seen; set it to {len(names)}"
-        )
+    if not names or count is None or count <= len(names):
+        return ""
+    return (
+        f"{class_key(cfg)} is {count}, and the data have {len(names)} classes: the others are "
+        f"never seen; set it to {len(names)}"
+    )
 
 
 def _too_many(cfg: CfgNode, owner: str, names: list[str]) -> str:

@@ -7,20 +7,24 @@ floating-point numbers from 0 to 1.
 import logging
 import mmap
 import os
+import re
 from contextlib import suppress
 
 import cv2
 import numpy as np
 from detectron2.data import detection_utils
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from msad_kd.utils.errors import InputError
 
 # What the message of an ``ImageError`` asks for, after a semicolon.
-REMEDY = "restore it or remove it from the annotation file"
+REMEDY = "restore it or remove it from the data set"
 # Pillow's modes whose range of values is not known.
 _UNKNOWN_RANGE = {"F": "floating-point numbers", "I": "whole numbers of 32 bits"}
+# Detectron2's words for an image of another size: got (width, height), expect (width, height).
+_SIDES = re.compile(r"got \((\d+), (\d+)\), expect \((\d+), (\d+)\)")
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange height and width
 # Whether the scaling of 16 bits was logged; forked workers share this byte with their parent.
 _logged = mmap.mmap(-1, 1)
@@ -124,6 +128,13 @@ def unreadable(file_name: str, error: Exception) -> ImageError:
         reason = "it does not exist"
     elif isinstance(error, Image.UnidentifiedImageError):
         reason = "it is no image"
+    elif sides := _SIDES.search(reason) if isinstance(error, SizeMismatchError) else None:
+        width, height, *expected = sides.groups()
+        turned = ", once turned as its EXIF says" * (expected == [height, width])
+        return ImageError(
+            f"image '{file_name}' has {width} x {height} px{turned}, but its entry says "
+            f"{' x '.join(expected)}; correct width, height and objects there"
+        )
     return ImageError(f"image '{file_name}' cannot be read ({reason}); {REMEDY}")
 
 

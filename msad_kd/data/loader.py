@@ -25,14 +25,14 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 
-from msad_kd.data.classes import align_classes, annotation_file, warn_of_spare_classes
+from msad_kd.data.classes import align_classes, annotation_file, spare_classes
 from msad_kd.data.dict_checks import (
     check_files,
     check_objects,
     check_shapes,
     explain_missing_data,
 )
-from msad_kd.data.images import is_wide
+from msad_kd.data.images import is_wide, unreadable
 from msad_kd.data.mixing import add_mixup
 from msad_kd.data.statistics import warn_of_small_images
 from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
@@ -53,8 +53,7 @@ class CheckedMapper:  # a class, since spawned workers cannot unpickle a closure
         try:
             return self.mapper(dataset_dict)
         except (OSError, SizeMismatchError) as error:  # Pillow raises OSErrors
-            words = f"cannot be read ({error}); restore it or remove it from the annotation file"
-            raise InputError(f"image '{dataset_dict.get('file_name')}' {words}") from error
+            raise unreadable(dataset_dict.get("file_name"), error) from error
 
 
 @dataclass
@@ -202,7 +201,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
     drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
     dicts = check_shapes(dicts, names, mapper, drop)
     warn_of_small_images(cfg, dicts)
-    warn_of_spare_classes(cfg)
+    if words := spare_classes(cfg):
+        logging.getLogger(__name__).warning(words)
     check_objects(cfg, dicts, names, mapper)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     logging.getLogger(__name__).info("Training on %d images, seed %d", len(dicts), seed)

@@ -155,7 +155,7 @@ class CheckedDatasetMapper(DatasetMapper):
         except SizeMismatchError as error:
             message = str(unreadable(file, error))
         except _NoPixels as error:
-            words = f"{error} by the sizes of INPUT; crop it or remove it from the annotation file"
+            words = f"{error} by the sizes of INPUT; crop it or remove it from the data set"
             message = f"image '{file}' cannot be used: {words}"
         if not self.skip_unusable:
             raise InputError(message)

@@ -1,6 +1,9 @@
-"""Types of command-line arguments."""
+"""Check command-line arguments."""
 
 import argparse
+from collections.abc import Iterable
+
+from msad_kd.utils.errors import InputError
 
 
 def positive(text: str) -> int:
@@ -8,3 +11,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
     return int(text)
+
+
+def check_pairs(words: Iterable) -> None:
+    """Refuse an option among KEY VALUE pairs, where it would be taken for a key or a value.
+
+    Raises:
+        InputError: if there is one.
+    """
+    for word in words:
+        if isinstance(word, str) and word.startswith("--"):
+            raise InputError(f"'{word}' is an option: write it before the KEY VALUE pairs")

@@ -109,18 +109,21 @@ def run(args, screen):
     screen.say(f"Tables and pictures are in '{folder}'")
 
 
-def main(arguments=None):
-    """Run the command line; an expected error, a signal or Ctrl-C ends it with one sentence."""
+def main(arguments=None, name="run.py"):
+    """Run the command line; an expected error, a signal or Ctrl-C ends it with one sentence.
+
+    ``name``: of the command that was typed.
+    """
     args = parse_arguments(arguments)
     os.chdir(ROOT)
-    stopped = "run.py: stopped; started again, it goes on where it was"
+    stopped = f"{name}: stopped; started again, it goes on where it was"
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda *_: sys.exit(stopped))
     try:
         run(args, Screen())
     except (InputError, OSError) as error:
-        sys.exit(f"run.py: {error}")
+        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(stopped)
 

@@ -280,3 +280,20 @@ def test_an_image_that_is_no_dict_does_not_spoil_ids_that_are_texts(files):
         content["annotations"][row]["image_id"] = "one"
     kept = read_annotations(files(content)[0], "mine", "drop")
     assert [x["id"] for x in kept["images"]] == ["one", "9"] and len(kept["annotations"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("boxes", "words"),
+    [
+        ([[10, 10, 50, 35], [30, 5, 55, 20], [2, 3, 30, 20]], "as if it were two corners"),
+        ([[0.5, 0.5, 0.2, 0.1], [0.1, 0.2, 1.0, 0.9]], "as if sides were from 0 to 1"),
+        ([[50, 30, 9, 9], [0, 0, 60, 40]], None),
+    ],
+)
+def test_boxes_of_another_format_are_doubted(boxes, words):
+    content = valid_content()
+    content["annotations"] = [
+        {"id": i, "image_id": 7, "category_id": 3, "bbox": x} for i, x in enumerate(boxes)
+    ]
+    doubts = [x.words for x in check_content(content).problems if x.severity == "doubtful"]
+    assert (words in doubts[0]) if words else not doubts

@@ -190,5 +190,5 @@ def test_an_unreadable_image_is_named_whatever_the_mapper(config, data, tmp_path
         lambda: batches(cfg, 3, mapper=DatasetMapper(cfg, True)),
         lambda: list(build_test_loader(cfg, names[0], DatasetMapper(cfg, False))),
     ):
-        with pytest.raises(InputError, match=f"image '{victim}' cannot be read"):
+        with pytest.raises(InputError, match=f"image '{victim}' (cannot be read|has 50 x 50 px)"):
             read()

@@ -6,6 +6,7 @@ import re
 import cv2
 import numpy as np
 import pytest
+import yaml
 from annotation_files import HEIGHT, WIDTH, valid_content
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -82,7 +83,7 @@ BROKEN = {
     "9.png' cannot be read (it is no image)": lambda _, folder: (
         folder / "photos" / "9.png"
     ).write_text("text"),
-    "got (60, 40), expect (60, 80)": of("images", height=80),
+    "9.png' has 60 x 40 px, but its entry says 60 x 80; correct width": of("images", height=80),
 }
 
 
@@ -138,7 +139,24 @@ def test_quick_reads_headers_alone(check, mine):
     assert check(*data, "--quick")[0] == 0
     turned.save(mine / "photos" / "9.png")
     code, text = check(*data, "--quick")
-    assert code == 1 and "got (40, 60), expect (60, 40)" in text
+    assert code == 1 and "9.png' has 40 x 60 px, once turned as its EXIF says, but its" in text
+
+
+def test_images_without_labels_are_read_too(check, mine):
+    photos, cut_off = mine / "photos", mine / "unlabeled" / "1.png"
+    cut_off.parent.mkdir()
+    cut_off.write_bytes((photos / "7.png").read_bytes()[:-1000])
+    entries = [{"name": "bare", "images": str(cut_off.parent)}]
+    entries += [{"name": "later", "images": str(photos), "json": str(mine / "later.json")}]
+    entries += [{"name": "mine", "images": str(photos), "json": str(mine / "mine.json")}]
+    config = mine / "mine.yaml"
+    names = {"TRAIN": ["mine"], "TEST": [], "UNLABELED": ["bare", "later"], "COCO_FORMAT": entries}
+    model = {"META_ARCHITECTURE": "DistilledRCNN", "ROI_HEADS": {"NUM_CLASSES": 12}}
+    config.write_text(yaml.safe_dump({"DATASETS": names, "MODEL": model}))
+    code, text = check("--config-file", config, "SOLVER.UNLABELED_PER_BATCH", 16)
+    assert code == 1 and f"data set 'bare': image '{cut_off}' cannot be read" in text
+    assert re.search("there is no '.*later.json' yet to check", text)
+    assert "MODEL.ROI_HEADS.NUM_CLASSES is 12, and the data have 2 classes" in text
 
 
 def test_objects_below_4_and_8_px_worked_out_by_hand(check, mine):

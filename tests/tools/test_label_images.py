@@ -196,7 +196,7 @@ def test_labels_of_a_file_are_those_of_the_step(
     ("options", "words"),
     [
         ({"which": ("--dataset", "tiny_vla")}, "'tiny_vla' is not registered; did you mean tiny_"),
-        ({"which": ("--images", "no/such")}, "image folder 'no/such' does not exist"),
+        ({"which": ("--images", "no/such")}, "--images: there is no folder 'no/such'"),
         ({"weights": "no.pth"}, "no.pth"),
         ({"name": "there.json"}, "there.json' exists already; remove it"),
         ({"name": "there.json/x.json"}, "label_images.py: .*: '.*there.json'"),

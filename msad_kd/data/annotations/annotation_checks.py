@@ -177,6 +177,18 @@ class AnnotationChecks:
         # COCO's own training file has two of these.
         self._add((sides < TINY).any(axis=1), "bbox has no width or no height", EMPTY, key="bbox")
         self._check_inside(np.concatenate([boxes[:, :2], boxes[:, :2] + sides], axis=1), "bbox")
+        self._check_meaning(boxes)
+
+    def _check_meaning(self, boxes: np.ndarray) -> None:
+        """Doubt boxes that together look as if they were not x, y, width, height in pixels."""
+        words = "; COCO's bbox is [x, y, width, height] in pixels"
+        ends = boxes[:, :2] + boxes[:, 2:]
+        for rows, share, looks in (
+            ((boxes <= 1).all(axis=1), 0.5, "lies within one pixel, as if sides were from 0 to 1"),
+            ((ends > 1.1 * self.sizes).any(axis=1), 0.25, "reaches out, as if it were two corners"),
+        ):
+            if (rows & self.usable).sum() > share * self.usable.sum():
+                self._add(rows, f"bbox {looks}{words}", DOUBTFUL, key="bbox")
 
     def _check_areas(self) -> None:
         values = self._column("area")
