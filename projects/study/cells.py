@@ -67,7 +67,8 @@ class Cell:
     labels: Labels | None  # to be made before the training
     iterations: int  # all stages of a ladder together; 0 if nothing is trained
     saved_every: int  # SOLVER.CHECKPOINT_PERIOD
-    fingerprint: str  # equal for cells that mean the same training, data and measurement
+    meaning: dict  # training, data and measurement, in JSON's types
+    fingerprint: str  # of the meaning
 
     @property
     def title(self):
@@ -174,6 +175,7 @@ def _make_cell(row, seed, sources, folder, data, extra, processes):
         labels=labels,
         iterations=_length(scale_to_processes(cfg, processes)) * row.trained,
         saved_every=_saved_every(written),
+        meaning=json.loads(meaning),
         fingerprint=hashlib.sha256(meaning.encode()).hexdigest(),
     )
 

@@ -76,14 +76,16 @@ class Study:
     def _find_folder(self, cell):
         """Set the run of another training aside, and take the run of this one back."""
         try:
-            found = json.loads((cell.folder / CELL).read_text())["fingerprint"]
+            known = json.loads((cell.folder / CELL).read_text())
+            found = known["fingerprint"]
         except (OSError, ValueError, KeyError):
-            found = "unknown"
+            known, found = {}, "unknown"
         if not cell.row.trained or found == cell.fingerprint:
             return
         aside, own = (f"{cell.folder}.{name[:8]}" for name in (found, cell.fingerprint))
+        other = f" ({_differing(known['meaning'], cell.meaning)})" if "meaning" in known else ""
         for old, new, why in (
-            (cell.folder, Path(aside), "is another training; set aside as"),
+            (cell.folder, Path(aside), f"is another training{other}; set aside as"),
             (Path(own), cell.folder, "is meant again; taken back as"),
         ):
             if old.exists():
@@ -95,7 +97,8 @@ class Study:
     def _is_trained(self, cell):
         self._find_folder(cell)
         if not cell.folder.exists():
-            write_json(cell.folder / CELL, {"fingerprint": cell.fingerprint})
+            known = {"fingerprint": cell.fingerprint, "meaning": cell.meaning}
+            write_json(cell.folder / CELL, known)
         # Detectron2 names a whole checkpoint here. A ladder's student.pth is whole or absent.
         last, name = cell.weights.with_name("last_checkpoint"), cell.weights.name
         whole = name == "student.pth" or last.is_file() and last.read_text().strip() == name
@@ -233,3 +236,15 @@ def verify(cell, result):
                 f"{cell.row.title} has {reports.KINDS[kind]} AP {here:.1f} here, but '{record}' "
                 f"says {there:.1f}: checkpoint, data, settings (--set) or installation have changed"
             )
+
+
+def _differing(one, other):
+    """Name the keys in which two meanings of a cell differ; "files" are weights that it reads."""
+    names = []
+    for part in sorted({*one, *other}):
+        a, b = one.get(part), other.get(part)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+        elif a != b:
+            names.append(part)
+    return f"other {', '.join(names)}"

@@ -18,7 +18,7 @@ class Lines(list):
     say = list.append
 
 
-def cell_of(folder, name, fingerprint, needs=(), **fields):
+def cell_of(folder, name, fingerprint, needs=(), meaning=None, **fields):
     row = Row(name, config="c.yaml", test_config="c.yaml", name=name, **fields)
     key = f"{name}/{int(row.trained)}"
     run = folder / name / f"seed_{key[-1]}"
@@ -26,6 +26,7 @@ def cell_of(folder, name, fingerprint, needs=(), **fields):
         **{"key": key, "title": name, "row": row, "folder": run, "needs": needs},
         **{"fingerprint": fingerprint, "weights": run / "model_final.pth", "iterations": 100},
         **{"options": ["SEED", "1"], "test_options": [], "labels": None, "saved_every": 50},
+        meaning=meaning or {"files": [fingerprint]},
     )
 
 
@@ -63,14 +64,15 @@ def test_a_changed_row_is_set_aside_and_taken_back(tmp_path, study_of):
     other = study_of(cell_of(tmp_path, "lr", trial))
     assert not other.results["cells"]
     assert train(other, "lr/1") == ["lr", "lr: AP"]
-    assert other.screen[0] == f"'{run}' is another training; set aside as '{run}.aaaaaaaa'"
+    said = f"'{run}' is another training (other files); set aside as '{run}.%s'"
+    assert other.screen[0] == said % "aaaaaaaa"
     assert (run / "model_final.pth").read_text() == trial
 
     again = study_of(cell_of(tmp_path, "lr", meant))
     assert again.results["cells"]["lr/1"]["fingerprint"] == meant
     assert again.plan(["lr/1"]) == []
     assert again.screen == [
-        f"'{run}' is another training; set aside as '{run}.bbbbbbbb'",
+        said % "bbbbbbbb",
         f"'{run}.aaaaaaaa' is meant again; taken back as '{run}'",
     ]
     assert (run / "model_final.pth").read_text() == meant
@@ -78,6 +80,12 @@ def test_a_changed_row_is_set_aside_and_taken_back(tmp_path, study_of):
     for _ in range(2):
         study_of().write()
     assert len(study_of().results["other"]) == 2
+    changed = {"files": [meant], "train": {"SOLVER.MAX_ITER": 7}}
+    for number, steps in enumerate((9, 7)):
+        changed["train"]["SOLVER.MAX_ITER"] = steps
+        last = study_of(cell_of(tmp_path, "lr", f"{number}" * 64, meaning=changed))
+        train(last, "lr/1")
+    assert last.screen[0].startswith(f"'{run}' is another training (other SOLVER.MAX_ITER); set")
     assert "lr/1" in study_of(cell_of(tmp_path, "lr", trial)).results["cells"]
 
 
