@@ -56,8 +56,9 @@ lint: .venv/.ready ## check the style of the code
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-MADE = $(addprefix datasets/,shapes shapes_fresh shapes_384 shapes_384_unlabeled shapes_384_fresh)
-clean: ## remove .venv, caches, output and the generated data sets
+MADE = datasets/shapes
+MADE += $(addprefix datasets/shapes_,fresh unlabeled 384 384_unlabeled 384_fresh large)
+clean: ## remove .venv, caches, output and the data sets generated in datasets
 	@echo "Removing .venv, caches, output, $(MADE)"
 	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info output $(MADE)
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,11 +27,16 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from msad_kd import init_from_teacher
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer
-from msad_kd.checkpoint.reading import check_exists
 from msad_kd.engine.launch import launch
 from msad_kd.utils.compat import ddp_on
 from msad_kd.utils.errors import InputError, input_error_of
 from msad_kd.utils.unpickle import TrustFiles
+
+
+class Checkpointer(SafeCheckpointer):
+    """Names LazyConfig's key in its messages."""
+
+    purpose = "train.init_checkpoint"
 
 
 def evaluate(cfg, model):
@@ -48,8 +53,9 @@ def main(args):
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        check_exists(cfg.train.init_checkpoint, "train.init_checkpoint")
-        SafeCheckpointer(model).load(cfg.train.init_checkpoint)
+        if not cfg.train.init_checkpoint:
+            raise InputError("train.init_checkpoint is empty; name the weights to evaluate")
+        Checkpointer(model).load(cfg.train.init_checkpoint)
         return evaluate(cfg, model)
     teacher = instantiate(cfg.teacher).build()
     model.set_teacher(teacher)  # before the optimizer and DDP, as it may add adapters
@@ -59,7 +65,7 @@ def main(args):
     kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     with ddp_on(cfg.train.device):
         trainer = kind(defaults.create_ddp_model(model, **cfg.train.ddp), loader, optimizer)
-    checkpointer = SafeCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
     main_process = comm.is_main_process()
     trainer.register_hooks(
         [

@@ -97,7 +97,7 @@ def _reason(error: Exception) -> str:
             "RetinaNets, MODEL.ANCHOR_GENERATOR.SIZES), or add --trust-files if you know its author"
         )
     if isinstance(error, UnicodeDecodeError):
-        return "it is no text; were a config and a checkpoint swapped?"
+        return "it is no text in UTF-8; is it a checkpoint?"
     if isinstance(error, RecursionError):
         return "its _BASE_ leads back to it, or lists are nested too deeply"
     # Detectron2 would print the whole section.

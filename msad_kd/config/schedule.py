@@ -77,9 +77,12 @@ def check_values(cfg: CfgNode) -> None:
     for key, annotation in _VALUES.items():
         check_value(attrgetter(key)(cfg), annotation, key)
     sides = cfg.INPUT.MIN_SIZE_TRAIN
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sides) != 2:
-        words = "it should be two numbers, as INPUT.MIN_SIZE_TRAIN_SAMPLING is range"
-        raise InputError(f"INPUT.MIN_SIZE_TRAIN is {tuple(sides)}; {words}")
+    is_range = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+    if is_range and (len(sides) != 2 or sides[0] > sides[1]):
+        raise InputError(
+            f"INPUT.MIN_SIZE_TRAIN is {tuple(sides)}; it should be the smallest and largest, as "
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING is range"
+        )
     _check_schedule(cfg)
 
 

@@ -95,11 +95,15 @@ def image_size(file_name: str) -> tuple[int, int]:
     """
     try:
         with Image.open(PathManager.get_local_path(file_name)) as image:
-            exif = Image.Image.getexif(image)  # that of PNG images decodes them first
-            turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return image.size if turned else image.size[::-1]
+            return image.size if _is_turned(image) else image.size[::-1]
     except Exception as error:  # Pillow's plugins raise any kind for a broken file
         raise unreadable(file_name, error) from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Return whether height and width are exchanged when an image is read."""
+    exif = Image.Image.getexif(image)  # that of PNG images decodes them first
+    return exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
 
 
 def size_of(entry: dict) -> tuple[int, int]:
@@ -123,14 +127,15 @@ def is_wide(entry: dict) -> bool:
 
 def unreadable(file_name: str, error: Exception) -> ImageError:
     """Return the error for an image that cannot be read for another error's reason."""
-    reason = str(error)
+    reason, turned = str(error), ""
     if isinstance(error, FileNotFoundError):
         reason = "it does not exist"
     elif isinstance(error, Image.UnidentifiedImageError):
         reason = "it is no image"
     elif sides := _SIDES.search(reason) if isinstance(error, SizeMismatchError) else None:
         width, height, *expected = sides.groups()
-        turned = ", once turned as its EXIF says" * (expected == [height, width])
+        with suppress(Exception), Image.open(PathManager.get_local_path(file_name)) as image:
+            turned = ", once turned as its EXIF says" * _is_turned(image)
         return ImageError(
             f"image '{file_name}' has {width} x {height} px{turned}, but its entry says "
             f"{' x '.join(expected)}; correct width, height and objects there"

@@ -114,8 +114,9 @@ def _guess_pairs(names: list[str], source: str, flips: bool) -> list[tuple[str, 
     mirrored = {x: x.replace("left", "right").replace("Left", "Right") for x in names}
     pairs = [(x, other) for x, other in mirrored.items() if x != other and other in names]
     paired = {name for pair in pairs for name in pair}
-    side = "(?<!c)left|(?<![bfpw])right"  # neither cleft nor bright, fright, upright or wright
-    single = [x for x in names if re.search(side, x.lower()) and x not in paired]
+    # A bright spot or an upright mark has no side.
+    sides = {x: re.sub(r"(?<![a-z])(cleft|bright|upright)", "", x.lower()) for x in names}
+    single = [x for x in names if re.search("left|right", sides[x]) and x not in paired]
     if flips and (single or not pairs):
         raise InputError(
             f"{source}: which of the keypoints ({', '.join(single or names)}) a horizontal flip "

@@ -32,7 +32,7 @@ from msad_kd.data.dict_checks import (
     check_shapes,
     explain_missing_data,
 )
-from msad_kd.data.images import is_wide, unreadable
+from msad_kd.data.images import REMEDY, is_wide, unreadable
 from msad_kd.data.mixing import add_mixup
 from msad_kd.data.statistics import warn_of_small_images
 from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
@@ -52,8 +52,11 @@ class CheckedMapper:  # a class, since spawned workers cannot unpickle a closure
         """Map a dict."""
         try:
             return self.mapper(dataset_dict)
-        except (OSError, SizeMismatchError) as error:  # Pillow raises OSErrors
-            raise unreadable(dataset_dict.get("file_name"), error) from error
+        except SizeMismatchError as error:
+            raise InputError(str(unreadable(dataset_dict["file_name"], error))) from error
+        except OSError as error:  # of Pillow; the file may be another one of the dict's
+            words = f"cannot be read ({error}); {REMEDY}"
+            raise InputError(f"image '{dataset_dict.get('file_name')}' {words}") from error
 
 
 @dataclass

@@ -26,7 +26,8 @@ LOCK, METRICS, ASIDE = ".run.lock", "metrics.json", "previous_run_{}"
 # The marks of a run, which a new one would write over or go on from, and what belongs to it.
 _MARKS = (LAST, "model_[0-9]*.pth", "model_final.pth", METRICS, "DONE")  # DONE: a ladder's stage
 _REST = ("model_[0-9]*.pth.*", "model_final.pth.*", "model_best*", "student.pth*")
-_REST += ("events.out.tfevents.*", "inference*", "teacher")
+_REST += ("events.out.tfevents.*",)
+_REST += ("inference*/**/*_results.json", "inference*/**/instances_predictions.pth")
 _LEAST_BYTES = 1 << 20  # logs and configs take some 100 kB
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -153,8 +154,7 @@ def move_aside(cfg: CfgNode) -> str | None:
         for text in _texts(value)
     }
     for path in sorted(old):
-        own = os.path.realpath(path)
-        if key := next((k for file, k in keys.items() if Path(file).is_relative_to(own)), None):
+        if key := keys.get(os.path.realpath(path)):
             raise InputError(
                 f"{key} reads '{path}', which belongs to the old run in OUTPUT_DIR '{folder}', and "
                 "a new run would move it aside; name another OUTPUT_DIR for the new run, or go on "
@@ -165,7 +165,9 @@ def move_aside(cfg: CfgNode) -> str | None:
         number += 1
     aside.mkdir()
     for path in old:
-        os.rename(path, aside / path.name)
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, target)
     if (folder / "config.yaml").is_file():  # copied: the new one may have been written already
         shutil.copy(folder / "config.yaml", aside)
     _logger.warning("An old run in '%s' was moved to '%s'", folder, aside)

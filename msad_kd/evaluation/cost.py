@@ -56,16 +56,16 @@ def input_sides(inputs: dict, branch: str | None) -> str:
 
 
 @contextmanager
-def counting_flops(**keywords) -> Iterator[FlopCounterMode]:
+def counting_flops() -> Iterator[FlopCounterMode]:
     """Count FLOPs without gradients: torch's counter, with what it leaves out on a CPU.
 
     A multiply-add is two FLOPs.
     """
     # Of the teacher's large 1x1 convolutions; see modeling/inference.py.
-    keywords.setdefault("custom_mapping", {torch.ops.aten.mkldnn_convolution: _convolution})
+    more = {torch.ops.aten.mkldnn_convolution: _convolution}
     # Other kernels of attention are counted on GPUs alone.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False, **keywords) as counter:
+        with FlopCounterMode(display=False, custom_mapping=more) as counter:
             yield counter
 
 

@@ -5,7 +5,7 @@ import copy
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from msad_kd.checkpoint.checkpoint import check_exists, save_model
+from msad_kd.checkpoint.checkpoint import SafeCheckpointer, check_exists, save_model
 from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.config.stages import read_stages, stage_config
 from msad_kd.distill.teacher_spec import TeacherSpec
@@ -65,6 +65,7 @@ def write_start(cfg: CfgNode, file: str) -> None:
     if cfg.SEED >= 0:  # as the ladder, for what the teacher lacks
         seed_all(derive_seed(cfg.SEED, 0))
     student = build_model(cfg)
+    SafeCheckpointer(student).load(cfg.MODEL.WEIGHTS)
     init_from_teacher(student, TeacherSpec.from_config(cfg).build().model)
     save_model(student.state_dict(), file)
 

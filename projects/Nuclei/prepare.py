@@ -22,7 +22,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from pycocotools import mask as mask_util
 from tqdm import tqdm
@@ -174,6 +174,8 @@ def main(arguments=None):
     parsed = parser.parse_args(arguments)
     try:
         prepare(parsed.source, parsed.output)
+    except Timeout:
+        sys.exit(f"prepare.py: another one is writing to '{parsed.output}'; wait for its end")
     except (ValueError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
     print(f"'{parsed.output}' is complete")

@@ -239,12 +239,12 @@ def verify(cell, result):
 
 
 def _differing(one, other):
-    """Name the keys in which two meanings of a cell differ; "files" are weights that it reads."""
+    """Name the keys in which two meanings of a cell differ."""
     names = []
     for part in sorted({*one, *other}):
         a, b = one.get(part), other.get(part)
-        if isinstance(a, dict) and isinstance(b, dict):
+        if part in ("test", "train") and a and b:
             names += sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
         elif a != b:
-            names.append(part)
-    return f"other {', '.join(names)}"
+            names.append({"files": "weights"}.get(part, part))
+    return f"other {', '.join(dict.fromkeys(names))}"

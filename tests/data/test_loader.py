@@ -15,7 +15,7 @@ from helpers import coco_format
 
 from msad_kd.data.loader import CheckedMapper, build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.errors import InputError, input_error_of
 from msad_kd.utils.seed import seed_all
 
 SAMPLERS = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
@@ -192,3 +192,7 @@ def test_an_unreadable_image_is_named_whatever_the_mapper(config, data, tmp_path
     ):
         with pytest.raises(InputError, match=f"image '{victim}' (cannot be read|has 50 x 50 px)"):
             read()
+    cfg = config("lr", *keys, "DATALOADER.NUM_WORKERS", 1)  # which passes on the error's text
+    with pytest.raises(Exception, match="in DataLoader worker") as failed:
+        batches(cfg, 3, mapper=DatasetMapper(cfg, True))
+    assert input_error_of(failed.value).startswith(f"image '{victim}' ")

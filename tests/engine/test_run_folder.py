@@ -77,17 +77,17 @@ def test_a_fresh_start_moves_the_old_run_aside_and_deletes_nothing(folder, caplo
     assert files_in(folder / "previous_run_1") == {**RUN, "config.yaml": "old"}
 
 
-def test_the_old_runs_evaluations_go_with_it_unless_the_new_run_reads_them(folder):
+def test_the_old_runs_evaluations_go_with_it(folder):
     fill(folder, RUN)
-    names = {"inference", "inference_TTA", "teacher"}
-    for name in names:
+    found = {"coco_instances_results.json", "instances_predictions.pth"}
+    for name in ("inference", "inference_TTA"):
         (folder / name).mkdir()
-        fill(folder / name, {"results.pth": name})
-    with pytest.raises(InputError, match="MODEL.WEIGHTS reads '.*/inference', which belongs to"):
-        take_folder(config(folder, weights=str(folder / "inference" / "results.pth")), resume=False)
+        # The last is of the data, and evaluators know it already.
+        fill(folder / name, dict.fromkeys([*found, "mine_coco_format.json"], name))
     take_folder(config(folder), resume=False)
-    moved = {x.parent.name for x in (folder / "previous_run_1").glob("*/results.pth")}
-    assert moved == names and not any((folder / name).exists() for name in names)
+    for name in ("inference", "inference_TTA"):
+        assert {*files_in(folder / "previous_run_1" / name)} == found
+        assert {*files_in(folder / name)} == {"mine_coco_format.json"}
 
 
 @pytest.mark.parametrize(

@@ -172,11 +172,11 @@ def test_a_stopped_run_leaves_no_data_set(source, converted, tmp_path, monkeypat
     assert not output.exists()
     nuclei.prepare(source, output, [].append)
     assert files_of(output) == files_of(converted[0])
-    assert [path.name for path in tmp_path.glob("[!.]*")] == ["nuclei"]
+    assert {path.name for path in tmp_path.iterdir()} - {".nuclei.lock"} == {"nuclei"}
 
 
 def test_two_at_once_do_not_get_in_each_others_way(source, tmp_path):
-    with FileLock(tmp_path / ".nuclei.lock"), pytest.raises(SystemExit, match="nuclei.lock"):
+    with FileLock(tmp_path / ".nuclei.lock"), pytest.raises(SystemExit, match="another one is"):
         nuclei.main([str(source), "--output", str(tmp_path / "nuclei")])
     nuclei.main([str(source), "--output", str(tmp_path / "nuclei")])
 

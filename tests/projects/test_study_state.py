@@ -64,7 +64,7 @@ def test_a_changed_row_is_set_aside_and_taken_back(tmp_path, study_of):
     other = study_of(cell_of(tmp_path, "lr", trial))
     assert not other.results["cells"]
     assert train(other, "lr/1") == ["lr", "lr: AP"]
-    said = f"'{run}' is another training (other files); set aside as '{run}.%s'"
+    said = f"'{run}' is another training (other weights); set aside as '{run}.%s'"
     assert other.screen[0] == said % "aaaaaaaa"
     assert (run / "model_final.pth").read_text() == trial
 
@@ -80,7 +80,7 @@ def test_a_changed_row_is_set_aside_and_taken_back(tmp_path, study_of):
     for _ in range(2):
         study_of().write()
     assert len(study_of().results["other"]) == 2
-    changed = {"files": [meant], "train": {"SOLVER.MAX_ITER": 7}}
+    changed = {"files": [meant], "train": {"SOLVER.MAX_ITER": 7}, "test": {"MODEL.MASK_ON": True}}
     for number, steps in enumerate((9, 7)):
         changed["train"]["SOLVER.MAX_ITER"] = steps
         last = study_of(cell_of(tmp_path, "lr", f"{number}" * 64, meaning=changed))

@@ -139,7 +139,9 @@ def test_quick_reads_headers_alone(check, mine):
     assert check(*data, "--quick")[0] == 0
     turned.save(mine / "photos" / "9.png")
     code, text = check(*data, "--quick")
-    assert code == 1 and "9.png' has 40 x 60 px, once turned as its EXIF says, but its" in text
+    assert code == 1 and "9.png' has 40 x 60 px, but its entry says 60 x 40" in text
+    Image.new("RGB", (WIDTH, HEIGHT)).save(mine / "photos" / "9.png", exif=exif)
+    assert "has 40 x 60 px, once turned as its EXIF says, but its" in check(*data, "--quick")[1]
 
 
 def test_images_without_labels_are_read_too(check, mine):

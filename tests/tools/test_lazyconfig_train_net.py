@@ -89,7 +89,7 @@ def test_a_tiny_student_is_trained_resumed_and_evaluated(
     assert model.state_dict().keys() == build_model(config("lr")).state_dict().keys()
     run(tmp_path / "mine.py", "--resume", "train.max_iter=4")
     assert "Starting training from iteration 3" in (output / "log.txt").read_text()
-    with pytest.raises(InputError, match="no checkpoint is named for train.init_checkpoint"):
+    with pytest.raises(InputError, match="train.init_checkpoint is empty; name the weights"):
         run(tmp_path / "mine.py", "--eval-only", "train.init_checkpoint=")
     last = f"train.init_checkpoint={output / 'model_final.pth'}"
     assert {"bbox", "segm"} <= run(tmp_path / "mine.py", "--eval-only", last).keys()

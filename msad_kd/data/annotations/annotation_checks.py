@@ -10,7 +10,15 @@ import numpy as np
 from pycocotools import mask as mask_util
 
 from msad_kd.data.annotations.columns import as_table, positions, reduce_rows
-from msad_kd.data.annotations.findings import DOUBTFUL, EMPTY, INVALID, MENDED, PLURALS, Findings
+from msad_kd.data.annotations.findings import (
+    DOUBTFUL,
+    EMPTY,
+    INVALID,
+    MENDED,
+    PLURALS,
+    STRANGE,
+    Findings,
+)
 from msad_kd.data.annotations.segmentations import mask_areas, polygon_bounds
 
 TINY = 1e-5  # pixels; a box with a shorter side has no width or no height
@@ -180,15 +188,16 @@ class AnnotationChecks:
         self._check_meaning(boxes)
 
     def _check_meaning(self, boxes: np.ndarray) -> None:
-        """Doubt boxes that together look as if they were not x, y, width, height in pixels."""
-        words = "; COCO's bbox is [x, y, width, height] in pixels"
+        """Note boxes that together look as if they were not x, y, width, height in pixels."""
+        out = "reaches out of the image, as if it were two corners, or height and width exchanged"
         ends = boxes[:, :2] + boxes[:, 2:]
-        for rows, share, looks in (
+        for rows, share, words in (
             ((boxes <= 1).all(axis=1), 0.5, "lies within one pixel, as if sides were from 0 to 1"),
-            ((ends > 1.1 * self.sizes).any(axis=1), 0.25, "reaches out, as if it were two corners"),
+            ((ends > 1.1 * self.sizes).any(axis=1), 0.25, out),
         ):
-            if (rows & self.usable).sum() > share * self.usable.sum():
-                self._add(rows, f"bbox {looks}{words}", DOUBTFUL, key="bbox")
+            if (rows & self.usable).sum() >= max(10, share * self.usable.sum()):
+                words += "; COCO's is [x, y, width, height] in pixels"
+                self._add(rows, f"bbox {words}", STRANGE, key="bbox")
 
     def _check_areas(self) -> None:
         values = self._column("area")

@@ -11,6 +11,7 @@ REFUSED = "refused"  # the file cannot be used at all
 INVALID = "invalid"  # the records cannot be used; DATASETS.INVALID_ANNOTATIONS decides
 EMPTY = "empty"  # the records are left out with a warning: there is nothing to learn from them
 DOUBTFUL = "doubtful"  # the records are kept with a warning; "drop" leaves them out
+STRANGE = "strange"  # the records are kept with a warning: perhaps the file means something else
 MENDED = "mended"  # a value of the records was replaced
 
 PLURALS = {"category": "categories", "image": "images", "annotation": "annotations"}
@@ -58,7 +59,7 @@ class Findings:
         rows = rows[usable[rows]]
         if not len(rows):
             return
-        if severity not in (MENDED, DOUBTFUL):
+        if severity not in (MENDED, DOUBTFUL, STRANGE):
             usable[rows] = False
         first = self.content[PLURALS[record]][rows[0]]
         before = ", not" if " should " in words else ":"

@@ -19,6 +19,7 @@ from msad_kd.data.annotations.findings import (
     MENDED,
     PLURALS,
     REFUSED,
+    STRANGE,
     Findings,
     summarise,
 )
@@ -99,7 +100,7 @@ def _usable_content(findings: Findings, source: str, drop: bool) -> dict:
         raise InputError(f"{source}: no image is usable; {summarise(problems)}")
     if mended := of(MENDED):
         _logger.info("%s was normalised: %s", source, summarise(mended))
-    if not drop and (doubtful := of(DOUBTFUL)):
+    if doubtful := of(STRANGE) if drop else of(STRANGE, DOUBTFUL):
         _logger.warning("%s: %s; check the file", source, summarise(doubtful))
     if dropped := of(INVALID, EMPTY, DOUBTFUL) if drop else of(EMPTY):
         counts = (f"{(~usable[x]).sum()} {PLURALS[x]}" for x in ("image", "annotation"))
