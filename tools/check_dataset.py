@@ -5,9 +5,9 @@
     python tools/check_dataset.py --json train.json --images train
 
 The first command checks the data sets of DATASETS.TRAIN and TEST, also against the config, and the
-images of DATASETS.UNLABELED. A training, which checks the same, stops at the first fault. Prints
-the report and writes report.txt, report.json (with all faulty records) and sizes.png to --output.
-The exit code is 1 if there are errors, and 0 if there are warnings alone.
+images of DATASETS.UNLABELED. A training stops at the first fault; here all are listed. Prints the
+report and writes report.txt, report.json (with all faulty records) and sizes.png to --output. The
+exit code is 1 if there are errors, and 0 if there are warnings alone.
 """
 
 import argparse

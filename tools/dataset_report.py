@@ -43,7 +43,7 @@ class DataSet:
 
     name: str
     source: str
-    role: str  # "TRAIN", "TEST" or ""
+    role: str  # "TRAIN", "TEST", "UNLABELED" or ""
     dicts: list[dict]
     classes: list[str]
 

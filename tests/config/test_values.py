@@ -14,7 +14,7 @@ from msad_kd.utils.flat_config import flatten_config
 
 COLOURS = ("BRIGHTNESS", "CONTRAST", "SATURATION")
 # Keys with values that cannot be, and some that can.
-NUMBERS = {
+VALUES = {
     "SOLVER.MAX_ITER": ([0, -5, True, "0"], [1]),
     "SOLVER.IMS_PER_BATCH": ([0, -8], [1]),
     "SOLVER.UNLABELED_PER_BATCH": ([-1, True], [0]),
@@ -66,12 +66,12 @@ def test_steps_that_the_schedule_does_not_read():
 
 
 def test_every_value_is_tried():
-    assert set(NUMBERS) == set(schedule._VALUES)
+    assert set(VALUES) == set(schedule._VALUES)
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-def test_numbers_out_of_range(key):
-    wrong, right = NUMBERS[key]
+@pytest.mark.parametrize("key", VALUES)
+def test_values_that_cannot_be(key):
+    wrong, right = VALUES[key]
     for value in wrong:
         # Detectron2 itself refuses a value of another type.
         with pytest.raises(InputError, match=f"{key} is |mismatch.*config key: {key}"):
