@@ -6,7 +6,8 @@
 
 All sides run in one process, in turn, on the same images of DATASETS.TRAIN. A ratio is taken within
 a round, so that other load on the machine hits both of its sides. Weights are random and stay as
-they are (the learning rate is 0), so no checkpoint is needed.
+they are (the learning rate is 0), so no checkpoint is needed. A step has one batch with labels: it
+leaves out DATASETS.UNLABELED and SOLVER.ACCUMULATE.
 
 "LR" and "HR" are the student's stock detector with Detectron2's own mapper, "plain teacher" is the
 student with a teacher that runs as it was loaded, in fp32. It writes benchmark.md, .json and .png.
@@ -32,13 +33,14 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from msad_kd import DistilledMixin, InputError, build_config
 from msad_kd.checkpoint.files import write_json
 from msad_kd.config.imports import add_code_options
+from msad_kd.data.classes import align_classes
 from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.distill.teacher import Teacher
 from msad_kd.evaluation.cost import device_name, fix_detections, time_models
 from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx
 from msad_kd.export.tracing import ExportableDetector
-from msad_kd.modeling.classes import anchor_sizes
+from msad_kd.modeling.classes import anchor_sizes, number_of_classes
 from msad_kd.utils.arguments import positive
 from msad_kd.utils.replaced import replaced
 from projects.Shapes.generate import generate
@@ -64,7 +66,7 @@ def build_sides(args):
     """Return the sides by name.
 
     Raises:
-        InputError: if a config is no student's.
+        InputError: if a config is no student's, or the images have classes that its model lacks.
     """
     sides = {}
     for name, file in (("student", args.config_file), ("vs", args.vs)):
@@ -80,6 +82,7 @@ def build_sides(args):
         if scale < 1 or high % low:
             raise InputError(f"--image-sizes: {high} is not a multiple of {low}")
         if name == "student":
+            align_classes(cfg, cfg.DATASETS.TRAIN)
             stock = next(x.__name__ for x in kind.__mro__ if not issubclass(x, DistilledMixin))
             plain = sized(cfg, low, scale, "MODEL.META_ARCHITECTURE", stock)
             sides = {"LR": Side(plain)}
@@ -87,8 +90,23 @@ def build_sides(args):
                 anchors = "MODEL.ANCHOR_GENERATOR.SIZES", anchor_sizes(cfg, scale)
                 sides["HR"] = Side(sized(plain, high, 1, *anchors))
             sides["plain teacher"] = Side(sized(cfg, low, scale), PlainTeacher)
+            classes = number_of_classes(cfg)
+        elif number_of_classes(cfg) != classes:
+            words = (
+                f"{number_of_classes(cfg)} classes, and the images, the first student's, {classes}"
+            )
+            raise InputError(f"--vs: '{file}' has {words}; name a student of the same data set")
         sides[name] = Side(sized(cfg, low, scale), Teacher)
     return sides
+
+
+def left_out(cfg):
+    """Return the keys that a student's training reads and a measured step does not."""
+    keys = {
+        "DATASETS.UNLABELED": cfg.DATASETS.UNLABELED,
+        "SOLVER.ACCUMULATE": cfg.SOLVER.ACCUMULATE > 1,
+    }
+    return [key for key, value in keys.items() if value]
 
 
 def exported(cfg, model, image, threads):
@@ -146,6 +164,8 @@ def measure(args):
     machine = [platform.machine(), f"{os.cpu_count()} cores", threads, device_name(cfg), versions]
     return {
         "config": args.config_file,
+        "vs": args.vs,
+        "left_out": left_out(sides["student"].cfg),
         "options": args.opts,
         "machine": ", ".join(machine),
         "image_sizes": [max(side.cfg.INPUT.MIN_SIZE_TRAIN) for side in sides.values()],
@@ -164,7 +184,7 @@ def main(arguments=None):
     """Run the command line; an expected error ends it with one sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--config-file", default=STUDENT, help="a student's config (default: %(default)s)")
+    add("--config-file", help=f"a student's config (default: {STUDENT})")
     add("--vs", help="the config of another student to measure beside it")
     add(
         "--image-sizes",
@@ -190,10 +210,13 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if args.quick:
+            if args.config_file or args.image_sizes:
+                parser.error("--quick has a config and sizes of its own; leave out the others")
             vars(args).update(QUICK)
             generate(Path(folder) / "shapes", train=4, val=1, classes=5, progress=False)
             environment = {**os.environ, "DETECTRON2_DATASETS": folder}
             stack.enter_context(replaced(os, environ=environment))
+        args.config_file = args.config_file or STUDENT
         try:
             args.output.mkdir(parents=True, exist_ok=True)
             result = measure(args)

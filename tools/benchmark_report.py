@@ -50,12 +50,14 @@ def markdown(result):
         rows.append([name, *numbers, ratio(rounds, name, "LR")])
     headings = ["ms", *PARTS, "step", "held (MiB)", "peak (MiB)", "step / LR step"]
     sides = ", ".join(f"{n}: {x} px" for n, x in zip(rounds, result["image_sizes"]))
+    versus = ["vs:", result["vs"]] if result["vs"] else []
     lines = [
-        " ".join(map(str, (result["config"], *result["options"]))),
+        " ".join(map(str, (result["config"], *result["options"], *versus))),
         "",
         f"{result['machine']}. {sides}; batch {result['batch']}. {result['clock']}, medians and "
         f"(least-greatest) of {len(rounds['LR'])} rounds. Held: weights of student and teacher, "
-        "and the optimizer's state. Peak: what a step takes on top, at the most.",
+        "and the optimizer's state. Peak: what a step takes on top, at the most."
+        + "".join(f" Left out: {key}." for key in result["left_out"]),
         "",
         tabulate(rows, headings, "pipe", disable_numparse=True),
         "",
@@ -63,7 +65,7 @@ def markdown(result):
     for count, latency in result["latency_ms"].items():
         for name, x in latency.items():
             time = f"{x['median']:.0f} ms ({x['low']:.0f}-{x['high']:.0f})"
-            lines.append(f"inference of {name}, batch {count}: {time}")
+            lines.append(f"inference of {name}, batch {count}: {time}, wall time and quartiles")
     if "HR" in rounds:
         lines.append(f"student mapper / HR mapper: {ratio(rounds, 'student', 'HR', ['mapper'])}")
     teachers = ratio(rounds, "student", "plain teacher", ["teacher"])

@@ -7,6 +7,10 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import ROOT, load_tool
 
+from msad_kd import build_config
+
+CLASSES = ["MODEL.ROI_HEADS.NUM_CLASSES", "1"]
+
 
 @pytest.fixture
 def no_shapes():
@@ -50,6 +54,7 @@ def results(**times):
     rounds = {name: [dict.fromkeys(parts, x) for x in xs] for name, xs in times.items()}
     result = {"config": "c", "options": ["KEY", 1], "machine": "m", "image_sizes": [4, 4, 4]}
     result |= {"batch": 1, "clock": "wall time", "rounds": rounds, "latency_ms": {}}
+    result |= {"vs": None, "left_out": []}
     result |= {
         "fp32_on_cpu": True,
         "product_gflops": [2.0, 4.0, 1.0],
@@ -78,6 +83,20 @@ def test_another_precision_is_not_compared_with_an_fp32_product():
     assert "GFLOP" not in lines and lines.endswith("student step / LR step: 1.50 (1.00-3.00)")
 
 
+def test_what_was_measured_is_named():
+    result = {**results(**TIMES), "vs": "other.yaml", "left_out": ["DATASETS.UNLABELED"]}
+    result["latency_ms"] = {"2": {"LR": {"median": 3.0, "low": 2.0, "high": 4.0}}}
+    lines = load_tool("benchmark_report").markdown(result).splitlines()
+    assert lines[0] == "c KEY 1 vs: other.yaml"
+    assert lines[2].endswith("at the most. Left out: DATASETS.UNLABELED.")
+    assert "inference of LR, batch 2: 3 ms (2-4), wall time and quartiles" in lines
+
+
+def test_what_a_step_leaves_out(config_files):
+    cfg = build_config(str(config_files["student"]), ["SOLVER.ACCUMULATE", 2])
+    assert load_tool("benchmark").left_out(cfg) == ["SOLVER.ACCUMULATE"]
+
+
 def test_runs_are_compared(tmp_path, capsys):
     for name, result in {"one": results(**TIMES), "old": {"rounds": {}}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
@@ -87,8 +106,19 @@ def test_runs_are_compared(tmp_path, capsys):
     lines = (tmp_path / "out" / "growth.md").read_text().splitlines()
     assert lines == capsys.readouterr().out.splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells == ["k = 2=", "12.0 s", "2.00 (1.50-6.00)", "1.50 (1.00-3.00)", "1.5", "-", "1.5"]
+    assert cells == [
+        "k = 2=",
+        "12.0 s (wall time)",
+        "2.00 (1.50-6.00)",
+        "1.50 (1.00-3.00)",
+        "1.5",
+        "-",
+        "1.5",
+    ]
     assert (tmp_path / "out" / "growth.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        main([*given, given[-1]])
+    assert "two runs have the label 'k = 2='" in capsys.readouterr().err
     for words in ("one.json", "x=gone.json", f"x={tmp_path / 'old.json'}"):
         with pytest.raises(SystemExit):
             main([words])
@@ -103,6 +133,12 @@ def test_runs_are_compared(tmp_path, capsys):
         (["--image-sizes", "160", "64"], "--image-sizes: 160 is not a multiple of 64"),
         (["--rounds", "0"], "'0' is no whole number of 1 or more"),
         (["--quick", "--output", "README.md"], "File exists: 'README.md'"),
+        (["--quick", "--image-sizes", "128", "64"], "--quick has a config and sizes of its own"),
+        (
+            ["--quick", "--vs", "configs/Nuclei/student.yaml"],
+            "has 1 classes, and the images, the f",
+        ),
+        (["--quick", *CLASSES], "NUM_CLASSES is 1, but the data set 'shapes_train' "),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(

@@ -28,6 +28,8 @@ def read_results(pairs):
     results = {}
     for pair in pairs:
         label, found, path = pair.rpartition("=")
+        if label in results:
+            raise InputError(f"two runs have the label '{label}'")
         try:
             results[label] = json.loads(Path(path).read_text())
             results[label]["rounds"]["student"], results[label]["memory"]["student"]
@@ -50,10 +52,11 @@ def table(results):
         rounds, memory = result["rounds"], result["memory"]
         ratios = [ratio(rounds, name, "LR") for name in ("plain teacher", "student")]
         gigabytes = [
-            f"{sum(memory[name].values()) / 2**30:.1f}" if name in memory else "-"
+            f"{sum(memory[name].values()) / 2**30:.2g}" if name in memory else "-"
             for name in ("LR", "HR", "student")
         ]
-        lines.append([label, f"{lr_step(result):.1f} s", *ratios, *gigabytes])
+        time = f"{lr_step(result):.1f} s" if lr_step(result) >= 1 else f"{lr_step(result):.2g} s"
+        lines.append([label, f"{time} ({result['clock']})", *ratios, *gigabytes])
     headings = ["", "LR step", "plain teacher: step / LR step", "default: step / LR step"]
     headings += [f"{name}, GiB" for name in ("LR", "HR", "student")]
     return tabulate(lines, headings, "pipe", disable_numparse=True)
