@@ -51,6 +51,8 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
             f"the config file '{config_file}' is a Python config (LazyConfig): train it by "
             "tools/lazyconfig_train_net.py, or write a YAML file"
         )
+    if config_file and PathManager.isdir(config_file):
+        raise InputError(f"the config file '{config_file}' is a folder; name a file in it")
     if config_file and not PathManager.isfile(config_file):
         raise InputError(f"the config file '{config_file}' does not exist")
     try:
@@ -191,8 +193,9 @@ def check_config(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No GPU is available: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu":
-        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP needs a GPU
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        logging.getLogger(__name__).warning("SOLVER.AMP.ENABLED is False: it needs a GPU")
+        cfg.SOLVER.AMP.ENABLED = False
     return scale_to_processes(cfg, comm.get_world_size())
 
 

@@ -38,9 +38,13 @@ class Distiller(nn.Module):
     def evaluate(term: LossTerm, *inputs, where: str = "", **more) -> torch.Tensor:
         """Return a loss without its weight; ``where`` names the place in an error message."""
         try:
-            return term.function(*inputs, **more, **term.arguments)
+            value = term.function(*inputs, **more, **term.arguments)
         except ValueError as error:  # of an argument's value, or of maps too small for the loss
             raise InputError(f"KD.LOSSES: '{term.name}'{where}: {error}") from error
+        if not (torch.is_tensor(value) and value.numel() == 1):
+            found = f"a tensor {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
+            raise InputError(f"KD.LOSSES: '{term.name}'{where} returns {found}, no scalar")
+        return value
 
     def weigh(self, values: list[tuple[LossTerm, Losses]], iteration: int) -> Losses:
         """Sum and weight the values of a step, keep them, and log them if due.

@@ -156,7 +156,8 @@ def _warn_of_other_sizes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
     anchors, theirs = map(anchor_sizes, (cfg, teacher_cfg))
     sides, their_sides = (np.concatenate(sizes) for sizes in (anchors, theirs))
     same = sides.shape == their_sides.shape and np.allclose(factor * sides, their_sides)
-    if aligned and not is_a(cfg, FCOS) and not same:
+    without = is_a(cfg, FCOS) or is_a(teacher_cfg, FCOS)  # it has no anchors
+    if aligned and not without and not same:
         logger.warning(
             f"MODEL.ANCHOR_GENERATOR.SIZES is {theirs} in the teacher's config '{file}', not "
             f"{factor} times the student's {anchors}; the two then find an object on other levels"

@@ -235,9 +235,9 @@ def _build(config, options):
     cfg = pickle.loads(_read(config))
     # On the CPU, so that a cell means the same on every machine.
     merge_config(cfg, "", [*map(str, options), "MODEL.DEVICE", "cpu"])
-    amp = cfg.SOLVER.AMP.ENABLED
+    amp, cfg.SOLVER.AMP.ENABLED = cfg.SOLVER.AMP.ENABLED, False  # it is refused on the CPU
     cfg = check_config(cfg)
-    cfg.SOLVER.AMP.ENABLED = amp  # which is turned off on the CPU
+    cfg.SOLVER.AMP.ENABLED = amp
     return cfg
 
 

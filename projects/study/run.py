@@ -20,6 +20,7 @@ from pathlib import Path
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from msad_kd.config.imports import add_code_options, import_modules
 from msad_kd.data.coco_format import datasets_folder
 from msad_kd.utils.arguments import positive
 from msad_kd.utils.errors import InputError
@@ -47,6 +48,7 @@ def parse_arguments(arguments=None):
     add("--overwrite", action="store_true", help="replace data sets made with other arguments")
     add("--set", nargs=2, action="extend", default=[], metavar=("KEY", "VALUE"), dest="settings",
         help="a config key for all trainings, for a trial; may be given several times")  # fmt: skip
+    add_code_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -88,6 +90,7 @@ def make_data(grid, cells, keys, overwrite, screen):
 
 def run(args, screen):
     """Run a study from its data to its tables."""
+    import_modules()
     grid = read_grid(args.grid)
     folder = Path(args.output or grid.output)
     cells = make_cells(grid, folder, args.settings, max(args.num_gpus, 1))

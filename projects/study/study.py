@@ -168,6 +168,8 @@ class Study:
             each = queue.pop()
             used[each.key] = each
             queue += map(self.cells.get, each.needs)
+        if any(any(each.meaning.get("files", ())) for each in used.values()):
+            return None  # it starts from a file that is no row's
         times = [self._training_seconds(each) for each in used.values()]
         return None if None in times else sum(times)
 

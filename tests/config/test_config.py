@@ -131,6 +131,7 @@ def test_a_users_module_is_imported(tmp_path, monkeypatch):
     ("file", "words"),
     [
         ("no/such.yaml", "'no/such.yaml' does not exist"),
+        ("configs/Shapes", "'configs/Shapes' is a folder"),
         ("lazy.py", r"tools/lazyconfig_tr"),
     ],
 )
@@ -186,11 +187,15 @@ def test_the_device_is_the_gpu_or_with_one_warning_the_cpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert build_config("", []).MODEL.DEVICE == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for device, warnings in (("cuda", 1), ("cpu", 0)):
+    for device, warnings in (("cuda", ["No GPU is"]), ("cpu", [])):
         caplog.clear()
         cfg = build_config("", ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", True])
         assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
-        assert len(caplog.records) == warnings
+        said = [*warnings, "SOLVER.AMP.ENABLED is False"]
+        assert len(caplog.messages) == len(said) and all(map(str.startswith, caplog.messages, said))
+        caplog.clear()
+        build_config("", ["MODEL.DEVICE", "cpu"])
+        assert not caplog.messages
 
 
 REFERENCE = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.IMS_PER_BATCH", 16]

@@ -149,6 +149,7 @@ def test_eval_only_finds_what_the_training_run_found_without_a_teacher(
         ("", (), "no checkpoint is named"),
         ("", ("--resume",), "no checkpoint is named"),
         ("nowhere.pth", (), "'nowhere.pth' .* does not exist"),
+        ("configs", (), "'configs' for .* is a folder; name the file in it"),
     ],
 )
 def test_eval_only_without_weights(config_files, tmp_path, weights, flags, words):

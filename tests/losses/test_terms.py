@@ -1,11 +1,13 @@
 """KD.LOSSES: the warm-up of a weight, and how fields are checked against the loss's signature."""
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
+from msad_kd.distill.distiller import Distiller
 from msad_kd.losses import (
     DENSE_LOSS_REGISTRY,
     DISTILL_LOSS_REGISTRY,
@@ -108,15 +110,46 @@ def test_losses_are_finite_at_both_ends_of_their_ranges(extreme):
         assert loss.isfinite() and gradient.isfinite().all(), (name, arguments)
 
 
+@contextmanager
+def registered(loss):
+    DISTILL_LOSS_REGISTRY.register(loss)
+    try:
+        yield
+    finally:
+        DISTILL_LOSS_REGISTRY._obj_map.pop(loss.__name__)
+
+
+def test_a_users_loss_that_cannot_be_called():
+    def mine(student, teacher, gamma):
+        return gamma
+
+    with registered(mine), pytest.raises(InputError, match="'mine' .* argument: 'gamma'; its oth"):
+        read_losses([{"name": "mine", "weight": 1}])
+
+    def own(student):
+        return student.mean()
+
+    with registered(own), pytest.raises(InputError, match="'own' .* too many positional arg"):
+        read_losses([{"name": "own", "weight": 1}])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(torch.ones(2, 3), r"a tensor \(2, 3\)"), (None, "None"), (0.5, "0.5")]
+)
+def test_a_users_loss_that_returns_no_scalar(value, words):
+    def mine(student, teacher):
+        return value
+
+    with registered(mine), pytest.raises(InputError, match=f"'mine' on level p2 returns {words},"):
+        Distiller.evaluate(LossTerm("mine", 1), None, None, where=" on level p2")
+
+
 def test_a_users_loss_without_annotations():
     def scaled(student, teacher, scale=2, mode="a", **others):
         return scale
 
-    DISTILL_LOSS_REGISTRY.register(scaled)
-    try:
+    with registered(scaled):
         entry = {"name": "scaled", "weight": 1, "scale": 0.5, "mode": None, "other": "1e2"}
         assert read_losses([entry])[0].arguments == {"scale": 0.5, "mode": None, "other": 100.0}
         with pytest.raises(InputError, match="scale of 'scaled' should be a number, not 'big'"):
             read_losses([{**entry, "scale": "big"}])
-    finally:
-        DISTILL_LOSS_REGISTRY._obj_map.pop("scaled")

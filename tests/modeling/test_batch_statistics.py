@@ -88,6 +88,7 @@ def test_the_tool_gives_them_to_a_teacher_that_shared(config_files, tmp_path):
         ("teacher", None, "source.pth' for its statistics does not exist"),
         ("lr", ["x"], "lr.yaml' is not a multi-resolution teacher"),
         ("teacher", ["x"], "does not fit the config .*keys of the model are absent"),
+        ("folder", ["x"], "' is a folder; name a file to write"),
         ("shared", ["x"], "share their statistics; add MODEL.MULTI_RESOLUTION.SEPARATE_STATISTICS"),
     ],
 )
@@ -96,12 +97,12 @@ def test_what_the_tool_cannot_do(role, keys, words, config_files, tmp_path):
     if keys is not None:
         torch.save({"model": dict.fromkeys(keys, torch.zeros(1))}, source)
     opts = [] if role == "shared" else [*map(str, SEPARATE)]
-    file = config_files["teacher" if role == "shared" else role]
-    target = tmp_path / "target.pth"
+    file = config_files["lr" if role == "lr" else "teacher"]
+    target = tmp_path / ("target.pth" if role != "folder" else "")
     paths = {"config_file": str(file), "source": str(source), "target": str(target)}
     with pytest.raises(InputError, match=words):
         load_tool("precise_statistics").main(SimpleNamespace(batches=1, opts=opts, **paths))
-    assert not target.exists()
+    assert not target.is_file()
 
 
 def test_the_statistics_of_both_resolutions_are_shared(monkeypatch):

@@ -112,6 +112,8 @@ def test_the_total_time_has_trainings_that_were_not_measured(tmp_path, study_of)
     teacher = cell_of(tmp_path, "teacher", "b", needs=("start/1",))
     branch = cell_of(tmp_path, "branch", "c", needs=("teacher/1",), checkpoint_of="teacher")
     student = cell_of(tmp_path, "student", "d", needs=("branch/0", "start/1"))  # by two paths
+    for cell in (start, teacher, branch, student):
+        cell.meaning = {"files": [None]}
     for cell, time in ((start, 1), (teacher, 10), (student, 100)):
         cell.folder.mkdir(parents=True)
         (cell.folder / "metrics.json").write_text(json.dumps({"iteration": 1, "time": time}))
@@ -122,8 +124,9 @@ def test_the_total_time_has_trainings_that_were_not_measured(tmp_path, study_of)
     study.finish(student, tmp_path / "found")
     result = study.results["cells"]["student/1"]
     assert (result["training_seconds"], result["total_seconds"]) == (200, 222)
-    for elsewhere in ("a checkpoint", "no log"):
+    for elsewhere in ("a checkpoint", "a file", "no log"):
         start.row.checkpoint = "shipped.pth" if elsewhere == "a checkpoint" else ""
+        start.meaning["files"] = [None, "its hash"] if elsewhere == "a file" else [None]
         if elsewhere == "no log":
             (start.folder / "metrics.json").unlink()
         study.finish(student, tmp_path / "found")

@@ -119,8 +119,11 @@ def test_a_wrong_file_of_losses(config_files, tmp_path, content, words):
 
 
 def test_a_config_that_is_no_students(config_files, tmp_path):
-    with pytest.raises(SystemExit, match=r"tune_losses.py: .* not the config of a student"):
-        tool.main(["--config-file", str(config_files["lr"]), "--output", str(tmp_path)])
+    words = ["--config-file", str(config_files["lr"]), "--output", str(tmp_path)]
+    (tmp_path / "losses.yaml").write_text("mine: [{name: l1, weight: 0.6}]")
+    for more in ([], ["--losses", str(tmp_path / "losses.yaml")]):
+        with pytest.raises(SystemExit, match=r"tune_losses.py: .* not the config of a student"):
+            tool.main([*words, *more])
 
 
 @pytest.mark.long

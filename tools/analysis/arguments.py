@@ -1,6 +1,7 @@
 """Build and run the command lines of these tools."""
 
 import argparse
+from pathlib import Path
 
 from msad_kd.checkpoint.files import write_json
 from msad_kd.config.imports import add_code_options
@@ -38,6 +39,16 @@ def run(parser, main, arguments=None):
         parser.error(str(error))
 
 
+def check_target(path):
+    """Check, before what takes long, that no folder has the name of a file to write; None is none.
+
+    Raises:
+        InputError: if one has.
+    """
+    if path is not None and Path(path).is_dir():
+        raise InputError(f"'{path}' is a folder; name a file to write")
+
+
 def report(parser, measure, markdown, arguments=None):
     """Run the command line of a parser from ``parser_for``: measure, print and write the result.
 
@@ -49,6 +60,7 @@ def report(parser, measure, markdown, arguments=None):
     """
 
     def main(args):
+        check_target(args.json)
         result = measure(args)
         print(f"\n{markdown(result)}")
         if args.json:

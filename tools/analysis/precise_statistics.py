@@ -14,7 +14,7 @@ does not read them in training, so its weights fit both.
 import argparse
 
 import torch
-from arguments import positive, run
+from arguments import check_target, positive, run
 from fvcore.nn.precise_bn import update_bn_stats
 from tqdm import tqdm
 
@@ -28,6 +28,7 @@ def main(args):
     """Average over training batches, first at high and then at low resolution."""
     contents = read_model(args.source, "its statistics")
     state, classes = contents["model"], contents.get("classes")
+    check_target(args.target)
     cfg = build_config(args.config_file, args.opts)
     cfg.SOLVER.ACCUMULATE = 1  # each batch is one pass
     model = KDTrainer.build_model(cfg)

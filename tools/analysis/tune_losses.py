@@ -34,12 +34,13 @@ from compare_gradients import DETECTION, PREFIX, load_student, measure_batch
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-from msad_kd import InputError, build_config
+from msad_kd import DistilledMixin, InputError, build_config
 from msad_kd.checkpoint.files import replacing
 from msad_kd.config.derive import WARMUP_SHARE, default_losses
 from msad_kd.config.imports import add_code_options
 from msad_kd.data.coco_format import datasets_folder
 from msad_kd.losses.terms import read_losses
+from msad_kd.modeling.classes import is_a
 from projects.study import run as study
 from projects.study.jobs import count_cores
 from projects.study.reports import KINDS, spread
@@ -86,7 +87,7 @@ def read_candidates(args, cfg):
     """Return the losses to try by name, those of the first call if it is typed again.
 
     Raises:
-        InputError: if the file has no such entries, or the config is not a student's.
+        InputError: if the file has no such entries.
     """
     kept = args.output / "candidates.yaml"
     source = args.losses or (kept if kept.is_file() else None)
@@ -194,6 +195,8 @@ def main(arguments=None):
     try:
         # Each training scales its schedule to the processes that it has.
         cfg = build_config(args.config_file, ["SOLVER.REFERENCE_WORLD_SIZE", 0, *args.opts])
+        if not is_a(cfg, DistilledMixin):
+            raise InputError(f"'{args.config_file}' is not the config of a student")
         args.iterations = args.iterations or max(1, cfg.SOLVER.MAX_ITER // 4)
         args.output.mkdir(parents=True, exist_ok=True)
         candidates = read_candidates(args, cfg)
