@@ -2,25 +2,22 @@
 """Train, resume and evaluate students, ladders of teachers, teachers and stock detectors."""
 
 import logging
-import os
-import sys
 from logging.handlers import MemoryHandler
 
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from msad_kd import KDTrainer
 from msad_kd.checkpoint.checkpointer import find_checkpoint
 from msad_kd.config.build import build_config
 from msad_kd.config.imports import add_code_options
-from msad_kd.engine.launch import is_restarted, launch
+from msad_kd.engine.launch import is_restarted, run_command
 from msad_kd.engine.run_folder import explain_disk_errors, make_folder, take_folder
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.ladder.run import run_ladder
-from msad_kd.utils.errors import InputError, input_error_of
+from msad_kd.utils.errors import InputError
 
 EXAMPLES = """
 examples:
@@ -87,25 +84,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=EXAMPLES)
-    parser.set_defaults(dist_url="auto")  # Detectron2's is the same for all runs of a user
     (options,) = [action for action in parser._actions if action.dest == "opts"]
     options.help = "KEY VALUE pairs on top of the config file"  # Detectron2's names LazyConfig
     add_code_options(parser)
-    arguments = parser.parse_args()
-    try:
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
-    except (InputError, ProcessRaisedException) as error:
-        sentence = input_error_of(error)
-        if sentence is None:
-            raise
-        sys.exit(f"{os.path.basename(__file__)}: {sentence}")
-    except ProcessExitedException as error:  # killed, perhaps because memory ran out
-        words = "the others were ended; --resume goes on from the last checkpoint"
-        sys.exit(f"{os.path.basename(__file__)}: {error}; {words}")
+    run_command(main, parser, "; --resume goes on from the last checkpoint")

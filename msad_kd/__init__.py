@@ -24,5 +24,3 @@ from msad_kd.modeling.multi_resolution import (
     MultiResolutionRetinaNet,
 )
 from msad_kd.utils.errors import InputError
-
-__all__ = [name for name in globals() if not name.startswith("_")]

@@ -14,7 +14,6 @@ student with a teacher that runs as it was loaded, in fp32. It writes benchmark.
 """
 
 import argparse
-import copy
 import os
 import platform
 import sys
@@ -129,7 +128,7 @@ def time_inference(sides, dicts, args):
     inputs = {}
     for name, side in sides.items():
         mapper = DatasetMapper(side.cfg, False)
-        inputs[name] = [mapper(copy.deepcopy(entry)) for entry in dicts[:5]]
+        inputs[name] = [mapper(entry) for entry in dicts[:5]]
     if args.onnx:
         image = inputs["LR"][0]["image"]
         models["LR, onnxruntime"] = exported(sides["LR"].cfg, models["LR"], image, args.threads)

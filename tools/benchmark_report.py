@@ -2,11 +2,8 @@
 
 from statistics import median
 
-import matplotlib
+from matplotlib.figure import Figure
 from tabulate import tabulate
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 PARTS = ("mapper", "student forward", "teacher", "losses", "backward", "optimizer")
 
@@ -83,7 +80,8 @@ def medians(entries):
 
 def draw_bars(bars, label, file):
     """Draw stacked bars to a PNG file: ``bars`` has the width of each part by the bar's name."""
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(bars) + 1.5))
+    figure = Figure(figsize=(7, 0.5 * len(bars) + 1.5))
+    axes = figure.subplots()
     left = dict.fromkeys(bars, 0.0)
     for part in PARTS:
         widths = [parts[part] for parts in bars.values()]
@@ -93,7 +91,6 @@ def draw_bars(bars, label, file):
     axes.invert_yaxis()
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.savefig(file, bbox_inches="tight", dpi=120, format="png")
-    plt.close(figure)
 
 
 def draw(result, file):

@@ -1,6 +1,5 @@
 """The sides of tools/benchmark.py: models that train a step, whose parts are timed."""
 
-import copy
 import ctypes
 import os
 import re
@@ -119,7 +118,7 @@ class Side:
         for _ in range(MAPPINGS):
             seed_all(seed)
             with clock.part("mapper"):
-                batch = [self.mapper(copy.deepcopy(x)) for x in dicts]
+                batch = [self.mapper(x) for x in dicts]
         parts["mapper"] /= MAPPINGS
         with EventStorage(ITERATION), ExitStack() as timings, clock.part("student forward"):
             if self.teacher:
@@ -137,7 +136,7 @@ class Side:
 
     def count_teacher(self, dicts):
         """Return the GFLOP of the teacher's pyramid, each multiply-add being two operations."""
-        batch = [self.mapper(copy.deepcopy(x)) for x in dicts]
+        batch = [self.mapper(x) for x in dicts]
         padded = tuple(self.model.preprocess_image(batch).tensor.shape[-2:])
         with counting_flops() as counter:
             self.teacher.pyramid(batch, padded)

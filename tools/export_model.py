@@ -19,13 +19,14 @@ from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.checkpoint.checkpoint import TRAINING_PREFIX, save_model
 from msad_kd.checkpoint.files import replacing, write_json
 from msad_kd.config.imports import add_code_options
-from msad_kd.export.metadata import check_not_teacher, describe_model
+from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx, import_onnx
 from msad_kd.export.parity import at_three_sizes, compare, read_images, table
 from msad_kd.export.stock import lazy_config, stock_config
 from msad_kd.export.tracing import ExportableDetector, export_torchscript
 from msad_kd.modeling.classes import is_a
 from msad_kd.modeling.fcos import FCOS
+from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 from msad_kd.utils.arguments import positive
 
 FORMATS = ("detectron2", "torchscript", "onnx")
@@ -81,7 +82,11 @@ def export_model(args):
     torch.set_num_threads(1)
     on_cpu = ["MODEL.DEVICE", "cpu"] if args.format in FILES else []  # where models are traced
     cfg = build_config(args.config_file, [*args.opts, *on_cpu])
-    check_not_teacher(cfg)
+    if is_a(cfg, MultiResolutionMixin):
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, a teacher that reads two "
+            "images; export its student, or a model that started from its weights"
+        )
     model = KDTrainer.load_model(cfg, args.weights, f"the config '{args.config_file}'")
     os.makedirs(args.output, exist_ok=True)
     if args.format == "detectron2":

@@ -4,7 +4,6 @@
 Example: tools/lazyconfig_train_net.py --config-file configs/lazy/mask_rcnn_R_50_FPN_student_1x.py
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -23,13 +22,12 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from msad_kd import init_from_teacher
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer
-from msad_kd.engine.launch import launch
+from msad_kd.engine.launch import run_command
 from msad_kd.utils.compat import ddp_on
-from msad_kd.utils.errors import InputError, input_error_of
+from msad_kd.utils.errors import InputError
 from msad_kd.utils.unpickle import TrustFiles
 
 
@@ -92,14 +90,4 @@ def main(args):
 if __name__ == "__main__":
     parser = default_argument_parser()
     parser.add_argument("--trust-files", action=TrustFiles)
-    parser.set_defaults(dist_url="auto")  # Detectron2's is the same for all runs of a user
-    arguments = parser.parse_args()
-    machines = {"num_machines": arguments.num_machines, "machine_rank": arguments.machine_rank}
-    try:
-        launch(main, arguments.num_gpus, **machines, dist_url=arguments.dist_url, args=(arguments,))
-    except (InputError, ProcessRaisedException) as error:
-        if (sentence := input_error_of(error)) is None:
-            raise
-        sys.exit(f"{os.path.basename(__file__)}: {sentence}")
-    except ProcessExitedException as error:  # killed, perhaps because memory ran out
-        sys.exit(f"{os.path.basename(__file__)}: {error}; the others were ended")
+    run_command(main, parser)

@@ -11,9 +11,7 @@ from safetensors import safe_open
 
 from msad_kd.utils.errors import InputError, first_line
 from msad_kd.utils.hashes import check_hash, split_hash
-from msad_kd.utils.unpickle import UntrustedError, load_pickle, load_torch, trust_files
-
-__all__ = ["check_exists", "read_checkpoint", "read_local", "trust_files"]
+from msad_kd.utils.unpickle import UntrustedError, load_pickle, load_torch
 
 # What a file begins with that is often found in place of a checkpoint.
 _IMPOSTORS = {

@@ -3,5 +3,3 @@
 from msad_kd.config.build import build_config, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.config.stages import Stage, read_stages, stage_config
-
-__all__ = [name for name in globals() if not name.startswith("_")]

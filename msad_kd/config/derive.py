@@ -5,6 +5,7 @@ The detector reads images at high resolution, the student images whose sides are
 
 from detectron2.config import CfgNode
 
+from msad_kd.data.augmentation import divide_sizes
 from msad_kd.modeling.classes import anchor_sizes, frame_of
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.errors import InputError
@@ -97,8 +98,7 @@ def fit_warmups(cfg: CfgNode, losses: bool = True) -> None:
     """
     most = int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER)
     cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, max(1, most))
-    student = any(cfg.MODEL.META_ARCHITECTURE == name for name, _ in KINDS.values())
-    for term in cfg.KD.LOSSES if student and losses else ():
+    for term in cfg.KD.LOSSES if losses and frame_of(cfg) == "lr" else ():
         term["warmup_iters"] = min(term.get("warmup_iters", 0), most)
 
 
@@ -162,18 +162,11 @@ def _set_levels(cfg: CfgNode, first: int) -> None:
 
 
 def _divide_sizes(cfg: CfgNode, scale: int) -> None:
-    """Divide sizes of images, rounded up as the mapper of two resolutions does, and of anchors.
-
-    INPUT.CROP stays: it precedes the resize, so it is in pixels of the original.
-    """
-    inputs = cfg.INPUT
-    inputs.MIN_SIZE_TRAIN = tuple(-(-size // scale) for size in inputs.MIN_SIZE_TRAIN)
-    for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
-        inputs[key] = -(-inputs[key] // scale)
+    """Divide sizes of images, as the mapper of two resolutions does, and of anchors."""
+    divide_sizes(cfg.INPUT, scale)
     aug = cfg.TEST.AUG
     aug.MIN_SIZES = tuple(-(-size // scale) for size in aug.MIN_SIZES)
     aug.MAX_SIZE = -(-aug.MAX_SIZE // scale)
-    inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
     if cfg.MODEL.META_ARCHITECTURE == "FCOS":
         return  # it has no anchors; its ranges of sizes follow the strides
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = anchor_sizes(cfg, 1 / scale)

@@ -22,6 +22,7 @@ def _are_scores(values) -> bool:
 
 
 _VALUES = {
+    "DATASETS.INVALID_ANNOTATIONS": Literal["error", "drop"],
     "SOLVER.MAX_ITER": Count,
     "SOLVER.IMS_PER_BATCH": Count,
     "SOLVER.UNLABELED_PER_BATCH": WholeNumber,
@@ -34,9 +35,14 @@ _VALUES = {
     "SOLVER.WEIGHT_DECAY": NotNegative,
     "SOLVER.WARMUP_ITERS": WholeNumber,
     "SOLVER.WARMUP_FACTOR": Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"],
+    "SOLVER.OPTIMIZER": Literal["SGD", "ADAMW"],
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Literal["value", "norm", "full_norm", "full_model"],
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Annotated[float, lambda x: x > 0, "a number above 0"],
     "SOLVER.REFERENCE_WORLD_SIZE": WholeNumber,
     "DATALOADER.NUM_WORKERS": WholeNumber,
+    "DATALOADER.SAMPLER_TRAIN": Literal[
+        "TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"
+    ],
     "DATALOADER.RANDOM_SUBSET_RATIO": Annotated[float, lambda x: 0 < x <= 1, "above 0, up to 1"],
     "DATALOADER.REPEAT_THRESHOLD": NotNegative,
     "INPUT.MIN_SIZE_TRAIN": Annotated[
@@ -49,6 +55,9 @@ _VALUES = {
     "INPUT.MAX_SIZE_TRAIN": Count,
     "INPUT.MAX_SIZE_TEST": Count,
     "INPUT.JITTER.SIZE": WholeNumber,
+    "INPUT.JITTER.SCALES": Annotated[
+        tuple[float, float], lambda x: 0 < x[0] <= x[1], "a range of two numbers above 0"
+    ],
     "INPUT.COLOR.BRIGHTNESS": Share,
     "INPUT.COLOR.CONTRAST": Share,
     "INPUT.COLOR.SATURATION": Share,
@@ -56,6 +65,7 @@ _VALUES = {
     "INPUT.MIXUP.ALPHA": Positive,
     "MODEL.MULTI_RESOLUTION.FUSED_WEIGHT": NotNegative,
     "MODEL.MULTI_RESOLUTION.REDUCTION": Count,
+    "KD.TEACHER.AMP": Literal["", "bf16", "fp16"],
     "KD.UNLABELED.WEIGHT": NotNegative,
     "KD.UNLABELED.SCORE": Annotated[
         tuple[float, ...], _are_scores, "a list of numbers from 0 to 1, one or one a class"

@@ -4,5 +4,3 @@ from msad_kd.data.coco_format import register_coco_format
 from msad_kd.data.loader import ResumableLoader, build_train_loader
 from msad_kd.data.mapper import TwoResolutionMapper, build_mapper
 from msad_kd.data.transforms import scale_transform
-
-__all__ = [name for name in globals() if not name.startswith("_")]

@@ -19,8 +19,6 @@ def jitter_arguments(cfg: CfgNode, is_train: bool) -> dict:
     jitter = cfg.INPUT.JITTER
     if not is_train or not jitter.SIZE:
         return {}
-    if len(jitter.SCALES) != 2 or not 0 < jitter.SCALES[0] <= jitter.SCALES[1]:
-        raise InputError(f"INPUT.JITTER.SCALES is {jitter.SCALES}; it should be a range")
     if cfg.INPUT.CROP.ENABLED:
         raise InputError("INPUT.CROP.ENABLED and INPUT.JITTER.SIZE both crop; turn one of them off")
     resize = T.ResizeScale(*jitter.SCALES, target_height=jitter.SIZE, target_width=jitter.SIZE)
@@ -44,6 +42,18 @@ def longest_side(inputs: CfgNode, is_train: bool) -> float:
     if not (any(inputs.MIN_SIZE_TRAIN) if is_train else inputs.MIN_SIZE_TEST):
         return math.inf  # 0 turns the resize off
     return inputs.MAX_SIZE_TRAIN if is_train else inputs.MAX_SIZE_TEST
+
+
+def divide_sizes(inputs: CfgNode, scale: int) -> None:
+    """Divide the sizes of the section INPUT, in place, to those of low resolution.
+
+    They are rounded up, as in the paper: 1333 px at high resolution are 667 px at low resolution.
+    INPUT.CROP stays: it precedes the resize, so it is in pixels of the original.
+    """
+    inputs.MIN_SIZE_TRAIN = tuple(-(-size // scale) for size in inputs.MIN_SIZE_TRAIN)
+    for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+        inputs[key] = -(-inputs[key] // scale)
+    inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
 
 
 class _SaturationBGR(T.RandomSaturation):

@@ -39,8 +39,6 @@ def register_coco_format(cfg: CfgNode) -> None:
         InputError: if an entry lacks a field or has an unknown one, or if its name is taken.
     """
     invalid = cfg.DATASETS.INVALID_ANNOTATIONS
-    if invalid not in ("error", "drop"):
-        raise InputError(f"DATASETS.INVALID_ANNOTATIONS is {invalid!r}; use error or drop")
     if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
         raise InputError("DATASETS.COCO_FORMAT should be a list of {name, json, images}")
     fields = {"name": str, "json": str, "images": str, **_KEYPOINTS}

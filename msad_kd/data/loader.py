@@ -164,16 +164,11 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **repeat_factor_options(cfg)
         )
         return samplers.RepeatFactorTrainingSampler(factors, seed=seed)
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        if int(ratio * len(dicts)) == 0:
-            words = f"{ratio}, which of {len(dicts)} images leaves none"
-            raise InputError(f"DATALOADER.RANDOM_SUBSET_RATIO is {words}")
-        return samplers.RandomSubsetTrainingSampler(len(dicts), ratio, True, seed, seed)
-    raise InputError(
-        f"DATALOADER.SAMPLER_TRAIN: '{name}' is unknown; use TrainingSampler, "
-        "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
-    )
+    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    if int(ratio * len(dicts)) == 0:
+        words = f"{ratio}, which of {len(dicts)} images leaves none"
+        raise InputError(f"DATALOADER.RANDOM_SUBSET_RATIO is {words}")
+    return samplers.RandomSubsetTrainingSampler(len(dicts), ratio, True, seed, seed)
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> ResumableLoader:

@@ -16,7 +16,12 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from fvcore.transforms.transform import Transform, TransformList
 
-from msad_kd.data.augmentation import colour_augmentations, jitter_arguments, longest_side
+from msad_kd.data.augmentation import (
+    colour_augmentations,
+    divide_sizes,
+    jitter_arguments,
+    longest_side,
+)
 from msad_kd.data.images import ImageError, read_image, unreadable
 from msad_kd.data.keypoints import naming_keypoints
 from msad_kd.data.transforms import scale_transforms
@@ -216,12 +221,7 @@ class TwoResolutionMapper(CheckedDatasetMapper):
         if frame == "hr":
             cfg = cfg.clone()
             cfg.defrost()
-            inputs = cfg.INPUT
-            # Rounded up, as in the paper: 1333 px at high resolution are 667 px at low resolution.
-            inputs.MIN_SIZE_TRAIN = tuple(-(-size // scale) for size in inputs.MIN_SIZE_TRAIN)
-            for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
-                inputs[key] = -(-inputs[key] // scale)
-            inputs.JITTER.SIZE = -(-inputs.JITTER.SIZE // scale)
+            divide_sizes(cfg.INPUT, scale)
         return {**super().from_config(cfg, is_train), "frame": frame, "scale": scale}
 
     def __call__(self, dataset_dict: dict) -> dict | None:

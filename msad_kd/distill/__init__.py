@@ -5,5 +5,3 @@ from msad_kd.distill.roi_distiller import RoIDistiller
 from msad_kd.distill.student import DistilledMixin, attach_teacher
 from msad_kd.distill.teacher import Teacher
 from msad_kd.distill.teacher_spec import TeacherSpec
-
-__all__ = [name for name in globals() if not name.startswith("_")]

@@ -13,7 +13,7 @@ from msad_kd.checkpoint.checkpoint import load_strictly, read_model
 from msad_kd.config.build import check_parts, merge_config
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.data.classes import model_classes
-from msad_kd.distill.teacher import DTYPES, Teacher, check_branch
+from msad_kd.distill.teacher import Teacher, check_branch
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.classes import anchor_sizes, is_a, number_of_classes
 from msad_kd.modeling.fcos import FCOS
@@ -31,8 +31,8 @@ class TeacherSpec:
     cfg: CfgNode
     config_file: str
     branch: str
-    # The keys, if any, for which the teacher's classes have to be the student's.
-    needs_classes_for: tuple[str, ...] = ()
+    # What the teacher's classes have to be the student's for, or "".
+    needs_classes_for: str = ""
     amp: str = ""
 
     @classmethod
@@ -50,8 +50,6 @@ class TeacherSpec:
                     f"KD.TEACHER.{key} is empty; to train a {cfg.MODEL.META_ARCHITECTURE}, name "
                     "its teacher's config file and checkpoint (to evaluate one, neither is needed)"
                 )
-        if keys.AMP not in DTYPES:
-            raise InputError(f"KD.TEACHER.AMP is '{keys.AMP}'; use one of {[*DTYPES]}")
         teacher_cfg = get_cfg()
         add_msad_kd_config(teacher_cfg)
         try:
@@ -77,7 +75,7 @@ class TeacherSpec:
             needs.append("KD.TEACHER.INIT_STUDENT True")
         if cfg.DATASETS.UNLABELED and cfg.KD.UNLABELED.PSEUDO_LABELS:
             needs.append("KD.UNLABELED.PSEUDO_LABELS True")
-        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH, tuple(needs), keys.AMP)
+        return cls(teacher_cfg, keys.CONFIG_FILE, keys.BRANCH, next(iter(needs), ""), keys.AMP)
 
     def build(self) -> Teacher:
         """Build, load and freeze the teacher, without drawing random numbers.
@@ -110,7 +108,7 @@ class TeacherSpec:
             raise InputError(
                 f"the teacher '{self.cfg.MODEL.WEIGHTS}' was trained on other classes "
                 f"({', '.join(theirs)}) than those of {source} ({', '.join(ours)}), and "
-                f"{self.needs_classes_for[0]} needs the same in the same order; set "
+                f"{self.needs_classes_for} needs the same in the same order; set "
                 "DATASETS.CLASSES to the teacher's, or do without"
             )
 

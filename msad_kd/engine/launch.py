@@ -1,8 +1,10 @@
 """The processes of a run: of this launcher or of torchrun, on GPUs or, without one, on the CPU."""
 
+import argparse
 import logging
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -15,9 +17,10 @@ from detectron2.utils import comm
 from torch import multiprocessing
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.rendezvous import rendezvous
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from msad_kd.utils.compat import create_local_process_group
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.errors import InputError, input_error_of
 from msad_kd.utils.signals import EXIT_CODES, Stopped, expect_repeated_signals, on_signal, stop
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -66,6 +69,27 @@ def launch(
         dist_url = f"tcp://127.0.0.1:{get_free_port()}"
     arguments = (main, num_gpus_per_machine, world_size, machine_rank, dist_url, args)
     _spawn(arguments, num_gpus_per_machine)
+
+
+def run_command(main: Callable, parser: argparse.ArgumentParser, advice: str = "") -> None:
+    """Launch ``main(args)`` for a command line; an expected error ends it with one sentence.
+
+    Args:
+        main: it takes the parsed arguments.
+        parser: one of Detectron2's ``default_argument_parser``.
+        advice: what to do if a process was killed.
+    """
+    parser.set_defaults(dist_url="auto")  # Detectron2's is the same for all runs of a user
+    args = parser.parse_args()
+    machines = {"num_machines": args.num_machines, "machine_rank": args.machine_rank}
+    try:
+        launch(main, args.num_gpus, **machines, dist_url=args.dist_url, args=(args,))
+    except (InputError, ProcessRaisedException) as error:
+        if (sentence := input_error_of(error)) is None:
+            raise
+        sys.exit(f"{parser.prog}: {sentence}")
+    except ProcessExitedException as error:  # killed, perhaps because memory ran out
+        sys.exit(f"{parser.prog}: {error}; the others were ended{advice}")
 
 
 def is_restarted() -> bool:

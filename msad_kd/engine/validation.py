@@ -16,9 +16,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from msad_kd.data.dict_checks import check_objects
 from msad_kd.data.loader import build_test_loader
-from msad_kd.data.mapper import CheckedDatasetMapper, build_mapper
+from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
-from msad_kd.modeling.classes import has_masks, is_a
+from msad_kd.modeling.classes import has_masks
 from msad_kd.modeling.loss_normalizer import get_normalizer, set_normalizer
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.seed import preserved_rng, seed_all
@@ -46,14 +46,8 @@ def _build_loader(cfg: CfgNode, name: str):
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.MASK_ON = has_masks(cfg)
-    inputs = cfg.INPUT
-    inputs.MIN_SIZE_TRAIN, inputs.MAX_SIZE_TRAIN = (inputs.MIN_SIZE_TEST,), inputs.MAX_SIZE_TEST
-    inputs.MIN_SIZE_TRAIN_SAMPLING, inputs.RANDOM_FLIP = "choice", "none"
-    inputs.CROP.ENABLED, inputs.JITTER.SIZE = False, 0
-    inputs.COLOR.BRIGHTNESS = inputs.COLOR.CONTRAST = inputs.COLOR.SATURATION = 0.0
-    # A student's detection losses need one image.
-    build = CheckedDatasetMapper if is_a(cfg, DistilledMixin) else build_mapper
-    mapper = build(cfg, True)
+    mapper = build_mapper(cfg, is_train=False)
+    mapper.is_train = True  # it keeps the annotations
     loader = build_test_loader(cfg, name, mapper)
     dicts = DatasetCatalog.get(name)
     if not all("annotations" in entry for entry in dicts):

@@ -2,5 +2,3 @@
 
 from msad_kd.evaluation.build import build_evaluator
 from msad_kd.evaluation.cost import count_gmacs, fix_detections, time_models
-
-__all__ = [name for name in globals() if not name.startswith("_")]

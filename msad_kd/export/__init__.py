@@ -4,5 +4,3 @@ from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx
 from msad_kd.export.stock import lazy_config, stock_config
 from msad_kd.export.tracing import ExportableDetector, export_torchscript
-
-__all__ = [name for name in globals() if not name.startswith("_")]

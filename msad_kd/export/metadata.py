@@ -10,21 +10,6 @@ from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.export.tracing import OUTPUTS
 from msad_kd.modeling.classes import has_masks, is_a
 from msad_kd.modeling.fcos import FCOS
-from msad_kd.modeling.multi_resolution import MultiResolutionMixin
-from msad_kd.utils.errors import InputError
-
-
-def check_not_teacher(cfg: CfgNode) -> None:
-    """Refuse a multi-resolution teacher.
-
-    Raises:
-        InputError: if the config is that of one.
-    """
-    if is_a(cfg, MultiResolutionMixin):
-        raise InputError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, a teacher that reads two "
-            "images; export its student, or a model that started from its weights"
-        )
 
 
 def describe_model(cfg: CfgNode, model: nn.Module, format: str, *, resize: bool = False) -> dict:

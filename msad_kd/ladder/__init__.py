@@ -2,5 +2,3 @@
 
 from msad_kd.ladder.controls import control_stages, write_start
 from msad_kd.ladder.run import run_ladder
-
-__all__ = [name for name in globals() if not name.startswith("_")]

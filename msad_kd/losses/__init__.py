@@ -4,5 +4,3 @@ from msad_kd.losses.dense import DENSE_LOSS_REGISTRY, DensePredictions, of_head
 from msad_kd.losses.feature import DISTILL_LOSS_REGISTRY, diagnosed, with_parts
 from msad_kd.losses.roi import ROI_LOSS_REGISTRY, RoIPredictions, reads
 from msad_kd.losses.terms import LossTerm, read_losses
-
-__all__ = [name for name in globals() if not name.startswith("_")]

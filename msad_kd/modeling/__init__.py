@@ -8,5 +8,3 @@ from msad_kd.modeling.multi_resolution import (
     MultiResolutionRCNN,
     MultiResolutionRetinaNet,
 )
-
-__all__ = [name for name in globals() if not name.startswith("_")]

@@ -5,7 +5,6 @@ key: `config`, `options` (KEY VALUE pairs on top) and `weights`. The results go 
 """
 
 import argparse
-import copy
 import json
 import math
 import platform
@@ -50,7 +49,7 @@ def cost_inputs(cfg):
     """Return the first test images, mapped."""
     mapper = build_mapper(cfg, is_train=False)
     dicts = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
-    return [mapper(copy.deepcopy(each)) for each in dicts[:COST_IMAGES]]
+    return [mapper(each) for each in dicts[:COST_IMAGES]]
 
 
 def measure_cost(cfg, model):

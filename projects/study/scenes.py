@@ -1,7 +1,5 @@
 """Draws a few scenes: the ground truth and what models detect, side by side."""
 
-import copy
-
 import cv2
 import numpy as np
 import torch
@@ -61,7 +59,7 @@ def ground_truth(scene, height, width, with_masks):
 
 
 def _detections(scene, height, width, model, mapper):
-    inputs = {**mapper(copy.deepcopy(scene)), "height": height, "width": width}
+    inputs = {**mapper(scene), "height": height, "width": width}
     with torch.no_grad():
         found = model([inputs])[0]["instances"].to("cpu")
     found = found[found.scores >= SCORE_THRESHOLD]

@@ -196,7 +196,6 @@ def opts(*pairs):
         (["KD.TEACHER.CONFIG_FILE", "gone.yaml"], "config file 'gone.yaml' does not exist"),
         (["KD.TEACHER.WEIGHTS", "gone.pth"], "'gone.pth' for .*teacher.yaml' does not exist"),
         (["KD.TEACHER.WEIGHTS", __file__], "test_teacher.py' .*cannot be read"),
-        (["KD.TEACHER.AMP", "fp8"], "KD.TEACHER.AMP is 'fp8'; use one of .*bf16"),
         (["KD.TEACHER.BRANCH", "both"], "BRANCH is 'both', but a MultiRes.* hr, lr, fused"),
         (opts("MODEL.WIEGHTS", "x"), "MODEL.WIEGHTS; did you mean MODEL.WEIGHTS"),
         (opts("MODEL.ROI_HEADS.NAME", "Heads"), "KD.TEACHER: .*NAME: 'Heads' is not registered"),

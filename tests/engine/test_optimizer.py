@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from msad_kd import InputError
 from msad_kd.engine.optimizer import build_optimizer
 
 
@@ -61,10 +60,3 @@ def test_a_step_is_that_of_torchs_clipping(config, norm_type, scale):
 
 def test_norm_clips_each_parameters(config):
     assert clipped(config, *keys_of("norm", 5.0)) == pytest.approx([3.0, 4.0, 5.0], rel=1e-5)
-
-
-def test_unknown_names(config):
-    with pytest.raises(InputError, match="CLIP_TYPE is 'total'; use value, norm or full_norm"):
-        clipped(config, *keys_of("total", 1.0))
-    with pytest.raises(InputError, match="SOLVER.OPTIMIZER is 'LION'; use SGD or ADAMW"):
-        build_optimizer(config("lr", "SOLVER.OPTIMIZER", "LION"), nn.Linear(1, 1))

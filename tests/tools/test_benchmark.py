@@ -16,7 +16,7 @@ CLASSES = ["MODEL.ROI_HEADS.NUM_CLASSES", "1"]
 def no_shapes():
     """Catalogs without the data sets that configs of other tests have registered."""
     for catalog in (DatasetCatalog.data, MetadataCatalog.data):
-        for name in [x for x in catalog if x.startswith("shapes_")]:
+        for name in [x for x in catalog if x.startswith(("shapes_", "nuclei_"))]:
             del catalog[name]
 
 

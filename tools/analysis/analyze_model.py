@@ -9,7 +9,6 @@ model, or a student (which costs the same as its low-resolution baseline). All i
 number of detections, so a cost does not depend on what the model finds, nor on its weights.
 """
 
-import copy
 import math
 import os
 import tempfile
@@ -109,7 +108,7 @@ def read_inputs(cfg, count, size):
         raise InputError("--test-images: the config names no data set; set DATASETS.TEST")
     with explain_missing_data(names):
         dicts = get_detection_dataset_dicts(names[:1], filter_empty=False)
-    return [mapper(copy.deepcopy(entry)) for entry in dicts[:count]]
+    return [mapper(entry) for entry in dicts[:count]]
 
 
 def analyze(args):

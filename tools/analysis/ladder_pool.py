@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -24,7 +24,7 @@ class Entry:
     """One teacher of the pool."""
 
     name: str
-    cfg: CfgNode  # the student's config with this teacher in KD.TEACHER
+    spec: TeacherSpec
     levels: dict[str, ShapeSpec]
     stage: dict  # the teacher's fields in KD.LADDER.STAGES
 
@@ -74,20 +74,21 @@ def _read_teacher(
     cfg, image = cfg.clone(), images.get(name, "hr")
     keys = cfg.KD.TEACHER
     keys.CONFIG_FILE, keys.WEIGHTS, keys.OPTS = config_file, weights, opts
-    keys.BRANCH = "hr"  # every teacher has this one
-    fused = is_a(TeacherSpec.from_config(cfg).cfg, MultiResolutionMixin)
-    keys.BRANCH = "fused" if fused else image
+    keys.BRANCH = "lr" if image == "lr" else "hr"  # every teacher has both
+    spec = TeacherSpec.from_config(cfg)
+    fused = is_a(spec.cfg, MultiResolutionMixin)
+    spec = replace(spec, branch="fused") if fused else spec
     if image not in ("hr", "lr") or (fused and name in images):
         raise InputError(
             f"its image is '{image}'; a single-resolution teacher reads hr or lr, and a "
             "multi-resolution one both"
         )
-    levels = TeacherSpec.from_config(cfg).build_on_meta().levels()
+    levels = spec.build_on_meta().levels()
     check_exists(weights, f"'{config_file}'")  # now, not after the other models' turns
     stage = {"name": name, "config_file": config_file, "weights": weights}
     stage |= {"opts": opts} if opts else {}
     stage |= {"kind": "fused" if fused else "plain", "image": image}
-    return Entry(name, cfg, levels, stage)
+    return Entry(name, spec, levels, stage)
 
 
 def build_student(cfg: CfgNode, config_file: str, weights: str) -> Teacher:
@@ -105,7 +106,7 @@ def known_aps(pairs: list[str], entries: list[Entry]) -> dict[str, float]:
     """Return teachers' box AP from NAME=AP pairs, or from their TEST.EXPECTED_RESULTS."""
     aps = {}
     for entry in entries:
-        for task, metric, value, *_ in TeacherSpec.from_config(entry.cfg).cfg.TEST.EXPECTED_RESULTS:
+        for task, metric, value, *_ in entry.spec.cfg.TEST.EXPECTED_RESULTS:
             if (task, metric) == ("bbox", "AP"):
                 aps[entry.name] = float(value)
     for name, value in _read_pairs(pairs, "ap", [entry.name for entry in entries]).items():
@@ -120,7 +121,7 @@ def known_aps(pairs: list[str], entries: list[Entry]) -> dict[str, float]:
 
 def evaluate(entry: Entry, teacher: Teacher, folder: str) -> float:
     """Return a teacher's box AP on the first of DATASETS.TEST, with the files in ``folder``."""
-    cfg = TeacherSpec.from_config(entry.cfg).cfg.clone()
+    cfg = entry.spec.cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR, cfg.DATASETS.TEST = folder, cfg.DATASETS.TEST[:1]
     advice = f"so its AP cannot be measured; give it as --ap {entry.name}=..."

@@ -3,12 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import yaml
 from adaptation_cost import Cost
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from msad_kd.checkpoint.files import write_json
@@ -60,7 +57,8 @@ def _draw_heat_map(costs: dict[str, dict[str, Cost]], file: Path) -> None:
     names = list(costs)
     values = [[costs[a][b].value for b in names] for a in names]
     side = 2 + 0.9 * len(names)
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=max(1e-9, *map(max, values)))
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
@@ -73,4 +71,3 @@ def _draw_heat_map(costs: dict[str, dict[str, Cost]], file: Path) -> None:
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(image, label="1 - R^2")
     figure.savefig(file, dpi=120)
-    plt.close(figure)

@@ -13,7 +13,6 @@ measured at the same number of detections for all models, AP with each model's o
 """
 
 import argparse
-import copy
 import math
 import os
 import tempfile
@@ -105,7 +104,7 @@ def measure_costs(candidates, dicts, bar):
     inputs = {}
     for index, candidate in enumerate(candidates):
         mapper = build_mapper(candidate.cfg, is_train=False)
-        inputs[index] = [mapper(copy.deepcopy(entry)) for entry in dicts]
+        inputs[index] = [mapper(entry) for entry in dicts]
     models = {index: candidate.cost_model for index, candidate in enumerate(candidates)}
     latency = time_models(models, inputs, after_round=lambda: bar.update(len(candidates)))
     rows = []

@@ -27,7 +27,6 @@ from ladder_pool import STUDENT, Entry, build_student, evaluate, known_aps, read
 from ladder_report import report
 
 from msad_kd import InputError, build_config
-from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.modeling.pyramid import in_high_resolution
 
 
@@ -92,7 +91,7 @@ def main(args):
         for entry in entries:
             gc.collect()  # models are in reference cycles
             try:
-                teacher = TeacherSpec.from_config(entry.cfg).build()
+                teacher = entry.spec.build()
             except InputError as error:
                 raise InputError(f"--teacher {entry.name}: {error}") from error
             measurement.add(entry.name, teacher, divisibility)

@@ -9,5 +9,3 @@ from msad_kd.data.annotations.reading import (
     read_kept,
     usable_content,
 )
-
-__all__ = [name for name in globals() if not name.startswith("_")]
