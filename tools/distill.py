@@ -17,6 +17,7 @@ labels them once, or without it the teacher in each step.
 """
 
 import argparse
+import glob
 import json
 import os
 import shlex
@@ -42,8 +43,10 @@ from msad_kd.checkpoint.files import write_json
 from msad_kd.checkpoint.reading import fetch
 from msad_kd.config.build import scale_to_processes
 from msad_kd.config.imports import add_code_options
+from msad_kd.data.cityscapes_files import INSTANCES, POLYGONS, is_cityscapes
 from msad_kd.data.classes import model_classes
 from msad_kd.data.coco_format import datasets_folder
+from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
 from msad_kd.utils.errors import InputError
@@ -95,7 +98,9 @@ def check_data(args, cfg):
                 "and AP are of the old one; choose another --output, or delete this one"
             )
     (name,) = cfg.DATASETS.TEST
-    if not any(entry.get("annotations") for entry in DatasetCatalog.get(name)):
+    with explain_missing_data((name,)):
+        dicts = DatasetCatalog.get(name)
+    if not any(entry.get("annotations") for entry in dicts):
         sys.exit(f"distill.py: '{name}' has no objects, so there is no AP to compare by")
     quick = ["--quick"] if sound.exists() else []
     run_tool("check_dataset.py", "--config-file", config, "--output", folder, *quick)
@@ -106,6 +111,9 @@ def hash_annotations(cfg):
     """Return the SHA-256 of each annotation file of a config's labelled data sets, by its path."""
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     files = {os.path.abspath(MetadataCatalog.get(name).get("json_file", "")) for name in names}
+    for name in filter(is_cityscapes, names):
+        scenes = os.path.join(os.path.abspath(MetadataCatalog.get(name).gt_dir), "*", "*")
+        files |= {file for suffix in (POLYGONS, INSTANCES) for file in glob.glob(scenes + suffix)}
     return {file: hash_file(file) for file in sorted(files) if os.path.isfile(file)}
 
 

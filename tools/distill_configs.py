@@ -109,8 +109,8 @@ def read_images(name):
     root = metadata.get("image_root") or metadata.get("image_dir")
     if not root:
         raise InputError(f"--unlabeled: '{name}' does not say where its images are; name a folder")
-    root = os.path.abspath(root)
-    if not os.path.exists(metadata.get("json_file", root)):  # its reader will say so
+    root, file = os.path.abspath(root), metadata.get("json_file")
+    if file and not os.path.exists(file):  # its reader will say so
         return root, []
     with explain_missing_data((name,)):
         return root, DatasetCatalog.get(name)
@@ -131,6 +131,8 @@ def add_unlabeled(args, configs):
         root, name = os.path.abspath(name), "unlabeled"
         words, entry = ["--images", root], {"name": name, "images": root}
         dicts = [{"file_name": file} for file in list_images(root)]
+        if not dicts:
+            raise InputError(f"--unlabeled: '{root}' has no images; folders in it are not read")
     elif name in DatasetCatalog.list():
         root, dicts = read_images(name)
     else:

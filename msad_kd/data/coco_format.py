@@ -166,8 +166,8 @@ def load_folder(images: str, name: str, invalid: str = "error") -> list[dict]:
 def _check_exists(path: str, kind: str, name: str) -> None:
     if not PathManager.exists(path):
         raise InputError(
-            f"data set '{name}': the {kind} '{path}' does not exist; check "
-            "DATASETS.COCO_FORMAT, and DETECTRON2_DATASETS, where relative paths start"
+            f"data set '{name}': the {kind} '{path}' does not exist; check DETECTRON2_DATASETS, "
+            "where relative paths start, and if it is yours, its entry of DATASETS.COCO_FORMAT"
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from msad_kd.data.cityscapes_files import explain_cityscapes
 from msad_kd.utils.compat import plain_proposals
 from msad_kd.utils.errors import InputError
 
@@ -25,7 +26,7 @@ def explain_missing_data(names: tuple[str, ...]):
         raise InputError("no data set is named; set DATASETS.TRAIN")
     data_sets = f"data set {', '.join(names)}"
     try:
-        with plain_proposals():
+        with plain_proposals(), explain_cityscapes(names):
             yield
     except FileNotFoundError as error:
         words = f"'{error.filename}' does not exist; set DETECTRON2_DATASETS to the folder with it"
@@ -39,8 +40,7 @@ def explain_missing_data(names: tuple[str, ...]):
         words = f"one of the dicts that its function returns has no {error}; add it to all of them"
         raise InputError(f"{data_sets}: {words}") from error
     except AssertionError as error:  # empty, or empty without the images that have no boxes
-        words = f"'{error}' does not exist" if os.path.isabs(str(error)) else error  # or a path
-        raise InputError(f"{data_sets}: {words}") from error
+        raise InputError(f"{data_sets}: {error}") from error
 
 
 def check_files(files: list[str], json_file: str, name: str) -> None:

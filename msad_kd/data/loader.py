@@ -196,6 +196,9 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     names = ", ".join(cfg.DATASETS.TRAIN)
+    if not any("annotations" in entry for entry in dicts):
+        words = "it has no boxes; is it one of panoptic or semantic segmentation?"
+        raise InputError(f"data set {names}: {words}")
     drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop"
     dicts = check_shapes(dicts, names, mapper, drop)
     warn_of_small_images(cfg, dicts)

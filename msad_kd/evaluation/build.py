@@ -27,8 +27,13 @@ def build_evaluator(
     Raises:
         InputError: if this kind of data set is not supported, or if its classes do not fit.
     """
-    align_classes(cfg, (dataset_name,))
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind not in ("coco", "cityscapes_instance"):
+        raise InputError(
+            f"data set '{dataset_name}' needs the evaluator '{kind}'; only coco and "
+            "cityscapes_instance are supported"
+        )
+    align_classes(cfg, (dataset_name,))
     options = {
         "output_dir": output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
         "implementation": cfg.TEST.COCO_EVALUATOR,
@@ -42,12 +47,8 @@ def build_evaluator(
     }
     if kind == "coco":
         return AnyCOCOEvaluator(dataset_name, **options)
-    if kind != "cityscapes_instance":
-        raise InputError(
-            f"data set '{dataset_name}' needs the evaluator '{kind}'; only coco and "
-            "cityscapes_instance are supported"
-        )
-    evaluators = [CityscapesEvaluator(dataset_name)] if has_masks(cfg) else []
+    folder = options["output_dir"]
+    evaluators = [CityscapesEvaluator(dataset_name, folder)] if has_masks(cfg) else []
     if cfg.TEST.CITYSCAPES_COCO or not evaluators:  # cityscapesScripts computes no box AP
         evaluators.append(CityscapesCOCOEvaluator(dataset_name, **options))
     return DatasetEvaluators(evaluators)

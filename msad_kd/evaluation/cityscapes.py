@@ -8,7 +8,9 @@ import copy
 import functools
 import glob
 import logging
+import math
 import os
+import shutil
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -20,39 +22,57 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from msad_kd.checkpoint.files import write_json
+from msad_kd.data.cityscapes_files import IMAGE, INSTANCES
+from msad_kd.data.images import image_size
 from msad_kd.evaluation.coco import AnyCOCOEvaluator, within_classes
 from msad_kd.utils.compat import numpy_with_in1d
 from msad_kd.utils.errors import InputError
-
-_SUFFIX, _IMAGE_SUFFIX = "_gtFine_instanceIds.png", "_leftImg8bit.png"
 
 
 def _instance_images(dataset_name: str) -> list[str]:
     """Return the paths of a data set's instance images, or raise an InputError if it has none."""
     folder = PathManager.get_local_path(MetadataCatalog.get(dataset_name).gt_dir)
-    paths = sorted(glob.glob(os.path.join(folder, "*", f"*{_SUFFIX}")))
+    paths = sorted(glob.glob(os.path.join(folder, "*", f"*{INSTANCES}")))
     if not paths:
         raise InputError(
-            f"data set '{dataset_name}': there is no '*{_SUFFIX}' in the folders of '{folder}'; "
+            f"data set '{dataset_name}': there is no '*{INSTANCES}' in the folders of '{folder}'; "
             "set DETECTRON2_DATASETS to the folder that has 'cityscapes'"
         )
     return paths
 
 
 def _check_pairs(dataset_name: str) -> None:
-    truth = {os.path.basename(x).removesuffix(_SUFFIX) for x in _instance_images(dataset_name)}
+    paths = _instance_images(dataset_name)
+    truth = {os.path.basename(x).removesuffix(INSTANCES): x for x in paths}
     folder = MetadataCatalog.get(dataset_name).get("image_dir")
     if folder is None:
         return  # no data set of Detectron2
     folder = PathManager.get_local_path(folder)
-    files = glob.glob(os.path.join(folder, "*", f"*{_IMAGE_SUFFIX}"))
-    images = {os.path.basename(x).removesuffix(_IMAGE_SUFFIX) for x in files}
-    for lost, suffix in ((images - truth, _SUFFIX), (truth - images, _IMAGE_SUFFIX)):
-        if lost:
+    files = glob.glob(os.path.join(folder, "*", f"*{IMAGE}"))
+    images = {os.path.basename(x).removesuffix(IMAGE): x for x in files}
+    scenes = images.keys() | truth.keys()
+    for there, suffix in ((truth, INSTANCES), (images, IMAGE)):
+        if lost := scenes - there.keys():
             raise InputError(
-                f"data set '{dataset_name}': {len(lost)} of the {len(images | truth)} scenes have "
+                f"data set '{dataset_name}': {len(lost)} of the {len(scenes)} scenes have "
                 f"no '*{suffix}', e.g. '{min(lost)}{suffix}'; copy the missing files"
             )
+    for scene, path in truth.items():
+        size, other = _size_of(path, os.stat(path).st_mtime_ns), image_size(images[scene])[::-1]
+        if size != other:
+            words = "{} x {} px, and its image {} x {} px".format(*size, *other)
+            raise InputError(f"data set '{dataset_name}': '{path}' has {words}; replace it")
+
+
+@functools.lru_cache(maxsize=10_000)
+def _size_of(path: str, _modified: int) -> tuple[int, int]:
+    """Return the width and height of an image, all of which is there."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        return image.size
+    except (OSError, SyntaxError) as error:  # the second: of a PNG whose checksums are wrong
+        raise InputError(f"'{path}' cannot be read ({error}); replace it") from error
 
 
 class CityscapesEvaluator(CityscapesInstanceEvaluator):
@@ -62,13 +82,18 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
     ``matches.json`` into the current folder.
     """
 
-    def __init__(self, dataset_name: str):
+    def __init__(self, dataset_name: str, output_dir: str = ""):
         """Build the evaluator, and check that each image has its instance image.
 
+        Args:
+            dataset_name: the data set.
+            output_dir: the folder for the predictions if there is no AP; "" keeps none.
+
         Raises:
-            InputError: if an image or an instance image is missing.
+            InputError: if an image or an instance image is missing, or differs in its size.
         """
         super().__init__(dataset_name)
+        self._output_dir = output_dir
         _check_pairs(dataset_name)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -101,6 +126,13 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
             predictions = [scripts.getPrediction(image, args) for image in truth]
             matches = scripts.matchGtWithPreds(predictions, truth, instances2dict(truth), args)
             averages = scripts.computeAverages(scripts.evaluateMatches(matches, args), args)
+        if math.isnan(averages["allAp"]) and self._output_dir:
+            folder = os.path.join(self._output_dir, "cityscapes")
+            shutil.copytree(self._temp_dir, folder, dirs_exist_ok=True)
+            logging.getLogger(__name__).warning(
+                f"Data set '{self._metadata.name}' has no objects, so there is no AP; the "
+                f"predictions are in '{folder}', as Cityscapes' server reads them"
+            )
         self._working_dir.cleanup()
         metrics = {"AP": averages["allAp"], "AP50": averages["allAp50%"]}
         metrics |= {f"AP-{name}": values["ap"] for name, values in averages["classes"].items()}
@@ -130,7 +162,7 @@ def _convert(versions: tuple[tuple[str, int], ...], names: tuple[str, ...]) -> d
     for number, (path, _) in enumerate(versions, start=1):
         ids = np.asarray(Image.open(path))
         height, width = ids.shape
-        file = os.path.basename(path).replace(_SUFFIX, _IMAGE_SUFFIX)
+        file = os.path.basename(path).replace(INSTANCES, IMAGE)
         images.append({"id": number, "file_name": file, "height": height, "width": width})
         for instance in np.unique(ids).tolist():
             # An instance is 1000 x label + number; a group, or stuff, is the label alone.

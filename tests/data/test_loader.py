@@ -139,6 +139,7 @@ def test_mappers_can_be_pickled_for_spawned_workers(student_config):
     [
         (["DATASETS.TRAIN", ()], "no data set is named.*DATASETS.TRAIN"),
         (["DATASETS.TRAIN", ("bare",)], "data set bare: No valid data found"),
+        (["DATASETS.TRAIN", ("boxless",)], "data set boxless: it has no boxes; is it one of panop"),
         (["DATASETS.TRAIN", ("half",)], "data set half: one of the dicts .* has no 'annotations'"),
         (
             ["DATALOADER.SAMPLER_TRAIN", SAMPLERS[2], "DATALOADER.RANDOM_SUBSET_RATIO", 0.1],
@@ -153,6 +154,8 @@ def test_mistakes(config, monkeypatch, keys, words):
     half = [{"file_name": "a.png", "annotations": [{"iscrowd": 0}]}, {"file_name": "b.png"}]
     monkeypatch.setitem(DatasetCatalog.data, "bare", lambda: bare)
     monkeypatch.setitem(DatasetCatalog.data, "half", lambda: half)
+    boxless = [{"file_name": __file__, "height": 9, "width": 9}]
+    monkeypatch.setitem(DatasetCatalog.data, "boxless", lambda: boxless)
     with pytest.raises(InputError, match=words):
         build_train_loader(config("lr", *keys), light)
 
