@@ -117,13 +117,16 @@ def check_images(report, data_set, level, args):
 
 
 def check_unlabeled_images(report, cfg, name, args):
-    """Note what is wrong with the images of a data set of DATASETS.UNLABELED, and its labels."""
+    """Note what is wrong with images of DATASETS.UNLABELED, and their labels; return the images."""
     if (file := annotation_file(name)) and not os.path.exists(file):
-        return report.add("note", f"data set '{name}': there is no '{file}' yet to check")
+        report.add("note", f"data set '{name}': there is no '{file}' yet to check")
+        return []
     with report.catching(), explain_missing_data((name,)):
         dicts = dicts_of(name, cfg.DATASETS.INVALID_ANNOTATIONS)
         data_set = DataSet(name, file or "a folder of images", "UNLABELED", dicts, [])
         check_images(report, data_set, level_of_images(cfg, name), args)
+        return dicts
+    return []
 
 
 def check_against_config(report, cfg, quick):
@@ -167,30 +170,6 @@ def level_of_images(cfg, name):
     """Return what an unusable image is: training may drop it, an evaluation does not."""
     drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop" and name not in cfg.DATASETS.TEST
     return "warning" if drop else "error"
-
-
-def compare(report):
-    """Note classes without objects, and what differs between training and test data."""
-    train = [data_set for data_set in report.data_sets if data_set.role != "TEST"]
-    taught = {name for x in train for name, count in x.counts.items() if count}
-    files = {os.path.realpath(entry["file_name"]) for x in train for entry in x.dicts}
-    for x in report.data_sets:
-        present = {name for name, count in x.counts.items() if count}
-        if x.role == "TEST":
-            own = {os.path.realpath(entry["file_name"]) for entry in x.dicts}
-            differences = {
-                "has no category, so no AP, for": taught - set(x.classes),
-                "has objects of classes that no training image has:": present - taught,
-                "has images that are training images, too:": own & files,
-            }
-        else:
-            differences = {"has no object of": set(x.classes) - present}
-            if x.dicts and not present:
-                report.add("error", f"data set '{x.name}': no image has an object to train on")
-        for words, names in differences.items():
-            if names and taught:
-                listed = ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")
-                report.add("warning", f"data set '{x.name}' {words} {listed}", sorted(names))
 
 
 def choose_sizes(cfg, data_sets):
@@ -255,12 +234,15 @@ def check(args):
             data_set = DataSet(name, file or "registered in Python", role, dicts, classes)
             report.data_sets.append(data_set)
             check_images(report, data_set, level_of_images(cfg, name) if cfg else "error", args)
-    for name in cfg.DATASETS.UNLABELED if cfg else ():
-        check_unlabeled_images(report, cfg, name, args)
+        if role == "TRAIN" and name in cfg.DATASETS.TEST:
+            words = "is in DATASETS.TEST, too: its AP is of images that were trained on"
+            report.add("warning", f"data set '{name}' {words}")
+    names = cfg.DATASETS.UNLABELED if cfg else ()
+    unlabeled = [x for name in names for x in check_unlabeled_images(report, cfg, name, args)]
     report.sizes = choose_sizes(cfg, report.data_sets)
     if cfg:
         check_against_config(report, cfg, args.quick)
-    compare(report)
+    report.compare(unlabeled)
     judge_sizes(report)
     return report
 
@@ -273,12 +255,8 @@ def main(arguments=None):
     add("--json", help="an annotation file in COCO format, instead of a config")
     add("--images", help="the folder of its images")
     add("--quick", action="store_true", help="read only the headers of the images")
-    add(
-        "--workers",
-        type=positive,
-        default=min(8, os.cpu_count() or 1),
-        help="threads that read images",
-    )
+    workers = min(8, os.cpu_count() or 1)
+    add("--workers", type=positive, default=workers, help="threads that read images")
     add_code_options(parser)
     add("--output", default="output/check_dataset", help="the folder to write to")
     add("opts", nargs="*", metavar="KEY VALUE", help="pairs on top of the config file")

@@ -95,6 +95,36 @@ class Report:
             if str(error) not in [remark["words"] for remark in self.remarks]:
                 self.add(level, str(error))
 
+    def compare(self, unlabeled: list[dict]) -> None:
+        """Note classes without objects, and what differs between training and test data.
+
+        ``unlabeled``: the dicts of DATASETS.UNLABELED.
+        """
+        train = [data_set for data_set in self.data_sets if data_set.role != "TEST"]
+        taught = {name for x in train for name, count in x.counts.items() if count}
+        dicts = [entry for x in train for entry in x.dicts] + unlabeled
+        files = {os.path.realpath(entry["file_name"]) for entry in dicts}
+        for x in self.data_sets:
+            present = {name for name, count in x.counts.items() if count}
+            if x.role == "TEST":
+                own = {os.path.realpath(entry["file_name"]) for entry in x.dicts}
+                differences = {
+                    "has no category, so no AP, for": taught - set(x.classes),
+                    "has objects of classes that no training image has:": taught
+                    and present - taught,
+                    "has images that are training images, too:": own & files,
+                }
+                if x.dicts and not present:
+                    self.add("warning", f"data set '{x.name}' has no objects, so there is no AP")
+            else:
+                differences = {"has no object of": taught and set(x.classes) - present}
+                if x.dicts and not present:
+                    self.add("error", f"data set '{x.name}': no image has an object to train on")
+            for words, names in differences.items():
+                if names:
+                    listed = ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")
+                    self.add("warning", f"data set '{x.name}' {words} {listed}", sorted(names))
+
     def size_rows(self) -> list[dict]:
         """Return, for every data set and size, how many objects are below each of LIMITS."""
         rows = []
