@@ -4,12 +4,15 @@
 Example: tools/lazyconfig_train_net.py --config-file configs/lazy/mask_rcnn_R_50_FPN_student_1x.py
 """
 
+import logging
+import os
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -27,7 +30,7 @@ from msad_kd import init_from_teacher
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer
 from msad_kd.engine.launch import run_command
 from msad_kd.utils.compat import ddp_on
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.unpickle import TrustFiles
 
 
@@ -45,9 +48,34 @@ def evaluate(cfg, model):
     return results
 
 
+def read_config(file, overrides):
+    """Return a LazyConfig with its overrides; without a GPU the device is the CPU.
+
+    Raises:
+        InputError: if the file is none, a key of ``train`` is unknown, or its folder is a file.
+    """
+    if not file.endswith(".py"):
+        raise InputError(f"'{file}' is no Python config (LazyConfig); train YAML by train_net.py")
+    if not os.path.isfile(file):
+        raise InputError(f"the config file '{file}' does not exist")
+    cfg = LazyConfig.load(file)
+    for option in overrides:
+        section, _, key = option.split("=")[0].partition(".")
+        if section == "train" and key.split(".")[0] not in cfg.train:
+            hint = nearest(key, [*cfg.train])
+            raise InputError(f"unknown config key 'train.{key}'{hint}")
+    cfg = LazyConfig.apply_overrides(cfg, overrides)
+    if os.path.exists(cfg.train.output_dir) and not os.path.isdir(cfg.train.output_dir):
+        raise InputError(f"train.output_dir: '{cfg.train.output_dir}' is no folder")
+    if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("No GPU is available: train.device is cpu")
+        cfg.train.device = "cpu"
+    return cfg
+
+
 def main(args):
     """Train, resume or evaluate in one process."""
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = read_config(args.config_file, args.opts)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:

@@ -95,6 +95,27 @@ def test_a_tiny_student_is_trained_resumed_and_evaluated(
     assert {"bbox", "segm"} <= run(tmp_path / "mine.py", "--eval-only", last).keys()
 
 
+def test_without_a_gpu_the_device_is_the_cpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    read = load_tool("lazyconfig_train_net").read_config
+    assert read(str(CONFIG), ["train.max_iter=5"]).train.device == "cpu"
+    assert caplog.messages == ["No GPU is available: train.device is cpu"]
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "words"),
+    [
+        ("configs/Shapes/lr.yaml", [], "no Python config .*; train YAML by train_net.py"),
+        ("nowhere.py", [], "'nowhere.py' does not exist"),
+        (str(CONFIG), ["train.max_itr=5"], "'train.max_itr'; did you mean max_iter"),
+        (str(CONFIG), [f"train.output_dir={CONFIG}"], "student_1x.py' is no folder"),
+    ],
+)
+def test_configs_that_cannot_be_trained(file, overrides, words):
+    with pytest.raises(InputError, match=words):
+        load_tool("lazyconfig_train_net").read_config(file, overrides)
+
+
 def test_the_shipped_config_is_the_yaml_student(monkeypatch):
     monkeypatch.chdir(ROOT)
     cfg = LazyConfig.load(str(CONFIG))
