@@ -10,8 +10,10 @@ docs/export.md says what the files hold.
 """
 
 import argparse
+import json
 import os
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -19,6 +21,7 @@ from msad_kd import InputError, KDTrainer, build_config
 from msad_kd.checkpoint.checkpoint import TRAINING_PREFIX, save_model
 from msad_kd.checkpoint.files import replacing, write_json
 from msad_kd.config.imports import add_code_options
+from msad_kd.data.classes import model_classes, with_classes_of
 from msad_kd.export.metadata import describe_model
 from msad_kd.export.onnx import OnnxDetector, export_onnx, import_onnx
 from msad_kd.export.parity import at_three_sizes, compare, read_images, table
@@ -28,6 +31,7 @@ from msad_kd.modeling.classes import is_a
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 from msad_kd.utils.arguments import positive
+from msad_kd.utils.signals import Stopped, on_signal, stop
 
 FORMATS = ("detectron2", "torchscript", "onnx")
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
@@ -48,12 +52,12 @@ def export_detectron2(cfg, model, folder):
     weights = os.path.join(folder, "model.pth")
     fcos = is_a(cfg, FCOS)
     text = lazy_config(cfg, model, weights) if fcos else stock_config(cfg, weights).dump()
-    metadata = describe_model(cfg, model, "detectron2")
+    names = model_classes(with_classes_of(cfg, model))[0]
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_PREFIX)}
-    save_model(state, weights, metadata["classes"])
+    save_model(state, weights, names)
     with replacing(os.path.join(folder, "config.py" if fcos else "config.yaml")) as part:
         part.write_text(text)
-    return metadata
+    return describe_model(cfg, model, "detectron2")
 
 
 def export_traced(cfg, model, args):
@@ -64,6 +68,9 @@ def export_traced(cfg, model, args):
     metadata = describe_model(cfg, model, args.format, resize=resize)
     images = read_images(cfg, args.images, args.count)
     pixels = at_three_sizes(images[0], metadata)[0]
+    for name in (FILES[args.format], "parity.json", "metadata.json"):  # of an earlier export
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(args.output, name))
     path = os.path.join(args.output, f"unchecked_{FILES[args.format]}")
     export = {"onnx": export_onnx, "torchscript": export_torchscript}[args.format]
     export(detector, torch.as_tensor(pixels).float(), path, metadata)
@@ -77,8 +84,11 @@ def export_model(args):
     Raises:
         InputError: if the model cannot be exported, or a file cannot be read.
     """
+    check_folder(args.output, args.format)
     if args.format == "onnx":
         import_onnx()  # before anything is loaded
+    if args.format not in FILES and args.resize:
+        raise InputError("--resize is for onnx and torchscript; Detectron2's predictor resizes")
     torch.set_num_threads(1)
     on_cpu = ["MODEL.DEVICE", "cpu"] if args.format in FILES else []  # where models are traced
     cfg = build_config(args.config_file, [*args.opts, *on_cpu])
@@ -101,17 +111,26 @@ def export_model(args):
     return report
 
 
-def take_if_equal(report, folder, name):
-    """Give a traced model its own name if it passed; otherwise say how much it differs.
+def check_folder(folder, format):
+    """Check that a folder has no model in another format: metadata.json is of one."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise InputError(f"--output: '{folder}' is no folder")
+    file = os.path.join(folder, "metadata.json")
+    found = format
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # it is no such file
+        with open(file) as opened:
+            found = json.load(opened)["format"]
+    if found != format:
+        words = f"is of a model in the format {found}; name another folder for {format}"
+        raise InputError(f"--output: '{file}' {words}")
 
-    A model of an earlier export is removed then, so that nobody takes it for this one.
-    """
+
+def take_if_equal(report, folder, name):
+    """Give a traced model its own name if it passed; otherwise say how much it differs."""
     path, unchecked = os.path.join(folder, name), os.path.join(folder, f"unchecked_{name}")
     if report["passed"]:
         os.replace(unchecked, path)
         return
-    if os.path.exists(path):
-        os.remove(path)
     words = ", ".join(f"{k} {v:.3g} ({report['limits'][k]})" for k, v in report["largest"].items())
     raise InputError(
         f"the exported model differs from PyTorch's; largest (limit): {words}; it is kept as "
@@ -133,10 +152,16 @@ def main(arguments=None):
     add("--runs", type=positive, default=5, help="runs of which a latency is the median")
     add_code_options(parser)
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
+    args = parser.parse_args(arguments)
     try:
-        export_model(parser.parse_args(arguments))
+        with on_signal(stop):
+            export_model(args)
     except (InputError, OSError) as error:  # the second: --output cannot be written
         sys.exit(f"{parser.prog}: {error}")
+    except Stopped:
+        print(f"{parser.prog}: stopped", file=sys.stderr)
+        raise
+    print(f"Written to {args.output}")
 
 
 if __name__ == "__main__":

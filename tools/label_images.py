@@ -77,7 +77,7 @@ class Readable:
         try:
             return self.mapper(image)
         except InputError as error:
-            logging.getLogger(__name__).warning("%s; it gets no labels", error)
+            logging.getLogger(__name__).warning("%s; it is left out", error)
             return {}
 
 
@@ -106,10 +106,10 @@ def annotations_of(found: Instances, classes: int, min_score: float) -> list[dic
 
 
 def detect(model: nn.Module, batch: dict[str, dict], classes: int, min_score: float) -> dict:
-    """Return the annotations of each image of a batch by its key; none where a sample is empty."""
+    """Return the annotations of each image of a batch by its key; None where a sample is empty."""
     readable = {key: sample for key, sample in batch.items() if sample}
     predictions = model([*readable.values()]) if readable else ()
-    found = {key: [] for key in batch}
+    found = dict.fromkeys(batch)
     for key, prediction in zip(readable, predictions):
         found[key] = annotations_of(prediction["instances"].to("cpu"), classes, min_score)
     return found
@@ -172,11 +172,10 @@ def label(arguments: argparse.Namespace) -> None:
             file.flush()
             done |= found
             bar.update(len(batch))
-    annotations = [
-        {**entry, "image_id": image["id"]}
-        for image, key in zip(images, keys)
-        for entry in done[key]
-    ]
+    # An image that cannot be used would be one of background.
+    used = [(image, done[key]) for image, key in zip(images, keys) if done[key] is not None]
+    images = [image for image, _ in used]
+    annotations = [{**entry, "image_id": image["id"]} for image, found in used for entry in found]
     annotations = [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)]
     points = {}
     if cfg.MODEL.KEYPOINT_ON:

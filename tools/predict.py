@@ -104,6 +104,10 @@ class Run:
         video.close()
         if self.done == before:
             self.warn(f"video '{path}' cannot be read, or has no frames")
+        elif (done := self.done - before) < 0.95 * video.frames:  # a header may be a bit wrong
+            self.warn(
+                f"video '{path}' ends after {done} of the {video.frames} frames it should have"
+            )
 
     def summary(self) -> str:
         """Return the throughput in two lines."""
@@ -124,6 +128,8 @@ def build_predictor(args):
     if args.weights.endswith(".onnx"):
         if args.device not in (None, "cpu"):
             raise InputError(f"--device {args.device}: an .onnx file runs on the CPU")
+        if args.config_file or args.opts:
+            raise InputError("--config-file and --opts do not change an .onnx file; leave them out")
         return OnnxPredictor(args.weights)
     if not args.config_file:
         raise InputError("--config-file is missing; only an exported .onnx file needs none")
@@ -140,9 +146,12 @@ def predict(args) -> Run:
     """
     files, unmatched = find_inputs(args.inputs)
     if not files:
-        raise InputError(f"no image or video matches {', '.join(map(repr, unmatched))}")
+        below = "; for those in folders of a folder, name 'FOLDER/**/*.jpg'"
+        hint = below if any(map(os.path.isdir, unmatched)) else ""
+        raise InputError(f"no image or video matches {', '.join(map(repr, unmatched))}{hint}")
     targets, folder = targets_of(files, args.output)
     predictor = build_predictor(args)
+    os.makedirs(args.output, exist_ok=True)  # before the first image, if it cannot be made
     videos = {path: VideoFile(path, targets[path]) for path in files if is_video(path)}
     total = len(files) - len(videos) + sum(video.frames for video in videos.values())
     with tqdm(total=total, unit="image") as bar:

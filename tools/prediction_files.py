@@ -65,8 +65,9 @@ def targets_of(files: list[str], output: str) -> tuple[dict[str, str], str]:
         keeps = target.lower().endswith((".jpg", ".jpeg", ".png", *VIDEOS))
         targets[file] = target if keeps else f"{target}.png"
     sources = set(map(os.path.realpath, files))
-    if same := [file for file, target in targets.items() if os.path.realpath(target) in sources]:
-        raise InputError(f"--output: '{same[0]}' would be overwritten; name another folder")
+    if same := [target for target in targets.values() if os.path.realpath(target) in sources]:
+        words = "is one of the inputs and would be overwritten; name another folder"
+        raise InputError(f"--output: '{same[0]}' {words}")
     if len({*targets.values()}) < len(targets):  # photo.bmp and photo.bmp.png
         twice = next(x for x in targets.values() if [*targets.values()].count(x) > 1)
         raise InputError(f"two inputs would be drawn as '{twice}'; rename one of them")

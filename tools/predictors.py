@@ -9,7 +9,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 
 from msad_kd import InputError, KDTrainer
-from msad_kd.data.classes import model_classes, with_classes_of
+from msad_kd.data.classes import class_labels, with_classes_of
 from msad_kd.data.images import ImageError
 from msad_kd.data.keypoints import read_keypoints
 from msad_kd.data.mapper import TwoResolutionMapper, build_mapper
@@ -29,7 +29,7 @@ class ConfigPredictor:
         self.model = KDTrainer.load_model(cfg, weights, "the config")
         self.mapper = build_mapper(cfg, is_train=False)
         self.input_format, self.keypoints = cfg.INPUT.FORMAT, Metadata(**read_keypoints(cfg))
-        self.classes = model_classes(with_classes_of(cfg, self.model))[0]
+        self.classes = class_labels(with_classes_of(cfg, self.model))
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Return the detections in an image (H, W, C) of ``input_format``, on the CPU.
@@ -84,11 +84,11 @@ class OnnxPredictor:
         """
         height, width = image.shape[:2]
         short, longest = self.metadata["min_size"], self.metadata["max_size"]
-        if short and not self.metadata["resizes"]:
+        if short:
             resize = T.ResizeShortestEdge([short, short], longest).get_transform(image)
             if min(resize.new_h, resize.new_w) < 1:
                 raise ImageError(f"resized, its {width} x {height} px would be less than a pixel")
-            image = resize.apply_image(image)
+            image = image if self.metadata["resizes"] else resize.apply_image(image)
         outputs = self.detector(np.ascontiguousarray(image.transpose(2, 0, 1)))
         boxes, scores, classes, *masks = map(torch.from_numpy, outputs)
         found = Instances(image.shape[:2], pred_boxes=Boxes(boxes), scores=scores)

@@ -91,6 +91,12 @@ def model_classes(cfg: CfgNode) -> tuple[list[str], str]:
     return (known[first], _describe(first)) if first else ([], "")
 
 
+def class_labels(cfg: CfgNode) -> list[str]:
+    """Return a name for each class of a model: "class 3" where there is none."""
+    names = model_classes(cfg)[0]
+    return names + [f"class {index}" for index in range(len(names), number_of_classes(cfg) or 0)]
+
+
 def _describe(data_set: str) -> str:
     file = annotation_file(data_set)
     return f"data set '{data_set}'" + (f" ('{file}')" if file else "")

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import RetinaNet
 from torch import nn
 
-from msad_kd.data.classes import model_classes, with_classes_of
+from msad_kd.data.classes import class_labels, with_classes_of
 from msad_kd.export.tracing import OUTPUTS
 from msad_kd.modeling.classes import has_masks, is_a
 from msad_kd.modeling.fcos import FCOS
@@ -17,7 +17,8 @@ def describe_model(cfg: CfgNode, model: nn.Module, format: str, *, resize: bool 
 
     Args:
         cfg: its config.
-        model: the model; its "classes" are those of its checkpoint, if there are any.
+        model: the model; its "classes" are those of its checkpoint, if there are any. Classes
+            without a name are "class 0" and so on.
         format: "detectron2", "torchscript" or "onnx".
         resize: whether the exported model resizes images itself.
     """
@@ -33,7 +34,7 @@ def describe_model(cfg: CfgNode, model: nn.Module, format: str, *, resize: bool 
         "msad_kd_version": version,
         "format": format,
         "meta_architecture": cfg.MODEL.META_ARCHITECTURE,
-        "classes": model_classes(with_classes_of(cfg, model))[0],
+        "classes": class_labels(with_classes_of(cfg, model)),
         "masks": masks,
         "inputs": ["image"],
         "outputs": outputs,

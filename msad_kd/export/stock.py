@@ -96,6 +96,9 @@ def _stock_keys(cfg: CfgNode) -> CfgNode:
 
     stock = get_cfg()
     take(stock, cfg)
+    ours = {entry["name"] for entry in cfg.DATASETS.COCO_FORMAT}  # which stock Detectron2 lacks
+    for key in ("TRAIN", "TEST"):
+        stock.DATASETS[key] = tuple(x for x in stock.DATASETS[key] or () if x not in ours)
     return stock
 
 

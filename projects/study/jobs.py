@@ -156,7 +156,10 @@ def run_jobs(jobs, slots, screen, overall=lambda: "at work"):
                     finished.add(name)
                 except Exception as error:  # the other jobs go on
                     fail(name, error)
-            screen.status(lambda: f"{', '.join(map(_described, running.values()))}: {overall()}")
+            if running:
+                screen.status(
+                    lambda: f"{', '.join(map(_described, running.values()))}: {overall()}"
+                )
             time.sleep(POLL_SECONDS if running else 0)
     finally:
         _stop([process for _, process, _ in running.values()])

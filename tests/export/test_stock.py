@@ -71,8 +71,14 @@ def test_coco_configs_become_stock(detector, role, tmp_path):
     name = "RetinaNet" if detector == "retinanet" else "GeneralizedRCNN"
     assert stock.MODEL.META_ARCHITECTURE == name and stock.MODEL.WEIGHTS == "model.pth"
     assert not stock.MODEL.BACKBONE.NAME.startswith("build_five")
+    assert stock.DATASETS.TRAIN == cfg.DATASETS.TRAIN  # which stock Detectron2 knows
     assert stock.INPUT == {key: cfg.INPUT[key] for key in stock.INPUT}
     assert shapes(stock) == shapes(cfg)
+
+
+def test_data_sets_of_ones_own_are_not_named(config):
+    stock = stock_config(config("lr"), "model.pth")
+    assert stock.DATASETS.TRAIN == stock.DATASETS.TEST == ()
 
 
 @pytest.fixture(scope="module")

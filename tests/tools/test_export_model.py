@@ -1,8 +1,10 @@
 """tools/export_model.py by its main(): the files, what they say of themselves, and every error."""
 
 import json
+import os
 import re
 import sys
+from signal import SIGINT
 
 import cv2
 import onnx
@@ -67,6 +69,20 @@ def test_torchscript(export, data):
     assert json.loads((folder / "parity.json").read_text())["largest"]["boxes"] == 0
 
 
+def test_nothing_of_an_earlier_export_is_taken_for_this_one(export, tmp_path):
+    folder = export("torchscript")
+    with pytest.raises(SystemExit, match="nothing scores above 0.99"):
+        export("torchscript", opts=["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.999])
+    assert [x.name for x in folder.iterdir()] == ["unchecked_model.ts"]
+
+
+def test_a_folder_is_of_one_format(export, capsys):
+    folder = export("detectron2")
+    assert f"Written to {folder}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the format detectron2; name another folder for onnx"):
+        export("onnx")
+
+
 def test_a_model_that_differs_exits_with_1(export, monkeypatch, tmp_path):
     write = tool.export_torchscript
 
@@ -91,12 +107,22 @@ def test_a_model_that_differs_exits_with_1(export, monkeypatch, tmp_path):
         ("onnx", ("--images", "none"), {}, "--images: 'none' has no images"),
         ("onnx", (), {"opts": ["DATASETS.TEST", ()]}, "set DATASETS.TEST or give --images"),
         ("onnx", (), {"opts": ["DATASETS.TEST", ("coco_2014_minival_100",)]}, "100.* --images"),
+        ("detectron2", ("--resize",), {}, "--resize is for onnx and torchscript"),
+        ("onnx", ("--output", "README.md"), {}, "--output: 'README.md' is no folder"),
         ("detectron2", (), {"opts": options()}, "build_timm_fpn_backbone .*--format onnx"),
     ],
 )
-def test_what_cannot_be_exported(export, format, flags, changes, words):
+def test_what_cannot_be_exported(export, format, flags, changes, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match=f"(?s){words}"):
         export(format, *flags, **changes)
+
+
+def test_a_stopped_export_says_so(export, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "describe_model", lambda *_, **__: os.kill(os.getpid(), SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        export("onnx")
+    assert stopped.value.code == 130 and "stopped" in capsys.readouterr().err
 
 
 def test_without_onnx(export, monkeypatch):
