@@ -13,7 +13,8 @@ from projects.study.cells import make_cells
 from projects.study.grid import read_grid
 
 RESULTS = ROOT / "projects" / "Shapes" / "results"
-STUDENT, CONTROL, DENSE = "student-multi-size", "control-multi-size", "fcos-student-ssim"
+STUDENT, CONTROL = "student-multi-size", "control-multi-size"
+DENSE = {"fcos": "fcos-student-ssim", "retinanet": "retinanet-student-cross-head-ssim"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def study(tmp_path_factory):
 def test_every_result_belongs_to_a_cell_of_the_study(study):
     _, cells, results, _ = study
     found = {key: result["fingerprint"] for key, result in results["cells"].items()}
-    assert len(found) == 228 and found == {key: cells[key].fingerprint for key in found}
+    assert len(found) == 261 and found == {key: cells[key].fingerprint for key in found}
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,10 @@ def test_the_best_student_beats_every_model_without_distillation(study):
         assert {*measured(study, name, "mask").index} == {1, 2, 3}
     for name in without_distillation(study, "lr", "control"):
         assert_beats(study, STUDENT, name)
-    for name in without_distillation(study, "fcos-lr", "fcos-control"):
-        assert_beats(study, DENSE, name, ["box"])
+    for kind, student in DENSE.items():
+        assert {*measured(study, student, "box").index} == {1, 2, 3}
+        for name in without_distillation(study, f"{kind}-lr", f"{kind}-control"):
+            assert_beats(study, student, name, ["box"])
 
 
 def test_labels_alone_have_no_more_to_give(study):
