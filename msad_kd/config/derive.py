@@ -109,8 +109,12 @@ def default_losses(cfg: CfgNode) -> list[dict]:
     they do not depend on the scale of the features; docs/losses.md has what was measured.
     """
     warmup = {"warmup_iters": min(500, int(WARMUP_SHARE * cfg.SOLVER.MAX_ITER))}
+    ssim = {"name": "ssim", "weight": 10.0, **warmup}
+    if cfg.MODEL.META_ARCHITECTURE == "DistilledRetinaNet":
+        convs = min(3, max(1, cfg.MODEL.RETINANET.NUM_CONVS - 1))  # CrossKD has 3 of 4
+        return [ssim, {"name": "cross_head", "weight": 1.0, "convs": convs, **warmup}]
     if cfg.MODEL.META_ARCHITECTURE != "DistilledRCNN":
-        return [{"name": "ssim", "weight": 10.0, **warmup}]
+        return [ssim]
     if cfg.MODEL.ROI_HEADS.NAME != "StandardROIHeads":
         return [{"name": "l1", "weight": 0.6, **warmup}]
     parts = {"roi_mask": cfg.MODEL.MASK_ON, "roi_keypoint": cfg.MODEL.KEYPOINT_ON}

@@ -119,6 +119,13 @@ def test_a_warmup_fits_the_schedule_and_the_losses_fit_the_heads():
     assert [x["name"] for x in default_losses(student)] == ["l1"]
 
 
+@pytest.mark.parametrize(("given", "convs"), [(4, 3), (2, 1), (1, 1)])
+def test_the_losses_of_a_retinanet(given, convs):
+    options = ["MODEL.META_ARCHITECTURE", "DistilledRetinaNet", "MODEL.RETINANET.NUM_CONVS", given]
+    ssim, head = default_losses(build_config("", options))
+    assert ssim["name"] == "ssim" and (head["name"], head["convs"]) == ("cross_head", convs)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
