@@ -17,6 +17,7 @@ from msad_kd.config.build import build_config, scale_to_processes
 from msad_kd.config.derive import derive_configs, fit_warmups
 from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.images import list_images
+from msad_kd.engine.optimizer import check_optimizer
 from msad_kd.evaluation.build import check_augmentation
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.arguments import check_pairs
@@ -88,6 +89,7 @@ def write_config(cfg, path, options):
             steps = tuple(x * int(length) // cfg.SOLVER.MAX_ITER for x in cfg.SOLVER.STEPS)
             options = [*options, "SOLVER.STEPS", steps]
         cfg = build_config(str(part), options)
+        check_optimizer(cfg)  # before another model is trained for hours
         if cfg.TEST.PATIENCE:
             raise InputError(
                 f"TEST.PATIENCE is {cfg.TEST.PATIENCE}, but distill.py evaluates after the last "

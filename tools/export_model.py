@@ -37,6 +37,13 @@ FORMATS = ("detectron2", "torchscript", "onnx")
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
 
 
+def remove_earlier(folder, *names):
+    """Remove the files of an earlier export, so that nobody takes them for those of this one."""
+    for name in names:
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+
+
 def as_arrays(model):
     """Return a detector of tensors as one of arrays."""
 
@@ -49,6 +56,7 @@ def as_arrays(model):
 
 def export_detectron2(cfg, model, folder):
     """Write model.pth, and the config with which stock Detectron2 builds the model."""
+    remove_earlier(folder, "config.yaml", "config.py", "model.pth", "metadata.json")
     weights = os.path.join(folder, "model.pth")
     fcos = is_a(cfg, FCOS)
     text = lazy_config(cfg, model, weights) if fcos else stock_config(cfg, weights).dump()
@@ -68,9 +76,7 @@ def export_traced(cfg, model, args):
     metadata = describe_model(cfg, model, args.format, resize=resize)
     images = read_images(cfg, args.images, args.count)
     pixels = at_three_sizes(images[0], metadata)[0]
-    for name in (FILES[args.format], "parity.json", "metadata.json"):  # of an earlier export
-        with suppress(FileNotFoundError):
-            os.remove(os.path.join(args.output, name))
+    remove_earlier(args.output, FILES[args.format], "parity.json", "metadata.json")
     path = os.path.join(args.output, f"unchecked_{FILES[args.format]}")
     export = {"onnx": export_onnx, "torchscript": export_torchscript}[args.format]
     export(detector, torch.as_tensor(pixels).float(), path, metadata)
@@ -90,7 +96,8 @@ def export_model(args):
     if args.format not in FILES and args.resize:
         raise InputError("--resize is for onnx and torchscript; Detectron2's predictor resizes")
     torch.set_num_threads(1)
-    on_cpu = ["MODEL.DEVICE", "cpu"] if args.format in FILES else []  # where models are traced
+    # Models are traced on the CPU, which has no AMP.
+    on_cpu = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", False] if args.format in FILES else []
     cfg = build_config(args.config_file, [*args.opts, *on_cpu])
     if is_a(cfg, MultiResolutionMixin):
         raise InputError(

@@ -184,7 +184,8 @@ def label(arguments: argparse.Namespace) -> None:
     content = {"images": images, "categories": categories, "annotations": annotations}
     write_json(output, content, indent=None)
     partial.unlink(missing_ok=True)  # another run of the same settings may have ended
-    print(f"{output}: {len(annotations)} labels in {len(images)} images of '{root}'")
+    left_out = f"; {lost} images are left out" if (lost := len(dicts) - len(images)) else ""
+    print(f"{output}: {len(annotations)} labels in {len(images)} images of '{root}'{left_out}")
 
 
 def main(words: list[str] | None = None) -> None:

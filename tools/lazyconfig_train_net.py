@@ -25,6 +25,7 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from omegaconf import OmegaConf
 
 from msad_kd import init_from_teacher
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer
@@ -32,6 +33,9 @@ from msad_kd.engine.launch import run_command
 from msad_kd.utils.compat import ddp_on
 from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.unpickle import TrustFiles
+
+# Keys of ``train`` that Detectron2's default_setup reads beside those of its own configs.
+DEFAULT_SETUP = ("seed", "cudnn_benchmark", "float32_precision")
 
 
 class Checkpointer(SafeCheckpointer):
@@ -54,16 +58,17 @@ def read_config(file, overrides):
     Raises:
         InputError: if the file is none, a key of ``train`` is unknown, or its folder is a file.
     """
-    if not file.endswith(".py"):
-        raise InputError(f"'{file}' is no Python config (LazyConfig); train YAML by train_net.py")
     if not os.path.isfile(file):
-        raise InputError(f"the config file '{file}' does not exist")
+        raise InputError(f"the config file '{file}' does not exist; name one by --config-file")
+    if not file.endswith(".py"):
+        words = "train a YAML config by train_net.py, and a run's config.yaml from its own .py file"
+        raise InputError(f"'{file}' is no Python config (LazyConfig); {words}")
     cfg = LazyConfig.load(file)
-    for option in overrides:
-        section, _, key = option.split("=")[0].partition(".")
-        if section == "train" and key.split(".")[0] not in cfg.train:
-            hint = nearest(key, [*cfg.train])
-            raise InputError(f"unknown config key 'train.{key}'{hint}")
+    known = {f"train.{key}" for key in (*cfg.train, *DEFAULT_SETUP)}
+    known |= {f"train.{key}.{x}" for key in cfg.train for x in _keys(cfg.train[key])}
+    for key in (option.split("=")[0] for option in overrides):
+        if key.startswith("train.") and key not in known:
+            raise InputError(f"unknown config key '{key}'{nearest(key, known)}")
     cfg = LazyConfig.apply_overrides(cfg, overrides)
     if os.path.exists(cfg.train.output_dir) and not os.path.isdir(cfg.train.output_dir):
         raise InputError(f"train.output_dir: '{cfg.train.output_dir}' is no folder")
@@ -71,6 +76,10 @@ def read_config(file, overrides):
         logging.getLogger(__name__).warning("No GPU is available: train.device is cpu")
         cfg.train.device = "cpu"
     return cfg
+
+
+def _keys(value):
+    return value if OmegaConf.is_dict(value) else ()
 
 
 def main(args):

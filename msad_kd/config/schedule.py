@@ -35,14 +35,10 @@ _VALUES = {
     "SOLVER.WEIGHT_DECAY": NotNegative,
     "SOLVER.WARMUP_ITERS": WholeNumber,
     "SOLVER.WARMUP_FACTOR": Annotated[float, lambda x: 0 <= x <= 1, "a number from 0 to 1"],
-    "SOLVER.OPTIMIZER": Literal["SGD", "ADAMW"],
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Literal["value", "norm", "full_norm", "full_model"],
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Annotated[float, lambda x: x > 0, "a number above 0"],
     "SOLVER.REFERENCE_WORLD_SIZE": WholeNumber,
     "DATALOADER.NUM_WORKERS": WholeNumber,
-    "DATALOADER.SAMPLER_TRAIN": Literal[
-        "TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"
-    ],
     "DATALOADER.RANDOM_SUBSET_RATIO": Annotated[float, lambda x: 0 < x <= 1, "above 0, up to 1"],
     "DATALOADER.REPEAT_THRESHOLD": NotNegative,
     "INPUT.MIN_SIZE_TRAIN": Annotated[

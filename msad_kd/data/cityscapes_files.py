@@ -30,7 +30,7 @@ def explain_cityscapes(names: tuple[str, ...]):
     """Turn what Detectron2 raises for a file of Cityscapes into an ``InputError`` that names it."""
     try:
         yield
-    except (OSError, AssertionError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         for name in filter(is_cityscapes, names):
             if fault := next(faults(name), None):
                 raise InputError(f"data set '{name}': {fault}") from error
@@ -85,6 +85,11 @@ def _fault_of(file: str) -> str:
                 return f"the polygon of object {place} has fewer than 3 points"
     except KeyError as error:
         return f"it has no {error}"
-    except (OSError, TypeError, ValueError) as error:  # UnicodeDecodeError, JSONDecodeError
+    except (
+        OSError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:
         return str(error)
     return ""

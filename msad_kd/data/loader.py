@@ -16,6 +16,7 @@ import torch.utils.data as torchdata
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
+    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
@@ -164,11 +165,16 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict], seed: int):
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **repeat_factor_options(cfg)
         )
         return samplers.RepeatFactorTrainingSampler(factors, seed=seed)
-    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-    if int(ratio * len(dicts)) == 0:
-        words = f"{ratio}, which of {len(dicts)} images leaves none"
-        raise InputError(f"DATALOADER.RANDOM_SUBSET_RATIO is {words}")
-    return samplers.RandomSubsetTrainingSampler(len(dicts), ratio, True, seed, seed)
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        if int(ratio * len(dicts)) == 0:
+            words = f"{ratio}, which of {len(dicts)} images leaves none"
+            raise InputError(f"DATALOADER.RANDOM_SUBSET_RATIO is {words}")
+        return samplers.RandomSubsetTrainingSampler(len(dicts), ratio, True, seed, seed)
+    raise InputError(
+        f"DATALOADER.SAMPLER_TRAIN: '{name}' is unknown; use TrainingSampler, "
+        "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
+    )
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> ResumableLoader:
@@ -196,7 +202,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     names = ", ".join(cfg.DATASETS.TRAIN)
-    if not any("annotations" in entry for entry in dicts):
+    # A mapper of the user's may make its objects of something else.
+    if isinstance(mapper, DatasetMapper) and not any("annotations" in x for x in dicts):
         words = "it has no boxes; is it one of panoptic or semantic segmentation?"
         raise InputError(f"data set {names}: {words}")
     drop = cfg.DATASETS.INVALID_ANNOTATIONS == "drop"

@@ -7,7 +7,18 @@ from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
+from msad_kd.utils.errors import InputError
+
 _TOTAL = ("full_norm", "full_model")
+
+
+def check_optimizer(cfg: CfgNode) -> None:
+    """Raise an InputError if SOLVER.OPTIMIZER is none that ``build_optimizer`` builds.
+
+    ``build_config`` does not: a user's trainer may build others.
+    """
+    if cfg.SOLVER.OPTIMIZER not in ("SGD", "ADAMW"):
+        raise InputError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; use SGD or ADAMW")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -16,7 +27,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     SOLVER.CLIP_GRADIENTS.CLIP_TYPE may be "full_norm", beside Detectron2's "value" and "norm":
     it clips the norm of all gradients together, where "norm" clips each parameter's. "full_model",
     its name in projects on Detectron2, means the same.
+
+    Raises:
+        InputError: if the optimizer is unknown.
     """
+    check_optimizer(cfg)
     clip = cfg.SOLVER.CLIP_GRADIENTS
     total = clip.ENABLED and clip.CLIP_TYPE in _TOTAL
     if total:  # unknown to Detectron2

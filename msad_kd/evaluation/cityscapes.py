@@ -71,7 +71,7 @@ def _size_of(path: str, _modified: int) -> tuple[int, int]:
         with Image.open(path) as image:
             image.verify()
         return image.size
-    except (OSError, SyntaxError) as error:  # the second: of a PNG whose checksums are wrong
+    except (OSError, SyntaxError, ValueError) as error:  # the last two: of a broken PNG
         raise InputError(f"'{path}' cannot be read ({error}); replace it") from error
 
 

@@ -89,12 +89,13 @@ def read_losses(entries: Sequence[dict | LossTerm]) -> list[LossTerm]:
     return [x if isinstance(x, LossTerm) else _read_term(x) for x in entries]
 
 
-def _check_call(name: str, arguments: dict) -> None:
+def _check_call(name: str, arguments: dict, focused: bool) -> None:
     """Check that a loss can be called as the distillers call it."""
     function = LossTerm(name, 0).function
     given = ["student", "teacher", *(["parts"] if hasattr(function, "parts") else [])]
     try:
-        inspect.signature(function).bind(*given, **arguments)
+        weights = {"weights": None} if focused else {}
+        inspect.signature(function).bind(*given, **weights, **arguments)
     except TypeError as error:
         raise InputError(
             f"KD.LOSSES: '{name}' cannot be called with {', '.join(given)}: {error}; its other "
@@ -132,6 +133,6 @@ def _read_term(entry: Any) -> LossTerm:
             annotations[parameter.name] = annotation
     values = read_fields(entry, "KD.LOSSES", f"'{name}'", annotations, ("name", "weight"))
     arguments = {key: values.pop(key) for key in entry if key not in settings}
-    _check_call(name, arguments)
+    _check_call(name, arguments, focused=values.get("focus", "none") != "none")
     values |= {"weight": float(values["weight"]), "levels": tuple(values.get("levels", ()))}
     return LossTerm(**values, arguments=arguments)

@@ -235,7 +235,7 @@ def _build(config, options):
     cfg = pickle.loads(_read(config))
     # On the CPU, so that a cell means the same on every machine.
     merge_config(cfg, "", [*map(str, options), "MODEL.DEVICE", "cpu"])
-    amp, cfg.SOLVER.AMP.ENABLED = cfg.SOLVER.AMP.ENABLED, False  # it is refused on the CPU
+    amp, cfg.SOLVER.AMP.ENABLED = cfg.SOLVER.AMP.ENABLED, False  # which would be turned off
     cfg = check_config(cfg)
     cfg.SOLVER.AMP.ENABLED = amp
     return cfg

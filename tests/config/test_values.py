@@ -16,9 +16,7 @@ COLOURS = ("BRIGHTNESS", "CONTRAST", "SATURATION")
 # Keys with values that cannot be, and some that can.
 VALUES = {
     "DATASETS.INVALID_ANNOTATIONS": (["skip"], ["drop"]),
-    "SOLVER.OPTIMIZER": (["LION"], ["ADAMW"]),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": (["nom"], ["full_model"]),
-    "DATALOADER.SAMPLER_TRAIN": (["Fancy"], ["RepeatFactorTrainingSampler"]),
     "INPUT.JITTER.SCALES": ([[2.0], [0.0, 1.0], [2.0, 1.0]], [[1.0, 1.0]]),
     "KD.TEACHER.AMP": (["fp8"], ["bf16"]),
     "SOLVER.MAX_ITER": ([0, -5, True, "0"], [1]),

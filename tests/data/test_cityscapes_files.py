@@ -56,6 +56,7 @@ def spoiled(**changes):
         (lambda _: "", "Expecting value"),
         (lambda _: "[]", "indices must be integers"),
         (spoiled(imgHeight=None), "it has no 'imgHeight'"),
+        (spoiled(label=3), "'int' object has no attribute"),
         (spoiled(label="dragon"), "object 1 has the unknown label 'dragon'"),
         (spoiled(polygon=[[0, 0], [9, 9]]), "the polygon of object 1 has fewer than 3 points"),
     ],

@@ -139,7 +139,7 @@ def test_mappers_can_be_pickled_for_spawned_workers(student_config):
     [
         (["DATASETS.TRAIN", ()], "no data set is named.*DATASETS.TRAIN"),
         (["DATASETS.TRAIN", ("bare",)], "data set bare: No valid data found"),
-        (["DATASETS.TRAIN", ("boxless",)], "data set boxless: it has no boxes; is it one of panop"),
+        (["DATALOADER.SAMPLER_TRAIN", "Fancy"], "'Fancy' is unknown; use TrainingSampler"),
         (["DATASETS.TRAIN", ("half",)], "data set half: one of the dicts .* has no 'annotations'"),
         (
             ["DATALOADER.SAMPLER_TRAIN", SAMPLERS[2], "DATALOADER.RANDOM_SUBSET_RATIO", 0.1],
@@ -154,8 +154,6 @@ def test_mistakes(config, monkeypatch, keys, words):
     half = [{"file_name": "a.png", "annotations": [{"iscrowd": 0}]}, {"file_name": "b.png"}]
     monkeypatch.setitem(DatasetCatalog.data, "bare", lambda: bare)
     monkeypatch.setitem(DatasetCatalog.data, "half", lambda: half)
-    boxless = [{"file_name": __file__, "height": 9, "width": 9}]
-    monkeypatch.setitem(DatasetCatalog.data, "boxless", lambda: boxless)
     with pytest.raises(InputError, match=words):
         build_train_loader(config("lr", *keys), light)
 
@@ -198,3 +196,12 @@ def test_an_unreadable_image_is_named_whatever_the_mapper(config, data, tmp_path
     with pytest.raises(Exception, match="in DataLoader worker") as failed:
         batches(cfg, 3, mapper=DatasetMapper(cfg, True))
     assert input_error_of(failed.value).startswith(f"image '{victim}' ")
+
+
+def test_data_of_panoptic_segmentation(config, monkeypatch):
+    dicts = [{"file_name": __file__, "height": 9, "width": 9}] * 2
+    monkeypatch.setitem(DatasetCatalog.data, "panoptic", lambda: dicts)
+    cfg = config("lr", "DATASETS.TRAIN", ("panoptic",))
+    assert build_train_loader(cfg, light)  # a user's mapper may make the objects
+    with pytest.raises(InputError, match="data set panoptic: it has no boxes; is it one of panop"):
+        build_train_loader(cfg, build_mapper(cfg, is_train=True))

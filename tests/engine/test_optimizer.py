@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from msad_kd.engine.optimizer import build_optimizer
+from msad_kd.utils.errors import InputError
 
 
 def keys_of(kind, limit, norm_type=2.0):
@@ -60,3 +61,8 @@ def test_a_step_is_that_of_torchs_clipping(config, norm_type, scale):
 
 def test_norm_clips_each_parameters(config):
     assert clipped(config, *keys_of("norm", 5.0)) == pytest.approx([3.0, 4.0, 5.0], rel=1e-5)
+
+
+def test_an_unknown_optimizer(config):
+    with pytest.raises(InputError, match="SOLVER.OPTIMIZER is 'LION'; use SGD or ADAMW"):
+        build_optimizer(config("lr", "SOLVER.OPTIMIZER", "LION"), nn.Linear(1, 1))

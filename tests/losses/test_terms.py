@@ -126,6 +126,15 @@ def test_a_users_loss_that_cannot_be_called():
     with registered(mine), pytest.raises(InputError, match="'mine' .* argument: 'gamma'; its oth"):
         read_losses([{"name": "mine", "weight": 1}])
 
+    def weighted(student, teacher, weights):
+        return weights
+
+    entry = {"name": "weighted", "weight": 1}
+    with registered(weighted):
+        read_losses([{**entry, "focus": "boxes"}])  # which gives it weights
+        with pytest.raises(InputError, match="'weighted' .* argument: 'weights'"):
+            read_losses([entry])
+
     def own(student):
         return student.mean()
 

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import yaml
 from helpers import load_tool
 
@@ -60,3 +61,8 @@ def test_a_cascade_learns_from_images_without_labels(config_files, tmp_path):
     student = derived(config_files["hr"], tmp_path, "--unlabeled", "tiny_val", *keys, "True")
     unlabeled = student["student"].KD.UNLABELED
     assert unlabeled.IGNORE_SCORE == max(unlabeled.SCORE)
+
+
+def test_an_unknown_optimizer_is_told_before_anything_is_trained(config_files, tmp_path):
+    with pytest.raises(SystemExit, match="distill.py: SOLVER.OPTIMIZER is 'ADAM'; use SGD or ADA"):
+        derived(config_files["hr"], tmp_path, "student:SOLVER.OPTIMIZER", "ADAM")

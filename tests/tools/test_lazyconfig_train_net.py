@@ -98,20 +98,24 @@ def test_a_tiny_student_is_trained_resumed_and_evaluated(
 def test_without_a_gpu_the_device_is_the_cpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     read = load_tool("lazyconfig_train_net").read_config
-    assert read(str(CONFIG), ["train.max_iter=5"]).train.device == "cpu"
+    cfg = read(str(CONFIG), ["train.max_iter=5", "train.seed=1", "train.amp.enabled=True"])
+    assert (cfg.train.device, cfg.train.seed, cfg.train.amp.enabled) == ("cpu", 1, True)
     assert caplog.messages == ["No GPU is available: train.device is cpu"]
 
 
 @pytest.mark.parametrize(
     ("file", "overrides", "words"),
     [
-        ("configs/Shapes/lr.yaml", [], "no Python config .*; train YAML by train_net.py"),
+        ("configs/Shapes/lr.yaml", [], "no Python config .*; train a YAML config by train_net.py"),
+        ("", [], "'' does not exist; name one by --config-file"),
+        (str(CONFIG), ["train.amp.enabld=True"], "'train.amp.enabld'; did you mean train.amp.ena"),
         ("nowhere.py", [], "'nowhere.py' does not exist"),
-        (str(CONFIG), ["train.max_itr=5"], "'train.max_itr'; did you mean max_iter"),
+        (str(CONFIG), ["train.max_itr=5"], "'train.max_itr'; did you mean train.max_iter"),
         (str(CONFIG), [f"train.output_dir={CONFIG}"], "student_1x.py' is no folder"),
     ],
 )
-def test_configs_that_cannot_be_trained(file, overrides, words):
+def test_configs_that_cannot_be_trained(file, overrides, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(InputError, match=words):
         load_tool("lazyconfig_train_net").read_config(file, overrides)
 

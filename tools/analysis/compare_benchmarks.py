@@ -45,6 +45,10 @@ def lr_step(result):
     return median(sum(x[part] for part in PARTS) for x in result["rounds"]["LR"])
 
 
+def _rounded(number):
+    return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
+
+
 def table(results):
     """Return a line for each run, as Markdown: steps, ratios and the memory of a student's step."""
     lines = []
@@ -52,10 +56,10 @@ def table(results):
         rounds, memory = result["rounds"], result["memory"]
         ratios = [ratio(rounds, name, "LR") for name in ("plain teacher", "student")]
         gigabytes = [
-            f"{sum(memory[name].values()) / 2**30:.2g}" if name in memory else "-"
+            _rounded(sum(memory[name].values()) / 2**30) if name in memory else "-"
             for name in ("LR", "HR", "student")
         ]
-        time = f"{lr_step(result):.1f} s" if lr_step(result) >= 1 else f"{lr_step(result):.2g} s"
+        time = f"{_rounded(lr_step(result))} s"
         lines.append([label, f"{time} ({result['clock']})", *ratios, *gigabytes])
     headings = ["", "LR step", "plain teacher: step / LR step", "default: step / LR step"]
     headings += [f"{name}, GiB" for name in ("LR", "HR", "student")]
