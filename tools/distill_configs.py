@@ -15,6 +15,7 @@ from msad_kd import KDTrainer
 from msad_kd.checkpoint.files import replacing
 from msad_kd.config.build import build_config, scale_to_processes
 from msad_kd.config.derive import derive_configs, fit_warmups
+from msad_kd.data.cityscapes_files import is_cityscapes
 from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.data.images import list_images
 from msad_kd.engine.optimizer import check_optimizer
@@ -111,8 +112,9 @@ def read_images(name):
     root = metadata.get("image_root") or metadata.get("image_dir")
     if not root:
         raise InputError(f"--unlabeled: '{name}' does not say where its images are; name a folder")
-    root, file = os.path.abspath(root), metadata.get("json_file")
-    if file and not os.path.exists(file):  # its reader will say so
+    root = os.path.abspath(root)
+    # A file or folder may be made later; its reader will say so if it is not.
+    if not os.path.exists(metadata.get("json_file", root)) and not is_cityscapes(name):
         return root, []
     with explain_missing_data((name,)):
         return root, DatasetCatalog.get(name)

@@ -66,3 +66,13 @@ def test_a_cascade_learns_from_images_without_labels(config_files, tmp_path):
 def test_an_unknown_optimizer_is_told_before_anything_is_trained(config_files, tmp_path):
     with pytest.raises(SystemExit, match="distill.py: SOLVER.OPTIMIZER is 'ADAM'; use SGD or ADA"):
         derived(config_files["hr"], tmp_path, "student:SOLVER.OPTIMIZER", "ADAM")
+
+
+def test_images_without_labels_that_are_not_there(config_files, tmp_path):
+    (tmp_path / "cities" / "aachen").mkdir(parents=True)
+    for name, words in {
+        str(tmp_path / "cities"): "cities' has no images; folders in it are not read",
+        "cityscapes_fine_instance_seg_test": "leftImg8bit/test.*' does not exist",
+    }.items():
+        with pytest.raises(SystemExit, match=f"distill.py: .*{words}"):
+            derived(config_files["hr"], tmp_path / "out", "--unlabeled", name)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 from signal import SIGINT
 
 import cv2
@@ -119,7 +120,11 @@ def test_what_cannot_be_exported(export, format, flags, changes, words, monkeypa
 
 
 def test_a_stopped_export_says_so(export, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "describe_model", lambda *_, **__: os.kill(os.getpid(), SIGINT))
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), SIGINT)
+        time.sleep(60)  # the signal's handler ends it
+
+    monkeypatch.setattr(tool, "describe_model", interrupted)
     with pytest.raises(SystemExit) as stopped:
         export("onnx")
     assert stopped.value.code == 130 and "stopped" in capsys.readouterr().err
