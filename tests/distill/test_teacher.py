@@ -270,6 +270,9 @@ def test_a_student_teaches_without_a_teacher_of_its_own(student_config, config_f
     assert not any(key.startswith("distiller") for key in model.state_dict())
 
 
+FCOS = ["MODEL.META_ARCHITECTURE", "MultiResolutionFCOS"]  # which has no anchors
+
+
 @pytest.mark.parametrize(
     ("opts", "words"),
     [
@@ -280,15 +283,7 @@ def test_a_student_teaches_without_a_teacher_of_its_own(student_config, config_f
         (["INPUT.MIN_SIZE_TRAIN", (24, 32)], ""),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[4.0000001], [8], [16], [32], [64]]], ""),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [8, 16]], "not 2 times the student's .*8, 16"),
-        (
-            [
-                "MODEL.ANCHOR_GENERATOR.SIZES",
-                [[8]] * 5,
-                "KD.TEACHER.OPTS",
-                ["MODEL.META_ARCHITECTURE", "MultiResolutionFCOS"],
-            ],
-            "",
-        ),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[8]] * 5, "KD.TEACHER.OPTS", FCOS], ""),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[8]] * 5], "teacher.yaml', not 2 times the student's"),
     ],
 )

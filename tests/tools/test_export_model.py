@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from signal import SIGINT
+from signal import SIGTERM
 
 import cv2
 import onnx
@@ -121,13 +121,13 @@ def test_what_cannot_be_exported(export, format, flags, changes, words, monkeypa
 
 def test_a_stopped_export_says_so(export, monkeypatch, capsys):
     def interrupted(*_, **__):
-        os.kill(os.getpid(), SIGINT)
+        os.kill(os.getpid(), SIGTERM)
         time.sleep(60)  # the signal's handler ends it
 
     monkeypatch.setattr(tool, "describe_model", interrupted)
     with pytest.raises(SystemExit) as stopped:
         export("onnx")
-    assert stopped.value.code == 130 and "stopped" in capsys.readouterr().err
+    assert stopped.value.code == 143 and "stopped" in capsys.readouterr().err
 
 
 def test_without_onnx(export, monkeypatch):
