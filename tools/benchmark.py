@@ -91,10 +91,8 @@ def build_sides(args):
             sides["plain teacher"] = Side(sized(cfg, low, scale), PlainTeacher)
             classes = number_of_classes(cfg)
         elif number_of_classes(cfg) != classes:
-            words = (
-                f"{number_of_classes(cfg)} classes, and the images, the first student's, {classes}"
-            )
-            raise InputError(f"--vs: '{file}' has {words}; name a student of the same data set")
+            words = f"has {number_of_classes(cfg)} classes, but the images have {classes}"
+            raise InputError(f"--vs: '{file}' {words}; name a student of the same data set")
         sides[name] = Side(sized(cfg, low, scale), Teacher)
     return sides
 

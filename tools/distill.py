@@ -133,7 +133,8 @@ def describe_labels(file, cfg):
         dict(zip(model_classes(cfg)[0], score)) if len(score) > 1 else dict.fromkeys(names, *score)
     )
     sure = sum(x["score"] >= limits[names[x["category_id"] - 1]] for x in labels["annotations"])
-    labelled = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)]
+    with explain_missing_data(cfg.DATASETS.TRAIN):
+        labelled = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)]
     objects = sum(len(x.get("annotations", ())) for x in labelled)
     return (
         f"An image without labels gets {sure / len(labels['images']):.1f} labels "

@@ -56,11 +56,11 @@ def as_arrays(model):
 
 def export_detectron2(cfg, model, folder):
     """Write model.pth, and the config with which stock Detectron2 builds the model."""
-    remove_earlier(folder, "config.yaml", "config.py", "model.pth", "metadata.json")
     weights = os.path.join(folder, "model.pth")
     fcos = is_a(cfg, FCOS)
     text = lazy_config(cfg, model, weights) if fcos else stock_config(cfg, weights).dump()
     names = model_classes(with_classes_of(cfg, model))[0]
+    remove_earlier(folder, "config.yaml", "config.py", "model.pth", "metadata.json")
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_PREFIX)}
     save_model(state, weights, names)
     with replacing(os.path.join(folder, "config.py" if fcos else "config.yaml")) as part:

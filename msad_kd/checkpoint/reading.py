@@ -38,11 +38,12 @@ def check_exists(path: str, purpose: str) -> None:
         raise InputError(f"no checkpoint is named for {purpose}; give one, e.g. by MODEL.WEIGHTS")
     file, _ = split_hash(path)
     # Addresses such as https:// and detectron2:// are fetched when they are read.
-    if "://" not in file and PathManager.isdir(file):
+    if "://" in file or PathManager.isfile(file):
+        return
+    words = "does not exist; correct the path"
+    if PathManager.isdir(file):
         words = "is a folder; name the file in it, such as model_final.pth"
-        raise InputError(f"the checkpoint '{file}' for {purpose} {words}")
-    if "://" not in file and not PathManager.isfile(file):
-        raise InputError(f"the checkpoint '{file}' for {purpose} does not exist; correct the path")
+    raise InputError(f"the checkpoint '{file}' for {purpose} {words}")
 
 
 def read_checkpoint(path: str, purpose: str) -> dict:

@@ -51,10 +51,10 @@ def merge_config(cfg: CfgNode, config_file: str, opts: list) -> None:
             f"the config file '{config_file}' is a Python config (LazyConfig): train it by "
             "tools/lazyconfig_train_net.py, or write a YAML file"
         )
-    if config_file and PathManager.isdir(config_file):
-        raise InputError(f"the config file '{config_file}' is a folder; name a file in it")
     if config_file and not PathManager.isfile(config_file):
-        raise InputError(f"the config file '{config_file}' does not exist")
+        folder = PathManager.isdir(config_file)
+        words = "is a folder; name a file in it" if folder else "does not exist"
+        raise InputError(f"the config file '{config_file}' {words}")
     try:
         if config_file:
             with replaced(cfg, load_yaml_with_base=_Yaml.load_yaml_with_base):

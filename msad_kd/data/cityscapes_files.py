@@ -1,18 +1,23 @@
-"""What is wrong with the files of a Cityscapes data set, which Detectron2's reader does not say.
+"""Read Cityscapes safely by Detectron2: name what is wrong with its files, and end its processes.
 
 It reads IMAGES/CITY/*_leftImg8bit.png and, below the folder of the ground truth, their
 CITY/*_gtFine_polygons.json.
 """
 
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import cityscapes
 from detectron2.utils.file_io import PathManager
 
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.replaced import replaced
+from msad_kd.utils.signals import heed_parent_alone
 
 IMAGE, POLYGONS = "_leftImg8bit.png", "_gtFine_polygons.json"
 INSTANCES, _LABELS = "_gtFine_instanceIds.png", "_gtFine_labelIds.png"
@@ -29,12 +34,35 @@ def is_cityscapes(name: str) -> bool:
 def explain_cityscapes(names: tuple[str, ...]):
     """Turn what Detectron2 raises for a file of Cityscapes into an ``InputError`` that names it."""
     try:
-        yield
+        with ending_pools():
+            yield
     except (OSError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         for name in filter(is_cityscapes, names):
             if fault := next(faults(name), None):
                 raise InputError(f"data set '{name}': {fault}") from error
         raise
+
+
+@contextmanager
+def ending_pools():
+    """Let the pools of processes that Detectron2 opens for Cityscapes, and never closes, end.
+
+    Their processes are forked. Spawned ones, the default in a launched process, would import
+    everything anew, in seconds each.
+    """
+    context, pools = multiprocessing.get_context("fork"), []
+
+    def pool(processes: int):
+        pools.append(context.Pool(processes, heed_parent_alone, (os.getpid(),)))
+        return pools[-1]
+
+    with replaced(cityscapes, mp=SimpleNamespace(Pool=pool, cpu_count=multiprocessing.cpu_count)):
+        try:
+            yield
+        finally:
+            for each in pools:
+                each.terminate()
+                each.join()
 
 
 def faults(name: str) -> Iterator[str]:
@@ -43,7 +71,8 @@ def faults(name: str) -> Iterator[str]:
     images, truth = map(PathManager.get_local_path, (metadata.image_dir, metadata.gt_dir))
     for folder in (images, truth):
         if not os.path.isdir(folder):
-            yield f"'{folder}' does not exist; DETECTRON2_DATASETS is the folder of 'cityscapes'"
+            words = "set DETECTRON2_DATASETS to the folder that has 'cityscapes'"
+            yield f"'{folder}' does not exist; {words}"
             return
     scenes = []
     for city in sorted(os.scandir(images), key=lambda x: x.name):
@@ -76,20 +105,13 @@ def _fault_of(file: str) -> str:
         for place, item in enumerate(content["objects"], start=1):
             if "deleted" in item:
                 continue
-            if (
-                item["label"] not in name2label
-                and item["label"].removesuffix("group") not in name2label
-            ):
-                return f"object {place} has the unknown label {item['label']!r}"
+            label = item["label"]
+            if not {label, label.removesuffix("group")} & name2label.keys():
+                return f"object {place} has the unknown label {label!r}"
             if len(item["polygon"]) < 3:
                 return f"the polygon of object {place} has fewer than 3 points"
     except KeyError as error:
         return f"it has no {error}"
-    except (
-        OSError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         return str(error)
     return ""

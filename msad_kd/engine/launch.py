@@ -138,9 +138,6 @@ def _worker(local_rank, main, local_size, world_size, machine_rank, dist_url, ar
     # Should the launcher be killed, the kernel sends SIGINT, as torch has asked it to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     expect_repeated_signals()
-    # Its own processes (workers of the loader, readers of Cityscapes) would import all anew, in
-    # seconds each, as this one has been spawned. Those of torchrun's processes are forked, too.
-    multiprocessing.set_start_method("fork", force=True)
     with on_signal(stop):
         rank = machine_rank * local_size + local_rank
         _join_processes(rank, world_size, local_rank, local_size, init_method=dist_url)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from msad_kd.data.dict_checks import check_objects
+from msad_kd.data.dict_checks import check_objects, explain_missing_data
 from msad_kd.data.loader import build_test_loader
 from msad_kd.data.mapper import build_mapper
 from msad_kd.distill.student import DistilledMixin
@@ -49,7 +49,8 @@ def _build_loader(cfg: CfgNode, name: str):
     mapper = build_mapper(cfg, is_train=False)
     mapper.is_train = True  # it keeps the annotations
     loader = build_test_loader(cfg, name, mapper)
-    dicts = DatasetCatalog.get(name)
+    with explain_missing_data((name,)):
+        dicts = DatasetCatalog.get(name)
     if not all("annotations" in entry for entry in dicts):
         raise InputError(f"TEST.LOSS is True, but data set '{name}' has no annotations; set False")
     check_objects(cfg, dicts, name, mapper)

@@ -118,7 +118,7 @@ os.register_at_fork(
 
 
 def heed_parent_alone(parent: int) -> None:
-    """Let a data loader's worker ignore SIGINT, and SIGTERM unless its parent sends it.
+    """Let a worker that reads data ignore SIGINT, and SIGTERM unless its parent sends it.
 
     Schedulers, torchrun and terminals signal all processes of a run at once. Without its workers, a
     run could not finish its step. The worker ends with its parent, also with one that was killed

@@ -1,6 +1,7 @@
 """Files of Cityscapes that cannot be used are named, one sentence each."""
 
 import json
+import multiprocessing
 import re
 
 import numpy as np
@@ -14,6 +15,7 @@ from msad_kd.data.cityscapes_files import INSTANCES, faults
 from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.evaluation.cityscapes import CityscapesEvaluator
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.signals import on_signal, stop
 from projects.Shapes.generate import generate
 
 pytest.importorskip("cityscapesscripts")
@@ -86,7 +88,7 @@ def test_files_and_folders_that_do_not_belong_there(city):
 
 def test_a_folder_that_is_missing(city):
     city.parent.rename(city.parent.with_name("coarse"))
-    found = "gtFine/val' does not exist; DETECTRON2_DATASETS is the folder of 'cityscapes'"
+    found = "gtFine/val' does not exist; set DETECTRON2_DATASETS to the folder that has 'city"
     with pytest.raises(InputError, match=found), explain_missing_data(("streets",)):
         DatasetCatalog.get("streets")
 
@@ -102,6 +104,16 @@ def test_distill_knows_when_a_file_has_changed(city, config):
     assert [x for x in before if after[x] != before[x]] == [str(file)]
 
 
+def test_no_process_that_read_it_stays(city):
+    with on_signal(stop):
+        for _ in range(5):
+            with explain_missing_data(("streets",)):
+                assert len(DatasetCatalog.get("streets")) == 2
+                children = multiprocessing.active_children()
+                assert {type(x).__name__ for x in children} == {"ForkProcess"}
+            assert not multiprocessing.active_children()
+
+
 def test_other_errors_stay_what_they_are(city):
     with pytest.raises(ValueError, match="^mine$"), explain_missing_data(("streets",)):
         raise ValueError("mine")
@@ -115,7 +127,7 @@ def test_instance_images_are_read_before_the_training(city):
     with pytest.raises(InputError, match=f"'{first}' cannot be read"):
         CityscapesEvaluator("streets")
     first.write_bytes(whole)
-    Image.fromarray(np.zeros((32, 64), np.int32)).save(second)
+    Image.fromarray(np.zeros((32, 64), np.uint16)).save(second)
     words = f"'{second}' has 64 x 32 px, and its image 128 x 64 px; replace it"
     with pytest.raises(InputError, match=words):
         CityscapesEvaluator("streets")
@@ -123,7 +135,7 @@ def test_instance_images_are_read_before_the_training(city):
 
 def test_predictions_are_kept_where_there_is_no_ap(city, tmp_path, caplog):
     for file in city.glob(f"*{INSTANCES}"):
-        Image.fromarray(np.zeros((64, 128), np.int32)).save(file)
+        Image.fromarray(np.zeros((64, 128), np.uint16)).save(file)
     evaluator = CityscapesEvaluator("streets", str(tmp_path / "inference"))
     evaluator.reset()
     for name in (x.name.removesuffix(INSTANCES) for x in city.glob(f"*{INSTANCES}")):

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -125,29 +123,6 @@ def test_two_processes_of_torchrun_are_the_launchers(
     assert {"log.txt", "log.txt.rank1", "metrics.json"} <= {x.name for x in tmp_path.iterdir()}
     assert "Rank of current process: 1. World size: 2" in (tmp_path / "log.txt.rank1").read_text()
     assert len((tmp_path / "metrics.json").read_text().splitlines()) == 1
-
-
-SPAWNED = """
-import multiprocessing, sys
-from msad_kd.engine.launch import launch
-
-def main(folder):
-    from detectron2.utils import comm
-    with open(f"{folder}/{comm.get_rank()}", "w") as file:
-        file.write(multiprocessing.get_start_method())
-
-def run(folder):
-    launch(main, 2, args=(folder,))
-"""
-
-
-@pytest.mark.long
-def test_processes_of_a_spawned_process_are_forked(tmp_path):
-    (tmp_path / "spawned.py").write_text(SPAWNED)
-    code = f"import spawned; spawned.run({str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["fork", "fork"]
 
 
 # ---- Signals ----

@@ -1,15 +1,20 @@
 """What a grid file may say, and the cells it means."""
 
+import os
+import signal
+import sys
+
 import pytest
 import yaml
 from grids import CHECKPOINT, LR, UNLABELED, content, fingerprints
 from helpers import ROOT
 
+from msad_kd import DISTILL_LOSS_REGISTRY
 from msad_kd.config.build import build_config
 from msad_kd.utils.errors import InputError
 from projects.study.cells import make_cells
 from projects.study.grid import read_grid
-from projects.study.run import choose, parse_arguments
+from projects.study.run import choose, main, parse_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -240,3 +245,22 @@ def test_the_command_line_chooses_cells(cells_of, written, capsys):
         with pytest.raises(SystemExit):
             chosen(option, "0")
         assert f"{option}: '0' is no whole number of 1 or more" in capsys.readouterr().err
+
+
+def test_a_loss_of_the_users(written, tmp_path, monkeypatch, capsys):
+    code = "from msad_kd import DISTILL_LOSS_REGISTRY as REGISTRY\n\n"
+    code += "@REGISTRY.register()\ndef of_mine(student, teacher):\n    return student.mean()\n"
+    (tmp_path / "my_grids_losses.py").write_text(code)
+    grid = content()
+    grid["rows"]["student"]["options"]["KD.LOSSES"] = [{"name": "of_mine", "weight": 1.0}]
+    words = ["--grid", str(written(grid)), "--output", str(tmp_path / "out"), "--report"]
+    monkeypatch.setenv("MSAD_KD_IMPORT", "")  # undone afterwards
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # handlers of the tests' process stay
+    with pytest.raises(SystemExit, match="there is no loss 'of_mine'"):
+        main(words)
+    monkeypatch.chdir(tmp_path)  # which main() has left
+    main([*words, "--import", "my_grids_losses"])
+    assert "Tables and pictures are in" in capsys.readouterr().out
+    DISTILL_LOSS_REGISTRY._obj_map.pop("of_mine")

@@ -136,7 +136,7 @@ def test_runs_are_compared(tmp_path, capsys):
         (["--quick", "--image-sizes", "128", "64"], "--quick has a config and sizes of its own"),
         (
             ["--quick", "--vs", "configs/Nuclei/student.yaml"],
-            "has 1 classes, and the images, the f",
+            "has 1 classes, but the images have 5",
         ),
         (["--quick", *CLASSES], "NUM_CLASSES is 1, but the data set 'shapes_train' "),
     ],

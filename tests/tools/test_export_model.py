@@ -77,6 +77,13 @@ def test_nothing_of_an_earlier_export_is_taken_for_this_one(export, tmp_path):
     assert [x.name for x in folder.iterdir()] == ["unchecked_model.ts"]
 
 
+def test_an_export_that_is_refused_removes_nothing(export, tmp_path):
+    names = sorted(x.name for x in export("detectron2").iterdir())
+    with pytest.raises(SystemExit, match="build_timm_fpn_backbone"):
+        export("detectron2", opts=options())
+    assert sorted(x.name for x in (tmp_path / "exported").iterdir()) == names
+
+
 def test_a_folder_is_of_one_format(export, capsys):
     folder = export("detectron2")
     assert f"Written to {folder}" in capsys.readouterr().out

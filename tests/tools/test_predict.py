@@ -217,6 +217,13 @@ def test_a_video_that_is_cut_off(predict, data, tmp_path):
     assert code == 0 and re.search(r"clip.avi' ends after \d of the 8 frames it should", errors)
 
 
+def test_an_image_that_a_resizing_file_would_leave_nothing_of():
+    predictor = predictors.OnnxPredictor.__new__(predictors.OnnxPredictor)
+    predictor.metadata = {"min_size": 32, "max_size": 128, "resizes": True}
+    with pytest.raises(predictors.ImageError, match="its 3000 x 1 px would be less than a pixel"):
+        predictor(np.zeros((1, 3000, 3), np.uint8))
+
+
 def test_classes_without_names_have_numbers(predict, config_files, data, tmp_path):
     model = build(build_config(str(config_files["lr"]), ["DATASETS.TRAIN", ()]))
     save_model(model.state_dict(), tmp_path / "bare.pth")

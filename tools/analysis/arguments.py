@@ -40,10 +40,10 @@ def run(parser, main, arguments=None):
 
 
 def check_target(path):
-    """Check, before what takes long, that no folder has the name of a file to write; None is none.
+    """Check, before what takes long, that a file can be written; ``path`` may be None.
 
     Raises:
-        InputError: if one has.
+        InputError: if it is a folder.
     """
     if path is not None and Path(path).is_dir():
         raise InputError(f"'{path}' is a folder; name a file to write")
