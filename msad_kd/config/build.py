@@ -18,8 +18,8 @@ from detectron2.utils.file_io import PathManager
 
 from msad_kd.config.defaults import add_msad_kd_config
 from msad_kd.config.imports import import_modules
-from msad_kd.config.schedule import check_values
 from msad_kd.config.stages import read_stages
+from msad_kd.config.values import check_values
 from msad_kd.data.coco_format import register_coco_format
 from msad_kd.data.unlabeled import check_unlabeled
 from msad_kd.evaluation.coco import choose_implementation

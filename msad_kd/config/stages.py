@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from detectron2.config import CfgNode
 
-from msad_kd.config.schedule import check_values
+from msad_kd.config.values import check_values
 from msad_kd.losses.terms import read_losses
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.schema import Count, read_dataclass

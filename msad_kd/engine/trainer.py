@@ -18,7 +18,7 @@ from torch import nn
 from msad_kd.checkpoint.checkpoint import load_strictly
 from msad_kd.checkpoint.checkpointer import TrainingCheckpointer
 from msad_kd.checkpoint.start import init_from_teacher
-from msad_kd.config.schedule import warn_of_long_warmups
+from msad_kd.config.values import warn_of_long_warmups
 from msad_kd.data.classes import align_classes, with_classes_of
 from msad_kd.data.loader import ResumableLoader, build_test_loader, build_train_loader
 from msad_kd.data.mapper import build_mapper

@@ -5,7 +5,7 @@ import logging
 import pytest
 from detectron2.utils import comm
 
-from msad_kd.config import schedule
+from msad_kd.config import values
 from msad_kd.config.build import build_config
 from msad_kd.config.stages import read_stages, stage_config
 from msad_kd.losses import LossTerm
@@ -70,7 +70,7 @@ def test_steps_that_the_schedule_does_not_read():
 
 
 def test_every_value_is_tried():
-    assert set(VALUES) == set(schedule._VALUES)
+    assert set(VALUES) == set(values._VALUES)
 
 
 @pytest.mark.parametrize("key", VALUES)
@@ -173,6 +173,6 @@ def test_warm_ups_that_do_not_end_are_warned_of(caplog):
         caplog.clear()
         cfg.SOLVER.WARMUP_ITERS, warmup = warmups
         with caplog.at_level(logging.WARNING):
-            schedule.warn_of_long_warmups(cfg, [LossTerm("l1", 1.0, warmup_iters=warmup)])
+            values.warn_of_long_warmups(cfg, [LossTerm("l1", 1.0, warmup_iters=warmup)])
         assert len(caplog.messages) == len(words)
         assert all(word in caplog.text for word in words)

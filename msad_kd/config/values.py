@@ -1,4 +1,4 @@
-"""Check the numbers and choices of a config that decide how long and on what it trains."""
+"""Check the numbers and choices of a config, and its schedule."""
 
 import logging
 from operator import attrgetter
