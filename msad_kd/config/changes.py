@@ -22,18 +22,6 @@ NEUTRAL = {
     "TEST.COCO_EVALUATOR": "auto",
     "TEST.LOSS": False,
 }
-# Keys that former versions did not have, and the value with which a run is what it was then.
-_ADDED = {
-    "DATASETS.CLASSES": [],
-    "DATASETS.INVALID_ANNOTATIONS": "error",
-    "INPUT.COLOR": {"BRIGHTNESS": 0, "CONTRAST": 0, "SATURATION": 0},
-    "INPUT.MIXUP": {"PROB": 0, "ALPHA": 1.5},
-    "SOLVER.ACCUMULATE": 1,
-    "TEST.LOSS": False,
-    "TEST.PATIENCE": 0,
-    "TEST.BEST_METRIC": "",
-    "KD.TEACHER.AMP": "",
-}
 # Keys that say what a run starts from: a resumed run has started already.
 START = ("MODEL.WEIGHTS", "KD.TEACHER.INIT_STUDENT", "KD.TEACHER.INIT_BACKBONE")
 START += ("MODEL.TIMM.PRETRAINED", "MODEL.TIMM.CHECKPOINT")
@@ -53,21 +41,11 @@ def _unused(cfg: CfgNode) -> dict[str, Any]:
 
 
 def neutral_config(cfg: CfgNode) -> CfgNode:
-    """Return a copy of a config in which the keys that change no result have one value.
-
-    Newer keys are left out if they change nothing, so that the copy is the same in all versions.
-    """
+    """Return a copy of a config in which the keys that change no result have one value."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list([x for pair in NEUTRAL.items() for x in pair])
     cfg.merge_from_list([x for pair in _unused(cfg).items() for x in pair])
-    for key, value in _ADDED.items():
-        *sections, name = key.split(".")
-        node = reduce(getitem, sections, cfg)
-        if node[name] == value:
-            del node[name]
-    if not cfg.DATASETS.UNLABELED:
-        del cfg.DATASETS["UNLABELED"], cfg.SOLVER["UNLABELED_PER_BATCH"], cfg.KD["UNLABELED"]
     return cfg
 
 

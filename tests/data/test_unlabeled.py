@@ -12,7 +12,6 @@ from detectron2.utils import comm
 from helpers import TEST_SCENES, coco_format
 from PIL import Image
 
-from msad_kd.config.changes import neutral_config
 from msad_kd.data.images import image_size, read_image
 from msad_kd.data.loader import build_train_loader
 from msad_kd.data.mapper import build_mapper
@@ -114,12 +113,6 @@ def test_a_student_that_learns_nothing_from_them_does_without(config, bare, capl
         assert len(batch) == 4 and "DATASETS.UNLABELED is not used" not in caplog.text
     ((*batch,),) = samples(config("student", *bare(), "KD.LOSSES", []), 1)
     assert len(batch) == 2 and "is not used: nothing is learned from it" in caplog.text
-
-
-def test_runs_without_them_have_the_names_that_they_had(config, bare):
-    with_keys = neutral_config(config("student", *bare())).dump()
-    assert "UNLABELED" in with_keys
-    assert "UNLABELED" not in neutral_config(config("student")).dump()
 
 
 @pytest.fixture
