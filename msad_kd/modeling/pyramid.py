@@ -131,14 +131,3 @@ def valid_masks(sizes: list[tuple[int, int]], padded: tuple[int, int], pyramid: 
             slot[:, : -(-height // stride), : -(-width // stride)] = 1
         masks[name] = mask
     return masks
-
-
-def cells_in_boxes(boxes: torch.Tensor, stride: float, height: int, width: int) -> torch.Tensor:
-    """Return a mask (height, width) of the cells that boxes touch, on the CPU, to analyse losses.
-
-    ``boxes`` is (n, 4), left, top, right, bottom, and ``stride`` a cell's side, both in pixels.
-    """
-    cells = torch.zeros(height, width, dtype=torch.bool)
-    for left, top, right, bottom in (boxes / stride).clamp(min=0).tolist():
-        cells[int(top) : -int(-bottom // 1), int(left) : -int(-right // 1)] = True
-    return cells

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from msad_kd.modeling.pyramid import (
-    cells_in_boxes,
     level_shift,
     normalized_batch,
     pair_levels,
@@ -81,11 +80,3 @@ def test_the_last_cell_of_a_level_may_reach_beyond_the_padded_image():
     masks = valid_masks([(64, 250), (64, 300)], (64, 320), pyramid)
     assert masks["p6"].tolist() == [[[[1, 1, 1, 1, 0]]], [[[1] * 5]]]
     assert masks["p7"].tolist() == [[[[1, 1, 0]]], [[[1, 1, 1]]]]
-
-
-def test_cells_that_boxes_touch():
-    boxes = torch.tensor([[0.0, 0.0, 4.0, 3.0], [7.0, 5.0, 13.0, 6.0]])
-    assert cells_in_boxes(boxes, 4, 2, 4).int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 1]]
-    assert not cells_in_boxes(boxes[:0], 4, 2, 4).any()
-    beyond = torch.tensor([[-9.0, -9.0, 8.0, 3.0]])
-    assert cells_in_boxes(beyond, 4, 2, 4).int().tolist() == [[1, 1, 0, 0], [0] * 4]

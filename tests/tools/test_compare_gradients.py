@@ -36,6 +36,14 @@ def test_summary():
     ]
 
 
+def test_cells_that_boxes_touch():
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 3.0], [7.0, 5.0, 13.0, 6.0]])
+    assert tool.cells_in_boxes(boxes, 4, 2, 4).int().tolist() == [[1, 0, 0, 0], [0, 1, 1, 1]]
+    assert not tool.cells_in_boxes(boxes[:0], 4, 2, 4).any()
+    beyond = torch.tensor([[-9.0, -9.0, 8.0, 3.0]])
+    assert tool.cells_in_boxes(beyond, 4, 2, 4).int().tolist() == [[1, 1, 0, 0], [0] * 4]
+
+
 def test_where_the_losses_of_a_student_pull(config_files, teacher_weights, tmp_path):
     arguments = ["--config-file", config_files["student"], "--json", tmp_path / "g.json"]
     arguments += ["--batches", 2, "KD.LOSSES", LOSSES % ", 'levels': ['p2']"]

@@ -31,10 +31,20 @@ from msad_kd.checkpoint.start import init_from_teacher
 from msad_kd.distill.student import DistilledMixin
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.capture import recording
-from msad_kd.modeling.pyramid import cells_in_boxes
 from msad_kd.utils.seed import seed_all
 
 DETECTION, PREFIX = "detection", "loss_kd_"
+
+
+def cells_in_boxes(boxes, stride, height, width):
+    """Return a mask (height, width) of the cells that boxes touch, on the CPU.
+
+    ``boxes`` is (n, 4), left, top, right, bottom, and ``stride`` a cell's side, both in pixels.
+    """
+    cells = torch.zeros(height, width, dtype=torch.bool)
+    for left, top, right, bottom in (boxes / stride).clamp(min=0).tolist():
+        cells[int(top) : -int(-bottom // 1), int(left) : -int(-right // 1)] = True
+    return cells
 
 
 def measure_batch(model, batch):
