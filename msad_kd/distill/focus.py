@@ -18,7 +18,7 @@ def box_focus(boxes: list[torch.Tensor], stride: float, like: torch.Tensor) -> t
     A box that holds no centre, since it is smaller than a cell, takes the cell of its own centre.
 
     Args:
-        boxes: of each image, (n, 4) corners in pixels.
+        boxes: of each image, (n, 4) corners in pixels, on the map's device.
         stride: a cell's side in pixels.
         like: a map (N, C, H, W) of the level.
 
@@ -31,7 +31,7 @@ def box_focus(boxes: list[torch.Tensor], stride: float, like: torch.Tensor) -> t
     for image, corners in zip(weights, boxes):
         if len(corners) == 0:
             continue
-        cells = corners.to(like.device).float() / stride
+        cells = corners.float() / stride
         centre = ((cells[:, :2] + cells[:, 2:]) / 2).floor() + 0.5
         inside = []
         for axis, line in ((0, columns), (1, rows)):

@@ -164,7 +164,8 @@ class DistilledMixin:
             pyramid = teacher.pyramid(batched_inputs, tuple(call.inputs[0].shape[-2:]))
         looks = {}
         if self.distiller.levels_with("boxes"):
-            looks["boxes"] = [teacher.scale * boxes for boxes in boxes_of(batched_inputs)]
+            device = call.inputs[0].device  # moved once, as a GPU would wait each time
+            looks["boxes"] = [teacher.scale * x.to(device) for x in boxes_of(batched_inputs)]
         if self.distiller.levels_with("scores"):
             looks["scores"] = score_focus(Head.of(teacher.model), pyramid)
         distillation = self.distiller(call.output, pyramid, iteration, **looks)

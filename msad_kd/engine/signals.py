@@ -10,9 +10,20 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from msad_kd.engine.hooks import KeepNormalizer, is_due
+from msad_kd.utils.replaced import replaced
 from msad_kd.utils.signals import Stopped, on_signal
 
 _logger = logging.getLogger(__name__)
+
+
+def _meet() -> None:
+    """Wait for all processes, on the CPU, where the end of one of them is an error at once.
+
+    Detectron2's ``comm.synchronize`` waits on GPUs until NCCL's time is out, and Python handles no
+    signal meanwhile.
+    """
+    if comm.get_world_size() > 1:
+        dist.barrier(group=comm._get_global_gloo_group())
 
 
 class StopOnSignal(HookBase):
@@ -46,7 +57,7 @@ class StopOnSignal(HookBase):
         Raises:
             Stopped: once the trainer has stopped because of one.
         """
-        with on_signal(self._receive):
+        with on_signal(self._receive), replaced(comm, synchronize=_meet):
             try:
                 yield
             except (Stopped, Exception) as error:

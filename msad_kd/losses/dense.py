@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from detectron2.utils.registry import Registry
-from fvcore.nn import giou_loss
 
 from msad_kd.losses.feature import add_attributes
 from msad_kd.utils.schema import NotNegative, WholeNumber
@@ -66,7 +65,7 @@ def _class_loss(student: DensePredictions, teacher: DensePredictions) -> torch.T
 
 
 def _box_loss(student: DensePredictions, teacher: DensePredictions) -> torch.Tensor:
-    losses = giou_loss(student.boxes.float(), teacher.boxes.float())
+    losses = 1 - _giou(student.boxes.float(), teacher.boxes.float())
     sides = teacher.boxes[:, 2:] - teacher.boxes[:, :2]
     weights = importance(teacher) * (sides > 0).all(dim=1)  # FCOS predicts boxes without area, too
     return (weights * losses).sum() / soft_count(teacher)
@@ -137,8 +136,25 @@ def rpn_box(student: DensePredictions, teacher: DensePredictions) -> torch.Tenso
 
 def _iou(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the intersection over union of boxes (R, 4) pair by pair: (R,)."""
+    inner, union = _overlap(one, other)
+    return inner / union.clamp(min=1e-7)
+
+
+def _giou(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the generalised IoU of boxes (R, 4) pair by pair, (R,), as fvcore's ``giou_loss``.
+
+    fvcore's asserts and masks would make the host wait for a GPU in each step.
+    """
+    inner, union = _overlap(one, other)
+    sides = torch.maximum(one[:, 2:], other[:, 2:]) - torch.minimum(one[:, :2], other[:, :2])
+    hull = sides[:, 0] * sides[:, 1]
+    return inner / (union + 1e-7) - (hull - union) / (hull + 1e-7)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the areas of intersection and union of boxes (R, 4) pair by pair, each (R,)."""
     corner = torch.maximum(one[:, :2], other[:, :2])
     sides = (torch.minimum(one[:, 2:], other[:, 2:]) - corner).clamp(min=0)
     inner = sides[:, 0] * sides[:, 1]  # prod() would wait for a GPU in its backward pass
     areas = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (one, other))
-    return inner / (sum(areas) - inner).clamp(min=1e-7)
+    return inner, sum(areas) - inner

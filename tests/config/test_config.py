@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
@@ -196,6 +197,20 @@ def test_the_device_is_the_gpu_or_with_one_warning_the_cpu(monkeypatch, caplog):
         caplog.clear()
         build_config("", ["MODEL.DEVICE", "cpu"])
         assert not caplog.messages
+
+
+def test_devices_that_do_not_fit_the_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    build_config("", ["MODEL.DEVICE", "cuda:1"])
+    assert current == [torch.device("cuda:1")]
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    for device, words in (("cuda:1", "each process has a GPU of its own; set"), ("cpu", "hide")):
+        with pytest.raises(InputError, match=f"MODEL.DEVICE is .*{words}"):
+            build_config("", ["MODEL.DEVICE", device])
 
 
 REFERENCE = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.IMS_PER_BATCH", 16]

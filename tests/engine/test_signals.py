@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from helpers import NO_TEST, differing, tensors_of, train
 
 from msad_kd import KDTrainer
+from msad_kd.engine.signals import StopOnSignal
 from msad_kd.utils.errors import InputError
 from msad_kd.utils.signals import Stopped
 
@@ -138,3 +141,16 @@ def test_a_signal_where_a_checkpoint_is_due_saves_it_once(config, caplog):
         stopped(cfg, Signal(signal.SIGTERM, 1))
     assert caplog.text.count("Saving checkpoint to") == 1
     assert models(cfg) == ["model_0000001.pth"]
+
+
+def test_processes_that_train_meet_on_the_cpu(monkeypatch):
+    """NCCL would not notice that one has ended, and Python would handle no signal meanwhile."""
+    met = []
+    monkeypatch.setattr(dist, "barrier", lambda group: met.append(group))
+    monkeypatch.setattr(comm, "_get_global_gloo_group", lambda: "gloo")
+    before = comm.synchronize
+    with StopOnSignal(1, 0, None).handling():
+        comm.synchronize()
+        monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+        comm.synchronize()
+    assert met == ["gloo"] and comm.synchronize is before

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from fvcore.nn import giou_loss
 from torch.testing import assert_close
 
 from msad_kd.losses.dense import (
     DENSE_LOSS_REGISTRY,
     DensePredictions,
+    _giou,
     cross_head,
     dense_box,
     dense_class,
@@ -117,3 +119,14 @@ def test_a_teacher_that_finds_nothing_and_boxes_without_area(loss):
     value.backward()
     assert value.item() == pytest.approx(0, abs=1e-6)
     assert all(x.grad is None or x.grad.isfinite().all() for x in vars(student).values())
+
+
+def test_giou_is_fvcores():
+    corners = torch.rand(200, 2, 2, generator=torch.Generator().manual_seed(0)) * 8
+    sides = torch.tensor([[0.0, 3.0], [2.0, 0.0], [5.0, 1.0], [1.0, 4.0]]).repeat(50, 1)
+    one, other = (torch.cat([x, x + sides], dim=1) for x in corners.unbind(1))
+    (ours, theirs) = (one.clone().requires_grad_() for _ in range(2))
+    assert_close(1 - _giou(ours, other), giou_loss(theirs, other))
+    _giou(ours, other).sum().backward()
+    giou_loss(theirs, other).sum().backward()
+    assert_close(ours.grad, -theirs.grad)
