@@ -39,6 +39,7 @@ from msad_kd.data.statistics import warn_of_small_images
 from msad_kd.data.unlabeled import takes_unlabeled, unlabeled_dicts
 from msad_kd.utils.compat import repeat_factor_options
 from msad_kd.utils.errors import InputError
+from msad_kd.utils.processes import keep_many_files_open
 from msad_kd.utils.seed import derive_seed, preserved_rng, seed_all
 from msad_kd.utils.signals import heed_parent_alone
 
@@ -139,6 +140,8 @@ class ResumableLoader:
             count, pairs = len(dataset), zip(batches, self.unlabeled.draws(self.start))
             dataset = _WithUnlabeled(dataset, self.unlabeled.dataset)
             batches = (mine + [(count + i, seed) for i, seed in other] for mine, other in pairs)
+        if self.num_workers:
+            keep_many_files_open()
         # The generator: a loader draws its workers' seed when it starts. From the global generator,
         # that draw would make a resumed run differ from an uninterrupted one.
         yield from torchdata.DataLoader(

@@ -90,8 +90,14 @@ class CityscapesEvaluator(CityscapesInstanceEvaluator):
             output_dir: the folder for the predictions if there is no AP; "" keeps none.
 
         Raises:
-            InputError: if an image or an instance image is missing, or differs in its size.
+            InputError: if an image or an instance image is missing, or differs in its size, or if
+                the processes are on several machines.
         """
+        if comm.get_local_size() != comm.get_world_size():
+            raise InputError(
+                f"'{dataset_name}' cannot be evaluated on several machines, as Detectron2 gathers "
+                'masks in /tmp: train with DATASETS.TEST "()", and use --eval-only on one machine'
+            )
         super().__init__(dataset_name)
         self._output_dir = output_dir
         _check_pairs(dataset_name)

@@ -1,6 +1,8 @@
-"""What the processes of a run do together."""
+"""What the processes of a run do together, and the files that they may open."""
 
+import resource
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from detectron2.utils import comm
@@ -28,3 +30,10 @@ def in_main_process(function: Callable[[], T]) -> T:
     if message is not None:
         raise InputError(message)
     return result
+
+
+def keep_many_files_open() -> None:
+    """Raise the limit of open files: a tensor that a loader's worker hands over is one or two."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # where the system allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

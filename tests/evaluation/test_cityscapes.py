@@ -19,6 +19,7 @@ from detectron2.data.datasets.builtin import register_all_cityscapes
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from detectron2.evaluation import CityscapesInstanceEvaluator
 from detectron2.structures import BitMasks, Instances
+from detectron2.utils import comm
 from helpers import ROOT, evaluate, names_of, run_script
 from PIL import Image
 
@@ -172,6 +173,13 @@ def test_missing_ground_truth(tree, tmp_path):
     with pytest.raises(InputError, match="'cityscapes_nowhere': there is no"):
         evaluate([], CityscapesEvaluator(name))
     MetadataCatalog.remove(name)
+
+
+def test_several_machines(tree, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 4)
+    monkeypatch.setattr(comm, "get_local_size", lambda: 2)
+    with pytest.raises(InputError, match=f"'{NAME}' cannot be evaluated on several machines"):
+        CityscapesEvaluator(NAME)
 
 
 def test_the_ground_truth_is_read_again_in_another_folder(tree, tmp_path):

@@ -8,15 +8,16 @@ whole learning-rate schedule in --iterations, the same seeds and images, and are
 DATASETS.TEST: name images there that you do not report. Without --losses, the candidates are
 
     l1      weight 0.6 on all levels, as MSAD has it
-    ssim    on the level that detection pulls at most, there with --ratio of detection's gradient
+    ssim    on the level with most detection gradient, at --ratio of that gradient
     heads   the losses of the RoI heads, or cross_head of a dense head, at weight 1
     both    ssim and heads
 
---losses names a YAML file of others, NAME: [{name: pkd, weight: 1.0}, ...]. Typed again, the
-command goes on where it was. OUTPUT gets candidates.yaml, grid.yaml, and the results of a study.
+--losses names a YAML file of others, NAME: [{name: pkd, weight: 1.0}, ...]. After a stop, the
+same command continues. OUTPUT gets candidates.yaml, grid.yaml, and the results of a study.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -60,6 +61,9 @@ def balance(args):
             for level, squares in measure_batch(model, batch).items():
                 for name, sums in squares.items():
                     norms[level][name] += float(sums[:, 0].sum()) ** 0.5
+    del model, batches, batch, squares, sums
+    gc.collect()
+    torch.cuda.empty_cache()  # the trainings need it
     level = max(norms, key=lambda name: norms[name][DETECTION])
     if not (gradient := norms[level][PREFIX + "ssim"]):
         raise InputError(
@@ -165,7 +169,7 @@ def parse_arguments(arguments=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--config-file", required=True, help="the student's config; its teacher is trained")
+    add("--config-file", required=True, help="a student's config, with a trained teacher")
     add("--output", required=True, type=Path, help="folder of runs and results")
     add("--losses", type=Path, metavar="FILE", help="candidates as YAML; see above")
     add("--iterations", type=positive, help="SOLVER.MAX_ITER of a run (default: a quarter)")
