@@ -193,7 +193,7 @@ def main(arguments=None):
     add("--batch", type=positive, default=1, help="images a step (default: 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=positive, default=1, help="CPU threads of torch (default: 1)")
-    add("--rounds", type=positive, default=5, help="measured steps of each side (default: 5)")
+    add("--rounds", type=positive, default=5, help="measured steps per model (default: 5)")
     add("--cpu-time", action="store_true", help="measure CPU time, for a machine with other load")
     add("--no-hr", action="store_true", help="leave out the HR step, which takes longest")
     add(

@@ -6,8 +6,8 @@
 CONFIG is the yacs config of a Mask R-CNN, Faster R-CNN, RetinaNet or FCOS at high resolution: a
 file, or a name in Detectron2's model zoo. From it come the configs of an aligned teacher, a student
 and its control (OUTPUT/configs). The data are checked, the three are trained and measured, and the
-student is exported for stock Detectron2, or as ONNX where that has no such backbone. Stopped, the
-same command goes on where it was. KEY VALUE pairs change CONFIG; role:KEY VALUE pairs change what
+student is exported for stock Detectron2, or as ONNX where that has no such backbone. After a stop,
+the same command continues. KEY VALUE pairs change CONFIG; role:KEY VALUE pairs change what
 is derived, with teacher, student or control as the role. SOLVER.STEPS follow a role's MAX_ITER.
 
     ... SOLVER.IMS_PER_BATCH 8 teacher:SOLVER.MAX_ITER 3000 student:SOLVER.BASE_LR 0.002
@@ -191,7 +191,7 @@ def parse_arguments(arguments=None):
     add("--config-file", required=True, metavar="CONFIG", help="of the high-resolution detector")
     add("--output", required=True, type=Path, help="folder of configs, runs and results")
     add("--weights", help="the trained high-resolution detector, which the teacher starts from")
-    add("--teacher", metavar="FILE", help="a teacher that this command trained; trains none")
+    add("--teacher", metavar="FILE", help="a teacher of an earlier run; trains no teacher")
     add("--baseline", metavar="FILE", help="a detector of the student's resolution to compare with")
     add("--unlabeled", metavar="IMAGES", help="a folder or data set for the student to learn from")
     add(
@@ -201,7 +201,7 @@ def parse_arguments(arguments=None):
     )
     add("--scale", type=int, default=2, help="high-resolution side over low-resolution side")
     add("--no-control", dest="control", action="store_false", help="leave the control out")
-    add("--detections", type=study.positive, default=100, help="an image, when costs are measured")
+    add("--detections", type=study.positive, default=100, help="per image when costs are measured")
     add("--dry-run", action="store_true", help="write the configs, and train nothing")
     add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()), help="of each training")
     add("--slots", type=study.positive, default=study.count_cores(), help="trainings at a time")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Label images by a model: write what it detects, with scores, as a file in COCO format.
+r"""Label images by a model: write what it detects, with scores, as a file in COCO format.
 
     python tools/label_images.py --config-file my/teacher.yaml --dataset mine_unlabeled \
         --weights output/mine/teacher/model_final.pth --output datasets/mine/labels.json
 
 A multi-resolution teacher predicts with its TEST_BRANCH. TEST.AUG.ENABLED True applies Detectron2's
-test-time augmentation. What is done is kept beside the output, and the same command goes on after
-an interruption. See docs/unlabeled.md.
+test-time augmentation. Finished images are kept beside the output; the same command continues
+after a stop. See docs/unlabeled.md.
 """
 
 import argparse
@@ -199,7 +199,7 @@ def main(words: list[str] | None = None) -> None:
     which.add_argument("--dataset", help="a registered data set, whose labels are not read")
     which.add_argument("--images", help="a folder of images")
     parser.add_argument("--output", required=True, help="the file to write")
-    parser.add_argument("--min-score", type=float, default=0.05, help="leave out what has less")
+    parser.add_argument("--min-score", type=float, default=0.05, help="lowest score to write")
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time")
     add_code_options(parser)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs on top of the config")

@@ -23,7 +23,7 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.DATASETS.INVALID_ANNOTATIONS = "error"
 
     # The data sets whose images a student also learns from without their labels: folders, or files
-    # of which nothing is read but annotations with a "score", as tools/label_images.py writes them.
+    # of which only annotations with a "score" are read (those of tools/label_images.py).
     cfg.DATASETS.UNLABELED = []
 
     # Large-scale jitter, which replaces the resize in training: an image is scaled to fit a square,
@@ -52,8 +52,8 @@ def add_msad_kd_config(cfg: CN) -> None:
     # The number of images of DATASETS.UNLABELED in a batch, over all processes, which are added to
     # the IMS_PER_BATCH labelled ones.
     cfg.SOLVER.UNLABELED_PER_BATCH = 0
-    # The batches whose gradients make one step of the optimizer, which is one iteration. It is the
-    # step of a batch with ACCUMULATE times the images; docs/training-script.md has the exceptions.
+    # How many batches' gradients one optimizer step, which is one iteration, averages. It equals
+    # the step of a batch ACCUMULATE times as large; docs/training-script.md has the exceptions.
     cfg.SOLVER.ACCUMULATE = 1
 
     # What computes COCO's AP: "hotcoco", "detectron2" (its C++ code, in compiled builds),
@@ -62,7 +62,7 @@ def add_msad_kd_config(cfg: CN) -> None:
     # Whether to evaluate Cityscapes by COCO's AP as well: boxes as "bbox", masks as "segm_coco".
     # A model without masks is always evaluated by it.
     cfg.TEST.CITYSCAPES_COCO = False
-    # What says which evaluation of EVAL_PERIOD had the best model, model_best.pth: a name in the
+    # The metric that chooses model_best.pth among the evaluations of EVAL_PERIOD: a name in the
     # log. By default AP of the first data set: segm/AP, else bbox/AP, else keypoints/AP. Of a loss
     # (validation/total_loss, with TEST.LOSS) the least is the best.
     cfg.TEST.BEST_METRIC = ""
@@ -77,7 +77,7 @@ def add_msad_kd_config(cfg: CN) -> None:
     cfg.MODEL.MULTI_RESOLUTION = CN()
     # The weight of the fused branch in L_T = L_HR + L_LR + FUSED_WEIGHT L_fused.
     cfg.MODEL.MULTI_RESOLUTION.FUSED_WEIGHT = 0.4
-    # The fusion (C-FF) has a hidden layer of 2C / REDUCTION units, where C is FPN.OUT_CHANNELS.
+    # The fusion has a hidden layer of 2C / REDUCTION units, where C is FPN.OUT_CHANNELS.
     cfg.MODEL.MULTI_RESOLUTION.REDUCTION = 16
     # Whether the fusion leaves padding out when it averages a map; the authors' code does not.
     cfg.MODEL.MULTI_RESOLUTION.MASK_PADDING = True
@@ -100,8 +100,8 @@ def add_msad_kd_config(cfg: CN) -> None:
     #   levels: the student's levels to compare; default: all that have a partner in the teacher.
     #   adapter: whether the student's map passes a 1x1 convolution first: true, false or "auto"
     #     (the default), which means where the channels differ.
-    #   focus, background: where the loss looks: "none" (default), "boxes" or "scores", and the
-    #     weight of all cells together against that; default 0.5. See distill/focus.py.
+    #   focus: which cells count more: "none" (default), "boxes" or "scores"; distill/focus.py.
+    #   background: with a focus, the weight that is spread over all cells; default 0.5.
     #   proposals: whose regions a loss of RoI heads compares: "student" (default), "teacher" or
     #     "both".
     # Any other field is an argument of the loss. Only losses between maps have levels, adapter and
@@ -127,8 +127,8 @@ def add_msad_kd_config(cfg: CN) -> None:
     # "bf16" or "fp16" computes the teacher's pyramid in 16 bits; "" (default) in fp32, or as
     # SOLVER.AMP says. The losses are computed in fp32. A CPU needs bf16 instructions to gain by it.
     cfg.KD.TEACHER.AMP = ""
-    # Whether the student starts from the teacher's weights, and whether from its bottom-up path's
-    # too; if the backbones differ, the path has to start from MODEL.WEIGHTS instead.
+    # Whether the student starts from the teacher's weights, and whether from those below the FPN
+    # too. If the backbones differ, set the second to False, and MODEL.WEIGHTS.
     cfg.KD.TEACHER.INIT_STUDENT = True
     cfg.KD.TEACHER.INIT_BACKBONE = True
     # Whether to evaluate the teacher on DATASETS.TEST before the first iteration.

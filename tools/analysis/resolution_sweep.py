@@ -192,7 +192,7 @@ def main(arguments=None):
     """Run the command line; an expected error ends it with one sentence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    words = "its name in the table, config, checkpoint and KEY VALUE pairs; may be repeated"
+    words = "name, config and checkpoint, then KEY VALUE pairs; may be repeated"
     add("--model", nargs="+", action="append", required=True, metavar="WORD", help=words)
     add("--sizes", type=positive, nargs="+", required=True, help="shorter sides in pixels")
     add("--images", type=positive, default=30, help="images to measure costs on (default: 30)")
