@@ -15,17 +15,17 @@ help: ## list the targets
 # Where the data sets are. The shell does not expand a ~ that comes out of a variable.
 DATA = $(patsubst ~/%,$(HOME)/%,$(or $(DETECTRON2_DATASETS),datasets))
 SHAPES = projects/Shapes/checkpoints
-SCENES = --size 384 --classes 5 --difficulty 0.1 --hue-spread 50 --min-radius 2 --max-radius 10 \
+SCENES = --size 512 --classes 5 --difficulty 0.1 --hue-spread 50 --min-radius 1.5 --max-radius 7.5 \
     --min-shapes 12 --max-shapes 40
 ROIS = {name: roi_class, weight: 1.0}, {name: roi_box, weight: 1.0}, {name: roi_mask, weight: 1.0}
 demo: .venv/.ready ## distil a detector of drawn shapes and compare, in minutes on a CPU
-	$(RUN) projects/Shapes/generate.py --output "$(DATA)/shapes_384" \
-	    --train 120 --val 200 $(SCENES)
-	$(RUN) projects/Shapes/generate.py --output "$(DATA)/shapes_384_unlabeled" \
-	    --train 480 --val 1 --seed 2 $(SCENES)
-	$(RUN) tools/distill.py --config-file configs/Shapes/demo.yaml --weights $(SHAPES)/hr_384.pth \
-	    --teacher $(SHAPES)/teacher_384.pth --baseline $(SHAPES)/lr_384.pth --detections 30 \
-	    --unlabeled shapes_384_unlabeled --output output/shapes/demo $(ARGS) student:KD.LOSSES "[$(ROIS)]"
+	$(RUN) projects/Shapes/generate.py --output "$(DATA)/shapes_512" \
+	    --train 40 --val 200 $(SCENES)
+	$(RUN) projects/Shapes/generate.py --output "$(DATA)/shapes_512_unlabeled" \
+	    --train 360 --val 1 --seed 2 $(SCENES)
+	$(RUN) tools/distill.py --config-file configs/Shapes/demo.yaml --weights $(SHAPES)/hr_512.pth \
+	    --teacher $(SHAPES)/teacher_512.pth --baseline $(SHAPES)/lr_512.pth --detections 30 \
+	    --unlabeled shapes_512_unlabeled --output output/shapes/demo $(ARGS) student:KD.LOSSES "[$(ROIS)]"
 
 NUCLEI = projects/Nuclei/checkpoints
 ZIP = stage1_train.zip
@@ -57,7 +57,7 @@ lint: .venv/.ready ## check the style of the code
 	$(RUN) -m ruff format --check .
 
 MADE = datasets/shapes
-MADE += $(addprefix datasets/shapes_,fresh unlabeled 384 384_unlabeled 384_fresh large)
+MADE += $(addprefix datasets/shapes_,fresh unlabeled 512 512_unlabeled 512_fresh large)
 clean: ## remove .venv, caches, output and the data sets generated in datasets
 	@echo "Removing .venv, caches, output, $(MADE)"
 	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info output $(MADE)

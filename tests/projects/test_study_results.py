@@ -42,7 +42,7 @@ def test_every_result_belongs_to_a_cell_of_the_study(study):
 @pytest.mark.parametrize(
     ("grid", "folder"),
     [
-        ("Shapes/demo_full", "Shapes/results/384"),
+        ("Shapes/demo_full", "Shapes/results/512"),
         ("Nuclei/study", "Nuclei/results"),
         ("StructuralKD/study", "StructuralKD/results"),
         ("MTPD/study", "MTPD/results"),
