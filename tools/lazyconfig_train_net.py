@@ -4,7 +4,6 @@
 Example: tools/lazyconfig_train_net.py --config-file configs/lazy/mask_rcnn_R_50_FPN_student_1x.py
 """
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -31,6 +29,7 @@ from msad_kd import init_from_teacher
 from msad_kd.checkpoint.checkpoint import SafeCheckpointer
 from msad_kd.engine.launch import run_command
 from msad_kd.utils.compat import ddp_on
+from msad_kd.utils.device import find_device
 from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.unpickle import TrustFiles
 
@@ -72,9 +71,7 @@ def read_config(file, overrides):
     cfg = LazyConfig.apply_overrides(cfg, overrides)
     if os.path.exists(cfg.train.output_dir) and not os.path.isdir(cfg.train.output_dir):
         raise InputError(f"train.output_dir: '{cfg.train.output_dir}' is no folder")
-    if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("No GPU is available: train.device is cpu")
-        cfg.train.device = "cpu"
+    cfg.train.device = find_device(cfg.train.device, "train.device")
     return cfg
 
 

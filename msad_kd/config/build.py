@@ -7,8 +7,6 @@ from itertools import accumulate, chain
 from pathlib import Path
 
 import detectron2
-import torch
-import torch.distributed as dist
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
@@ -27,6 +25,7 @@ from msad_kd.evaluation.coco import choose_implementation
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.pyramid import level_shift
 from msad_kd.utils.arguments import check_pairs
+from msad_kd.utils.device import find_device
 from msad_kd.utils.errors import InputError, nearest
 from msad_kd.utils.flat_config import flatten_config
 from msad_kd.utils.replaced import replaced
@@ -186,31 +185,13 @@ def check_config(cfg: CfgNode) -> CfgNode:
         for name in cfg.DATASETS[key] or ():
             _check_name(f"DATASETS.{key}", name, DatasetCatalog)
     check_unlabeled(cfg)
-    _check_device(cfg)
+    _choose_device(cfg)
     return scale_to_processes(cfg, comm.get_world_size())
 
 
-def _check_device(cfg: CfgNode) -> None:
+def _choose_device(cfg: CfgNode) -> None:
     """Check MODEL.DEVICE; where there is no GPU, take the CPU, without SOLVER.AMP."""
-    name = cfg.MODEL.DEVICE
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        words = "it should be cpu, cuda, or one GPU as cuda:0"
-        raise InputError(f"MODEL.DEVICE is '{name}'; {words}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("No GPU is available: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
-    elif device.type == "cuda" and device.index is not None:
-        if comm.get_world_size() > 1:
-            words = "but each process has a GPU of its own; set it to cuda"
-            raise InputError(f"MODEL.DEVICE is '{name}', {words}")
-        torch.cuda.set_device(device)  # seeds, clocks and memory are read from the current one
-    elif device.type == "cpu" and dist.is_initialized() and dist.get_backend() == "nccl":
-        raise InputError(
-            "MODEL.DEVICE is cpu, but the processes were joined for GPUs; to train on the CPU, "
-            "hide them: CUDA_VISIBLE_DEVICES= python train_net.py ..."
-        )
+    cfg.MODEL.DEVICE = find_device(cfg.MODEL.DEVICE)
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logging.getLogger(__name__).warning("SOLVER.AMP.ENABLED is False: it needs a GPU")
         cfg.SOLVER.AMP.ENABLED = False

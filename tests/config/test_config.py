@@ -203,8 +203,11 @@ def test_devices_that_do_not_fit_the_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     build_config("", ["MODEL.DEVICE", "cuda:1"])
     assert current == [torch.device("cuda:1")]
+    with pytest.raises(InputError, match="'cuda:2', but the last GPU here is cuda:1"):
+        build_config("", ["MODEL.DEVICE", "cuda:2"])
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import random
+import resource
 import shutil
 
 import cv2
@@ -84,6 +85,18 @@ def test_global_generators_are_untouched(config, workers):
     seed_all(1)
     batches(cfg, 4)
     assert light({"file_name": ""}) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_may_hand_over_many_tensors(config, workers):
+    """Each is an open file or two, of which many systems allow 1,024 until they are asked."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few := before[1] // 2, before[1]))
+    try:
+        batches(config("lr", "DATALOADER.NUM_WORKERS", workers), 1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == (before[1] if workers else few)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("sized", [True, False])

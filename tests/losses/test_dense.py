@@ -122,9 +122,14 @@ def test_a_teacher_that_finds_nothing_and_boxes_without_area(loss):
 
 
 def test_giou_is_fvcores():
+    """At random, and where boxes are equal, touch, or lie in the other without an area."""
     corners = torch.rand(200, 2, 2, generator=torch.Generator().manual_seed(0)) * 8
     sides = torch.tensor([[0.0, 3.0], [2.0, 0.0], [5.0, 1.0], [1.0, 4.0]]).repeat(50, 1)
     one, other = (torch.cat([x, x + sides], dim=1) for x in corners.unbind(1))
+    square, beside, inside = [0, 0, 2, 2], [2, 0, 4, 2], [1, 0, 1, 2]
+    edges = [[square, square], [square, beside], [inside, square]]
+    edges = torch.tensor(edges, dtype=torch.float)
+    one, other = torch.cat([one, edges[:, 0]]), torch.cat([other, edges[:, 1]])
     (ours, theirs) = (one.clone().requires_grad_() for _ in range(2))
     assert_close(1 - _giou(ours, other), giou_loss(theirs, other))
     _giou(ours, other).sum().backward()

@@ -1,12 +1,10 @@
 """What the processes of a run do together."""
 
-import resource
-
 import pytest
 from detectron2.utils import comm
 
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.processes import in_main_process, keep_many_files_open
+from msad_kd.utils.processes import in_main_process
 
 
 def refuse():
@@ -30,13 +28,3 @@ def test_the_others_hear_of_it(monkeypatch, sent, error):
     else:
         with pytest.raises(InputError, match=error):
             in_main_process(refuse)
-
-
-def test_as_many_files_may_be_open_as_the_system_allows():
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
-    try:
-        keep_many_files_open()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
