@@ -57,7 +57,7 @@ lint: .venv/.ready ## check the style of the code
 	$(RUN) -m ruff format --check .
 
 MADE = datasets/shapes
-MADE += $(addprefix datasets/shapes_,fresh unlabeled 512 512_unlabeled 512_fresh large)
+MADE += $(addprefix datasets/shapes_,fresh unlabeled 512 512_unlabeled 512_fresh)
 clean: ## remove .venv, caches, output and the data sets generated in datasets
 	@echo "Removing .venv, caches, output, $(MADE)"
 	@rm -rf .venv .pytest_cache .ruff_cache build *.egg-info output $(MADE)
