@@ -41,6 +41,7 @@ from msad_kd.export.onnx import OnnxDetector, export_onnx
 from msad_kd.export.tracing import ExportableDetector
 from msad_kd.modeling.classes import anchor_sizes, number_of_classes
 from msad_kd.utils.arguments import positive
+from msad_kd.utils.errors import in_one_sentence
 from msad_kd.utils.replaced import replaced
 from projects.Shapes.generate import generate
 
@@ -214,11 +215,9 @@ def main(arguments=None):
             environment = {**os.environ, "DETECTRON2_DATASETS": folder}
             stack.enter_context(replaced(os, environ=environment))
         args.config_file = args.config_file or STUDENT
-        try:
+        with in_one_sentence(parser.prog):
             args.output.mkdir(parents=True, exist_ok=True)
             result = measure(args)
-        except (InputError, OSError) as error:
-            parser.error(str(error))
     write_json(args.output / "benchmark.json", result)
     draw(result, args.output / "benchmark.png")
     (args.output / "benchmark.md").write_text((text := markdown(result)) + "\n")

@@ -44,6 +44,7 @@ from msad_kd.data.statistics import MANY, enlarged_share
 from msad_kd.evaluation.build import build_evaluator
 from msad_kd.modeling.classes import frame_of
 from msad_kd.utils.arguments import positive
+from msad_kd.utils.errors import in_one_sentence
 
 FACTORS = (0.25, 0.375, 0.5, 0.75, 1)
 SHOWN = 10  # faulty images of a data set that are reported one by one
@@ -263,11 +264,9 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if bool(args.config_file) == bool(args.json) or bool(args.json) != bool(args.images):
         parser.error("give either --config-file, or --json and --images")
-    try:
+    with in_one_sentence(parser.prog):
         report = check(args)
         report.write(args.output)
-    except (InputError, OSError) as error:  # the second: --output cannot be written
-        sys.exit(f"{parser.prog}: {error}")
     print(report.text(), end="")
     print(f"Written to {args.output}")
     if any(remark["level"] == "error" for remark in report.remarks):

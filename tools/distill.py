@@ -49,7 +49,7 @@ from msad_kd.data.coco_format import datasets_folder
 from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.distill.student import check_losses
 from msad_kd.distill.teacher_spec import TeacherSpec
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.errors import InputError, in_one_sentence
 from msad_kd.utils.hashes import check_hash, hash_file, split_hash
 from msad_kd.utils.signals import Stopped, on_signal, stop
 from projects.study import run as study
@@ -215,7 +215,7 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     args.output = args.output.absolute()  # the runs start in the repository
     os.environ["DETECTRON2_DATASETS"] = os.path.abspath(datasets_folder())
-    try:
+    with in_one_sentence("distill.py"):
         for name in ("weights", "teacher", "baseline"):
             if path := getattr(args, name):
                 file = fetch(split_hash(path)[0], f"--{name}")
@@ -238,8 +238,6 @@ def main(arguments=None):
             check_data(args, configs["control"])
             if labels:
                 label_images(labels, configs["student"])
-    except (InputError, OSError) as error:  # the second: --output cannot be written
-        sys.exit(f"distill.py: {error}")
     words = ["--grid", grid, "--num-gpus", args.num_gpus, "--slots", args.slots]
     study.main([*map(str, words)], name="distill.py")
     export_student(args, configs["student"])

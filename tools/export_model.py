@@ -31,6 +31,7 @@ from msad_kd.modeling.classes import is_a
 from msad_kd.modeling.fcos import FCOS
 from msad_kd.modeling.multi_resolution import MultiResolutionMixin
 from msad_kd.utils.arguments import positive
+from msad_kd.utils.errors import in_one_sentence
 from msad_kd.utils.signals import Stopped, on_signal, stop
 
 FORMATS = ("detectron2", "torchscript", "onnx")
@@ -161,10 +162,8 @@ def main(arguments=None):
     add("opts", nargs="*", help="KEY VALUE pairs on top of the config")
     args = parser.parse_args(arguments)
     try:
-        with on_signal(stop):
+        with in_one_sentence(parser.prog), on_signal(stop):
             export_model(args)
-    except (InputError, OSError) as error:  # the second: --output cannot be written
-        sys.exit(f"{parser.prog}: {error}")
     except Stopped:
         print(f"{parser.prog}: stopped", file=sys.stderr)
         raise

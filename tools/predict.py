@@ -34,6 +34,7 @@ from tqdm import tqdm
 from msad_kd import InputError, build_config
 from msad_kd.config.imports import add_code_options
 from msad_kd.data.images import REMEDY, ImageError, read_image
+from msad_kd.utils.errors import in_one_sentence
 from msad_kd.utils.signals import Stopped, on_signal, stop
 
 
@@ -200,10 +201,8 @@ def main(arguments=None):
     if not 0 <= args.score <= 1:
         parser.error(f"--score {args.score:g} should be from 0 to 1")
     try:
-        with on_signal(stop):
+        with in_one_sentence(parser.prog), on_signal(stop):
             run = predict(args)
-    except (InputError, OSError) as error:  # the second: --output cannot be written
-        sys.exit(f"{parser.prog}: {error}")
     except Stopped:
         done = f"; what was done is in '{args.output}'" * os.path.isdir(args.output)
         print(f"{parser.prog}: stopped{done}", file=sys.stderr)

@@ -10,8 +10,8 @@ in .safetensors writes that format. The file's SHA-256 is written beside it (stu
 import argparse
 import os
 
-from msad_kd import InputError
 from msad_kd.checkpoint.strip import strip_checkpoint
+from msad_kd.utils.errors import in_one_sentence
 from msad_kd.utils.unpickle import TrustFiles
 
 if __name__ == "__main__":
@@ -21,9 +21,7 @@ if __name__ == "__main__":
     parser.add_argument("--half", action="store_true", help="store the weights in fp16")
     parser.add_argument("--trust-files", action=TrustFiles)
     arguments = parser.parse_args()
-    try:
+    with in_one_sentence(parser.prog):
         strip_checkpoint(arguments.source, arguments.target, half=arguments.half)
-    except (InputError, OSError) as error:  # the second: the target cannot be written
-        parser.error(str(error))
     size = os.path.getsize(arguments.target) / 2**20
     print(f"{arguments.target}: {size:.1f} MiB")

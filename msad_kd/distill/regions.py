@@ -1,14 +1,12 @@
 """Regions for which a student's and its teacher's RoI heads both predict.
 
 N: images, R: regions, M: regions with a mask, P: regions with keypoints, J: keypoints of a region,
-K: classes, S: side of a mask or heat map. Regions are in pixels of the student's images. They are
-kept as an object with ``regions`` (a list of N ``Boxes``), ``masked`` (those with a mask, or None),
-the ``classes`` (M,) of the masks, ``pointed`` (those with keypoints, or None) and ``visible``
-(P, J), which of their keypoints are compared.
+K: classes, S: side of a mask or heat map.
 """
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +23,27 @@ from msad_kd.utils.replaced import replaced
 ALL_PARTS = ("masks", "keypoints")
 
 
+@dataclass
+class Regions:
+    """Holds the regions of a batch, in pixels of the student's images.
+
+    Attributes:
+        boxes: one ``Boxes`` for each of N images, R regions together.
+        masked: those of them with a mask, M together; None if no mask is compared.
+        classes: (M,), of the masks.
+        pointed: those with keypoints, P together; None if no keypoint is compared.
+        visible: (P, J), which of their keypoints are compared.
+        predictions: of the heads that were recorded, with graph; of keypoints, the visible ones.
+    """
+
+    boxes: list[Boxes]
+    masked: list[Boxes] | None = None
+    classes: torch.Tensor | None = None
+    pointed: list[Boxes] | None = None
+    visible: torch.Tensor | None = None
+    predictions: RoIPredictions | None = None
+
+
 def _masks_of_classes(masks: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     """Pick each region's mask by its class: (M, K or 1, S, S) to (M, S, S)."""
     if masks.shape[1] == 1:
@@ -35,7 +54,7 @@ def _masks_of_classes(masks: torch.Tensor, classes: torch.Tensor) -> torch.Tenso
 @contextmanager
 def recording_regions(
     heads: StandardROIHeads, parts: Collection[str] = ALL_PARTS
-) -> Iterator[SimpleNamespace]:
+) -> Iterator[Regions]:
     """Record the regions and predictions of a training step of RoI heads.
 
     Args:
@@ -43,10 +62,9 @@ def recording_regions(
         parts: which of "masks" and "keypoints" to record as well, if the heads predict them.
 
     Yields:
-        An object that has, when the block ends, what the head of this file names and the
-        ``predictions``, with graph. Of keypoints, they have those that are visible.
+        The regions, which are filled in when the block ends.
     """
-    seen = SimpleNamespace(masked=None, pointed=None)
+    seen = Regions([])
     mask_modules = ()
     if "masks" in parts and heads.mask_on:
         mask_modules = heads.mask_pooler, heads.mask_head, heads.mask_head.predictor
@@ -57,7 +75,7 @@ def recording_regions(
         if with_keypoints:
             keypoint_call = stack.enter_context(_recording_heat_maps(heads.keypoint_head))
         yield seen
-    seen.regions, predicted_masks, heat_maps = pooler.inputs[1], None, None
+    seen.boxes, predicted_masks, heat_maps = pooler.inputs[1], None, None
     if mask_calls:
         mask_pooler, mask_head, mask_predictor = mask_calls
         seen.masked = mask_pooler.inputs[1]
@@ -106,7 +124,7 @@ def _predict_boxes(
 
 
 def _predict_masks(
-    heads: StandardROIHeads, pyramid: Pyramid, seen: SimpleNamespace, scale: int
+    heads: StandardROIHeads, pyramid: Pyramid, seen: Regions, scale: int
 ) -> torch.Tensor | None:
     if not heads.mask_on or seen.masked is None:
         return None
@@ -115,7 +133,7 @@ def _predict_masks(
 
 
 def _predict_keypoints(
-    heads: StandardROIHeads, pyramid: Pyramid, seen: SimpleNamespace, scale: int
+    heads: StandardROIHeads, pyramid: Pyramid, seen: Regions, scale: int
 ) -> torch.Tensor | None:
     if not heads.keypoint_on or seen.pointed is None:
         return None
@@ -125,7 +143,7 @@ def _predict_keypoints(
 
 
 def predict_regions(
-    heads: StandardROIHeads, pyramid: Pyramid, seen: SimpleNamespace, scale: int
+    heads: StandardROIHeads, pyramid: Pyramid, seen: Regions, scale: int
 ) -> RoIPredictions:
     """Predict for regions with any RoI heads.
 
@@ -139,7 +157,7 @@ def predict_regions(
         Classes and box deltas of the R regions, masks of the M regions that have one, and heat maps
         of the keypoints to compare.
     """
-    boxes, given = _predict_boxes(heads, pyramid, seen.regions, scale), (pyramid, seen, scale)
+    boxes, given = _predict_boxes(heads, pyramid, seen.boxes, scale), (pyramid, seen, scale)
     return RoIPredictions(*boxes, _predict_masks(heads, *given), _predict_keypoints(heads, *given))
 
 
@@ -150,7 +168,7 @@ def propose_regions(
     sizes: list[tuple[int, int]],
     heads: StandardROIHeads,
     parts: Collection[str],
-) -> tuple[SimpleNamespace, RoIPredictions]:
+) -> tuple[Regions, RoIPredictions]:
     """Return a teacher's proposals and its predictions for them.
 
     Args:
@@ -168,7 +186,7 @@ def propose_regions(
     proposals, _ = teacher.model.proposal_generator(images, pyramid)  # best first
     count = heads.batch_size_per_image
     boxes = [Boxes(x.proposal_boxes.tensor[:count] / scale) for x in proposals]
-    seen = SimpleNamespace(regions=boxes, masked=None, pointed=None)
+    seen = Regions(boxes)
     classes, deltas = _predict_boxes(theirs, pyramid, boxes, scale)
     if parts:
         most = int(count * heads.positive_fraction)

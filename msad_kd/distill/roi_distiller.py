@@ -4,7 +4,6 @@ The regions are those that the student samples from its proposals, or the teache
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 from detectron2.modeling.proposal_generator import RPN
@@ -12,7 +11,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from torch import nn
 
 from msad_kd.distill.distiller import Distiller, Losses
-from msad_kd.distill.regions import evaluating, predict_regions, propose_regions
+from msad_kd.distill.regions import Regions, evaluating, predict_regions, propose_regions
 from msad_kd.distill.teacher import Teacher
 from msad_kd.losses.roi import RoIPredictions, parts_read
 from msad_kd.losses.terms import LossTerm
@@ -22,7 +21,7 @@ from msad_kd.utils.errors import InputError
 # The values of ``proposals`` and whose proposals they are.
 _SOURCES = {"student": ["student"], "teacher": ["teacher"], "both": ["student", "teacher"]}
 # Regions, the student's predictions for them, with graph, and the teacher's.
-Predicted = tuple[SimpleNamespace, RoIPredictions, RoIPredictions]
+Predicted = tuple[Regions, RoIPredictions, RoIPredictions]
 
 
 class RoIDistiller(Distiller):
@@ -82,7 +81,7 @@ class RoIDistiller(Distiller):
 
     def predict(
         self,
-        seen: SimpleNamespace,
+        seen: Regions,
         features: Pyramid,
         pyramid: Pyramid,
         sizes: list[tuple[int, int]],
@@ -114,7 +113,7 @@ class RoIDistiller(Distiller):
 
     def forward(
         self,
-        seen: SimpleNamespace,
+        seen: Regions,
         features: Pyramid,
         pyramid: Pyramid,
         sizes: list[tuple[int, int]],
@@ -135,7 +134,7 @@ class RoIDistiller(Distiller):
     @staticmethod
     def predicted_for(
         term: LossTerm, found: dict[str, Predicted]
-    ) -> tuple[list[SimpleNamespace], RoIPredictions, RoIPredictions]:
+    ) -> tuple[list[Regions], RoIPredictions, RoIPredictions]:
         """Return what ``predict`` found for a loss: sets of regions, and both's predictions."""
         seen, *pair = zip(*(found[source] for source in _SOURCES[term.proposals]))
         return list(seen), *map(RoIPredictions.cat, pair)

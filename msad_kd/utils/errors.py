@@ -1,7 +1,9 @@
 """The error for what a user gave and the program cannot use."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -13,6 +15,18 @@ class InputError(ValueError):
 
 class NotFiniteError(InputError, FloatingPointError):
     """A loss is NaN or infinite; the message names it, its images and the last checkpoint."""
+
+
+@contextmanager
+def in_one_sentence(program: str) -> Iterator[None]:
+    """End the program with one sentence and exit code 1 at an error that its user can mend.
+
+    That is an ``InputError``, or a file that cannot be read or written.
+    """
+    try:
+        yield
+    except (InputError, OSError) as error:
+        sys.exit(f"{program}: {error}")
 
 
 def input_error_of(error: Exception) -> str | None:

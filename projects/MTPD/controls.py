@@ -21,6 +21,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from msad_kd import DistilledMixin, InputError, build_config
 from msad_kd.ladder import control_stages, write_start
+from msad_kd.utils.errors import in_one_sentence
 
 
 def stock_name(name: str) -> str:
@@ -79,7 +80,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--output", help="folder for the configs and their runs (default: <OUTPUT_DIR>_controls)"
     )
-    try:
-        main(parser.parse_args())
-    except (InputError, OSError) as error:
-        parser.error(str(error))
+    arguments = parser.parse_args()
+    with in_one_sentence(parser.prog):
+        main(arguments)

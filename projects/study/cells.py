@@ -4,27 +4,23 @@ import contextlib
 import hashlib
 import importlib
 import json
-import pickle
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from detectron2.config import get_cfg
-
 from msad_kd.checkpoint.files import hash_file
-from msad_kd.config.build import check_config, merge_config, scale_to_processes
-from msad_kd.config.defaults import add_msad_kd_config
+from msad_kd.config.build import scale_to_processes
 from msad_kd.evaluation.build import check_augmentation
-from msad_kd.modeling.classes import frame_of
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.flat_config import flatten_config
+from projects.study.configs import (
+    build,
+    defaults,
+    forget_files,
+    is_of_training,
+    measured_meaning,
+    training_meaning,
+)
 from projects.study.grid import PLACEHOLDER, Row
 
-# Config keys that change no weight of the trained model.
-LOGGING = {"OUTPUT_DIR", "KD.DIAGNOSTICS_PERIOD", "KD.GRADIENT_RATIO_PERIOD"}
-LOGGING |= {"SOLVER.CHECKPOINT_PERIOD"}
-# Keys of a teacher's config that its student's training reads, beside those of the model.
-TEACHER_KEYS = {"KD.SCALE", "INPUT.FORMAT", "TEST.DETECTIONS_PER_IMAGE"}
 CHECKPOINTS = 10  # a training writes about so many, so a stop may cost a tenth of it
 CHECKPOINT_PERIOD = 500  # and waits so many iterations between two, unless its config asks for less
 
@@ -82,7 +78,7 @@ def make_cells(grid, folder, extra=(), processes=1):
     Runs go to ROW/seed_SEED in `folder`. `extra` are KEY VALUE pairs for all trainings, teachers
     and measurements, for a trial. `processes` is how many train each cell.
     """
-    _read.cache_clear()  # files may have changed since
+    forget_files()
     cells, data = {}, {}
     for name, arguments in grid.data.items():
         try:
@@ -110,54 +106,27 @@ def make_cells(grid, folder, extra=(), processes=1):
 
 
 def _make_cell(row, seed, sources, folder, data, extra, processes):
-    options = [*_flat(row.options), *extra, *(["SEED", seed] if row.seeds else [])]
-    if extra:  # a student has to build its teachers as they were trained
-        kd = _build(row.config, options).KD
-        stages = [{**x, "opts": [*x.get("opts", ()), *extra]} for x in kd.LADDER.STAGES]
-        opts = [*kd.TEACHER.OPTS, *extra]
-        options += ["KD.TEACHER.OPTS", opts, "KD.LADDER.STAGES", stages]
+    options = _training_options(row, seed, extra)
     # A multi-resolution teacher is measured at its scale, too.
-    tested = {k: v for k, v in row.options.items() if k == "KD.SCALE" or not _trains(k)}
+    tested = {k: v for k, v in row.options.items() if k == "KD.SCALE" or not is_of_training(k)}
     test_options = list(map(str, [*_flat(tested), *extra]))
     # In a fingerprint a checkpoint is known by how it was made, not by its path.
     origins = {name: cell.fingerprint for name, cell in sources.items()}
-    cfg, labels = _build(row.config, _filled(options, origins)), None
+    cfg, labels = build(row.config, _filled(options, origins)), None
     written = cfg  # a schedule that is not of one process, each training scales by itself
     if cfg.SOLVER.REFERENCE_WORLD_SIZE:
-        written = _build(row.config, [*options, "SOLVER.REFERENCE_WORLD_SIZE", 0])
+        written = build(row.config, [*options, "SOLVER.REFERENCE_WORLD_SIZE", 0])
     if row.labels_by and row.trained:
         labels, changes = _label_images(cfg, row, sources[row.labels_by], data)
         options += changes
-    test_cfg = _build(row.test_config, test_options)
-    check_augmentation(test_cfg)
-    if len(test_cfg.DATASETS.TEST) != 1:
-        names = ", ".join(test_cfg.DATASETS.TEST) or "nothing"
-        raise InputError(
-            f"row '{row.name}': DATASETS.TEST of '{row.test_config}' is {names}; name one data "
-            "set, and measure on another by a row with checkpoint_of"
-        )
-    stages = cfg.KD.LADDER.STAGES
-    weights = folder / "model_final.pth"
-    if row.checkpoint_of:
-        weights = sources[row.checkpoint_of].weights
-    elif row.checkpoint:
-        weights = Path(row.checkpoint)
-        if not weights.is_file():
-            raise InputError(f"row '{row.name}': there is no checkpoint '{weights}'")
-    elif stages:
-        weights = folder / f"stage_{len(stages):02}_{stages[-1]['name']}" / "student.pth"
+    test_cfg = _test_config(row, test_options)
+    weights = _weights_of(row, folder, sources, cfg.KD.LADDER.STAGES)
+    meaning = measured_meaning(test_cfg)
     folders = _folders(test_cfg, "TEST", data)
-    scale = {"KD.SCALE"} if frame_of(test_cfg) == "hr" else set()
-    changed = changed_keys(test_cfg).items()
-    meaning = {"test": {k: v for k, v in changed if k in scale or not _trains(k)}}
     if row.trained:
         meaning |= {"labels": origins[row.labels_by]} if labels else {}
+        meaning |= training_meaning(cfg)
         folders += _folders(cfg, "TRAIN", data) + _folders(cfg, "UNLABELED", data)
-        teachers = [stage["weights"] for stage in stages] or [cfg.KD.TEACHER.WEIGHTS]
-        files = [cfg.MODEL.WEIGHTS, *teachers, *(s["start"] for s in stages if "start" in s)]
-        files = [hash_file(x) if Path(x).is_file() else None for x in files]
-        meaning |= {"train": changed_keys(cfg), "files": files}
-        meaning |= {"teachers": configs} if (configs := _teacher_configs(cfg)) else {}
     else:
         meaning |= {"checkpoint": origins.get(row.checkpoint_of) or hash_file(weights)}
     meaning |= {"data": {name: data[name] for name in folders}}
@@ -180,18 +149,41 @@ def _make_cell(row, seed, sources, folder, data, extra, processes):
     )
 
 
-def _teacher_configs(cfg):
-    """Return the changed keys that a student's training reads of the config of each teacher."""
-    named = [(stage["config_file"], stage.get("opts")) for stage in cfg.KD.LADDER.STAGES]
-    named = named or [(cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.OPTS)]
-    configs = []
-    for file, options in named:
-        if Path(file).is_file():  # else the training says what is wrong
-            teacher = pickle.loads(_read(file))
-            merge_config(teacher, "", list(map(str, options or ())))
-            changed = changed_keys(teacher).items()
-            configs.append({k: v for k, v in changed if k in TEACHER_KEYS or _of_model(k)})
-    return configs
+def _training_options(row, seed, extra):
+    """Return the KEY VALUE pairs of a row's training, before checkpoints are filled in."""
+    options = [*_flat(row.options), *extra, *(["SEED", seed] if row.seeds else [])]
+    if extra:  # a student has to build its teachers as they were trained
+        kd = build(row.config, options).KD
+        stages = [{**x, "opts": [*x.get("opts", ()), *extra]} for x in kd.LADDER.STAGES]
+        opts = [*kd.TEACHER.OPTS, *extra]
+        options += ["KD.TEACHER.OPTS", opts, "KD.LADDER.STAGES", stages]
+    return options
+
+
+def _test_config(row, options):
+    """Return the config that a row is measured by, checked."""
+    cfg = build(row.test_config, options)
+    check_augmentation(cfg)
+    if len(cfg.DATASETS.TEST) != 1:
+        names = ", ".join(cfg.DATASETS.TEST) or "nothing"
+        raise InputError(
+            f"row '{row.name}': DATASETS.TEST of '{row.test_config}' is {names}; name one data "
+            "set, and measure on another by a row with checkpoint_of"
+        )
+    return cfg
+
+
+def _weights_of(row, folder, sources, stages):
+    """Return the checkpoint that a row is measured with; `folder` is that of its run."""
+    if row.checkpoint_of:
+        return sources[row.checkpoint_of].weights
+    if row.checkpoint:
+        if not Path(row.checkpoint).is_file():
+            raise InputError(f"row '{row.name}': there is no checkpoint '{row.checkpoint}'")
+        return Path(row.checkpoint)
+    if stages:
+        return folder / f"stage_{len(stages):02}_{stages[-1]['name']}" / "student.pth"
+    return folder / "model_final.pth"
 
 
 def _length(cfg):
@@ -204,7 +196,7 @@ def _saved_every(cfg):
     """Return the period of checkpoints: the config's, unless that is Detectron2's or longer."""
     asked = cfg.SOLVER.CHECKPOINT_PERIOD
     period = max(CHECKPOINT_PERIOD, _length(cfg) // CHECKPOINTS)
-    default = pickle.loads(_read("")).SOLVER.CHECKPOINT_PERIOD
+    default = defaults().SOLVER.CHECKPOINT_PERIOD
     return period if asked == default else min(asked, period)
 
 
@@ -221,7 +213,7 @@ def _label_images(cfg, row, source, data):
     digest = hashlib.sha256(meaning.encode()).hexdigest()[:8]
     file = (source.folder / f"labels_{digest}" / "labels.json").absolute()
     # The model's own config may not know the images.
-    known = _build(source.row.test_config, source.test_options).DATASETS.COCO_FORMAT
+    known = build(source.row.test_config, source.test_options).DATASETS.COCO_FORMAT
     known = [*(x for x in known if x["name"] not in names), *entries]
     words = ["--config-file", source.row.test_config, "--weights", str(source.weights)]
     words += ["--dataset", names[0], "--output", str(file), *source.test_options]
@@ -231,50 +223,10 @@ def _label_images(cfg, row, source, data):
     return Labels(file, tuple(words)), [*changes, "DATASETS.UNLABELED", [labelled["name"]]]
 
 
-def _build(config, options):
-    cfg = pickle.loads(_read(config))
-    # On the CPU, so that a cell means the same on every machine.
-    merge_config(cfg, "", [*map(str, options), "MODEL.DEVICE", "cpu"])
-    amp, cfg.SOLVER.AMP.ENABLED = cfg.SOLVER.AMP.ENABLED, False  # which would be turned off
-    cfg = check_config(cfg)
-    cfg.SOLVER.AMP.ENABLED = amp
-    return cfg
-
-
-@lru_cache
-def _read(config):
-    """Return a file's config, read once for all rows; pickled, as clone() copies more slowly."""
-    cfg = get_cfg()
-    add_msad_kd_config(cfg)
-    merge_config(cfg, config, [])
-    return pickle.dumps(cfg)
-
-
 def _folders(cfg, split, data):
     """Return the generated folders that hold a config's data sets of a split."""
     used = [each for each in cfg.DATASETS.COCO_FORMAT if each["name"] in cfg.DATASETS[split]]
     return [folder for folder in data if any(x["images"].startswith(f"{folder}/") for x in used)]
-
-
-def changed_keys(cfg):
-    """Return KEY to value of all that a config changes of the defaults, without `LOGGING`.
-
-    Defaults are left out, so that a key which a later version adds changes no fingerprint.
-    """
-    default = flatten_config(pickle.loads(_read("")))
-    return {
-        k: v for k, v in flatten_config(cfg).items() if k not in LOGGING and v != default.get(k)
-    }
-
-
-def _of_model(key):
-    return key.startswith("MODEL.") and key not in ("MODEL.WEIGHTS", "MODEL.DEVICE")
-
-
-def _trains(key):
-    """Return whether a key is about training alone."""
-    about = ("KD.", "SOLVER.", "INPUT.MIN_SIZE_TRAIN", "DATASETS.UNLABELED")
-    return key.startswith(about) or key == "MODEL.WEIGHTS"
 
 
 def _flat(options):

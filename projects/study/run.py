@@ -23,7 +23,7 @@ if not __package__:  # run as a script, which does not put the repository on the
 from msad_kd.config.imports import add_code_options, import_modules
 from msad_kd.data.coco_format import datasets_folder
 from msad_kd.utils.arguments import positive
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.errors import InputError, in_one_sentence
 from projects.study.cells import make_cells
 from projects.study.grid import read_grid
 from projects.study.jobs import Screen, count_cores, locked, run_jobs
@@ -124,9 +124,8 @@ def main(arguments=None, name="run.py"):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda *_: sys.exit(stopped))
     try:
-        run(args, Screen())
-    except (InputError, OSError) as error:
-        sys.exit(f"{name}: {error}")
+        with in_one_sentence(name):
+            run(args, Screen())
     except KeyboardInterrupt:
         sys.exit(stopped)
 

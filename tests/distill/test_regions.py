@@ -69,14 +69,14 @@ def test_the_regions_are_the_teachers_best_proposals_in_the_students_frame(stude
         found = predicted(model, inputs)
     assert found.keys() == {"teacher"}
     seen, ours, theirs = found["teacher"]
-    for boxes, proposals, (height, width) in zip(seen.regions, call.output[0], sizes_of(inputs)):
+    for boxes, proposals, (height, width) in zip(seen.boxes, call.output[0], sizes_of(inputs)):
         assert proposals.image_size == (2 * height, 2 * width)
         scores = proposals.objectness_logits
         assert torch.equal(scores, scores.sort(descending=True).values)
         assert len(boxes) == min(COUNT, len(proposals)) and len(proposals) > POSITIVES
         assert_close(2 * boxes.tensor, proposals.proposal_boxes.tensor[:COUNT])
         assert 0 < boxes.tensor[:, 2].max() <= width
-    assert len(ours.classes) == len(theirs.classes) == sum(map(len, seen.regions))
+    assert len(ours.classes) == len(theirs.classes) == sum(map(len, seen.boxes))
     assert ours.classes.requires_grad and not theirs.classes.requires_grad
 
 
@@ -101,7 +101,7 @@ def test_a_stock_detector_proposes_what_it_proposes_in_inference(
         stock.inference(images)
     expected = [x.proposal_boxes[:COUNT] for x in call.output[0]]
     seen, _, theirs = predicted(model, inputs)["teacher"]
-    for boxes, others in zip(seen.regions, expected, strict=True):
+    for boxes, others in zip(seen.boxes, expected, strict=True):
         assert_close(2 * boxes.tensor, others.tensor)
     heads = stock.roi_heads
     pooled = heads.box_pooler([levels.output[x] for x in heads.box_in_features], expected)
@@ -118,9 +118,9 @@ def test_masks_are_of_what_the_teacher_takes_for_objects(student, inputs):
     seen, ours, theirs = predicted(model, inputs)["teacher"]
     best = theirs.classes.argmax(dim=1)
     assert (best < 8).all()
-    per_image = best.split([len(boxes) for boxes in seen.regions])
+    per_image = best.split([len(boxes) for boxes in seen.boxes])
     assert torch.equal(seen.classes, torch.cat([classes[:POSITIVES] for classes in per_image]))
-    assert same_regions(seen.masked, [boxes[:POSITIVES] for boxes in seen.regions])
+    assert same_regions(seen.masked, [boxes[:POSITIVES] for boxes in seen.boxes])
     assert len(ours.masks) == len(theirs.masks) == len(seen.classes) == 2 * POSITIVES
     model.teacher.model.roi_heads.box_predictor.cls_score.bias.data[-1] += 100  # sees no object
     seen, ours, theirs = predicted(model, inputs)["teacher"]

@@ -41,7 +41,7 @@ def same(one, other):
 
 def test_the_same_heads_predict_the_same(recorded):
     model, pyramid, seen = recorded
-    assert len(seen.predictions.classes) == sum(map(len, seen.regions)) > 0
+    assert len(seen.predictions.classes) == sum(map(len, seen.boxes)) > 0
     assert len(seen.predictions.masks) == len(seen.classes) == sum(map(len, seen.masked)) > 0
     found = predict_regions(model.eval().roi_heads, pyramid, seen, 1)
     assert same(found, seen.predictions)

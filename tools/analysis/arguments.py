@@ -6,7 +6,7 @@ from pathlib import Path
 from msad_kd.checkpoint.files import write_json
 from msad_kd.config.imports import add_code_options
 from msad_kd.utils.arguments import positive as positive  # the tools import it from here
-from msad_kd.utils.errors import InputError
+from msad_kd.utils.errors import InputError, in_one_sentence
 
 
 def parser_for(doc, config_help):
@@ -33,10 +33,8 @@ def run(parser, main, arguments=None):
     """
     add_code_options(parser)
     args = parser.parse_args(arguments)
-    try:
+    with in_one_sentence(parser.prog):
         return main(args)
-    except (InputError, OSError) as error:  # the second: a file cannot be written
-        parser.error(str(error))
 
 
 def check_target(path):

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmark_re
 from benchmark_report import PARTS, draw_bars, medians, ratio
 from tabulate import tabulate
 
-from msad_kd import InputError
 from msad_kd.checkpoint.files import replacing
+from msad_kd.utils.errors import InputError, in_one_sentence
 
 
 def read_results(pairs):
@@ -81,15 +81,13 @@ def main(arguments=None):
     parser.add_argument("results", nargs="+", metavar="LABEL=FILE", help="a run's benchmark.json")
     parser.add_argument("--output", type=Path, default=Path("output/growth"), help="folder")
     args = parser.parse_args(arguments)
-    try:
+    with in_one_sentence(parser.prog):
         results = read_results(args.results)
         text = table(results)
         with replacing(args.output / "growth.md") as part:
             part.write_text(text + "\n")
         with replacing(args.output / "growth.png") as part:
             draw(results, part)
-    except (InputError, OSError) as error:  # the second: --output cannot be written
-        parser.error(str(error))
     print(text)
 
 

@@ -95,7 +95,7 @@ def measure(args):
         for index, term in enumerate(rois.terms):
             sets, *pair = rois.predicted_for(term, found)
             loss = term.weight * rois.evaluate(term, *pair)
-            pairs = [(x, y["instances"]) for seen in sets for x, y in zip(seen.regions, batch)]
+            pairs = [(x, y["instances"]) for seen in sets for x, y in zip(seen.boxes, batch)]
             targets = map(torch.cat, zip(*(targets_of(heads[0], *each) for each in pairs)))
             regions = Boxes.cat([boxes for boxes, _ in pairs]).tensor
             values = compare(heads, regions, *targets, pair)

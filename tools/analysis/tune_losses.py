@@ -42,6 +42,7 @@ from msad_kd.config.imports import add_code_options
 from msad_kd.data.coco_format import datasets_folder
 from msad_kd.losses.terms import read_losses
 from msad_kd.modeling.classes import is_a
+from msad_kd.utils.errors import in_one_sentence
 from projects.study import run as study
 from projects.study.jobs import count_cores
 from projects.study.reports import KINDS, spread
@@ -196,7 +197,7 @@ def main(arguments=None):
     args.config_file = os.path.abspath(args.config_file)
     os.environ["DETECTRON2_DATASETS"] = os.path.abspath(datasets_folder())
     os.chdir(study.ROOT)  # where the runs start; a path in the config that is wrong there is told
-    try:
+    with in_one_sentence("tune_losses.py"):
         # Each training scales its schedule to the processes that it has.
         cfg = build_config(args.config_file, ["SOLVER.REFERENCE_WORLD_SIZE", 0, *args.opts])
         if not is_a(cfg, DistilledMixin):
@@ -207,8 +208,6 @@ def main(arguments=None):
         path = args.output / "grid.yaml"
         with replacing(path) as part:
             part.write_text(yaml.safe_dump(make_grid(args, cfg, candidates), sort_keys=False))
-    except (InputError, OSError) as error:  # the second: --output cannot be written
-        sys.exit(f"tune_losses.py: {error}")
     words = ["--grid", str(path), "--slots", str(args.slots), "--num-gpus", str(args.num_gpus)]
     study.main(words)
     cells = json.loads((args.output / "results.json").read_text())["cells"]
