@@ -171,8 +171,8 @@ def test_configs_are_valid(path, tmp_path):
     folder = tmp_path / "my"
     folder.mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    # A page may build on the configs of the page on own data.
-    texts = [ROOT / "docs" / "own-data.md", path]
+    # A page may build on the configs of the README and of the page on own data.
+    texts = [README, ROOT / "docs" / "own-data.md", path]
     blocks = [block for text in texts for block in BLOCK.findall(text.read_text())]
     names = []
     for language, text in blocks:

@@ -161,7 +161,8 @@ class Report:
             if words := [x["words"] for x in self.remarks if x["level"] == level]:
                 parts.append("\n".join([f"{heading}:", *(f"  - {sentence}" for sentence in words)]))
         found = Counter(remark["level"] for remark in self.remarks)
-        return "\n\n".join([*parts, f"{found['error']} errors, {found['warning']} warnings\n"])
+        errors, warnings = (f"{found[x]} {x}{'s' * (found[x] != 1)}" for x in ("error", "warning"))
+        return "\n\n".join([*parts, f"{errors}, {warnings}\n"])
 
     def _size_table(self) -> str:
         cells = []

@@ -40,7 +40,7 @@ from distill_configs import (
 )
 
 from msad_kd.checkpoint.files import write_json
-from msad_kd.checkpoint.reading import fetch
+from msad_kd.checkpoint.reading import check_exists, fetch
 from msad_kd.config.build import scale_to_processes
 from msad_kd.config.imports import add_code_options
 from msad_kd.data.cityscapes_files import INSTANCES, POLYGONS, is_cityscapes
@@ -122,11 +122,15 @@ def label_images(words, cfg):
     if not words[-1].exists():
         print("HR labels the images without labels:", flush=True)
         run_tool("label_images.py", *words)
-        print(describe_labels(words[-1], cfg), flush=True)
+    print(describe_labels(words[-1], cfg), flush=True)
 
 
 def describe_labels(file, cfg):
-    """Return a line on how many labels count as objects, next to those of labelled images."""
+    """Return a line on how many labels count as objects, next to those of labelled images.
+
+    Raises:
+        InputError: if none does.
+    """
     labels, score = json.loads(file.read_text()), list(cfg.KD.UNLABELED.SCORE)
     names = [category["name"] for category in labels["categories"]]  # their ids are 1, 2, ...
     limits = (
@@ -136,10 +140,17 @@ def describe_labels(file, cfg):
     with explain_missing_data(cfg.DATASETS.TRAIN):
         labelled = [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)]
     objects = sum(len(x.get("annotations", ())) for x in labelled)
-    return (
-        f"An image without labels gets {sure / len(labels['images']):.1f} labels "
-        f"(KD.UNLABELED.SCORE {score}); a labelled one has {objects / len(labelled):.1f} objects. "
-        "tools/analysis/suggest_scores.py suggests a score by the detector's errors"
+    if labels["annotations"] and not sure:
+        raise InputError(
+            f"none of the detections in '{file}' has a score of KD.UNLABELED.SCORE {score} or "
+            "more, so the images would teach that they are empty; set a lower one "
+            '(student:KD.UNLABELED.SCORE "[0.3]"), or train the detector that labels longer'
+        )
+    mine, theirs = sure / len(labels["images"]), objects / len(labelled)
+    return "Warning: " * (mine < theirs / 10) + (
+        f"An image without labels gets {mine:.1f} labels (KD.UNLABELED.SCORE {score}); a labelled "
+        f"one has {theirs:.1f} objects. tools/analysis/suggest_scores.py suggests a score by the "
+        "detector's errors"
     )
 
 
@@ -218,6 +229,7 @@ def main(arguments=None):
     with in_one_sentence("distill.py"):
         for name in ("weights", "teacher", "baseline"):
             if path := getattr(args, name):
+                check_exists(path, f"--{name}")
                 file = fetch(split_hash(path)[0], f"--{name}")
                 check_hash(file, path)
                 setattr(args, name, os.path.abspath(file))
@@ -229,7 +241,10 @@ def main(arguments=None):
             check_losses(configs["student"], TeacherSpec.from_config(configs["student"]))
             grid = make_grid(args, configs)
             processes = max(1, args.num_gpus)
-            print(describe({n: scale_to_processes(c, processes) for n, c in configs.items()}))
+            untrained = {"hr": True, "teacher": args.teacher, "control": not args.control}
+            trained = {name for name in configs if not untrained.get(name)}
+            scaled = {n: scale_to_processes(c, processes) for n, c in configs.items()}
+            print(describe(scaled, trained))
             if args.dry_run:
                 if labels:
                     print("Before the student is trained, make its labels:")

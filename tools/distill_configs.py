@@ -264,8 +264,11 @@ def make_grid(args, configs):
     return path
 
 
-def describe(configs):
-    """Return a table of what was derived, and a warning if the comparison would not be fair."""
+def describe(configs, trained):
+    """Return a table of what was derived, and a warning if the comparison would not be fair.
+
+    `trained` are the roles that are; of the others only the config is written.
+    """
     table = []
     for name, cfg in configs.items():
         sizes, solver = cfg.INPUT.MIN_SIZE_TRAIN, cfg.SOLVER
@@ -273,11 +276,12 @@ def describe(configs):
         losses = [f"{term.name} {term.weight:g}" for term in read_losses(cfg.KD.LOSSES)]
         losses += [f"images of {name}" for name in cfg.DATASETS.UNLABELED]
         tested = configs["control" if name == "student" else name].INPUT.MIN_SIZE_TEST
-        cells = [name, sides, f"{tested} px", solver.MAX_ITER, solver.BASE_LR]
+        schedule = [solver.MAX_ITER, f"{solver.BASE_LR:.3g}"] if name in trained else ["-", "-"]
+        cells = [name, sides, f"{tested} px", *schedule]
         table.append([*cells, ", ".join(losses) if name == "student" else "-"])
     headers = ["", "short side, training", "test", "iterations", "rate", "losses"]
     names = "MAX_ITER WARMUP_ITERS STEPS IMS_PER_BATCH ACCUMULATE BASE_LR OPTIMIZER".split()
     solvers = [configs[role].SOLVER for role in ("student", "control")]
     other = [f"SOLVER.{name}" for name in names if solvers[0][name] != solvers[1][name]]
     words = f"\nWarning: student and control differ in {', '.join(other)}: not a fair comparison"
-    return tabulate(table, headers, "plain", floatfmt=".3g") + words * bool(other)
+    return tabulate(table, headers, "plain") + words * bool(other)

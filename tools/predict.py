@@ -43,7 +43,8 @@ class Run:
 
     def __init__(self, predictor, score: float, bar: tqdm):
         self.predictor, self.score, self.bar = predictor, score, bar
-        self.done, self.seconds = 0, defaultdict(float)  # seconds of each kind of work
+        self.done, self.detections = 0, 0
+        self.seconds = defaultdict(float)  # of each kind of work
 
     @contextmanager
     def timing(self, work: str):
@@ -71,6 +72,7 @@ class Run:
             picture = draw(rgb, instances, self.name, self.predictor.keypoints)
         found.add(file_name, instances)
         self.done += 1
+        self.detections += len(instances)
         return picture
 
     def image(self, path: str, file_name: str, target: str, found: CocoFile) -> None:
@@ -111,10 +113,12 @@ class Run:
             )
 
     def summary(self) -> str:
-        """Return the throughput in two lines."""
+        """Return what was found and the throughput, in three lines."""
         each = {work: 1000 * seconds / self.done for work, seconds in self.seconds.items()}
         times = ", ".join(f"{work} {time:.1f}" for work, time in each.items())
+        hint = "" if self.detections else "; a lower --score or SCORE_THRESH_TEST finds more"
         return (
+            f"{self.detections} detections with a score of {self.score:g} or more{hint}\n"
             f"{self.done} images, {1000 / sum(each.values()):.1f} a second; of the model alone "
             f"{1000 / each['model']:.1f} a second\nms an image: {times}"
         )

@@ -80,8 +80,15 @@ def fetch(address: str, purpose: str) -> str:
         open(local, "rb").close()
         return local
     except Exception as error:  # whatever the handlers of addresses raise
+        advice = ""
+        if "://" in address:
+            advice = (
+                "; without a network, name a copy; to train from scratch, set MODEL.WEIGHTS to "
+            )
+            advice += '"", MODEL.RESNETS.NORM to BN and MODEL.BACKBONE.FREEZE_AT to 0'
         raise InputError(
-            f"the checkpoint '{address}' for {purpose} cannot be fetched ({first_line(error)})"
+            f"the checkpoint '{address}' for {purpose} cannot be fetched "
+            f"({first_line(error)}){advice}"
         ) from error
 
 

@@ -98,6 +98,11 @@ def _reason(error: Exception) -> str:
             f"its tag '{tag[1]}' would run code; write the value itself (in Detectron2's "
             "RetinaNets, MODEL.ANCHOR_GENERATOR.SIZES), or add --trust-files if you know its author"
         )
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}"
+        problem = error.problem or error.context
+        return f"{where}: {problem}{'; indent by spaces' * (repr(chr(9)) in problem)}"
     if isinstance(error, UnicodeDecodeError):
         return "it is no text in UTF-8; is it a checkpoint?"
     if isinstance(error, RecursionError):

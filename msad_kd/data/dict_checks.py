@@ -23,7 +23,7 @@ _KEYS = ("annotations", "file_name", "height", "width", "image_id")  # of Detect
 def explain_missing_data(names: tuple[str, ...]):
     """Turn Detectron2's errors about the data sets ``names`` into an ``InputError``."""
     if not names:
-        raise InputError("no data set is named; set DATASETS.TRAIN")
+        raise InputError("no data set is named; set DATASETS.TRAIN in the file of --config-file")
     data_sets = f"data set {', '.join(names)}"
     try:
         with plain_proposals(), explain_cityscapes(names):

@@ -106,6 +106,8 @@ class OnnxDetector:
             InputError: if onnxruntime is missing or the file is no detector of this library.
         """
         _, runtime = import_onnx()
+        if not os.path.isfile(path):
+            raise InputError(f"'{path}' does not exist")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # it warns of shapes that branches leave open
@@ -113,7 +115,7 @@ class OnnxDetector:
             providers = ["CPUExecutionProvider"]
             self._session = runtime.InferenceSession(os.fspath(path), options, providers)
             properties = self._session.get_modelmeta().custom_metadata_map
-        except Exception as error:  # whatever onnxruntime raises for a damaged or missing file
+        except Exception as error:  # whatever onnxruntime raises for a damaged file
             raise InputError(f"'{path}' cannot be read as an ONNX model ({error})") from error
         if METADATA_KEY not in properties:
             raise InputError(

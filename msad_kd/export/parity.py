@@ -159,7 +159,8 @@ def compare(
     if not detections:
         raise InputError(
             f"nothing scores above {threshold} in any image, so nothing was compared; give "
-            "--images with objects, or lower the config's SCORE_THRESH_TEST"
+            "--images with objects, or a lower threshold, such as "
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.001 for an R-CNN"
         )
     largest = {name: max(row[name] for row in rows) for name in LIMITS if name in rows[0]}
     passed = all(value <= LIMITS[name] for name, value in largest.items())

@@ -1,6 +1,7 @@
 """Check command-line arguments."""
 
 import argparse
+import re
 from collections.abc import Iterable
 
 from msad_kd.utils.errors import InputError
@@ -14,7 +15,7 @@ def positive(text: str) -> int:
 
 
 def check_pairs(words: Iterable) -> None:
-    """Refuse an option among KEY VALUE pairs, where it would be taken for a key or a value.
+    """Refuse an option or KEY=VALUE among KEY VALUE pairs, where it would be a key or a value.
 
     Raises:
         InputError: if there is one.
@@ -22,3 +23,6 @@ def check_pairs(words: Iterable) -> None:
     for word in words:
         if isinstance(word, str) and word.startswith("--"):
             raise InputError(f"'{word}' is an option: write it before the KEY VALUE pairs")
+        if isinstance(word, str) and re.match(r"[A-Z]+(\.[A-Z0-9_]+)+=", word):
+            key, _, value = word.partition("=")
+            raise InputError(f"'{word}': write KEY VALUE with a space: {key} {value}")

@@ -120,6 +120,6 @@ def test_a_teacher_of_another_width(config_files, weights, config, tmp_path, cap
 )
 def test_mistakes(config_files, weights, arguments, words, capsys):
     given = ["--config-file", str(config_files["student"]), "--model", "first", weights["first"]]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         tool.main([*given, *arguments])
-    assert re.search(words, capsys.readouterr().err)
+    assert re.search(words, f"{end.value} {capsys.readouterr().err}")  # the second: argparse's own

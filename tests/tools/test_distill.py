@@ -46,6 +46,7 @@ def test_a_dry_run_writes_configs_that_train_net_runs(hr_of, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[-4:]] == ["hr", "teacher", "control", "student"]
     assert "l1 0.5" in said[-1]
+    assert said[-4].split()[-3:] == ["-"] * 3  # HR is not trained here
     assert sorted(x.name for x in output.iterdir()) == [".lock", "configs", "grid.yaml"]
     steps = {}
     for role in ("teacher", "student", "control"):  # what the files say is enough to train them
@@ -133,7 +134,7 @@ def test_labels_that_a_model_has_given_are_kept(data, hr_of, tmp_path, capsys):
     [
         (["--config-file", "nowhere.yaml"], "'nowhere.yaml' is no file and not in the model zoo"),
         (["--config-file", "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"], "Python config"),
-        (["--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--weights", "nowhere.pth"], "'nowhere.pth' for --weights does not exist; correct"),
         (["--baseline", "nowhere.pth"], "--baseline"),
         (["judge:SOLVER.MAX_ITER", "3"], "there is no role 'judge'"),
         (["SEED", "0"], "SEED is 0; give a number from 1"),
@@ -181,7 +182,7 @@ def test_labels_are_made_once(tmp_path, monkeypatch):
     tool.label_images(words, None)
     (tmp_path / "labels.json").touch()
     tool.label_images(words, None)
-    assert said == [("label_images.py", *words), "described"]
+    assert said == [("label_images.py", *words), "described", "described"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,6 +10,7 @@ from helpers import coco_format, load_tool
 
 from msad_kd import KDTrainer
 from msad_kd.config.build import build_config
+from msad_kd.utils.errors import InputError
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_data_are_read_whole_until_they_were_sound(said, config_files, data, tmp
     assert len(said) == 3
 
 
-def test_without_objects_there_is_nothing_to_compare_by(said, config_files, data, tmp_path, capsys):
+def test_without_objects_there_is_nothing_to_compare_by(said, config_files, data, tmp_path):
     tool = load_tool("tools.distill")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "SOUND").touch()
@@ -61,11 +62,10 @@ def test_without_objects_there_is_nothing_to_compare_by(said, config_files, data
     weights = str(tmp_path / "lr.pth")
     torch.save({"model": KDTrainer.build_model(cfg).state_dict()}, weights)
     words = ["--sizes", "32", "--output", str(tmp_path / "sweep"), "--model", "a"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="'bare' has no objects, so there is no AP"):
         load_tool("resolution_sweep").main(
             [*words, str(config_files["lr"]), weights, *map(str, keys)]
         )
-    assert "'bare' has no objects, so there is no AP" in capsys.readouterr().err
 
 
 def test_nothing_is_written_where_a_run_is_at_work(config_files, tmp_path):
@@ -91,6 +91,22 @@ def test_labels_of_an_image_beside_its_objects(scores, labels, config_files, dat
     said = load_tool("tools.distill").describe_labels(tmp_path / "labels.json", cfg)
     assert said.startswith(f"An image without labels gets {labels} labels (")
     assert f"a labelled one has {objects:.1f} objects" in said
+
+
+def test_labels_that_teach_that_images_are_empty(config_files, data, tmp_path):
+    """No detection is an object: refused. Few are: a warning. No detection: the teacher labels."""
+    cfg, file = build_config(str(config_files["lr"]), []), tmp_path / "labels.json"
+    describe = load_tool("tools.distill").describe_labels
+    content = {"images": [{}] * 40, "categories": [{"name": "shape"}], "annotations": []}
+    file.write_text(json.dumps(content))
+    assert "gets 0.0 labels" in describe(file, cfg)
+    content["annotations"] = [{"category_id": 1, "score": 0.4}]
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="none of the detections in .*labels.json' has a score"):
+        describe(file, cfg)
+    content["annotations"] += [{"category_id": 1, "score": 0.6}]
+    file.write_text(json.dumps(content))
+    assert describe(file, cfg).startswith("Warning: An image without labels gets 0.0 labels")
 
 
 def test_keypoints_on_a_backbone_of_timm_are_not_exported(config_files, tmp_path, capsys):

@@ -152,6 +152,10 @@ def test_other_files_are_no_exported_models(tmp_path):
         onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "other.onnx"
     )
     (tmp_path / "broken.onnx").write_text("?")
-    for name, words in (("other", "has no 'msad_kd'"), ("broken", "cannot be read as an ONNX")):
+    for name, words in (
+        ("other", "has no 'msad_kd'"),
+        ("broken", "cannot be read as an ONNX"),
+        ("missing", "missing.onnx' does not exist"),
+    ):
         with pytest.raises(tool.InputError, match=words):
             OnnxDetector(tmp_path / f"{name}.onnx")

@@ -72,7 +72,12 @@ def photos(data, tmp_path):
 
 def test_three_results_and_named_warnings(predict, photos, tmp_path):
     code, out, errors = predict(photos, "--json", "--score", "0")
-    assert code == 0 and "3 images, " in out and "of the model alone" in out
+    assert (
+        code == 0
+        and "detections with a score of " in out
+        and "3 images, " in out
+        and "of the model alone" in out
+    )
     broken, narrow = [line for line in errors.splitlines() if "warning: " in line]
     assert "broken.png' cannot be read" in broken and "annotation file" not in broken
     assert "narrow.png' cannot be used (its 900 x 1 px would become" in narrow
