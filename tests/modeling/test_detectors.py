@@ -1,11 +1,11 @@
-"""Faster R-CNN, RetinaNet and FCOS as teachers and students; other files test Mask R-CNN."""
+"""Every detector as teacher and student; other files have more tests of Mask R-CNN."""
 
 import shutil
 from collections import Counter
 
 import pytest
 import torch
-from detectors import DENSE, OTHERS, reading
+from detectors import DENSE, DETECTORS, OTHERS, reading
 from detectron2.modeling import build_model
 from helpers import (
     NO_TEST,
@@ -23,9 +23,11 @@ from msad_kd import attach_teacher, init_from_teacher
 from msad_kd.distill.teacher import Teacher
 from msad_kd.modeling.loss_normalizer import get_normalizer
 
-pytestmark = pytest.mark.parametrize("detector", OTHERS, indirect=True)
+every_detector = pytest.mark.parametrize("detector", DETECTORS, indirect=True)
+every_other_detector = pytest.mark.parametrize("detector", OTHERS, indirect=True)
 
 
+@every_other_detector
 def test_a_student_is_trained_resumed_and_evaluated(student_config, tmp_path, detector):
     whole = train(student_config())
     assert whole.storage.latest()["loss_kd_l1"][0] > 0
@@ -38,6 +40,7 @@ def test_a_student_is_trained_resumed_and_evaluated(student_config, tmp_path, de
     assert (get_normalizer(whole.model) is not None) == (detector in DENSE)
 
 
+@every_other_detector
 def test_a_teacher_is_resumed_and_evaluated(config, trained_teacher, detector):
     output = config("teacher").OUTPUT_DIR
     shutil.copytree(trained_teacher(detector).parent, output)
@@ -51,6 +54,7 @@ def test_a_teacher_is_resumed_and_evaluated(config, trained_teacher, detector):
     assert ("KeepNormalizer" in saved["trainer"].get("hooks", {})) == (detector in DENSE)
 
 
+@every_other_detector
 def test_at_four_times_the_resolution(config, detector):
     heads = reading(detector, ["p4", "p5", "p6", "p7", "p8"])
     common = ["KD.SCALE", 4, "SOLVER.MAX_ITER", 1, *NO_TEST]
@@ -66,6 +70,7 @@ def test_at_four_times_the_resolution(config, detector):
     assert "loss_kd_l1" in student.storage.latest()
 
 
+@every_other_detector
 def test_a_teacher_of_other_classes_is_not_evaluated(
     student_config, config, tmp_path, detector, caplog
 ):
@@ -80,11 +85,13 @@ def test_a_teacher_of_other_classes_is_not_evaluated(
     assert "predicts 5 classes, the student 8: the teacher is not evaluated" in caplog.text
 
 
+@every_detector
 def test_a_student_is_the_stock_detector_but_for_its_loss(student_config, config, batch):
     cfg = student_config()
     student, stock = build(cfg), build(config("lr"))
     attach_teacher(student, cfg)
     assert list(student.state_dict()) == list(stock.state_dict())
+    assert differing(tensors_of(student), tensors_of(stock)) == []
     inputs = batch(cfg, "lr")
     found, expected = losses_of(student, inputs), losses_of(stock, inputs)
     assert found.keys() == expected.keys() | {"loss_kd_l1"}
@@ -104,6 +111,7 @@ def called(model, inputs):
     return calls, predictions
 
 
+@every_detector
 def test_in_evaluation_a_student_calls_what_the_stock_detector_calls(
     config, batch, monkeypatch, detector
 ):
@@ -116,6 +124,7 @@ def test_in_evaluation_a_student_calls_what_the_stock_detector_calls(
     assert same_predictions(found, expected)
 
 
+@every_detector
 def test_a_student_inherits_all_of_its_teacher(config):
     teacher, student = build(config("teacher")), build_model(config("student"))
     assert init_from_teacher(student, teacher) == []
@@ -123,6 +132,7 @@ def test_a_student_inherits_all_of_its_teacher(config):
     assert all(torch.equal(v, inherited[k]) for k, v in student.state_dict().items())
 
 
+@every_other_detector
 @pytest.mark.parametrize("role", ["lr", "teacher", "hr"])
 def test_every_parameter_that_trains_gets_a_gradient(role, config, batch):
     cfg = config(role)
