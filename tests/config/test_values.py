@@ -138,11 +138,6 @@ def test_lists_that_cannot_be_read(text, words):
     assert "\n" not in str(error.value)
 
 
-def test_gradients_can_be_clipped_by_their_total_norm():
-    keys = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_norm"]
-    assert build_config("", keys).SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_norm"
-
-
 def test_periods_that_round_to_zero_become_one(monkeypatch):
     keys = ["SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER"]
     monkeypatch.setattr(comm, "get_world_size", lambda: 8)
