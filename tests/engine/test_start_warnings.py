@@ -26,7 +26,6 @@ def test_the_share_of_images_that_are_enlarged():
         ("teacher", ["INPUT.MIN_SIZE_TRAIN", (96,)], ""),
         ("lr", ["INPUT.MIN_SIZE_TRAIN", (96,)], ""),  # one resolution
         ("lr", ["MODEL.ROI_HEADS.NUM_CLASSES", 9], "NUM_CLASSES is 9, and the data have 8 classes"),
-        ("lr", ["SOLVER.WARMUP_ITERS", 5], "WARMUP_ITERS 5"),
     ],
 )
 def test_what_is_warned_of(config, caplog, role, keys, words):
