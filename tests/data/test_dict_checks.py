@@ -158,5 +158,3 @@ def test_training_says_at_the_start_what_it_cannot_learn_from(files, config):
     assert len(KDTrainer.build_train_loader(cfg).dataset) == 1
     with pytest.raises(InputError, match="'bare': 1 of 2 images are so narrow.*remove them$"):
         KDTrainer.build_test_loader(cfg, "bare")
-    with pytest.raises(InputError, match="INVALID_ANNOTATIONS is 'skip'"):
-        config("lr", "DATASETS.INVALID_ANNOTATIONS", "skip")
