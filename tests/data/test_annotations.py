@@ -50,6 +50,10 @@ INVALID = {
     "bbox has neither": annotation("bbox", [10, 5, 0, 0], [10, 5, 1e-300, 0.0]),
     "bbox lies outside": annotation("bbox", [61, 5, 20, 20], [10, -30, 20, 20], [1e308, 5, 1, 1]),
     "bbox reaches far out": annotation("bbox", [-100, 5, 120, 9], [10, 5, 1e308, 1e308]),
+    "bbox is missing, and there is no segmentation": [
+        (("annotations", 0), {"id": 11, "image_id": 7, "category_id": 3, **more})
+        for more in ({}, {"bbox": None}, {"segmentation": []})
+    ],
     "no image has its image_id": annotation(
         "image_id", 8, "cat", None, MISSING, [7], True, 7.5, -7
     ),
