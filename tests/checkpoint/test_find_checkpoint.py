@@ -3,7 +3,6 @@
 import logging
 import os
 import pickle
-import random
 import re
 from pathlib import Path
 
@@ -14,57 +13,27 @@ from msad_kd.checkpoint.checkpointer import find_checkpoint
 from msad_kd.utils.errors import InputError
 
 
-def flip(path, generator):
-    """Flip one bit of a file."""
-    content = bytearray(path.read_bytes())
-    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "truncated": lambda content: content[: len(content) // 2],
-    "without end": lambda content: content[:-1],
-    "emptied": lambda content: b"",
-    "zeros": lambda content: bytes(len(content)),
-    "HTML": lambda content: b"<!DOCTYPE html><html>404</html>",
-    "LFS pointer": lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    "JSON": lambda content: b'{"model": {}}',
-    "other bytes": lambda content: content[::-1],
-}
+def damage(path, checked):
+    """Cut off the end of a checkpoint, and delete its checksum unless it is ``checked``."""
+    path.write_bytes(path.read_bytes()[:-1])
+    if not checked:
+        Path(f"{path}.sha256").unlink()
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["checksum", "no checksum"])
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, damage, checked, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, checked, caplog):
+    fault = "has changed since it was written" if checked else "for resuming cannot be read"
     for name, before in ((FINAL, 5), ("model_0000005.pth", 3)):
-        path = run / name
-        path.write_bytes(damage(path.read_bytes()))
-        if not checked:
-            Path(f"{path}.sha256").unlink()
+        damage(run / name, checked)
         caplog.clear()
         assert resumed(run) == before
-        assert f"{name}'" in caplog.text and "' is used" in caplog.text
+        assert f"{name}' {fault}" in caplog.text and "' is used" in caplog.text
     for name in (ONE, THREE):
-        (run / name).write_bytes(damage((run / name).read_bytes()))
-        if not checked:
-            (run / f"{name}.sha256").unlink()
+        damage(run / name, checked)
     with pytest.raises(
         InputError, match=f"no checkpoint in .*{FINAL}.*; 2 more .*without --resume"
     ):
         resumed(run)
-
-
-def test_a_flipped_bit_is_noticed_wherever_it_is(run, caplog):
-    generator, original = random.Random(20), (run / FINAL).read_bytes()
-    (run / "model_0000005.pth").unlink()
-    for _ in range(20):
-        flip(run / FINAL, generator)
-        caplog.clear()
-        assert resumed(run) == 3 and f"{FINAL}' has changed since it was written" in caplog.text
-        (run / FINAL).write_bytes(original)
-    assert resumed(run) == 5
-    flip(run / f"{FINAL}.sha256", generator)  # the checksum itself
-    assert resumed(run) == 3
 
 
 class Bomb:

@@ -119,6 +119,8 @@ BAD = {  # name: (contents, words)
     "text.safetensors": (b"<html> and more of it", "cannot be read"),
     "cut.pth": (WHOLE[: len(WHOLE) // 2], "cannot be read"),
     "head.pth": (WHOLE[:4], "cannot be read"),
+    "last_byte.pth": (WHOLE[:-1], "cannot be read"),
+    "zeros.pth": (bytes(len(WHOLE)), "cannot be read"),
     "long.pkl": (pickle.dumps({"blobs": {"a": np.longdouble([1])}}), "cannot be read .TypeError"),
     "cut.pkl": (GOOD["zoo.pkl"][0][:200], "cannot be read"),
     "weights.pth": (flipped("data/0"), "data/0' has changed"),
