@@ -40,8 +40,10 @@ def test_what_is_written(run, checkpointer):
     assert contents["classes"] == ["cat", "dog"] and resumed(run) == 7
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("tensor", ["0.weight", "0.bias", "1.running_var"])
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [("0.weight", float("nan")), ("0.bias", float("inf")), ("1.running_var", -float("inf"))],
+)
 def test_weights_that_are_not_finite_are_not_written(run, checkpointer, tensor, value):
     before = {path: hash_file(path) for path in run.iterdir()}
     checkpointer.model.state_dict()[tensor][0] = value
@@ -110,7 +112,6 @@ def test_a_checkpoint_of_before_is_resumed(run):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda x: x["model"].pop("0.bias"), "1 keys of the model are absent .* 0.bias"),
         (
             lambda x: x["model"].update(old=x["model"].pop("0.bias")),
             "1 keys of the model are absent .* 0.bias; 1 of its keys are not in the model.* old",
@@ -119,7 +120,6 @@ def test_a_checkpoint_of_before_is_resumed(run):
             lambda x: x["model"].update({"0.bias": torch.zeros(5)}),
             r"1 of its keys have another shape .* 0.bias \(5,\) -> \(2,\)",
         ),
-        (lambda x: x["model"].update(more=torch.zeros(1)), "1 of its keys are not in the model"),
         (lambda x: x["model"].clear(), "holds no weights"),
         (lambda x: x.pop("trainer"), "has no 'trainer'"),
         (lambda x: x.update(trainer=[1]), "has no 'trainer'"),
