@@ -1,4 +1,4 @@
-"""The house rules: who imports whom."""
+"""The house rules: who imports whom, and who reads files that could run code."""
 
 import ast
 
@@ -6,6 +6,7 @@ import pytest
 from helpers import ROOT
 
 MODULES = sorted((ROOT / "msad_kd").rglob("*.py"))
+SCRIPTS = [ROOT / "train_net.py", *(ROOT / "tools").rglob("*.py")]
 PROJECTS = sorted((ROOT / "projects").glob("*/*.py"))
 
 
@@ -110,3 +111,69 @@ def test_no_import_circle():
 
     for name in graph:
         visit(name, [])
+
+
+# Module to those of its functions and classes that run the code in a file, such as a pickle's.
+RUN_CODE = {
+    "torch": {"load"},
+    "pickle": {"load", "loads", "Unpickler", "_Unpickler"},
+    "detectron2": {"DetectionCheckpointer"},
+    "fvcore": {"Checkpointer"},
+}
+# Files to what they use of these.
+ALLOWED = {
+    # The one reader of pickles and of torch's files; it runs code only with --trust-files.
+    "msad_kd/utils/unpickle.py": {"pickle.load", "pickle._Unpickler", "torch.load"},
+    # The base class of SafeCheckpointer, which reads files by the reader above.
+    "msad_kd/checkpoint/checkpoint.py": {"detectron2.checkpoint.DetectionCheckpointer"},
+    # It loads the TorchScript that it has just written.
+    "tools/export_model.py": {"torch.jit.load"},
+    # They copy objects in memory, and read no file.
+    "tools/analysis/benchmark_evaluation.py": {"pickle.loads"},
+    "projects/study/cells.py": {"pickle.loads"},
+}
+
+
+def running_code(tree):
+    """The names in a module, by their origin, of what runs the code in a file."""
+    origins, found = {}, set()
+    nodes = list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                origins[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            origins |= {x.asname or x.name: f"{node.module}.{x.name}" for x in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Name | ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            parts = [*origins.get(first, "").split("."), *rest]
+            if parts[-1] in RUN_CODE.get(parts[0], ()):
+                found.add(".".join(parts))
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found.add("allow_pickle")
+    return found
+
+
+def test_only_these_files_use_what_runs_the_code_in_a_file():
+    found = {}
+    for path in [*MODULES, *SCRIPTS, *(ROOT / "projects").rglob("*.py")]:
+        if names := running_code(ast.parse(path.read_text())):
+            found[str(path.relative_to(ROOT))] = names
+    assert found == ALLOWED
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.load(file, weights_only=False)",
+        "from torch import load as read\nread(file)",
+        "import pickle as p\np.loads(content)",
+        "import numpy as np\nnp.load(file, allow_pickle=True)",
+        "from detectron2.checkpoint import DetectionCheckpointer\nDetectionCheckpointer(model)",
+        "import fvcore.common.checkpoint\nfvcore.common.checkpoint.Checkpointer(model)",
+    ],
+)
+def test_each_way_to_run_the_code_in_a_file_is_found(code):
+    assert len(running_code(ast.parse(code))) == 1
