@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from msad_kd.checkpoint.files import hash_file, replacing, write_json
+from msad_kd.checkpoint.files import replacing, write_json
 
 
 def test_a_file_is_replaced_at_the_end(tmp_path):
@@ -33,9 +33,3 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 def test_numbers_of_numpy_are_written_as_floats(tmp_path):
     write_json(tmp_path / "a.json", {"ap": np.float32(0.5)})
     assert json.loads((tmp_path / "a.json").read_text()) == {"ap": 0.5}
-
-
-def test_a_hash_depends_on_the_bytes(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert hash_file(tmp_path / "a") == digest
