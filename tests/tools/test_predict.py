@@ -270,12 +270,8 @@ def test_names_of_classes(config_files, tmp_path):
     cfg = build_config(str(config_files["lr"]), ["DATASETS.TRAIN", "()"])
     path = tmp_path / "model.pth"
     save_model(build(cfg).state_dict(), path)
-    predictor = predictors.ConfigPredictor(cfg, str(path))
-    run = tool.Run(predictor, 0.5, None)
-    assert run.name(3) == "class 3"
-    named = cfg.clone()
-    named.DATASETS.CLASSES = ["cat", "dog"]
-    run.predictor = predictors.ConfigPredictor(named, str(path))
+    cfg.DATASETS.CLASSES = ["cat", "dog"]
+    run = tool.Run(predictors.ConfigPredictor(cfg, str(path)), 0.5, None)
     assert [run.name(i) for i in (1, 2)] == ["dog", "class 2"]
 
 
