@@ -84,5 +84,5 @@ def test_the_three_sizes_differ(shape, resizes):
 
 
 def test_nothing_to_compare():
-    with pytest.raises(InputError, match="nothing scores above 0.05 .* SCORE_THRESH_TEST"):
+    with pytest.raises(InputError, match="nothing scores above 0.05 .*SCORE_THRESH_TEST 0.001"):
         compare(*2 * [lambda image: detections(())], [np.zeros((9, 9, 3))], METADATA, runs=1)

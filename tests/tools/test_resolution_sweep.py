@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 
 import cv2
 import pytest
@@ -95,7 +94,7 @@ def test_a_model_without_masks_and_an_unfinished_sweep(tmp_path):
     assert cv2.imread(str(tmp_path / "sweep.png")).shape[1] == 2 * alone
 
 
-def test_mistakes_end_in_one_sentence(config_files, tmp_path, capsys):
+def test_mistakes_end_in_one_sentence(config_files, tmp_path):
     low = [str(config_files["lr"]), str(tmp_path / "lr.pth")]
     model = KDTrainer.build_model(build_config(low[0], []))
     torch.save({"model": model.state_dict()}, low[1])
@@ -110,7 +109,6 @@ def test_mistakes_end_in_one_sentence(config_files, tmp_path, capsys):
         "'nowhere.pth' .* does not exist": ["--model", "a", low[0], "nowhere.pth"],
     }
     for words, arguments in mistakes.items():
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(SystemExit, match=words):
             main(["--output", str(tmp_path / "new"), *SIZES, *arguments])
-        assert re.search(words, capsys.readouterr().err.splitlines()[-1]), words
     assert not (tmp_path / "new").exists()
