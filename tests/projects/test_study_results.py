@@ -36,7 +36,7 @@ def study(tmp_path_factory):
 def test_every_result_belongs_to_a_cell_of_the_study(study):
     _, cells, results, _ = study
     found = {key: result["fingerprint"] for key, result in results["cells"].items()}
-    assert len(found) == 268 and found == {key: cells[key].fingerprint for key in found}
+    assert len(found) == 270 and found == {key: cells[key].fingerprint for key in found}
 
 
 @pytest.mark.parametrize(
