@@ -104,7 +104,8 @@ def normalized_batch(
         the images, padded with zeros at the right and bottom: (N, C, height, width).
     """
     mean, std = model.pixel_mean, model.pixel_std
-    batch = mean.new_zeros(len(images), len(mean), height, width)
+    # A mean in whole numbers is a tensor of whole numbers, but an image over std is not.
+    batch = (mean / std).new_zeros(len(images), len(mean), height, width)
     for slot, image in zip(batch, images):
         slot[:, : image.shape[1], : image.shape[2]] = (image.to(mean.device) - mean) / std
     return batch

@@ -52,9 +52,11 @@ def test_no_pair_is_an_error_that_names_the_levels():
         pair_levels({"p2": 4}, {"p9": 512})
 
 
-def test_images_are_normalised_then_padded_with_zeros():
-    mean = torch.tensor([10.0, 20.0, 30.0])[:, None, None]
-    model = SimpleNamespace(pixel_mean=mean, pixel_std=torch.tensor([1.0, 2.0, 4.0])[:, None, None])
+@pytest.mark.parametrize("dtype", [torch.float, torch.int64])  # a config may have either
+def test_images_are_normalised_then_padded_with_zeros(dtype):
+    mean = torch.tensor([10, 20, 30], dtype=dtype)[:, None, None]
+    std = torch.tensor([1, 2, 4], dtype=dtype)[:, None, None]
+    model = SimpleNamespace(pixel_mean=mean, pixel_std=std)
     images = [torch.full(size, 40, dtype=torch.uint8) for size in ((3, 2, 5), (3, 4, 3))]
     batch = normalized_batch(model, images, 4, 6)
     assert batch.shape == (2, 3, 4, 6) and batch.dtype == torch.float
