@@ -26,6 +26,7 @@ _UNKNOWN_RANGE = {"F": "floating-point numbers", "I": "whole numbers of 32 bits"
 # Detectron2's words for an image of another size: got (width, height), expect (width, height).
 _SIDES = re.compile(r"got \((\d+), (\d+)\), expect \((\d+), (\d+)\)")
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange height and width
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257  # the tags of a TIFF, before it is turned
 # Whether the scaling of 16 bits was logged; forked workers share this byte with their parent.
 _logged = mmap.mmap(-1, 1)
 
@@ -65,6 +66,7 @@ def read_image(file_name: str, format: str | None = None, *, labels: bool = Fals
                     f"image '{file_name}' has pixels that are {_UNKNOWN_RANGE[image.mode]}, whose "
                     "range is not known; save it with 8 or 16 bits a channel"
                 )
+            image.load()  # Pillow turns a TIFF here, which must not be turned twice
             image = detection_utils._apply_exif_orientation(image)
             if of_16_bits and not labels:
                 _log_once(file_name)
@@ -95,7 +97,10 @@ def image_size(file_name: str) -> tuple[int, int]:
     """
     try:
         with Image.open(PathManager.get_local_path(file_name)) as image:
-            return image.size if _is_turned(image) else image.size[::-1]
+            width, height = image.size
+            if image.format == "TIFF":  # Pillow may have exchanged these two already
+                width, height = (image.tag_v2[tag] for tag in (_TIFF_WIDTH, _TIFF_HEIGHT))
+            return (width, height) if _is_turned(image) else (height, width)
     except Exception as error:  # Pillow's plugins raise any kind for a broken file
         raise unreadable(file_name, error) from error
 

@@ -77,6 +77,7 @@ GOOD = {
     "CMYK.jpg": (saved(COLOUR.convert("CMYK"), quality=100), (DARK, LIGHT)),
     "progressive.jpg": (saved(COLOUR, progressive=True, quality=100), (DARK, LIGHT)),
     "EXIF.jpg": (saved(COLOUR, exif=rotated(), quality=100), (DARK, LIGHT)),
+    "EXIF.tiff": (saved(COLOUR, exif=rotated()), (DARK, LIGHT)),
     "EXIF.png": (saved(COLOUR, exif=rotated()), (DARK, LIGHT)),
     "16-bit, EXIF.png": (saved(fromarray(DEEP), exif=rotated()), (DARK, LIGHT)),
     "16-bit.png": (saved(fromarray(DEEP)), (DARK, LIGHT)),
@@ -173,7 +174,7 @@ def test_the_pixels_of_what_can_be_read(kind, mappers, tmp_path):
         along = image[:, :, image.shape[2] // 2] if turned else image[:, image.shape[1] // 2]
         for part, value in ((along[:, :4], dark), (along[:, -4:], light)):
             assert (part.int() - value).abs().max() <= (2 if path.suffix == ".jpg" else 0)
-    if not Image.open(path).mode.startswith("I"):
+    if kind != "EXIF.tiff" and not Image.open(path).mode.startswith("I"):  # which it turns twice
         for format in ("BGR", "RGB", "L", "YUV-BT.601"):
             expected = detection_utils.read_image(str(path), format)
             assert np.array_equal(read_image(str(path), format), expected)

@@ -54,10 +54,11 @@ def test_a_folder_is_a_data_set_of_its_images_in_order(data, bare, config, tmp_p
     assert all((x["height"], x["width"]) == (64, 96) and "annotations" not in x for x in dicts)
     assert MetadataCatalog.get("bare").image_root == str(data / "val")
     photo, turn = Image.new("RGB", (30, 20)), Image.Exif()
-    for turn[0x0112] in (1, 6):
-        photo.save(tmp_path / "photo.jpg", exif=turn)
-        expected = read_image(str(tmp_path / "photo.jpg")).shape[:2]
-        assert image_size(str(tmp_path / "photo.jpg")) == expected
+    for turn[0x0112], name in itertools.product((1, 3, 6), ("photo.jpg", "photo.tif")):
+        photo.save(tmp_path / name, exif=turn)
+        expected = (30, 20) if turn[0x0112] == 6 else (20, 30)
+        assert image_size(str(tmp_path / name)) == expected
+        assert read_image(str(tmp_path / name)).shape[:2] == expected
 
 
 def test_labels_that_are_not_used_may_be_of_any_classes(config, data, tmp_path):
