@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from detectron2.export import TracingAdapter
@@ -15,6 +16,7 @@ from detectron2.layers import shapes_to_tensor
 from detectron2.modeling import GeneralizedRCNN, detector_postprocess
 from detectron2.modeling.meta_arch import dense_detector
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.roi_heads import cascade_rcnn
 from torch import Tensor, nn
 from torchvision.ops import boxes as torchvision_boxes
 from torchvision.ops import nms
@@ -132,11 +134,13 @@ def traceable() -> Iterator[None]:
     A trace of torchvision suppresses the boxes of all classes at once, each class shifted by a
     large offset, which rounds them. In a program with more than 1000 boxes, torchvision goes class
     by class on a CPU; with this, a trace does, too. A trace of Detectron2 0.6's dense detectors
-    would keep as many candidates as the traced image has; git main needs no patch.
+    would keep as many candidates as the traced image has, and one of its cascades would contain
+    Python code that scales gradients; git main needs neither patch.
     """
     with (
         replaced(torchvision_boxes, _batched_nms_coordinate_trick=_batched_nms),
         replaced(dense_detector, min=_clamped),
+        replaced(cascade_rcnn, _ScaleGradient=SimpleNamespace(apply=lambda x, scale: x)),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of constants in the trace, which are meant

@@ -60,6 +60,15 @@ def test_parity_at_more_sizes(exported, detector, height, width):
     check(model, traced, image, atol=0)
 
 
+def test_a_cascade(exported):
+    keys = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
+    keys += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+    model, onnx, traced = exported("faster_rcnn", *keys)
+    image = torch.as_tensor(noise(40, 56))
+    assert check(model, onnx, image) > 2
+    check(model, traced, image, atol=0)
+
+
 def test_nothing_found(exported):
     model, onnx, traced = exported("mask_rcnn", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.999)
     for run in (onnx, traced):
