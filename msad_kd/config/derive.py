@@ -24,6 +24,7 @@ FPNS = {
     "build_timm_fpn_backbone": "timm",
 }
 STAGES = ["res2", "res3", "res4", "res5"]
+LEVELS = 5  # that the heads of each of these read
 WARMUP_SHARE = 0.1  # of a schedule, at the most
 # A student starts from the teacher's weights. At the teacher's own rate it loses what they know: on
 # Shapes its control had 1.2 box AP less.
@@ -145,6 +146,13 @@ def _check(cfg: CfgNode, scale: int) -> None:
             "INPUT.MIN_SIZE_TRAIN or MIN_SIZE_TEST is 0, so images keep their size; name the sizes "
             "of the high resolution"
         )
+    for key in ("SIZES", "ASPECT_RATIOS") if name != "FCOS" else ():
+        lists = model.ANCHOR_GENERATOR[key]
+        if isinstance(lists[0], (list, tuple)) and len(lists) not in (1, LEVELS):
+            raise InputError(
+                f"MODEL.ANCHOR_GENERATOR.{key} has {len(lists)} lists, but the levels of both "
+                f"resolutions are {LEVELS}; give one list, or {LEVELS}"
+            )
     smallest = min(map(min, anchor_sizes(cfg)))
     if name != "FCOS" and smallest / scale < 2:
         raise InputError(
@@ -154,11 +162,11 @@ def _check(cfg: CfgNode, scale: int) -> None:
 
 
 def _set_levels(cfg: CfgNode, first: int) -> None:
-    """Let the heads read five levels, p<first> and coarser; RoI heads read four of them."""
-    levels = [f"p{level}" for level in range(first, first + 5)]
+    """Let the heads read LEVELS levels, p<first> and coarser; RoI heads all but the last."""
+    levels = [f"p{level}" for level in range(first, first + LEVELS)]
     model = cfg.MODEL
     if model.META_ARCHITECTURE.endswith("RCNN"):
-        model.RPN.IN_FEATURES, model.ROI_HEADS.IN_FEATURES = levels, levels[:4]
+        model.RPN.IN_FEATURES, model.ROI_HEADS.IN_FEATURES = levels, levels[:-1]
     elif model.META_ARCHITECTURE.endswith("RetinaNet"):
         model.RETINANET.IN_FEATURES = levels
     else:

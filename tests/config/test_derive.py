@@ -137,6 +137,8 @@ def test_the_losses_of_a_retinanet(given, convs):
         (["INPUT.MIN_SIZE_TEST", 0, "INPUT.JITTER.SIZE", 1024], "name the sizes"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[3.0]]], "under 2 px"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [32, 3.0]], "under 2 px"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64]]], "SIZES has 4 lists.* or 5"),
+        (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0], [2.0]]], "RATIOS has 2 lists.* or 5"),
     ],
 )
 def test_what_cannot_be_halved_is_refused(changes, words):
