@@ -139,7 +139,11 @@ class Teacher:
         frames = [{"height": height, "width": width} for height, width in sizes]
         # A multi-resolution detector would compute the pyramid itself; the stock one does the rest.
         stock = super(MultiResolutionMixin, model) if self.multi_resolution else model
+        # Not in half precision, which cannot tell neighbouring pixels of a keypoint apart.
+        dtype = next(model.parameters()).dtype
+        pyramid = {name: x if x is None else x.to(dtype) for name, x in pyramid.items()}
         with (
+            torch.autocast(model.device.type, enabled=False),
             replaced(model, preprocess_image=lambda *_: images),
             answering(model.backbone, pyramid),
             scoring_above(model, above),

@@ -248,6 +248,11 @@ def test_what_is_no_label_is_not_detected(detector, student_config, batch):
     assert sum(map(len, few)) < sum(map(len, every))
     again = student.teacher.detect(inputs, pyramid)
     assert [len(x) for x in again] == [len(x) for x in every]
+    with torch.autocast("cpu", torch.bfloat16):  # as a student with SOLVER.AMP calls it
+        precise = student.teacher.detect(inputs, pyramid)
+    for one, other in zip(precise, every, strict=True):
+        assert torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
+        assert torch.equal(one.scores, other.scores)
 
 
 def test_keypoints_of_a_plain_teacher_without_distillation(student_config, config, batch):
