@@ -228,7 +228,9 @@ def check_weights(args, configs):
     for option, role in (("weights", "hr"), ("teacher", "teacher"), ("baseline", "control")):
         if path := getattr(args, option):
             config = args.output / "configs" / f"{role}.yaml"
-            KDTrainer.load_model(configs[role], path, f"the config '{config}' of --{option}")
+            cfg = configs[role].clone()
+            cfg.MODEL.DEVICE = "cpu"  # the GPU's memory is for the trainings
+            KDTrainer.load_model(cfg, path, f"the config '{config}' of --{option}")
 
 
 def make_grid(args, configs):

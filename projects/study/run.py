@@ -17,6 +17,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 if not __package__:  # run as a script, which does not put the repository on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -43,7 +45,8 @@ def parse_arguments(arguments=None):
     add("--rows", nargs="+", metavar="ROW", help="only these rows")
     add("--seeds", nargs="+", type=positive, metavar="SEED", help="only these seeds")
     add("--slots", type=positive, default=count_cores(), help="runs at a time (default: the cores)")
-    add("--num-gpus", type=int, default=0, help="GPUs of each training (then one runs at a time)")
+    add("--num-gpus", type=int, default=min(1, torch.cuda.device_count()),
+        help="GPUs of each training (then one runs at a time); 0 trains on the CPU")  # fmt: skip
     add("--report", action="store_true", help="run nothing, only tabulate what is there")
     add("--overwrite", action="store_true", help="replace data sets made with other arguments")
     add("--set", nargs=2, action="extend", default=[], metavar=("KEY", "VALUE"), dest="settings",
@@ -91,6 +94,8 @@ def make_data(grid, cells, keys, overwrite, screen):
 def run(args, screen):
     """Run a study from its data to its tables."""
     import_modules()
+    if not args.num_gpus:  # as many runs as cores would share one GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     grid = read_grid(args.grid)
     folder = Path(args.output or grid.output)
     cells = make_cells(grid, folder, args.settings, max(args.num_gpus, 1))

@@ -5,6 +5,7 @@ import signal
 import sys
 
 import pytest
+import torch
 import yaml
 from grids import CHECKPOINT, LR, UNLABELED, content, fingerprints
 from helpers import ROOT
@@ -245,6 +246,17 @@ def test_the_command_line_chooses_cells(cells_of, written, capsys):
         with pytest.raises(SystemExit):
             chosen(option, "0")
         assert f"{option}: '0' is no whole number of 1 or more" in capsys.readouterr().err
+
+
+def test_a_training_has_a_gpu_of_its_own_or_none(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    words = ["--grid", str(written(content())), "--output", str(tmp_path / "runs"), "--report"]
+    assert parse_arguments(words).num_gpus == 1
+    main(words)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3,5,7"
+    main([*words, "--num-gpus", "0"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_loss_of_the_users(written, tmp_path, monkeypatch, capsys):
