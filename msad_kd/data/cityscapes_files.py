@@ -7,6 +7,7 @@ CITY/*_gtFine_polygons.json.
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -48,12 +49,17 @@ def ending_pools():
     """Let the pools of processes that Detectron2 opens for Cityscapes, and never closes, end.
 
     Their processes are forked. Spawned ones, the default in a launched process, would import
-    everything anew, in seconds each.
+    everything anew, in seconds each. They are born with SIGTERM blocked until they heed their
+    parent's: a handler that they inherit could swallow an earlier one, and the pool would not end.
     """
     context, pools = multiprocessing.get_context("fork"), []
 
     def pool(processes: int):
-        pools.append(context.Pool(processes, heed_parent_alone, (os.getpid(),)))
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            pools.append(context.Pool(processes, heed_parent_alone, (os.getpid(),)))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pools[-1]
 
     with replaced(cityscapes, mp=SimpleNamespace(Pool=pool, cpu_count=multiprocessing.cpu_count)):

@@ -3,19 +3,24 @@
 import json
 import multiprocessing
 import re
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import cityscapes
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from helpers import load_tool
 from PIL import Image
 
+from msad_kd.data import cityscapes_files
 from msad_kd.data.cityscapes_files import INSTANCES, faults
 from msad_kd.data.dict_checks import explain_missing_data
 from msad_kd.evaluation.cityscapes import CityscapesEvaluator
 from msad_kd.utils.errors import InputError
-from msad_kd.utils.signals import on_signal, stop
+from msad_kd.utils.signals import heed_parent_alone, on_signal, stop
 from projects.Shapes.generate import generate
 
 pytest.importorskip("cityscapesscripts")
@@ -112,6 +117,28 @@ def test_no_process_that_read_it_stays(city):
                 children = multiprocessing.active_children()
                 assert {type(x).__name__ for x in children} == {"ForkProcess"}
             assert not multiprocessing.active_children()
+
+
+def test_a_process_that_starts_late_ends_too(city, monkeypatch):
+    """The caller's handler, which a fork inherits, does not swallow what ends it."""
+
+    def late(parent):
+        time.sleep(0.5)
+        heed_parent_alone(parent)
+
+    monkeypatch.setattr(cityscapes_files, "heed_parent_alone", late)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with cityscapes_files.ending_pools():
+            cityscapes.mp.Pool(processes=2)  # is ended at once
+            workers = multiprocessing.active_children()
+            killer = threading.Timer(20, lambda: [worker.kill() for worker in workers])
+            killer.start()
+        killer.cancel()
+        assert [worker.exitcode for worker in workers] == [0, 0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_other_errors_stay_what_they_are(city):
