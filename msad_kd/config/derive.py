@@ -24,7 +24,7 @@ FPNS = {
     "build_timm_fpn_backbone": "timm",
 }
 STAGES = ["res2", "res3", "res4", "res5"]
-LEVELS = 5  # that the heads of each of these read
+LEVELS = 5  # of the pyramid, which the heads read
 WARMUP_SHARE = 0.1  # of a schedule, at the most
 # A student starts from the teacher's weights. At the teacher's own rate it loses what they know: on
 # Shapes its control had 1.2 box AP less.
@@ -150,8 +150,8 @@ def _check(cfg: CfgNode, scale: int) -> None:
         lists = model.ANCHOR_GENERATOR[key]
         if isinstance(lists[0], (list, tuple)) and len(lists) not in (1, LEVELS):
             raise InputError(
-                f"MODEL.ANCHOR_GENERATOR.{key} has {len(lists)} lists, but the levels of both "
-                f"resolutions are {LEVELS}; give one list, or {LEVELS}"
+                f"MODEL.ANCHOR_GENERATOR.{key} has {len(lists)} lists, but teacher and student "
+                f"read {LEVELS} levels; give one list, or {LEVELS}"
             )
     smallest = min(map(min, anchor_sizes(cfg)))
     if name != "FCOS" and smallest / scale < 2:

@@ -38,10 +38,10 @@ class ImageError(InputError):
 def read_image(file_name: str, format: str | None = None, *, labels: bool = False) -> np.ndarray:
     """Return an image, (H, W, C), turned as its EXIF says.
 
-    Images of 8 bits become bit for bit what Detectron2's ``read_image`` returns; of an animation it
-    is the first frame. Of 16-bit grey the high byte is taken, which is what Pillow and OpenCV do
-    with 16-bit RGB: a picture has the same pixels whether it is stored as grey or as RGB. A warning
-    says so once.
+    Images of 8 bits become bit for bit what Detectron2's ``read_image`` returns, except for a TIFF
+    with an orientation, which Detectron2 turns twice; of an animation it is the first frame. Of
+    16-bit grey the high byte is taken, which is what Pillow and OpenCV do with 16-bit RGB: a
+    picture has the same pixels whether it is stored as grey or as RGB. A warning says so once.
 
     Args:
         file_name: a regular file, or an address that Detectron2's ``PathManager`` knows.

@@ -139,7 +139,7 @@ class Teacher:
         frames = [{"height": height, "width": width} for height, width in sizes]
         # A multi-resolution detector would compute the pyramid itself; the stock one does the rest.
         stock = super(MultiResolutionMixin, model) if self.multi_resolution else model
-        # Not in half precision, which cannot tell neighbouring pixels of a keypoint apart.
+        # In the precision of the weights: half precision moves keypoints by up to a pixel.
         dtype = next(model.parameters()).dtype
         pyramid = {name: x if x is None else x.to(dtype) for name, x in pyramid.items()}
         with (

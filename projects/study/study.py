@@ -214,7 +214,7 @@ class Study:
     def write(self, results=True):
         """Write the tables, the pictures and, if asked for, results.json."""
         if results:
-            write_json(self.path, self.results)
+            write_json(self.path, self.results, indent=1)  # as committed
         reports.write(self.grid, self.cells, self.results, self.folder)
 
 

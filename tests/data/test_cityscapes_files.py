@@ -119,7 +119,7 @@ def test_no_process_that_read_it_stays(city):
             assert not multiprocessing.active_children()
 
 
-def test_a_process_that_starts_late_ends_too(city, monkeypatch):
+def test_a_process_that_starts_late_ends_too(monkeypatch):
     """The caller's handler, which a fork inherits, does not swallow what ends it."""
 
     def late(parent):
